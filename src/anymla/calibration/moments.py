@@ -1,0 +1,137 @@
+"""Second moments of one attention layer on calibration text: all that the algebra needs to know about the data.
+
+Shapes: B windows, T tokens, H query heads, G key/value heads, n = H/G, d head_dim, P = d/2 rope pairs, D hidden.
+y = [keys of all kv heads ; values of all kv heads], 2Gd numbers per token, keys before rope and after their norm.
+Sums run in float64; activations keep the model's precision, at least float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anymla.architectures.attention import AttentionWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Statistics of one layer (DESIGN: docs/mathematics.md, section 'What is measured').
+
+    gram [2Gd,2Gd]: E[y y^T] over tokens. weighted_gram, weighted_mean: the same and E[y] with token n weighted by the
+    attention it receives, sum_m a_mn^2. query_gram [H,d,d]: E[q q^T]. rotation [H,P] complex: E[e^{i Delta theta_f}] over
+    the distances that head h attends to; rope_scale: the factor that rope itself puts on scores (1 but for yarn and
+    longrope). key_weight, value_weight [H]:
+    E_t sum_n a_tn^2 ||W_o (v_n - o_t)||^2 and E_t sum_n a_tn^2. query_norm [H,P], key_norm [G,P]: mean 2-norm of each
+    rope pair.
+    """
+
+    gram: Tensor
+    weighted_gram: Tensor
+    weighted_mean: Tensor
+    query_gram: Tensor
+    rotation: Tensor
+    rope_scale: float
+    key_weight: Tensor
+    value_weight: Tensor
+    query_norm: Tensor
+    key_norm: Tensor
+
+
+class MomentSums:
+    """Running sums of :class:`Moments`; feed it batches, then take :meth:`moments`."""
+
+    def __init__(self, weights: AttentionWeights) -> None:
+        self.weights = weights
+        kv_heads, d = weights.key.shape[:2]
+        heads, device = weights.query.shape[0], weights.query.device
+        y, pairs = 2 * kv_heads * d, d // 2
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.tokens, self.received, self.rope_scale = 0, zeros(), 1.0
+        self.gram, self.weighted_gram, self.weighted_mean = zeros(y, y), zeros(y, y), zeros(y)
+        self.query_gram = zeros(heads, d, d)
+        self.rotation = zeros(heads, pairs, dtype=torch.complex128)
+        self.key_weight, self.value_weight = zeros(heads), zeros(heads)
+        self.query_norm, self.key_norm = zeros(heads, pairs), zeros(kv_heads, pairs)
+
+    def add(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> None:
+        """Adds a batch: query [B,H,T,d], key and value [B,G,T,d] before rope, cos and sin [1,T,d], mask [1,1,T,T]."""
+        precision = torch.promote_types(query.dtype, torch.float32)
+        query, key, value = query.to(precision), key.to(precision), value.to(precision)
+        batch, kv_heads, length, d = key.shape
+        group = query.shape[1] // kv_heads
+        turn = torch.complex(cos[0, :, : d // 2].to(precision), sin[0, :, : d // 2].to(precision))  # [T,P]
+        received = query.new_zeros(batch, length)
+        for head in range(kv_heads):  # one kv head at a time bounds memory to its [B,n,T,T] scores
+            heads = slice(head * group, (head + 1) * group)
+            attention = self._attention(query[:, heads], key[:, head], turn, mask)
+            received += attention.square().sum(dim=(1, 2))
+            self._add_heads(heads, attention, value[:, head], turn / turn.abs())
+        self.rope_scale = turn.abs().square().mean().item()
+        y = torch.cat([key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)], dim=-1).flatten(0, 1).double()
+        weight = received.flatten().double()
+        self.tokens += batch * length
+        self.received += weight.sum()
+        self.gram += y.T @ y
+        self.weighted_gram += (y * weight[:, None]).T @ y
+        self.weighted_mean += weight @ y
+        flat = query.transpose(0, 1).flatten(1, 2).double()
+        self.query_gram += flat.transpose(1, 2) @ flat
+        self.query_norm += to_complex(query).abs().double().sum(dim=(0, 2))
+        self.key_norm += to_complex(key).abs().double().sum(dim=(0, 2))
+
+    def _attention(self, query: Tensor, key: Tensor, turn: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention probabilities [B,n,T,T] of the heads that share one key head."""
+        rotated_query, rotated_key = rotate(query, turn), rotate(key, turn)
+        scores = rotated_query @ rotated_key.unsqueeze(1).transpose(-1, -2) * self.weights.scaling
+        if mask is None:
+            length = scores.shape[-1]
+            mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(-1)
+
+    def _add_heads(self, heads: slice, attention: Tensor, value: Tensor, turn: Tensor) -> None:
+        squared = attention.square()
+        output_weight = self.weights.output[:, heads].to(value.dtype)  # [D,n,d]
+        metric = torch.einsum("Dnd,Dne->nde", output_weight, output_weight)
+        output = attention @ value.unsqueeze(1)  # [B,n,T,d]
+        value_metric = value.unsqueeze(1) @ metric
+        value_norm = (value_metric * value.unsqueeze(1)).sum(-1)  # ||W_o v||^2, [B,n,T]
+        output_norm = ((output @ metric) * output).sum(-1)
+        cross = output @ value_metric.transpose(-1, -2)  # [B,n,T,T]
+        distance = (output_norm.unsqueeze(-1) - 2 * cross + value_norm.unsqueeze(-2)).clamp_min(0)
+        self.key_weight[heads] += (squared * distance).sum(dim=(0, 2, 3)).double()
+        self.value_weight[heads] += squared.sum(dim=(0, 2, 3)).double()
+        mean_turn = attention.to(turn.dtype) @ turn.conj()  # sum_n a_mn e^{-i n theta}, [B,n,T,P]
+        self.rotation[heads] += (turn * mean_turn).sum(dim=(0, 2)).to(self.rotation.dtype)
+
+    def moments(self) -> Moments:
+        """The means of all that was added."""
+        return Moments(
+            gram=self.gram / self.tokens,
+            weighted_gram=self.weighted_gram / self.received,
+            weighted_mean=self.weighted_mean / self.received,
+            query_gram=self.query_gram / self.tokens,
+            rotation=self.rotation / self.tokens,
+            rope_scale=self.rope_scale,
+            key_weight=self.key_weight / self.tokens,
+            value_weight=self.value_weight / self.tokens,
+            query_norm=self.query_norm / self.tokens,
+            key_norm=self.key_norm / self.tokens,
+        )
+
+
+def to_complex(pairs: Tensor) -> Tensor:
+    """Half-split pairs [..., 2N] as complex numbers [..., N]."""
+    real, imag = pairs.chunk(2, dim=-1)
+    return torch.complex(real.contiguous(), imag.contiguous())
+
+
+def rotate(pairs: Tensor, turn: Tensor) -> Tensor:
+    """Half-split pairs [..., 2N] times complex ``turn`` [..., N], half-split again."""
+    turned = to_complex(pairs) * turn
+    return torch.cat([turned.real, turned.imag], dim=-1)

@@ -1,0 +1,95 @@
+"""Runs a decoder one layer at a time, so that only one layer's activations are held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCORE_ELEMENTS = 1 << 24  # attention scores held at a time; bounds the batch
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal language model, in order."""
+    layers: nn.ModuleList = model.get_decoder().layers
+    return layers
+
+
+@contextmanager
+def _layers_run(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Lets every layer run ``forward(index, hidden_states, **kwargs)`` instead of its own."""
+    for index, layer in enumerate(layers):
+        layer.forward = lambda hidden_states, index=index, **kwargs: forward(index, hidden_states, **kwargs)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the decoder hands to its layers: embedded windows [N,T,D] and each layer's keyword arguments."""
+
+    hidden: Tensor
+    arguments: list[dict[str, Any]]
+
+
+def batch_size(heads: int, length: int) -> int:
+    """Windows per batch such that their attention scores stay bounded."""
+    return max(1, SCORE_ELEMENTS // (heads * length * length))
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, windows: Tensor) -> LayerInputs:
+    """Embeds ``windows`` [N,T] and records the arguments (mask, rope tables) that each layer is called with."""
+    arguments: dict[int, dict[str, Any]] = {}
+    embedded: list[Tensor] = []
+
+    def record(index: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        arguments[index] = kwargs
+        if index == 0:
+            embedded.append(hidden_states)
+        return hidden_states
+
+    with _layers_run(decoder_layers(model), record):
+        for window in windows:
+            model(input_ids=window[None].to(model.device), use_cache=False, logits_to_keep=1)
+    return LayerInputs(torch.cat(embedded), [arguments[index] for index in range(len(arguments))])
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits [B,T,V] of final hidden states [B,T,D]: the model's own last norm and head."""
+    with _layers_run(decoder_layers(model), lambda index, hidden_states, **kwargs: hidden):
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+@torch.no_grad()
+def run_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields per batch: the attention module's input, its output, and the layer's output, [B,T,D] each."""
+    seen: dict[str, Tensor] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["input"] = args[0] if args else kwargs["hidden_states"]
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        seen["output"] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(before, with_kwargs=True),
+        layer.self_attn.register_forward_hook(after),
+    ]
+    try:
+        for part in hidden.split(batch):
+            output = layer(part, **arguments)
+            yield seen["input"], seen["output"], output[0] if isinstance(output, tuple) else output
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,109 @@
+"""Text in, token windows out."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymla.errors import TextError
+
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+PIECE_CHARACTERS = 16384  # a long document is drawn from in pieces, so that a sample covers the whole file
+MINIMUM_TOKENS = 256
+WINDOWS_AT_LEAST = 8
+DATASET_DOCUMENTS = 4096
+
+
+def bundled_text(split: str) -> Path:
+    """The TinyStories sample shipped in the package; split is 'train' or 'valid'."""
+    return Path(str(resources.files("anymla") / "data" / f"tinystories-{split}.txt"))
+
+
+def read_documents(source: str | Path) -> list[str]:
+    """Documents of a text file, a .jsonl file (field ``text``) or a hub data set ``name[:config[:split]]``.
+
+    In a text file, lines ``<|endoftext|>`` separate documents; without them the file is one document.
+
+    Raises:
+        TextError: the source is missing, unreadable, or holds no text.
+    """
+    path = Path(source)
+    if path.is_file():
+        documents = _read_file(path)
+    elif path.exists() or path.suffix in (".txt", ".jsonl", ".json") or path.is_absolute():
+        raise TextError(f"text {source} is not a readable file")
+    else:
+        documents = _read_dataset(str(source))
+    documents = [document for document in (text.strip() for text in documents) if document]
+    if not documents:
+        raise TextError(f"text {source} is empty")
+    return documents
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise TextError(f"text {path} is not UTF-8 (byte {error.start})") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise TextError(f"text {path}: every line must be a JSON object with the field 'text' ({error})") from error
+    except OSError as error:
+        raise TextError(f"text {path} cannot be read: {error.strerror}") from error
+    return content.split(DOCUMENT_SEPARATOR)
+
+
+def _read_dataset(name: str) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise TextError(f"{name} is not a file; to read it as a hub data set: pip install 'anymla[data]'") from error
+    dataset, config, split = (*name.split(":"), "", "")[:3]
+    try:
+        rows = load_dataset(dataset, config or None, split=split or "train", streaming=True)
+        return [str(row["text"]) for row in islice(rows, DATASET_DOCUMENTS)]
+    except Exception as error:  # whatever the hub, the network or the data set's own reader raises
+        raise TextError(f"text {name} is neither a file nor a readable data set: {error!s:.200}") from error
+
+
+def tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
+    """Token ids of all documents in a row, each begun by the tokenizer's BOS token where it has one."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids:
+            yield from bos + ids
+
+
+def token_windows(ids: Iterable[int], length: int, source: str | Path) -> Tensor:
+    """Cuts ids into windows [N, T] of at most ``length`` tokens, shorter ones where the text is short.
+
+    Raises:
+        TextError: fewer than 256 tokens.
+    """
+    tokens = torch.tensor(list(ids), dtype=torch.long)
+    if len(tokens) < MINIMUM_TOKENS:
+        raise TextError(f"text {source} gives {len(tokens)} tokens; at least {MINIMUM_TOKENS} are needed")
+    length = min(length, len(tokens) // WINDOWS_AT_LEAST)
+    count = len(tokens) // length
+    return tokens[: count * length].view(count, length)
+
+
+def calibration_windows(source: str | Path, tokenizer: Any, *, tokens: int, length: int, seed: int) -> Tensor:
+    """Windows [N, T] of about ``tokens`` tokens drawn from all over ``source``; the same seed draws the same."""
+    pieces = [
+        document[start : start + PIECE_CHARACTERS]
+        for document in read_documents(source)
+        for start in range(0, len(document), PIECE_CHARACTERS)
+    ]
+    random.Random(seed).shuffle(pieces)
+    return token_windows(islice(tokenize(pieces, tokenizer), tokens), length, source)

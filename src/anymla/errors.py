@@ -1,0 +1,29 @@
+"""The errors a user can meet. Each names what is wrong, where, and the option to change."""
+
+
+class AnymlaError(Exception):
+    """Base of all errors that anymla raises on purpose; the command line prints them as one line."""
+
+
+class UnsupportedModelError(AnymlaError, ValueError):
+    """The model cannot be converted; known from its config, before any weight is read."""
+
+
+class InfeasibleError(AnymlaError, ValueError):
+    """The settings cannot be met for this model; names the nearest ones that can."""
+
+
+class RecipeError(AnymlaError, ValueError):
+    """A recipe or plan file, or an option, has an unknown name or a value of the wrong kind."""
+
+
+class CheckpointError(AnymlaError, ValueError):
+    """A checkpoint's files are missing, broken or not safetensors."""
+
+
+class TextError(AnymlaError, ValueError):
+    """Calibration or evaluation text is missing, unreadable or too short."""
+
+
+class OutputError(AnymlaError, OSError):
+    """The output folder exists or cannot be written."""

@@ -1,0 +1,18 @@
+"""Joint truncated SVD of the stacked key and value weights (MHA2MLA, arXiv 2502.14837, section 3.2, SVD_joint)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anymla.factorization.latent import Latent, LatentProblem, projection, top_eigenvectors
+
+
+@dataclass(frozen=True)
+class JointSVD:
+    """[W_k,nope ; W_v] ~ U_r U_r^T [W_k,nope ; W_v]: the best rank r of the weights, whatever the data.
+
+    With a key norm there is no linear W_k from x to the key; its rows times the norm's gain stand for it.
+    """
+
+    def __call__(self, problem: LatentProblem, rank: int) -> Latent:
+        return projection(top_eigenvectors(problem.weight_gram, rank))

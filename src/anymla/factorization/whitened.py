@@ -1,0 +1,18 @@
+"""Truncation in the metric of the data (SVD-LLM, arXiv 2403.07378; CARE, arXiv 2603.17946 as used for MLA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anymla.factorization.latent import Latent, LatentProblem, projection, top_eigenvectors
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """SVD of W C^{1/2}, C = E[x x^T], truncated, times C^{-1/2}.
+
+    Its left vectors are the eigenvectors of W C W^T = E[y y^T], and the result is U_r U_r^T W: no inverse is needed.
+    """
+
+    def __call__(self, problem: LatentProblem, rank: int) -> Latent:
+        return projection(top_eigenvectors(problem.gram, rank))

@@ -1,0 +1,214 @@
+"""Multi-head latent attention with free rope channels, for models converted by anymla.
+
+This file is self-contained: it needs torch and transformers only, and a copy of it travels with every converted
+checkpoint, so that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works where anymla is absent.
+
+Shapes: B batch, T new tokens, S cached tokens, D hidden, H query heads, G key/value heads, d head_dim, P = d/2 rope
+pairs, K rope channels (R = 2K numbers), r latent rank. Cached per token and layer: latent [r] and rope key [R].
+A vector of pairs is stored half-split, [real parts | imaginary parts], as Llama stores its rope pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, eager_attention_forward
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+
+
+def absorbed_attention(
+    query_latent: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention in latent space: the cache is read as it is and never expanded.
+
+    query_latent [B,H,T,r], query_rope [B,H,T,R], latent [B,1,S,r], rope_key [B,1,S,R]; mask None, bool (True = may
+    attend) or additive, broadcastable to [B,H,T,S]. Returns softmax(scale * scores + mask) @ latent, [B,H,T,r].
+    """
+    scores = query_latent @ latent.transpose(-1, -2) + query_rope @ rope_key.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).to(latent.dtype) @ latent
+
+
+def multiply_pairs(pairs: Tensor, real: Tensor, imag: Tensor) -> Tensor:
+    """Complex product of half-split pairs [..., 2N] with factors [..., N] given by their parts."""
+    re, im = pairs.chunk(2, dim=-1)
+    return torch.cat([re * real - im * imag, re * imag + im * real], dim=-1)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention that stands in for the grouped-query attention ``original`` of one layer.
+
+    What the conversion does not change (query projection, query and key norms) is taken over from ``original``.
+    Keys and values are rebuilt per key/value head, so GQA stays GQA.
+    """
+
+    query_rotation: Tensor
+    channel_weight: Tensor
+    channel_index: Tensor
+
+    def __init__(self, original: nn.Module, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = original.config, original.layer_idx, True
+        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.head_dim: int = original.head_dim
+        self.num_key_value_groups: int = original.num_key_value_groups
+        self.scaling: float = original.scaling
+        self.attention_dropout: float = original.attention_dropout
+        self.sliding_window = getattr(original, "sliding_window", getattr(self.config, "sliding_window", None))
+
+        hidden, heads = original.q_proj.in_features, original.q_proj.out_features // self.head_dim
+        kv_heads, cached = heads // self.num_key_value_groups, self.kv_lora_rank + self.qk_rope_head_dim
+        self.q_proj, self.q_norm = original.q_proj, getattr(original, "q_norm", None)
+        self.k_norm = getattr(original, "k_norm", None)
+        if self.k_norm is None:
+            self.kv_a_proj_with_mqa = nn.Linear(hidden, cached)
+        else:  # the norm stands between x and the cache: encode the true, normalised keys, and the values from x
+            self.k_proj = original.k_proj
+            self.k_a_proj_with_mqa = nn.Linear(kv_heads * self.head_dim, cached, bias=False)
+            self.v_a_proj = nn.Linear(hidden, self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, kv_heads * 2 * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden)
+
+        channels, pairs = self.qk_rope_head_dim // 2, self.head_dim // 2
+        self.register_buffer("query_rotation", torch.stack([torch.ones(heads, pairs), torch.zeros(heads, pairs)]))
+        self.register_buffer("channel_weight", torch.zeros(2, kv_heads, channels))
+        self.register_buffer("channel_index", torch.zeros(channels, dtype=torch.long))
+
+    def queries(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Position-free query [B,H,T,d] (expected rotation applied) and rotated channel query [B,H,T,R]."""
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        query = query.transpose(1, 2)
+        real, imag = self.query_rotation.unsqueeze(-2)
+        query_nope = multiply_pairs(query, real, imag)
+        weight = self.channel_weight.repeat_interleave(self.num_key_value_groups, dim=1).unsqueeze(-2)
+        index = self.channel_index
+        channels = query[..., torch.cat([index, index + self.head_dim // 2])]
+        channels = multiply_pairs(channels, weight[0], weight[1])
+        return query_nope, multiply_pairs(channels, cos[..., index], sin[..., index])
+
+    def compress(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache keeps of the new tokens: latent [B,1,T,r] and rotated rope key [B,1,T,R]."""
+        if self.k_norm is None:
+            compressed = self.kv_a_proj_with_mqa(hidden_states)
+            latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        else:
+            key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            latent, rope_key = self.k_a_proj_with_mqa(key).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            latent = latent + self.v_a_proj(hidden_states)
+        rope_key = multiply_pairs(rope_key.unsqueeze(1), cos[..., self.channel_index], sin[..., self.channel_index])
+        return latent.unsqueeze(1), rope_key
+
+    def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Rebuilds key [B,G,S,d+R] and value [B,G,S,d] of every key/value head from the cached [B,1,S,r], [B,1,S,R]."""
+        expanded = self.kv_b_proj(kv_c.squeeze(1)).unflatten(-1, (-1, 2, self.head_dim))
+        key_nope, value = expanded.permute(3, 0, 2, 1, 4)
+        return torch.cat([key_nope, k_pe.expand(-1, key_nope.shape[1], -1, -1)], dim=-1), value
+
+    def attend_absorbed(
+        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """W_uk moves to the query and W_uv behind the attention; returns [B,T,H,d]."""
+        batch, heads, new, _ = query_nope.shape
+        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (-1, 2, self.head_dim)).unbind(1)  # [G,d,r] each
+        groups = up_key.shape[0]
+        query_latent = (query_nope.reshape(batch, groups, -1, self.head_dim) @ up_key).view(batch, heads, new, -1)
+        context = absorbed_attention(query_latent, query_rope, latent, rope_key, mask, self.scaling)
+        output = context.reshape(batch, groups, -1, self.kv_lora_rank) @ up_value.transpose(-1, -2)
+        return output.view(batch, heads, new, self.head_dim).transpose(1, 2)
+
+    def attend_expanded(
+        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rebuilds keys and values and calls the attention that the config names; returns [B,T,H,d] and the weights."""
+        key, value = self.expand_kv(latent, rope_key)
+        attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        kwargs |= {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        return attention(self, torch.cat([query_nope, query_rope], dim=-1), key, value, mask, **kwargs)
+
+    def absorbs(self, new: int, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        """Whether working in latent space costs fewer multiply-adds than expanding the cache, and the mask allows it."""
+        if kwargs.get("output_attentions") or (self.training and self.attention_dropout > 0):
+            return False
+        if not (mask is None and new == 1) and not (isinstance(mask, Tensor) and mask.dim() == 4):
+            return False
+        heads, kv_heads = self.query_rotation.shape[1], self.channel_weight.shape[1]
+        return new * heads * (self.kv_lora_rank - self.head_dim) < kv_heads * self.head_dim * self.kv_lora_rank
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        query_nope, query_rope = self.queries(hidden_states, cos, sin)
+        latent, rope_key = self.compress(hidden_states, cos, sin)
+        if past_key_values is not None:
+            latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
+        inputs = (query_nope, query_rope, latent, rope_key, attention_mask)
+        if self.absorbs(hidden_states.shape[1], attention_mask, kwargs):
+            output, weights = self.attend_absorbed(*inputs), None
+        else:
+            output, weights = self.attend_expanded(*inputs, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+
+class LatentModelMixin:
+    """Puts LatentAttention into every layer of the stock model, before any weight is loaded."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        layers: nn.ModuleList = self.model.layers  # type: ignore[attr-defined]
+        for layer, sizes in zip(layers, config.mla_layers, strict=True):
+            layer.self_attn = LatentAttention(layer.self_attn, sizes["kv_lora_rank"], sizes["qk_rope_head_dim"])
+
+
+class AnymlaLlamaConfig(LlamaConfig):
+    model_type = "anymla_llama"
+
+
+class AnymlaMistralConfig(MistralConfig):
+    model_type = "anymla_mistral"
+
+
+class AnymlaQwen2Config(Qwen2Config):
+    model_type = "anymla_qwen2"
+
+
+class AnymlaQwen3Config(Qwen3Config):
+    model_type = "anymla_qwen3"
+
+
+class AnymlaLlamaForCausalLM(LatentModelMixin, LlamaForCausalLM):
+    config_class = AnymlaLlamaConfig
+
+
+class AnymlaMistralForCausalLM(LatentModelMixin, MistralForCausalLM):
+    config_class = AnymlaMistralConfig
+
+
+class AnymlaQwen2ForCausalLM(LatentModelMixin, Qwen2ForCausalLM):
+    config_class = AnymlaQwen2Config
+
+
+class AnymlaQwen3ForCausalLM(LatentModelMixin, Qwen3ForCausalLM):
+    config_class = AnymlaQwen3Config

@@ -1,0 +1,18 @@
+"""Choices of the rope channels, one file each."""
+
+from anymla.rope.channel_pca import ChannelPCA
+from anymla.rope.channels import Channels, RopeChoice
+from anymla.rope.high import High
+from anymla.rope.low import Low
+from anymla.rope.two_norm import TwoNorm
+from anymla.rope.uniform import Uniform
+
+ROPE_CHOICES: dict[str, RopeChoice] = {
+    "channel-pca": ChannelPCA(),
+    "high": High(),
+    "low": Low(),
+    "uniform": Uniform(),
+    "two-norm": TwoNorm(),
+}
+
+__all__ = ["ROPE_CHOICES", "Channels", "RopeChoice"]

@@ -1,0 +1,52 @@
+"""Shared rope channels by complex principal components across kv heads (anymla; DESIGN section 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from anymla.calibration.moments import Moments
+from anymla.rope.channels import Channels
+
+
+@dataclass(frozen=True)
+class ChannelPCA:
+    """Top K of lambda_j (1 - |rho_f|^2) over all frequencies f and eigenvectors j.
+
+    For each frequency, the pairs z_f of all kv heads, weighted by how strongly queries read them (D_f), are rotated to
+    principal axes u_j: D_f^{1/2} E[z z^*] D_f^{1/2} u_j = lambda_j u_j. A channel is worth its energy lambda_j times the
+    part 1 - |rho_f|^2 of the rotation that an expected rotation rho cannot replace. Mixing kv heads within one frequency
+    commutes with RoPE, so all channels together are exact.
+    """
+
+    def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
+        heads, pairs = moments.rotation.shape
+        kv_heads = moments.key_norm.shape[0]
+        d = 2 * pairs
+        query_power = moments.query_gram.diagonal(dim1=1, dim2=2).view(heads, 2, pairs).sum(1)  # E|q_f|^2, [H,P]
+        reading = moments.key_weight[:, None] * query_power
+        read_by_group = reading.view(kv_heads, -1, pairs).sum(1).clamp_min(1e-30)  # D, [G,P]
+        lost = _lost_rotation(moments, expected_rotation)
+        lost_by_group = (reading * lost).view(kv_heads, -1, pairs).sum(1) / read_by_group
+
+        gram = moments.weighted_gram[: kv_heads * d, : kv_heads * d].view(kv_heads, 2, pairs, kv_heads, 2, pairs)
+        blocks = gram.diagonal(dim1=2, dim2=5)  # [G, 2, G, 2, P]
+        hermitian = torch.complex(blocks[:, 0, :, 0] + blocks[:, 1, :, 1], blocks[:, 1, :, 0] - blocks[:, 0, :, 1])
+        root = read_by_group.sqrt().T  # [P,G]
+        energy, axes = torch.linalg.eigh(root[:, :, None] * hermitian.permute(2, 0, 1) * root[:, None, :])
+        worth = energy * (axes.abs().square() * lost_by_group.T[:, :, None]).sum(1)  # [P,G]
+
+        best = worth.flatten().topk(rope_dims // 2).indices
+        frequency, axis = best // kv_heads, best % kv_heads
+        chosen = axes[frequency, :, axis]  # [K,G]
+        encode = chosen.conj() * root[frequency]
+        scale = encode.abs().square().sum(1, keepdim=True).sqrt()
+        return Channels(index=frequency, encode=encode / scale, decode=chosen / root[frequency] * scale)
+
+
+def _lost_rotation(moments: Moments, expected_rotation: bool) -> torch.Tensor:
+    """Share of a pair's score variance that a constant in place of its rotation loses, [H,P]."""
+    rho = moments.rotation
+    kept = rho.abs().square() if expected_rotation else 1 - (1 - rho).abs().square()
+    return (1 - kept).clamp_min(0)
