@@ -1,0 +1,45 @@
+"""anymla: turns any trained Transformer into one with multi-head latent attention, so that its KV cache shrinks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from anymla.evaluation.scores import Scores
+    from anymla.pipeline import Conversion, Inspection, convert, evaluate, explain_plan, inspect, plan
+    from anymla.planning.plan import Plan
+    from anymla.recipe import Recipe
+
+__all__ = [
+    "Conversion",
+    "Inspection",
+    "Plan",
+    "Recipe",
+    "Scores",
+    "convert",
+    "evaluate",
+    "explain_plan",
+    "inspect",
+    "plan",
+]
+
+_HOMES = {"Plan": "anymla.planning.plan", "Recipe": "anymla.recipe", "Scores": "anymla.evaluation.scores"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the public names when they are first used: `import anymla` stays free of torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'anymla' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES.get(name, "anymla.pipeline")), name)
+
+
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register_with_transformers(module: Any) -> None:
+    """Whenever transformers' Auto classes are loaded, now or later, they learn the converted families."""
+    from anymla.modeling.register import register
+
+    register()

@@ -49,7 +49,7 @@ class MomentSums:
         y, pairs = 2 * kv_heads * d, d // 2
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         self.tokens, self.received, self.rope_scale = 0, zeros(), 1.0
         self.gram, self.weighted_gram, self.weighted_mean = zeros(y, y), zeros(y, y), zeros(y)

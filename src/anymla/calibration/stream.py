@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,29 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
+
+
+class _Reached(Exception):
+    """Ends a layer's run where its attention begins."""
+
+
+@torch.no_grad()
+def attention_inputs(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], batch: int) -> Iterator[Tensor]:
+    """Yields per batch the attention module's input [B,T,D], and runs nothing behind it."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    hook = layer.self_attn.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for part in hidden.split(batch):
+            with suppress(_Reached):
+                layer(part, **arguments)
+            yield seen.pop()
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,6 +13,8 @@ from anymla.factorization.latent import Latent, LatentProblem, projection, top_e
 @dataclass(frozen=True)
 class BalancedPCA:
     """PCA of [k_rest / ratio ; v], ratio = mean column norm of k_rest over that of v on calibration text."""
+
+    refits_output: ClassVar[bool] = False
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         power = problem.gram.diagonal()

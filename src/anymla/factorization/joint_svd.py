@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from anymla.factorization.latent import Latent, LatentProblem, projection, top_eigenvectors
 
@@ -13,6 +14,8 @@ class JointSVD:
 
     With a key norm there is no linear W_k from x to the key; its rows times the norm's gain stand for it.
     """
+
+    refits_output: ClassVar[bool] = False
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         return projection(top_eigenvectors(problem.weight_gram, rank))

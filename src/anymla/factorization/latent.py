@@ -7,7 +7,7 @@ and the values. A factorisation approximates y by decoder @ encoder @ y + offset
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -45,7 +45,9 @@ class Latent:
 
 
 class Factorization(Protocol):
-    """Finds a rank-r latent of y."""
+    """Finds a rank-r latent of y; ``refits_output`` says whether W_o is then fitted to the original's output."""
+
+    refits_output: ClassVar[bool]
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent: ...
 

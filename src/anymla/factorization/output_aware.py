@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ class OutputAware:
     """
 
     metric_floor: float = 1e-4  # smallest eigenvalue of a metric block, as a share of its largest
+
+    refits_output: ClassVar[bool] = True
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         mean = problem.weighted_mean

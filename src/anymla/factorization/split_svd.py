@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,6 +13,8 @@ from anymla.factorization.latent import Latent, LatentProblem, projection, top_e
 @dataclass(frozen=True)
 class SplitSVD:
     """One latent for keys and one for values, ranks as equal as they can be (the values get an odd one)."""
+
+    refits_output: ClassVar[bool] = False
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         size = problem.key_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from anymla.factorization.latent import Latent, LatentProblem, projection, top_eigenvectors
 
@@ -13,6 +14,8 @@ class Whitened:
 
     Its left vectors are the eigenvectors of W C W^T = E[y y^T], and the result is U_r U_r^T W: no inverse is needed.
     """
+
+    refits_output: ClassVar[bool] = False
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         return projection(top_eigenvectors(problem.gram, rank))

@@ -1,0 +1,56 @@
+"""Writes a converted model as a checkpoint folder that loads anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+
+from anymla.io.checkpoint import check_space, copy_companions
+from anymla.modeling.modeling_anymla import LatentAttention
+from anymla.modeling.register import MODELS, register
+
+
+def converted_config(config: Any, layers: list[LatentAttention]) -> Any:
+    """The config of the converted model: the original's fields, DeepSeek's names, and each layer's sizes."""
+    register()
+    model_class = MODELS[f"anymla_{config.model_type}"]
+    head_dim = layers[0].head_dim
+    rank, rope_dims = max(layer.kv_lora_rank for layer in layers), max(layer.qk_rope_head_dim for layer in layers)
+    fields = config.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(name, None)
+    return model_class.config_class(
+        **fields,
+        architectures=[model_class.__name__],
+        kv_lora_rank=rank,
+        qk_rope_head_dim=rope_dims,
+        qk_nope_head_dim=head_dim,
+        v_head_dim=head_dim,
+        qk_head_dim=head_dim + rope_dims,
+        mla_layers=[{"kv_lora_rank": layer.kv_lora_rank, "qk_rope_head_dim": layer.qk_rope_head_dim} for layer in layers],
+    )
+
+
+def write_checkpoint(model: nn.Module, layers: list[LatentAttention], source: Path, folder: Path, *, max_shard_size: str) -> None:
+    """Writes weights, config, modelling file, tokenizer and generation settings of ``model`` into ``folder``."""
+    config = converted_config(model.config, layers)
+    state = _owned_tensors(model)
+    check_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
+    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+    copy_companions(source, folder)
+    model_class = MODELS[config.model_type]
+    module = model_class.__module__.rsplit(".", 1)[-1]
+    config.auto_map = {
+        "AutoConfig": f"{module}.{type(config).__name__}",
+        "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
+    }
+    config.save_pretrained(folder)
+
+
+def _owned_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the names that the model ties to others."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

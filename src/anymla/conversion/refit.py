@@ -1,0 +1,64 @@
+"""Least-squares refit of the output projection after a layer was converted (docs/mathematics.md, 'The refit')."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean feature power that hold the weight to where it was
+
+
+@dataclass
+class NormalEquations:
+    """Sums for regressing an output error [N,D] on features [N,F]: X^T X, X^T E, ||E||^2."""
+
+    gram: Tensor
+    cross: Tensor
+    error: float
+
+    def error_of(self, change: Tensor) -> float:
+        """||E - X change||^2."""
+        return self.error - 2 * (change * self.cross).sum().item() + (change * (self.gram @ change)).sum().item()
+
+
+def normal_equations(batches: Iterable[tuple[Tensor, Tensor]]) -> NormalEquations:
+    """Accumulates (features [..,F], error [..,D]) in float64; a constant feature is appended for the bias."""
+    gram = cross = torch.zeros(())
+    total = 0.0
+    for features, error in batches:
+        x, e = features.flatten(0, -2).double(), error.flatten(0, -2).double()
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        gram, cross, total = gram.to(x.device) + x.T @ x, cross.to(x.device) + x.T @ e, total + e.square().sum().item()
+    return NormalEquations(gram, cross, total)
+
+
+def best_change(fit: NormalEquations, choice: NormalEquations) -> Tensor | None:
+    """The ridge solution [F+1,D] of ``fit`` whose strength does best on ``choice``; None where none beats no change."""
+    power = fit.gram.diagonal()[:-1].mean()
+    penalty = torch.ones_like(fit.gram.diagonal()) * power
+    penalty[-1] = 0  # the bias is free
+    best, best_error = None, choice.error
+    for ridge in RIDGES:
+        change = torch.linalg.lstsq(fit.gram + torch.diag(ridge * penalty), fit.cross).solution
+        if torch.isfinite(change).all() and (error := choice.error_of(change)) < best_error:
+            best, best_error = change, error
+    return best
+
+
+def refit_output(
+    attention: nn.Module, batches: Callable[[slice], Iterable[tuple[Tensor, Tensor]]], fit: slice, choice: slice
+) -> None:
+    """Changes ``attention.o_proj`` in place. ``batches(windows)`` yields its input and what its output still lacks.
+
+    The converted layer then makes up, as far as a linear map can, for what it and the converted layers below it lost:
+    W_o moves by argmin ||X change - E||^2 + ridge ||change||^2, the ridge chosen on windows that were not fitted.
+    """
+    change = best_change(normal_equations(batches(fit)), normal_equations(batches(choice)))
+    if change is not None:
+        projection = attention.o_proj
+        weight, bias = projection.weight.double() + change[:-1].T, projection.bias.double() + change[-1]
+        projection.weight.data.copy_(weight)
+        projection.bias.data.copy_(bias)

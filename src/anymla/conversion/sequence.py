@@ -1,0 +1,164 @@
+"""Converts a model layer by layer: each one fitted to give the original's output from the converted layers below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anymla.architectures.attention import project, read_weights
+from anymla.architectures.blueprint import AttentionSpec
+from anymla.calibration.moments import Moments, MomentSums
+from anymla.calibration.stream import attention_inputs, batch_size, decoder_layers, layer_inputs, run_layer
+from anymla.conversion.layer import build_attention, convert_layer, latent_tensors
+from anymla.conversion.refit import refit_output
+from anymla.factorization import FACTORIZATIONS
+from anymla.modeling.modeling_anymla import LatentAttention
+from anymla.planning.plan import LayerPlan
+from anymla.recipe import Recipe
+from anymla.rope import ROPE_CHOICES
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which calibration windows serve what: moments and refit, choices, and the report at the end."""
+
+    fit: slice
+    choice: slice
+    held_out: slice
+
+    @classmethod
+    def of(cls, windows: int) -> Split:
+        """Five eighths to fit, two to choose, one held out."""
+        held_out, choice = max(1, windows // 8), max(1, windows // 4)
+        first, second = windows - held_out - choice, windows - held_out
+        return cls(slice(0, first), slice(first, second), slice(second, windows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """What became of one layer; ``error`` is the squared output error over the squared output, on choice windows."""
+
+    layer: int
+    rope_dims: int
+    kv_rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Final hidden states [N,T,D] of the held-out windows, original and converted, and the layers."""
+
+    original: Tensor
+    converted: Tensor
+    attentions: list[LatentAttention]
+    results: list[LayerResult]
+
+
+@torch.no_grad()
+def convert_layers(
+    model: nn.Module,
+    specs: tuple[AttentionSpec, ...],
+    plans: tuple[LayerPlan, ...],
+    recipe: Recipe,
+    windows: Tensor,
+    on_layer: Callable[[LayerResult], None],
+) -> Converted:
+    """Replaces every attention module of ``model`` in place; ``windows`` [N,T] are calibration tokens."""
+    inputs = layer_inputs(model, windows)
+    split = Split.of(len(windows))
+    original, converted = inputs.hidden, inputs.hidden
+    attentions, results = [], []
+    for index, layer in enumerate(decoder_layers(model)):
+        step = _LayerStep(layer, specs[index], plans[index], recipe, inputs.arguments[index], split)
+        original_next = step.measure(original, converted)
+        attention, result = step.choose(index)
+        layer.self_attn = attention
+        converted = torch.cat([output for _, _, output in run_layer(layer, converted, step.arguments, step.batch)])
+        original = original_next
+        attentions.append(attention)
+        results.append(result)
+        on_layer(result)
+    return Converted(original[split.held_out], converted[split.held_out], attentions, results)
+
+
+class _LayerStep:
+    """One layer's conversion: holds that layer's activations, and no other's."""
+
+    def __init__(
+        self, layer: nn.Module, spec: AttentionSpec, plan: LayerPlan, recipe: Recipe, arguments: dict[str, Any], split: Split
+    ) -> None:
+        self.layer, self.spec, self.plan, self.recipe = layer, spec, plan, recipe
+        self.arguments, self.split = arguments, split
+        self.cos, self.sin = arguments["position_embeddings"]
+        self.batch = batch_size(spec.num_heads, self.cos.shape[1])
+
+    def measure(self, original: Tensor, converted: Tensor) -> Tensor:
+        """Collects moments on the original's activations, the attention's inputs below converted layers, and its targets.
+
+        The target is what the original attention adds to the residual stream, plus what the converted layers below
+        have lost of that stream by now. Returns the original's hidden states behind this layer.
+        """
+        self.weights = read_weights(self.layer.self_attn, self.spec)
+        sums, seen = MomentSums(self.weights), 0
+        targets, outputs = [], []
+        for inputs, attended, output in run_layer(self.layer, original, self.arguments, self.batch):
+            fitted = inputs[: max(0, self.split.fit.stop - seen)]
+            if len(fitted):
+                states = project(self.layer.self_attn, self.spec, fitted)
+                sums.add(*states, self.cos, self.sin, self.arguments["attention_mask"])
+            seen += len(inputs)
+            targets.append(attended)
+            outputs.append(output)
+        self.moments: Moments = sums.moments()
+        self.target = torch.cat(targets) + (original - converted)
+        self.inputs = torch.cat(list(attention_inputs(self.layer, converted, self.arguments, self.batch)))
+        return torch.cat(outputs)
+
+    def choose(self, index: int) -> tuple[LatentAttention, LayerResult]:
+        """The split between rope dims and rank that loses least on the choice windows, its output projection refitted."""
+        best, best_dims, least = None, 0, float("inf")
+        for rope_dims in self._rope_choices():
+            attention = self._build(rope_dims)
+            error = sum(lost.square().sum().item() for _, lost in self._lost(attention, self.split.choice))
+            if best is None or error < least:
+                best, best_dims, least = attention, rope_dims, error
+        assert best is not None
+        if FACTORIZATIONS[self.recipe.factorization].refits_output:
+            refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
+            least = sum(lost.square().sum().item() for _, lost in self._lost(best, self.split.choice))
+        size = self.target[self.split.choice].double().square().sum().item()
+        return best, LayerResult(layer=index, rope_dims=best_dims, kv_rank=best.kv_lora_rank, error=least / max(size, 1e-300))
+
+    def _rope_choices(self) -> tuple[int, ...]:
+        return self.plan.rope_choices if self.plan.rope_dims is None else (self.plan.rope_dims,)
+
+    def _build(self, rope_dims: int) -> LatentAttention:
+        rank = self.plan.cached_numbers - rope_dims if self.plan.kv_rank is None else self.plan.kv_rank
+        converted = convert_layer(
+            self.weights,
+            self.moments,
+            ROPE_CHOICES[self.recipe.rope],
+            FACTORIZATIONS[self.recipe.factorization],
+            rope_dims=rope_dims,
+            kv_rank=rank,
+            expected_rotation=self.recipe.expected_rotation,
+        )
+        tensors = latent_tensors(self.weights, converted, key_norm=self.spec.qk_norm)
+        return build_attention(self.layer.self_attn, tensors, kv_rank=rank, rope_dims=rope_dims)
+
+    def _lost(self, attention: LatentAttention, windows: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per batch: the input of the output projection, and the target less its output."""
+        seen: list[Tensor] = []
+        hook = attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            for inputs, target in zip(
+                self.inputs[windows].split(self.batch), self.target[windows].split(self.batch), strict=True
+            ):
+                output, _ = attention(inputs, **self.arguments)
+                yield seen.pop(), target - output
+        finally:
+            hook.remove()

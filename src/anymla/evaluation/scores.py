@@ -1,0 +1,98 @@
+"""Quality and cache of a model: perplexity, KL to the original, top-1 agreement, and bytes read from the live cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CACHE_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSize:
+    """What one token costs in the cache, measured from the cache's tensors."""
+
+    numbers_per_layer: list[float]
+    bytes: float
+
+    @property
+    def numbers(self) -> float:
+        """Numbers per token and layer, the mean over layers; whole where it is whole."""
+        mean = sum(self.numbers_per_layer) / len(self.numbers_per_layer)
+        return int(mean) if mean == int(mean) else mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of a model on a text; ``kl`` (nats per token) and ``top1_agreement`` are None without an original."""
+
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    cache_bytes_per_token: float
+    cache_numbers_per_token_per_layer: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scores under their stable JSON names."""
+        return asdict(self)
+
+
+class ScoreSums:
+    """Running sums over batches of logits."""
+
+    def __init__(self) -> None:
+        self.tokens = self.scored = 0
+        self.loss = self.kl = self.agreed = 0.0
+        self.compared = False
+
+    def add(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
+        """Adds windows ``ids`` [B,T] with ``logits`` [B,T,V] and those of the original."""
+        self.tokens += ids.numel()
+        self.scored += ids[:, 1:].numel()
+        for row, window in enumerate(ids):  # one window at a time: [T,V] is what fills memory
+            log_p = logits[row, :-1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            self.loss -= log_p.gather(-1, window[1:, None]).sum().item()
+            if reference is not None:
+                self.compared = True
+                log_q = reference[row, :-1].to(log_p.dtype).log_softmax(-1)
+                self.kl += (log_q.exp() * (log_q - log_p)).sum().item()
+                self.agreed += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
+
+    def scores(self, cache: CacheSize) -> Scores:
+        """The means, with the cache's size."""
+        loss = self.loss / self.scored
+        return Scores(
+            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            kl=max(0.0, self.kl / self.scored) if self.compared else None,
+            top1_agreement=self.agreed / self.scored if self.compared else None,
+            cache_bytes_per_token=cache.bytes,
+            cache_numbers_per_token_per_layer=cache.numbers,
+            tokens=self.tokens,
+        )
+
+
+@torch.no_grad()
+def measure_cache(model: Any) -> CacheSize:
+    """Runs a few tokens through ``model`` and reads the tensors that its cache then holds."""
+    ids = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long, device=model.device)
+    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    tensors = [(layer.keys, layer.values) for layer in layers]
+    numbers = [(keys.numel() + values.numel()) / CACHE_PROBE_TOKENS for keys, values in tensors]
+    size = sum(tensor.numel() * tensor.element_size() for pair in tensors for tensor in pair) / CACHE_PROBE_TOKENS
+    return CacheSize(numbers_per_layer=numbers, bytes=int(size) if size == int(size) else size)
+
+
+@torch.no_grad()
+def score_model(model: Any, windows: Tensor, original: Any = None) -> Scores:
+    """Scores ``model`` on ``windows`` [N,T] of tokens, against ``original`` where given."""
+    sums = ScoreSums()
+    for window in windows:
+        ids = window[None].to(model.device)
+        reference = None if original is None else original(input_ids=ids, use_cache=False).logits
+        sums.add(model(input_ids=ids, use_cache=False).logits, ids, reference)
+    return sums.scores(measure_cache(model))

@@ -1,0 +1,181 @@
+"""Checkpoint folders: finding and checking one, loading its model, writing a converted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from anymla.errors import CheckpointError, OutputError
+
+CONFIG_FILES = ["config.json"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+INDEX = "model.safetensors.index.json"
+
+
+def find_model(model: str | Path, *, config_only: bool = False) -> Path:
+    """The local folder of ``model``: itself, or the hub cache's copy of a hub id (downloaded where needed).
+
+    Raises:
+        CheckpointError: no such folder, or the hub does not have it or cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    name = str(model)
+    if name.count("/") > 1 or name.startswith((".", "/", "~", "-")) or not name:
+        raise CheckpointError(f"{name} does not exist: MODEL must be a local checkpoint folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=CONFIG_FILES if config_only else MODEL_FILES))
+    except HFValidationError as error:
+        raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
+    except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{name} is not a local folder, and the hub did not give it: {reason:.160}") from error
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each opened and found whole.
+
+    Raises:
+        CheckpointError: no safetensors, a shard is missing or truncated, or the index names a file outside the folder.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = _weight_files(folder)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    return files
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+        if outside := [name for name in names if Path(name).name != name]:
+            raise CheckpointError(f"{index} names a file outside the folder: {outside[0]}")
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(f"{folder} lacks the shard {missing[0]} that {INDEX} names")
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise CheckpointError(
+            f"{folder} holds pickled weights (.bin) only, which can run code when opened; anymla reads safetensors only: "
+            "save the model with save_pretrained of transformers 5"
+        )
+    raise CheckpointError(f"{folder} has no model.safetensors and no {INDEX}")
+
+
+def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -> Any:
+    """The causal language model of ``folder``, ready to evaluate.
+
+    Raises:
+        CheckpointError: a tensor is missing, has the wrong shape, or holds NaN or infinity.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    check_weights(folder)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
+    for kind, names in (("lacks the tensor", info["missing_keys"]), ("has a tensor of wrong shape:", info["mismatched_keys"])):
+        if names:
+            first = sorted(names, key=str)[0]
+            raise CheckpointError(f"{folder} {kind} {first if isinstance(first, str) else first[0]}")
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: tensor {name} holds NaN or infinity")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of ``folder``.
+
+    Raises:
+        CheckpointError: it has none, or it needs code from the checkpoint.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raise anything, bare Exception included
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {' '.join(str(error).split()):.200}") from error
+
+
+def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
+    """Refuses an output folder that exists (without ``overwrite``), is the source, or lies in an unwritable place."""
+    if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
+        raise OutputError(f"{output} is, or lies in, the source checkpoint, which is never written to: choose another -o")
+    if output.is_file():
+        raise OutputError(f"{output} is a file: choose another -o")
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists: choose another -o, or give --overwrite")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        raise OutputError(f"{output} cannot be made: {parent} is not a writable folder")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside ``output`` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    part = output.absolute().with_name(f".{output.name}.partial-{os.getpid()}")
+    old = part.with_name(f".{output.name}.old-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if output.exists():
+            output.rename(old)
+        part.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{output} could not be written: {' '.join(str(error).split())}; nothing was left there") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses to begin writing ``needed`` bytes where the disk has fewer.
+
+    Raises:
+        OSError: not enough room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free on the disk")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies tokenizer, generation settings and licences: all files beside the weights and the config."""
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
+    for file in source.iterdir():
+        skip = file.suffix in weights or file.name in ("config.json", INDEX) or file.name.endswith(".index.json")
+        if file.is_file() and not skip and not file.name.startswith("."):
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,316 @@
+"""The corridor: inspect, plan, convert and evaluate call the rooms in order."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anymla.architectures.blueprint import DTYPE_BYTES, Blueprint, read_blueprint, read_config, refusal
+from anymla.errors import CheckpointError, InfeasibleError, RecipeError, TextError, UnsupportedModelError
+from anymla.io.checkpoint import check_output, check_weights, find_model, load_model, load_tokenizer, new_folder
+from anymla.planning.plan import Plan, explain, make_plan
+from anymla.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from anymla.conversion.sequence import Converted, LayerResult
+    from anymla.evaluation.scores import CacheSize, Scores
+
+REDUCTIONS = (4, 8, 16)
+Progress = Callable[[int, int, "LayerResult"], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a model is and what its cache costs; ``blueprint`` is None where ``supported`` is False."""
+
+    model: str
+    supported: bool
+    reason: str | None
+    blueprint: Blueprint | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts under their stable JSON names."""
+        facts: dict[str, Any] = {"model": self.model, "supported": self.supported, "reason": self.reason}
+        facts |= {"cache_numbers_per_token_per_layer": None, "cache_bytes_per_token": None}
+        if (blueprint := self.blueprint) is None:
+            return facts
+        facts["cache_numbers_per_token_per_layer"] = blueprint.cached_numbers
+        facts["cache_bytes_per_token"] = blueprint.cache_bytes
+        facts["cache_bytes_per_token_at"] = {f"{times}x": blueprint.cache_bytes / times for times in REDUCTIONS}
+        shape = asdict(blueprint) | {"num_layers": len(blueprint.layers)}
+        return facts | {"layers": [asdict(layer) for layer in blueprint.layers], **{k: shape[k] for k in shape if k != "layers"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after."""
+
+    output: Path
+    plan: Plan
+    layers: tuple[LayerResult, ...]
+    before: Scores
+    after: Scores
+    seconds: float
+    peak_rss_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report under its stable JSON names."""
+        return {
+            "output": str(self.output),
+            "recipe": self.plan.recipe.model_dump(),
+            "layers": [asdict(layer) for layer in self.layers],
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "anymla_version": version("anymla"),
+        }
+
+
+def inspect(model: str | Path) -> Inspection:
+    """Reads a model's facts from its config alone.
+
+    Args:
+        model: a local checkpoint folder or a hub id.
+
+    Raises:
+        CheckpointError: there is no such model, or its config cannot be read.
+    """
+    config = read_config(find_model(model, config_only=True))
+    try:
+        return Inspection(model=str(model), supported=True, reason=None, blueprint=read_blueprint(config))
+    except UnsupportedModelError as error:
+        return Inspection(model=str(model), supported=False, reason=str(error), blueprint=None)
+
+
+def plan(model: str | Path, recipe: Recipe | None = None, **settings: Any) -> Plan:
+    """A dry run from the config alone: cached numbers, rope dims and rank of every layer.
+
+    Args:
+        model: a local checkpoint folder or a hub id.
+        recipe: settings to start from. Default: the default recipe.
+        settings: fields of :class:`~anymla.Recipe` that override it, as ``kv_cache=0.25``.
+
+    Raises:
+        UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError: as the message says.
+    """
+    blueprint = read_blueprint(read_config(find_model(model, config_only=True)))
+    return make_plan(str(model), blueprint, with_settings(recipe, settings))
+
+
+def explain_plan(plan: Plan) -> dict[str, Any]:
+    """A plan's costs before and after: per layer cached numbers, parameters, FLOPs per token; predicted peak bytes."""
+    return explain(plan, read_blueprint(read_config(find_model(plan.model, config_only=True))))
+
+
+def with_settings(recipe: Recipe | None, settings: dict[str, Any]) -> Recipe:
+    """``recipe`` with ``settings`` in place of its own."""
+    base = {} if recipe is None else recipe.model_dump(exclude_unset=True)
+    return Recipe.of(base | settings, "settings")
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe | Plan | None = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Conversion:
+    """Converts a model to multi-head latent attention and writes it to ``output``.
+
+    Args:
+        model: a local checkpoint folder or a hub id; it is only read.
+        output: the folder to write; loads with ``AutoModelForCausalLM.from_pretrained`` after ``import anymla``, or
+            with ``trust_remote_code=True`` without it.
+        recipe: settings to start from, or a plan of :func:`plan`.
+        overwrite: replace ``output`` if it exists.
+        max_shard_size: as in ``save_pretrained``.
+        progress: called after each layer with (layers done, layers, result).
+        settings: fields of :class:`~anymla.Recipe` that override the recipe, as ``kv_cache=0.25``.
+
+    Returns:
+        The report, also written beside the weights with the recipe and the final plan.
+
+    Raises:
+        UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError, TextError, OutputError: one clear line each.
+    """
+    started, output = time.monotonic(), Path(output).expanduser()
+    source = find_model(model)
+    blueprint = read_blueprint(read_config(source))
+    chosen = _chosen_plan(str(model), blueprint, recipe, settings)
+    check_output(output, source, overwrite=overwrite)
+    check_weights(source)
+    windows = _calibration(chosen.recipe, source, blueprint)
+    loaded = load_model(source, dtype=chosen.recipe.dtype, device=pick_device(chosen.recipe.device))
+
+    from anymla.conversion.checkpoint import write_checkpoint
+    from anymla.conversion.sequence import Split, convert_layers
+    from anymla.evaluation.scores import measure_cache
+
+    cache_before, total = measure_cache(loaded), len(blueprint.layers)
+
+    def on_layer(result: LayerResult) -> None:
+        if progress is not None:
+            progress(result.layer + 1, total, result)
+
+    converted = convert_layers(loaded, blueprint.layers, chosen.layers, chosen.recipe, windows.to(loaded.device), on_layer)
+    held_out = windows[Split.of(len(windows)).held_out].to(loaded.device)
+    before, after = _held_out_scores(loaded, converted, held_out, cache_before, measure_cache(loaded))
+    final = _final_plan(chosen, converted.results)
+    with new_folder(output) as folder:
+        write_checkpoint(loaded, converted.attentions, source, folder, max_shard_size=max_shard_size)
+        report = Conversion(
+            output=output,
+            plan=final,
+            layers=tuple(converted.results),
+            before=before,
+            after=after,
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=peak_rss(),
+        )
+        _write_report(folder, report)
+    return report
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path,
+    against: str | Path | None = None,
+    *,
+    tokens: int | None = None,
+    length: int = 1024,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> Scores:
+    """Perplexity of a model on a text, its KL and top-1 agreement to another, and its live cache's size.
+
+    Args:
+        model: a local folder or hub id, converted or not.
+        text: a text file, a .jsonl file or a hub data set, as for calibration; read in order, not sampled.
+        against: the original to compare to.
+        tokens: read at most this many tokens. Default: all.
+        length: tokens per window (at most the model's context).
+
+    Raises:
+        CheckpointError, TextError: as the message says.
+    """
+    from itertools import islice
+
+    from anymla.calibration.text import read_documents, token_windows, tokenize
+    from anymla.evaluation.scores import score_model
+
+    _register()
+    folder = find_model(model)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    ids = islice(tokenize(read_documents(text), tokenizer), tokens)
+    windows = token_windows(ids, min(length, config.get("max_position_embeddings", length)), text)
+    device = pick_device(device)
+    loaded = load_model(folder, dtype=dtype, device=device)
+    _check_vocabulary(windows, loaded, text)
+    original = None if against is None else load_model(find_model(against), dtype=dtype, device=device)
+    if original is not None and original.config.vocab_size != loaded.config.vocab_size:
+        raise CheckpointError(
+            f"{against} has a vocabulary of {original.config.vocab_size} and {model} of {loaded.config.vocab_size}: "
+            "--against must be the model it was converted from"
+        )
+    return score_model(loaded, windows, original)
+
+
+def pick_device(device: str) -> str:
+    """The torch device that ``device`` names; ``auto`` is a GPU where there is one.
+
+    Raises:
+        RecipeError: torch does not know it or this machine does not have it.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {device} cannot be used: {str(error).splitlines()[0]:.160}") from error
+    return device
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+def _register() -> None:
+    from anymla.modeling.register import register
+
+    register()
+
+
+def _chosen_plan(model: str, blueprint: Blueprint, recipe: Recipe | Plan | None, settings: dict[str, Any]) -> Plan:
+    if not isinstance(recipe, Plan):
+        return make_plan(model, blueprint, with_settings(recipe, settings))
+    if settings:
+        raise RecipeError(f"{', '.join(settings)}: a plan is final; change its recipe and plan again")
+    if len(recipe.layers) != len(blueprint.layers):
+        raise InfeasibleError(f"the plan has {len(recipe.layers)} layers and {model} has {len(blueprint.layers)}")
+    return recipe
+
+
+def _calibration(recipe: Recipe, source: Path, blueprint: Blueprint) -> torch.Tensor:
+    from anymla.calibration.text import bundled_text, calibration_windows
+
+    text = recipe.calibration or bundled_text("train")
+    length = min(recipe.calibration_length, blueprint.max_position_embeddings)
+    windows = calibration_windows(
+        text, load_tokenizer(source), tokens=recipe.calibration_tokens, length=length, seed=recipe.seed
+    )
+    if (largest := int(windows.max())) >= blueprint.vocab_size:
+        raise TextError(f"{source}: its tokenizer gives id {largest} but the model has {blueprint.vocab_size} tokens")
+    return windows
+
+
+def _check_vocabulary(windows: torch.Tensor, model: Any, text: str | Path) -> None:
+    if (largest := int(windows.max())) >= model.config.vocab_size:
+        raise TextError(f"{text}: the tokenizer gives id {largest} but the model has {model.config.vocab_size} tokens")
+
+
+def _held_out_scores(
+    model: Any, converted: Converted, windows: torch.Tensor, cache_before: CacheSize, cache_after: CacheSize
+) -> tuple[Scores, Scores]:
+    from anymla.calibration.stream import logits_of
+    from anymla.evaluation.scores import ScoreSums
+
+    before, after = ScoreSums(), ScoreSums()
+    for original, hidden, ids in zip(converted.original, converted.converted, windows, strict=True):
+        reference = logits_of(model, original[None])
+        before.add(reference, ids[None], reference)
+        after.add(logits_of(model, hidden[None]), ids[None], reference)
+    return before.scores(cache_before), after.scores(cache_after)
+
+
+def _final_plan(plan: Plan, results: list[LayerResult]) -> Plan:
+    layers = tuple(
+        layer.model_copy(update={"rope_dims": result.rope_dims, "kv_rank": result.kv_rank, "rope_choices": ()})
+        for layer, result in zip(plan.layers, results, strict=True)
+    )
+    return plan.model_copy(update={"layers": layers})
+
+
+def _write_report(folder: Path, report: Conversion) -> None:
+    import json
+
+    (folder / "recipe.yaml").write_text(report.plan.recipe.to_yaml(), encoding="utf-8")
+    (folder / "plan.yaml").write_text(report.plan.to_yaml(), encoding="utf-8")
+    (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,65 @@
+"""What a layer costs before and after conversion, and what converting takes; numbers from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
+from anymla.recipe import Recipe
+
+CONTEXT = 4096  # cached tokens at which FLOPs per token are counted
+RUNTIME_BYTES = 500 << 20  # Python, torch and transformers themselves
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Attention weights of one layer, and floating point operations of one decoded token at 4096 cached tokens."""
+
+    parameters: int
+    flops_per_token: int
+
+
+def original_cost(spec: AttentionSpec, hidden: int) -> LayerCost:
+    """Cost of the original attention: q, k, v, o projections and two products with the cache."""
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    projections = 2 * hidden * queries + 2 * hidden * keys
+    biases = (queries + 2 * keys) * spec.qkv_bias + hidden * spec.output_bias + 2 * spec.head_dim * spec.qk_norm
+    return LayerCost(projections + biases, 2 * (projections + 2 * queries * CONTEXT))
+
+
+def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int) -> LayerCost:
+    """Cost of absorbed latent attention: H (2r + 2K) multiply-adds per cached token."""
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    decoder = 2 * keys * rank
+    if spec.qk_norm:
+        encoder = hidden * keys + keys * (rank + rope_dims) + hidden * rank
+    else:
+        encoder = hidden * (rank + rope_dims)
+    biases = queries * spec.qkv_bias + rank + rope_dims * (not spec.qk_norm) + hidden + 2 * spec.head_dim * spec.qk_norm
+    if spec.qk_norm:
+        biases += keys * spec.qkv_bias
+    channels = queries + spec.num_kv_heads * rope_dims + rope_dims // 2  # expected rotation, channel weights and indices
+    projections = 2 * hidden * queries + encoder
+    absorption = 2 * queries * rank  # W_uk on the query, W_uv on the context: once per query head
+    attention = spec.num_heads * (2 * rank + rope_dims) * CONTEXT
+    return LayerCost(projections + decoder + biases + channels, 2 * (projections + absorption + attention))
+
+
+def model_parameters(blueprint: Blueprint) -> int:
+    """Parameters of the original model: attention, a gated MLP of three matrices, norms and embeddings."""
+    hidden = blueprint.hidden_size
+    per_layer = sum(original_cost(spec, hidden).parameters for spec in blueprint.layers)
+    mlp = len(blueprint.layers) * (3 * hidden * blueprint.intermediate_size + 2 * hidden)
+    embeddings = blueprint.vocab_size * hidden * (1 if blueprint.tied_embeddings else 2)
+    return per_layer + mlp + embeddings + hidden
+
+
+def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:
+    """Predicted peak bytes of a conversion: weights, one layer's statistics, calibration activations, the runtime."""
+    width = DTYPE_BYTES[recipe.dtype or blueprint.dtype]
+    spec = max(blueprint.layers, key=lambda layer: layer.num_heads * layer.head_dim)
+    values, queries = spec.cached_numbers, spec.num_heads * spec.head_dim
+    statistics = 8 * (12 * values**2 + 3 * queries * spec.head_dim + 6 * queries * blueprint.hidden_size)
+    activations = 6 * recipe.calibration_tokens * blueprint.hidden_size * width
+    logits = 4 * 4 * recipe.calibration_length * blueprint.vocab_size
+    return model_parameters(blueprint) * width + statistics + activations + logits + RUNTIME_BYTES

@@ -1,0 +1,163 @@
+"""The plan: what each layer becomes, what it costs, before anything is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
+from anymla.errors import InfeasibleError, RecipeError
+from anymla.planning.costs import latent_cost, original_cost, peak_memory
+from anymla.recipe import Recipe, read_yaml
+
+TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
+ROPE_SHARES = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried on calibration text
+
+
+class LayerPlan(BaseModel):
+    """One layer: cached numbers per token, and how they split into 2K rope dims and the latent rank.
+
+    ``rope_dims`` is the total over kv heads. Where it is None, conversion chooses it among ``rope_choices``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cached_numbers: int
+    rope_dims: int | None
+    kv_rank: int | None
+    rope_choices: tuple[int, ...] = ()
+
+
+class Plan(BaseModel):
+    """A recipe and what it means for every layer of one model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    recipe: Recipe
+    layers: tuple[LayerPlan, ...]
+
+    def to_yaml(self) -> str:
+        """The plan as YAML, for ``anymla convert --plan``."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Reads a plan that ``anymla plan`` wrote.
+
+        Raises:
+            RecipeError: the file is missing or is not a plan.
+        """
+        try:
+            return cls.model_validate(read_yaml(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RecipeError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def make_plan(model: str, blueprint: Blueprint, recipe: Recipe) -> Plan:
+    """Turns the budget into cached numbers, rope dims and rank per layer.
+
+    Raises:
+        InfeasibleError: the budget or an explicit size cannot be met; names what can.
+    """
+    return Plan(
+        model=model, recipe=recipe, layers=tuple(_plan_layer(spec, recipe, index) for index, spec in enumerate(blueprint.layers))
+    )
+
+
+def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
+    keys = spec.num_kv_heads * spec.head_dim  # Gd, the most rope dims there can be
+    step = 2 if recipe.rope == "channel-pca" else 2 * spec.num_kv_heads  # rope dims come in pairs, or pairs of every head
+    rope_dims = _explicit_rope_dims(spec, recipe)
+    if recipe.kv_rank is not None and recipe.kv_rank > 2 * keys:
+        raise InfeasibleError(f"--kv-rank {recipe.kv_rank} is more than layer {index} has: keys and values are {2 * keys} numbers")
+    if rope_dims is not None and recipe.kv_rank is not None:
+        return LayerPlan(cached_numbers=rope_dims + recipe.kv_rank, rope_dims=rope_dims, kv_rank=recipe.kv_rank)
+    cached = int(spec.cached_numbers * recipe.kv_cache + 1e-9)
+    least = (step if rope_dims is None else rope_dims) + (recipe.kv_rank or 1)
+    if cached < least:
+        smallest = -(-least * 10000 // spec.cached_numbers) / 10000
+        given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in _explicit(recipe).items())
+        raise InfeasibleError(
+            f"--kv-cache {recipe.kv_cache:g} leaves layer {index} {cached} numbers per token; --rope {recipe.rope}{given} needs "
+            f"at least {least}: the smallest possible is --kv-cache {smallest:g}"
+        )
+    if recipe.kv_rank is not None:
+        rope_dims = min((cached - recipe.kv_rank) // step * step, keys)
+        return LayerPlan(cached_numbers=rope_dims + recipe.kv_rank, rope_dims=rope_dims, kv_rank=recipe.kv_rank)
+    if rope_dims is not None:
+        rank = min(cached - rope_dims, 2 * keys)
+        return LayerPlan(cached_numbers=rope_dims + rank, rope_dims=rope_dims, kv_rank=rank)
+    return _free_split(cached, step, keys)
+
+
+def _free_split(cached: int, step: int, keys: int) -> LayerPlan:
+    """Leaves the split to calibration; at full budget everything fits and nothing is left to choose."""
+    if cached >= 2 * keys:
+        return LayerPlan(cached_numbers=2 * keys, rope_dims=keys, kv_rank=keys)
+    most = min(keys, (cached - 1) // step * step)
+    shares = {round(cached * share / step) * step for share in ROPE_SHARES}
+    choices = tuple(sorted({min(max(dims, step), most) for dims in shares}))
+    return LayerPlan(cached_numbers=cached, rope_dims=None, kv_rank=None, rope_choices=choices)
+
+
+def _explicit(recipe: Recipe) -> dict[str, int]:
+    return {name: value for name in ("rope_dims", "kv_rank") if (value := getattr(recipe, name)) is not None}
+
+
+def _explicit_rope_dims(spec: AttentionSpec, recipe: Recipe) -> int | None:
+    """The recipe's rope dims as a total over kv heads, checked."""
+    if recipe.rope_dims is None:
+        return None
+    shared = recipe.rope == "channel-pca"
+    most = spec.num_kv_heads * spec.head_dim if shared else spec.head_dim
+    what = "in total" if shared else "per KV head"
+    if recipe.rope_dims % 2:
+        raise InfeasibleError(f"--rope-dims {recipe.rope_dims} is odd: rotated dims come in pairs ({what}, at most {most})")
+    if recipe.rope_dims > most:
+        raise InfeasibleError(f"--rope-dims {recipe.rope_dims} is too large: this model has {most} {what} for --rope {recipe.rope}")
+    return recipe.rope_dims if shared else recipe.rope_dims * spec.num_kv_heads
+
+
+def typical_split(layer: LayerPlan) -> tuple[int, int]:
+    """(rope dims, rank) of a layer; where they are still to be chosen, what the choice usually comes near."""
+    if layer.rope_dims is not None and layer.kv_rank is not None:
+        return layer.rope_dims, layer.kv_rank
+    rope_dims = min(layer.rope_choices, key=lambda dims: abs(dims - TYPICAL_ROPE_SHARE * layer.cached_numbers))
+    return rope_dims, layer.cached_numbers - rope_dims
+
+
+def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
+    """The plan's costs, ready for a table or JSON: per layer and in total, before and after."""
+    layers = []
+    for index, (layer, spec) in enumerate(zip(plan.layers, blueprint.layers, strict=True)):
+        rope_dims, rank = typical_split(layer)
+        before, after = original_cost(spec, blueprint.hidden_size), latent_cost(spec, blueprint.hidden_size, rope_dims, rank)
+        layers.append(
+            {
+                "layer": index,
+                "rope_dims": rope_dims,
+                "kv_rank": rank,
+                "chosen_on_calibration": layer.rope_dims is None,
+                "cached_numbers": {"before": spec.cached_numbers, "after": layer.cached_numbers},
+                "parameters": {"before": before.parameters, "after": after.parameters},
+                "flops_per_token": {"before": before.flops_per_token, "after": after.flops_per_token},
+            }
+        )
+    width = DTYPE_BYTES[plan.recipe.dtype or blueprint.dtype]
+    return {
+        "model": plan.model,
+        "recipe": plan.recipe.model_dump(),
+        "layers": layers,
+        "cache_bytes_per_token": {
+            "before": blueprint.cache_bytes // DTYPE_BYTES[blueprint.dtype] * width,
+            "after": sum(layer.cached_numbers for layer in plan.layers) * width,
+        },
+        "predicted_peak_bytes": peak_memory(blueprint, plan.recipe),
+    }
+
+

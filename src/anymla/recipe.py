@@ -1,0 +1,81 @@
+"""The recipe: every setting of a conversion, in one frozen object that is read from and written to YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from anymla.errors import RecipeError
+
+Rope = Literal["channel-pca", "high", "low", "uniform", "two-norm"]
+FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened", "balanced-pca"]
+DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class Recipe(BaseModel):
+    """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache to keep, 0 < x <= 1.")
+    rope: Rope = Field("channel-pca", description="Which rope channels stay rotated; the last four are MHA2MLA's.")
+    rope_dims: int | None = Field(
+        None,
+        ge=0,
+        description="Rotated dims: per KV head for high/low/uniform/two-norm, in total (2K) for channel-pca. "
+        "Default: chosen per layer on calibration text.",
+    )
+    kv_rank: int | None = Field(
+        None, ge=1, description="Latent rank per layer. Default: what the budget leaves beside the rope dims."
+    )
+    factorization: FactorizationName = Field("output-aware", description="How the latent is found.")
+    expected_rotation: bool = Field(
+        True, description="Replace dropped rotations by their expectation on calibration text (the paper: by 1)."
+    )
+    calibration: str | None = Field(
+        None, description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. Default: bundled stories."
+    )
+    calibration_tokens: int = Field(32768, ge=256, description="Tokens of calibration text to use.")
+    calibration_length: int = Field(
+        1024, ge=8, description="Tokens per calibration window (at most the model's context)."
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+    dtype: DtypeName | None = Field(None, description="Dtype to load and save in. Default: the checkpoint's.")
+    seed: int = Field(0, ge=0, description="Which pieces of the calibration text are drawn.")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], source: str = "recipe") -> Recipe:
+        """Checks ``settings``; the error names the field, its value and where it stood.
+
+        Raises:
+            RecipeError: an unknown field, or a value of the wrong kind or out of range.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            value = "" if first["type"] == "extra_forbidden" else f", got {first['input']!r:.60}"
+            raise RecipeError(f"{source}: {name}: {first['msg']}{value}") from error
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every field spelled out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        RecipeError: missing, unreadable, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold names and values, as 'kv_cache: 0.25'")
+    return content
