@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -32,14 +33,10 @@ def __getattr__(name: str) -> Any:
     """Loads the public names when they are first used: `import anymla` stays free of torch."""
     if name not in __all__:
         raise AttributeError(f"module 'anymla' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_HOMES.get(name, "anymla.pipeline")), name)
 
 
-@wrapt.when_imported("transformers.models.auto.configuration_auto")
+@wrapt.when_imported("transformers")
 def _register_with_transformers(module: Any) -> None:
-    """Whenever transformers' Auto classes are loaded, now or later, they learn the converted families."""
-    from anymla.modeling.register import register
-
-    register()
+    """When transformers is loaded, before or after anymla, its Auto classes learn the converted families."""
+    import_module("anymla.modeling.register").register()

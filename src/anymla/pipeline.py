@@ -12,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymla.architectures.blueprint import DTYPE_BYTES, Blueprint, read_blueprint, read_config, refusal
+from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
 from anymla.errors import CheckpointError, InfeasibleError, RecipeError, TextError, UnsupportedModelError
+from anymla.io.device import pick_device
 from anymla.io.checkpoint import check_output, check_weights, find_model, load_model, load_tokenizer, new_folder
 from anymla.planning.plan import Plan, explain, make_plan
 from anymla.recipe import Recipe
@@ -211,7 +212,6 @@ def evaluate(
     from anymla.calibration.text import read_documents, token_windows, tokenize
     from anymla.evaluation.scores import score_model
 
-    _register()
     folder = find_model(model)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
@@ -229,33 +229,10 @@ def evaluate(
     return score_model(loaded, windows, original)
 
 
-def pick_device(device: str) -> str:
-    """The torch device that ``device`` names; ``auto`` is a GPU where there is one.
-
-    Raises:
-        RecipeError: torch does not know it or this machine does not have it.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device {device} cannot be used: {str(error).splitlines()[0]:.160}") from error
-    return device
-
-
 def peak_rss() -> int:
     """The most memory this process has held, in bytes."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
-
-
-def _register() -> None:
-    from anymla.modeling.register import register
-
-    register()
 
 
 def _chosen_plan(model: str, blueprint: Blueprint, recipe: Recipe | Plan | None, settings: dict[str, Any]) -> Plan:

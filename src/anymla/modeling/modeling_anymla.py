@@ -140,7 +140,9 @@ class LatentAttention(nn.Module):
         )
         dropout = self.attention_dropout if self.training else 0.0
         kwargs |= {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
-        return attention(self, torch.cat([query_nope, query_rope], dim=-1), key, value, mask, **kwargs)
+        value = nn.functional.pad(value, (0, self.qk_rope_head_dim))  # flash kernels want keys and values of one width
+        output, weights = attention(self, torch.cat([query_nope, query_rope], dim=-1), key, value, mask, **kwargs)
+        return output[..., : self.head_dim], weights
 
     def absorbs(self, new: int, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
         """Whether working in latent space costs fewer multiply-adds than expanding the cache, and the mask allows it."""

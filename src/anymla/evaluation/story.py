@@ -1,0 +1,44 @@
+"""Text out: continues a prompt through transformers' own generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anymla.errors import TextError
+from anymla.io.checkpoint import find_model, load_model, load_tokenizer
+from anymla.io.device import pick_device
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, streamer: Any = None, **sampling: Any) -> str:
+    """The prompt and what ``model`` adds to it.
+
+    Raises:
+        TextError: the tokenizer makes no token of the prompt.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].numel() == 0:
+        raise TextError(f"--prompt {prompt!r} gives no tokens")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    tokens = model.generate(
+        **inputs.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling
+    )
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def stream_continuation(
+    model: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, device: str, dtype: str | None
+) -> None:
+    """Prints the continuation to stdout as it is made.
+
+    Raises:
+        CheckpointError, TextError: as the message says.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    folder = find_model(model)
+    loaded, tokenizer = load_model(folder, dtype=dtype, device=pick_device(device)), load_tokenizer(folder)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    continuation(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)

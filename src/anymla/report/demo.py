@@ -1,0 +1,136 @@
+"""`anymla demo`: the bundled model at several budgets, the paper's method beside ours at equal measured bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anymla.calibration.text import bundled_text, read_documents, token_windows, tokenize
+from anymla.errors import InfeasibleError, OutputError
+from anymla.evaluation.scores import Scores, score_model
+from anymla.evaluation.story import continuation
+from anymla.io.checkpoint import load_model, load_tokenizer, new_folder
+from anymla.pipeline import convert
+from anymla.report.plot import quality_plot
+from anymla.report.tables import size, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BUDGETS = (0.5, 0.3125, 0.25, 0.125)
+KEPT = 0.3125  # the converted model that the demo leaves behind
+PAPER = ("high", "low", "uniform", "two-norm")
+OURS = "anymla"
+WINDOW = 256
+CALIBRATION_TOKENS = 24576
+PROMPT = "Once upon a time, there was a little girl named Lily. She"
+MARK = "results.json"
+
+
+def bundled_model() -> Path:
+    """The small trained model in the package: stories260K, a Llama with GQA (MIT)."""
+    return bundled_text("train").parent / "stories260K"
+
+
+def run_demo(output: Path, console: Console | None) -> dict[str, Any]:
+    """Converts, scores, tells a story and writes ``output``; returns what it wrote to results.json.
+
+    Raises:
+        OutputError: ``output`` exists and is not an earlier demo's.
+    """
+    if output.exists() and not (output / MARK).is_file():
+        raise OutputError(f"{output} exists and is not an earlier demo's folder: choose another -o")
+    started, source = time.monotonic(), bundled_model()
+    original, tokenizer = load_model(source), load_tokenizer(source)
+    windows = token_windows(tokenize(read_documents(bundled_text("valid")), tokenizer), WINDOW, "bundled text")
+    base = score_model(original, windows, original)
+    with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+        rows = _convert_all(source, folder, Path(scratch), windows, original, console)
+        converted = load_model(folder / "model")
+        stories = {
+            name: continuation(model, tokenizer, PROMPT, max_new_tokens=96, do_sample=False)
+            for name, model in (("original", original), (f"converted, {KEPT:.4g} of the cache", converted))
+        }
+        results = {
+            "original": base.to_dict(),
+            "rows": [_plain(row) for row in rows],
+            "stories": stories,
+            "seconds": time.monotonic() - started,
+        }
+        (folder / MARK).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        quality_plot(folder / "quality.png", _curves(rows), (base.cache_bytes_per_token, base.perplexity))
+        if console is not None:
+            _show(console, base, rows, stories, output)
+    return results
+
+
+def _convert_all(
+    source: Path, folder: Path, scratch: Path, windows: Any, original: Any, console: Console | None
+) -> list[dict[str, Any]]:
+    """One row per budget and method; the kept model goes to folder/model."""
+    rows: list[dict[str, Any]] = []
+    for budget in BUDGETS:
+        for method in (OURS, *PAPER):
+            settings: dict[str, Any] = {"kv_cache": budget, "calibration_tokens": CALIBRATION_TOKENS}
+            settings["calibration_length"] = WINDOW
+            if method != OURS:
+                settings |= {"rope": method, "factorization": "joint-svd", "expected_rotation": False}
+            if console is not None:
+                console.print(f"converting to {budget:.4g} of the cache: {method}", end="\r")
+            target = folder / "model" if (budget, method) == (KEPT, OURS) else scratch / "model"
+            try:
+                convert(source, target, overwrite=True, **settings)
+            except InfeasibleError as error:
+                rows.append({"budget": budget, "method": method, "infeasible": str(error)})
+                continue
+            scores = score_model(load_model(target), windows, original)
+            rows.append({"budget": budget, "method": method, "scores": scores})
+    return rows
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"scores": row["scores"].to_dict()} if "scores" in row else row
+
+
+def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if "scores" in row:
+            name = OURS if row["method"] == OURS else f"MHA2MLA, {row['method']}"
+            curves.setdefault(name, []).append((row["scores"].cache_bytes_per_token, row["scores"].perplexity))
+    return curves
+
+
+def _show(
+    console: Console, base: Scores, rows: list[dict[str, Any]], stories: dict[str, str], output: Path
+) -> None:
+    columns = ("method", "cache kept", "cache/token", "measured", "perplexity", "KL to original", "top-1 agreement")
+    lines: list[tuple[Any, ...]] = [("original", "100 %", size(base.cache_bytes_per_token), "", f"{base.perplexity:.2f}", "0", "100 %")]
+    for row in rows:
+        name = OURS if row["method"] == OURS else f"  MHA2MLA, {row['method']}, joint SVD"
+        if "infeasible" in row:
+            lines.append((name, f"{row['budget']:.2%}", "", "too small for it", "-", "-", "-"))
+            continue
+        score: Scores = row["scores"]
+        kept = score.cache_bytes_per_token / base.cache_bytes_per_token
+        lines.append(
+            (
+                name,
+                f"{row['budget']:.2%}",
+                size(score.cache_bytes_per_token),
+                f"{kept:.2%}",
+                f"{score.perplexity:.2f}",
+                f"{score.kl:.3f}",
+                f"{score.top1_agreement:.1%}",
+            )
+        )
+    title = f"stories260K on {base.tokens:,} tokens of TinyStories that calibration did not see"
+    console.print(table(title, columns, lines))
+    for name, story in stories.items():
+        console.print(f"\n[bold]{name}:[/bold] {story}")
+    console.print(f"\nWrote {output / 'model'}, {output / MARK} and {output / 'quality.png'}.")
+    console.print("Next, on your own model:  anymla inspect MODEL   then   anymla convert MODEL -o OUT --kv-cache 0.25")

@@ -1,0 +1,46 @@
+"""Plots that a person would rather look at than read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def quality_plot(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], original: tuple[float, float]) -> None:
+    """Draws perplexity against measured cache bytes per token, a curve per method, to ``path`` (.png or .svg)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for (name, points), marker in zip(curves.items(), "os^Dv", strict=False):
+        first = name == next(iter(curves))
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            marker=marker,
+            label=name,
+            linewidth=2.4 if first else 1.2,
+            color="#0b6e4f" if first else None,
+            alpha=1 if first else 0.75,
+            zorder=3 if first else 2,
+        )
+    axes.axhline(original[1], color="#444444", linestyle="--", linewidth=1)
+    axes.annotate(
+        f"original: {original[0]:g} bytes per token", (1, original[1]), xycoords=("axes fraction", "data"),
+        xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=9, color="#444444",
+    )
+    axes.set_yscale("log")
+    ticks = [tick for tick in (2, 5, 10, 20, 50, 100, 200, 500) if original[1] / 2 < tick < 1000]
+    axes.set_yticks(ticks)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("KV cache, measured bytes per token")
+    axes.set_ylabel("perplexity (log scale, lower is better)")
+    axes.set_title("Quality against KV cache, training-free")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

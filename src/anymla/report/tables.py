@@ -1,0 +1,131 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from anymla.evaluation.scores import Scores
+    from anymla.pipeline import Conversion, Inspection
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    return result
+
+
+def size(value: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def inspection_table(inspection: Inspection) -> Group:
+    """What `anymla inspect` shows."""
+    if inspection.blueprint is None:
+        return Group(Text(f"{inspection.model} cannot be converted: {inspection.reason}"))
+    facts, first = inspection.blueprint, inspection.blueprint.layers[0]
+    grouping = "MHA" if first.num_kv_heads == first.num_heads else "MQA" if first.num_kv_heads == 1 else "GQA"
+    windows = {layer.sliding_window for layer in facts.layers}
+    settings = ", ".join(f"{name} {value}" for name, value in facts.rope.settings.items())
+    rows = [
+        ("family", facts.model_type),
+        ("can be converted", "yes"),
+        ("layers", len(facts.layers)),
+        ("attention", f"{grouping}: {first.num_heads} heads, {first.num_kv_heads} KV heads, head_dim {first.head_dim}"),
+        ("rope", f"{facts.rope.rope_type}, theta {facts.rope.theta:g}{', ' + settings if settings else ''}"),
+        ("biases", f"q, k, v: {_yes(first.qkv_bias)}; output: {_yes(first.output_bias)}"),
+        ("query and key norms", _yes(first.qk_norm)),
+        ("sliding window", ", ".join(str(window or "none") for window in sorted(windows, key=str))),
+        ("dtype", facts.dtype),
+    ]
+    costs = [("now", 1), *((f"{times}x less", times) for times in (4, 8, 16))]
+    cache = [
+        (
+            name,
+            f"{100 / times:g} %",
+            f"{facts.cached_numbers / times:g}",
+            size(facts.cache_bytes / times),
+            size(facts.cache_bytes / times * facts.max_position_embeddings),
+        )
+        for name, times in costs
+    ]
+    context = f"at {facts.max_position_embeddings} tokens"
+    return Group(
+        table(inspection.model, ("fact", "value"), rows),
+        table("KV cache", ("", "--kv-cache", "numbers per layer", "per token", context), cache),
+        Text(f"Next: anymla plan {inspection.model} --kv-cache 0.25"),
+    )
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def plan_table(costs: Mapping[str, Any]) -> Group:
+    """What `anymla plan` shows; a ~ marks a split that conversion will choose on calibration text."""
+    rows = []
+    for layer in costs["layers"]:
+        about = "~" if layer["chosen_on_calibration"] else ""
+        rows.append(
+            (
+                layer["layer"],
+                f"{about}{layer['rope_dims']}",
+                f"{about}{layer['kv_rank']}",
+                *(_before_after(layer[name]) for name in ("cached_numbers", "parameters", "flops_per_token")),
+            )
+        )
+    columns = ("layer", "rope dims 2K", "latent rank r", "cached numbers", "attention parameters", "FLOPs per token")
+    cache = costs["cache_bytes_per_token"]
+    footer = (
+        f"Cache per token: {size(cache['before'])} -> {size(cache['after'])}. Predicted peak memory of the conversion: "
+        f"{size(costs['predicted_peak_bytes'])}. FLOPs are of one decoded token at 4096 cached tokens."
+    )
+    note = "~ marks a typical split; conversion chooses it per layer on calibration text."
+    chosen = any(layer["chosen_on_calibration"] for layer in costs["layers"])
+    return Group(table(costs["model"], columns, rows), Text(footer), *([Text(note)] if chosen else []))
+
+
+def _before_after(values: Mapping[str, int]) -> str:
+    return f"{values['before']:,} -> {values['after']:,}"
+
+
+def conversion_layers_table(conversion: Conversion) -> Table:
+    """Every layer: converted to what, at what loss."""
+    rows = [
+        (layer.layer, "converted", layer.rope_dims, layer.kv_rank, layer.rope_dims + layer.kv_rank, f"{layer.error:.2%}")
+        for layer in conversion.layers
+    ]
+    columns = ("layer", "", "rope dims 2K", "latent rank r", "cached numbers", "output error")
+    return table(str(conversion.output), columns, rows)
+
+
+def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
+    """Quality and cache, a row per model."""
+    rows = [
+        (
+            name,
+            f"{score.perplexity:.3f}",
+            "-" if score.kl is None else f"{score.kl:.4f}",
+            "-" if score.top1_agreement is None else f"{score.top1_agreement:.1%}",
+            f"{score.cache_numbers_per_token_per_layer:g}",
+            size(score.cache_bytes_per_token),
+            f"{score.tokens:,}",
+        )
+        for name, score in scores.items()
+    ]
+    columns = ("model", "perplexity", "KL to original", "top-1 agreement", "numbers/token/layer", "cache/token", "tokens")
+    return table(title, columns, rows)
