@@ -29,7 +29,9 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A local checkpoint folder or a hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML file with any of these settings; options override it.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A YAML file with any of these settings; options override it.")
+]
 Device = Annotated[str, typer.Option(help=Recipe.model_fields["device"].description)]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype to run in. Default: the checkpoint's.")]
 
@@ -130,19 +132,39 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a model to multi-head latent attention."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     if plan is not None and (recipe is not None or settings):
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = Plan.read(plan) if plan is not None else _recipe(recipe, settings)
     if (chosen.recipe if isinstance(chosen, Plan) else chosen).calibration is None:
-        err.print("note: calibrating on the bundled children's stories; --calibration with text like yours keeps more quality")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        err.print(
+            "note: calibrating on the bundled children's stories; --calibration with text like yours keeps more quality"
+        )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("reading", total=None)
 
         def progress(done: int, total: int, result: Any) -> None:
-            bar.update(task, description=f"layer {result.layer}: 2K={result.rope_dims} r={result.kv_rank}", completed=done, total=total)
+            bar.update(
+                task,
+                description=f"layer {result.layer}: 2K={result.rope_dims} r={result.kv_rank}",
+                completed=done,
+                total=total,
+            )
 
         conversion = pipeline.convert(
             model, output, chosen, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
@@ -152,8 +174,12 @@ def convert(
     from anymla.report.tables import conversion_layers_table, scores_table
 
     out.print(conversion_layers_table(conversion))
-    out.print(scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text"))
-    out.print(f"Wrote {output} in {conversion.seconds:.0f} s. Next: anymla eval {output} --against {model} --text YOUR.txt")
+    out.print(
+        scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
+    )
+    out.print(
+        f"Wrote {output} in {conversion.seconds:.0f} s. Next: anymla eval {output} --against {model} --text YOUR.txt"
+    )
 
 
 @app.command(name="eval")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
 from anymla.errors import CheckpointError, InfeasibleError, RecipeError, TextError, UnsupportedModelError
-from anymla.io.device import pick_device
 from anymla.io.checkpoint import check_output, check_weights, find_model, load_model, load_tokenizer, new_folder
+from anymla.io.device import pick_device
 from anymla.planning.plan import Plan, explain, make_plan
 from anymla.recipe import Recipe
 
@@ -48,7 +47,10 @@ class Inspection:
         facts["cache_bytes_per_token"] = blueprint.cache_bytes
         facts["cache_bytes_per_token_at"] = {f"{times}x": blueprint.cache_bytes / times for times in REDUCTIONS}
         shape = asdict(blueprint) | {"num_layers": len(blueprint.layers)}
-        return facts | {"layers": [asdict(layer) for layer in blueprint.layers], **{k: shape[k] for k in shape if k != "layers"}}
+        return facts | {
+            "layers": [asdict(layer) for layer in blueprint.layers],
+            **{k: shape[k] for k in shape if k != "layers"},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +168,9 @@ def convert(
         if progress is not None:
             progress(result.layer + 1, total, result)
 
-    converted = convert_layers(loaded, blueprint.layers, chosen.layers, chosen.recipe, windows.to(loaded.device), on_layer)
+    converted = convert_layers(
+        loaded, blueprint.layers, chosen.layers, chosen.recipe, windows.to(loaded.device), on_layer
+    )
     held_out = windows[Split.of(len(windows)).held_out].to(loaded.device)
     before, after = _held_out_scores(loaded, converted, held_out, cache_before, measure_cache(loaded))
     final = _final_plan(chosen, converted.results)

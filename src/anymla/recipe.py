@@ -36,7 +36,8 @@ class Recipe(BaseModel):
         True, description="Replace dropped rotations by their expectation on calibration text (the paper: by 1)."
     )
     calibration: str | None = Field(
-        None, description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. Default: bundled stories."
+        None,
+        description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. Default: bundled stories.",
     )
     calibration_tokens: int = Field(32768, ge=256, description="Tokens of calibration text to use.")
     calibration_length: int = Field(

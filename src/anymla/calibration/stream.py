@@ -95,7 +95,9 @@ def attention_inputs(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
 
 
 @torch.no_grad()
-def run_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def run_layer(
+    layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], batch: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields per batch: the attention module's input, its output, and the layer's output, [B,T,D] each."""
     seen: dict[str, Tensor] = {}
 

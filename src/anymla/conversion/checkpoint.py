@@ -30,11 +30,15 @@ def converted_config(config: Any, layers: list[LatentAttention]) -> Any:
         qk_nope_head_dim=head_dim,
         v_head_dim=head_dim,
         qk_head_dim=head_dim + rope_dims,
-        mla_layers=[{"kv_lora_rank": layer.kv_lora_rank, "qk_rope_head_dim": layer.qk_rope_head_dim} for layer in layers],
+        mla_layers=[
+            {"kv_lora_rank": layer.kv_lora_rank, "qk_rope_head_dim": layer.qk_rope_head_dim} for layer in layers
+        ],
     )
 
 
-def write_checkpoint(model: nn.Module, layers: list[LatentAttention], source: Path, folder: Path, *, max_shard_size: str) -> None:
+def write_checkpoint(
+    model: nn.Module, layers: list[LatentAttention], source: Path, folder: Path, *, max_shard_size: str
+) -> None:
     """Writes weights, config, modelling file, tokenizer and generation settings of ``model`` into ``folder``."""
     config = converted_config(model.config, layers)
     state = _owned_tensors(model)

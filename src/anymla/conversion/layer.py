@@ -49,7 +49,9 @@ def convert_layer(
 def latent_problem(weights: AttentionWeights, moments: Moments, channels: Channels, rotation: Tensor) -> LatentProblem:
     """Statistics of y = [k_rest ; v] after the channels took their part of the keys."""
     kv_heads, d, hidden = weights.key.shape
-    rest = torch.block_diag(channels.remainder(d // 2), torch.eye(kv_heads * d, dtype=torch.float64, device=rotation.device))
+    rest = torch.block_diag(
+        channels.remainder(d // 2), torch.eye(kv_heads * d, dtype=torch.float64, device=rotation.device)
+    )
     projection = torch.cat([weights.key * weights.key_gain[:, None], weights.value]).reshape(-1, hidden)
     weight_gram = projection @ projection.T
 
@@ -110,7 +112,9 @@ def latent_tensors(weights: AttentionWeights, layer: ConvertedLayer, *, key_norm
     }
 
 
-def build_attention(original: nn.Module, tensors: dict[str, Tensor], *, kv_rank: int, rope_dims: int) -> LatentAttention:
+def build_attention(
+    original: nn.Module, tensors: dict[str, Tensor], *, kv_rank: int, rope_dims: int
+) -> LatentAttention:
     """A LatentAttention in the original's dtype and device that holds ``tensors``; float64 is cast here, once."""
     like = original.q_proj.weight
     with torch.device("meta"):

@@ -89,7 +89,13 @@ class _LayerStep:
     """One layer's conversion: holds that layer's activations, and no other's."""
 
     def __init__(
-        self, layer: nn.Module, spec: AttentionSpec, plan: LayerPlan, recipe: Recipe, arguments: dict[str, Any], split: Split
+        self,
+        layer: nn.Module,
+        spec: AttentionSpec,
+        plan: LayerPlan,
+        recipe: Recipe,
+        arguments: dict[str, Any],
+        split: Split,
     ) -> None:
         self.layer, self.spec, self.plan, self.recipe = layer, spec, plan, recipe
         self.arguments, self.split = arguments, split
@@ -131,7 +137,9 @@ class _LayerStep:
             refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
             least = sum(lost.square().sum().item() for _, lost in self._lost(best, self.split.choice))
         size = self.target[self.split.choice].double().square().sum().item()
-        return best, LayerResult(layer=index, rope_dims=best_dims, kv_rank=best.kv_lora_rank, error=least / max(size, 1e-300))
+        return best, LayerResult(
+            layer=index, rope_dims=best_dims, kv_rank=best.kv_lora_rank, error=least / max(size, 1e-300)
+        )
 
     def _rope_choices(self) -> tuple[int, ...]:
         return self.plan.rope_choices if self.plan.rope_dims is None else (self.plan.rope_dims,)

@@ -9,7 +9,9 @@ from anymla.io.checkpoint import find_model, load_model, load_tokenizer
 from anymla.io.device import pick_device
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, streamer: Any = None, **sampling: Any) -> str:
+def continuation(
+    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, streamer: Any = None, **sampling: Any
+) -> str:
     """The prompt and what ``model`` adds to it.
 
     Raises:

@@ -100,7 +100,10 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
         )
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
-    for kind, names in (("lacks the tensor", info["missing_keys"]), ("has a tensor of wrong shape:", info["mismatched_keys"])):
+    for kind, names in (
+        ("lacks the tensor", info["missing_keys"]),
+        ("has a tensor of wrong shape:", info["mismatched_keys"]),
+    ):
         if names:
             first = sorted(names, key=str)[0]
             raise CheckpointError(f"{folder} {kind} {first if isinstance(first, str) else first[0]}")
@@ -121,13 +124,17 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raise anything, bare Exception included
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {' '.join(str(error).split()):.200}") from error
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded: {' '.join(str(error).split()):.200}"
+        ) from error
 
 
 def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
     """Refuses an output folder that exists (without ``overwrite``), is the source, or lies in an unwritable place."""
     if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
-        raise OutputError(f"{output} is, or lies in, the source checkpoint, which is never written to: choose another -o")
+        raise OutputError(
+            f"{output} is, or lies in, the source checkpoint, which is never written to: choose another -o"
+        )
     if output.is_file():
         raise OutputError(f"{output} is a file: choose another -o")
     if output.exists() and not overwrite:
@@ -155,7 +162,9 @@ def new_folder(output: Path) -> Iterator[Path]:
             output.rename(old)
         part.rename(output)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{output} could not be written: {' '.join(str(error).split())}; nothing was left there") from error
+        raise OutputError(
+            f"{output} could not be written: {' '.join(str(error).split())}; nothing was left there"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

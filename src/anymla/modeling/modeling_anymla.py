@@ -131,7 +131,13 @@ class LatentAttention(nn.Module):
         return output.view(batch, heads, new, self.head_dim).transpose(1, 2)
 
     def attend_expanded(
-        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None, **kwargs: Any
+        self,
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latent: Tensor,
+        rope_key: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Rebuilds keys and values and calls the attention that the config names; returns [B,T,H,d] and the weights."""
         key, value = self.expand_kv(latent, rope_key)

@@ -38,7 +38,9 @@ def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int) -> 
     biases = queries * spec.qkv_bias + rank + rope_dims * (not spec.qk_norm) + hidden + 2 * spec.head_dim * spec.qk_norm
     if spec.qk_norm:
         biases += keys * spec.qkv_bias
-    channels = queries + spec.num_kv_heads * rope_dims + rope_dims // 2  # expected rotation, channel weights and indices
+    channels = (
+        queries + spec.num_kv_heads * rope_dims + rope_dims // 2
+    )  # expected rotation, channel weights and indices
     projections = 2 * hidden * queries + encoder
     absorption = 2 * queries * rank  # W_uk on the query, W_uv on the context: once per query head
     attention = spec.num_heads * (2 * rank + rope_dims) * CONTEXT

@@ -65,16 +65,22 @@ def make_plan(model: str, blueprint: Blueprint, recipe: Recipe) -> Plan:
         InfeasibleError: the budget or an explicit size cannot be met; names what can.
     """
     return Plan(
-        model=model, recipe=recipe, layers=tuple(_plan_layer(spec, recipe, index) for index, spec in enumerate(blueprint.layers))
+        model=model,
+        recipe=recipe,
+        layers=tuple(_plan_layer(spec, recipe, index) for index, spec in enumerate(blueprint.layers)),
     )
 
 
 def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
     keys = spec.num_kv_heads * spec.head_dim  # Gd, the most rope dims there can be
-    step = 2 if recipe.rope == "channel-pca" else 2 * spec.num_kv_heads  # rope dims come in pairs, or pairs of every head
+    step = (
+        2 if recipe.rope == "channel-pca" else 2 * spec.num_kv_heads
+    )  # rope dims come in pairs, or pairs of every head
     rope_dims = _explicit_rope_dims(spec, recipe)
     if recipe.kv_rank is not None and recipe.kv_rank > 2 * keys:
-        raise InfeasibleError(f"--kv-rank {recipe.kv_rank} is more than layer {index} has: keys and values are {2 * keys} numbers")
+        raise InfeasibleError(
+            f"--kv-rank {recipe.kv_rank} is more than layer {index} has: keys and values are {2 * keys} numbers"
+        )
     if rope_dims is not None and recipe.kv_rank is not None:
         return LayerPlan(cached_numbers=rope_dims + recipe.kv_rank, rope_dims=rope_dims, kv_rank=recipe.kv_rank)
     cached = int(spec.cached_numbers * recipe.kv_cache + 1e-9)
@@ -117,9 +123,13 @@ def _explicit_rope_dims(spec: AttentionSpec, recipe: Recipe) -> int | None:
     most = spec.num_kv_heads * spec.head_dim if shared else spec.head_dim
     what = "in total" if shared else "per KV head"
     if recipe.rope_dims % 2:
-        raise InfeasibleError(f"--rope-dims {recipe.rope_dims} is odd: rotated dims come in pairs ({what}, at most {most})")
+        raise InfeasibleError(
+            f"--rope-dims {recipe.rope_dims} is odd: rotated dims come in pairs ({what}, at most {most})"
+        )
     if recipe.rope_dims > most:
-        raise InfeasibleError(f"--rope-dims {recipe.rope_dims} is too large: this model has {most} {what} for --rope {recipe.rope}")
+        raise InfeasibleError(
+            f"--rope-dims {recipe.rope_dims} is too large: this model has {most} {what} for --rope {recipe.rope}"
+        )
     return recipe.rope_dims if shared else recipe.rope_dims * spec.num_kv_heads
 
 
@@ -136,7 +146,10 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
     layers = []
     for index, (layer, spec) in enumerate(zip(plan.layers, blueprint.layers, strict=True)):
         rope_dims, rank = typical_split(layer)
-        before, after = original_cost(spec, blueprint.hidden_size), latent_cost(spec, blueprint.hidden_size, rope_dims, rank)
+        before, after = (
+            original_cost(spec, blueprint.hidden_size),
+            latent_cost(spec, blueprint.hidden_size, rope_dims, rank),
+        )
         layers.append(
             {
                 "layer": index,
@@ -159,5 +172,3 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
         },
         "predicted_peak_bytes": peak_memory(blueprint, plan.recipe),
     }
-
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -105,11 +104,11 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
     return curves
 
 
-def _show(
-    console: Console, base: Scores, rows: list[dict[str, Any]], stories: dict[str, str], output: Path
-) -> None:
+def _show(console: Console, base: Scores, rows: list[dict[str, Any]], stories: dict[str, str], output: Path) -> None:
     columns = ("method", "cache kept", "cache/token", "measured", "perplexity", "KL to original", "top-1 agreement")
-    lines: list[tuple[Any, ...]] = [("original", "100 %", size(base.cache_bytes_per_token), "", f"{base.perplexity:.2f}", "0", "100 %")]
+    lines: list[tuple[Any, ...]] = [
+        ("original", "100 %", size(base.cache_bytes_per_token), "", f"{base.perplexity:.2f}", "0", "100 %")
+    ]
     for row in rows:
         name = OURS if row["method"] == OURS else f"  MHA2MLA, {row['method']}, joint SVD"
         if "infeasible" in row:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def quality_plot(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], original: tuple[float, float]) -> None:
+def quality_plot(
+    path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], original: tuple[float, float]
+) -> None:
     """Draws perplexity against measured cache bytes per token, a curve per method, to ``path`` (.png or .svg)."""
     import matplotlib
 
@@ -28,10 +30,16 @@ def quality_plot(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]]
         )
     axes.axhline(original[1], color="#444444", linestyle="--", linewidth=1)
     axes.annotate(
-        f"original: {original[0]:g} bytes per token", (1, original[1]), xycoords=("axes fraction", "data"),
-        xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=9, color="#444444",
+        f"original: {original[1]:.3g} at {original[0]:g} bytes per token",
+        (0.01, original[1]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -12),
+        textcoords="offset points",
+        fontsize=9,
+        color="#444444",
     )
     axes.set_yscale("log")
+    axes.set_ylim(bottom=original[1] * 0.7)
     ticks = [tick for tick in (2, 5, 10, 20, 50, 100, 200, 500) if original[1] / 2 < tick < 1000]
     axes.set_yticks(ticks)
     axes.yaxis.set_minor_locator(NullLocator())

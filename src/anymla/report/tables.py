@@ -106,7 +106,14 @@ def _before_after(values: Mapping[str, int]) -> str:
 def conversion_layers_table(conversion: Conversion) -> Table:
     """Every layer: converted to what, at what loss."""
     rows = [
-        (layer.layer, "converted", layer.rope_dims, layer.kv_rank, layer.rope_dims + layer.kv_rank, f"{layer.error:.2%}")
+        (
+            layer.layer,
+            "converted",
+            layer.rope_dims,
+            layer.kv_rank,
+            layer.rope_dims + layer.kv_rank,
+            f"{layer.error:.2%}",
+        )
         for layer in conversion.layers
     ]
     columns = ("layer", "", "rope dims 2K", "latent rank r", "cached numbers", "output error")
@@ -127,5 +134,13 @@ def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
         )
         for name, score in scores.items()
     ]
-    columns = ("model", "perplexity", "KL to original", "top-1 agreement", "numbers/token/layer", "cache/token", "tokens")
+    columns = (
+        "model",
+        "perplexity",
+        "KL to original",
+        "top-1 agreement",
+        "numbers/token/layer",
+        "cache/token",
+        "tokens",
+    )
     return table(title, columns, rows)

@@ -26,7 +26,9 @@ class Channels:
 
     def encoder(self, pairs: int) -> Tensor:
         """The real matrix [2K, Gd] that takes half-split keys of all kv heads to half-split channels."""
-        matrix = torch.zeros(len(self.index), self.encode.shape[1], pairs, dtype=self.encode.dtype, device=self.encode.device)
+        matrix = torch.zeros(
+            len(self.index), self.encode.shape[1], pairs, dtype=self.encode.dtype, device=self.encode.device
+        )
         matrix[torch.arange(len(self.index)), :, self.index] = self.encode
         return _real_matrix(matrix.flatten(1), pairs)
 

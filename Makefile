@@ -1,0 +1,51 @@
+# make demo   makes the environment, then converts the bundled model and shows the result
+# make test   lint, types, import order, tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: env demo test lint types imports pytest oldest benchmarks clean
+
+env: .venv/made
+
+.venv/made: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anymla needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e .[data] --group dev
+	touch $@
+
+demo: env
+	$(BIN)/anymla demo
+
+test: lint types imports pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/mypy
+
+imports: env
+	$(BIN)/lint-imports
+
+pytest: env
+	$(BIN)/pytest -n 2
+
+oldest: .venv-oldest/made
+	.venv-oldest/bin/pytest -n 2
+
+.venv-oldest/made: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --upgrade pip
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt torch
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data] --group dev
+	touch $@
+
+benchmarks: env
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/convert.py
+
+clean:
+	rm -rf .venv .venv-oldest anymla-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
