@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ from anymla.recipe import DtypeName, Recipe, read_yaml
 
 app = typer.Typer(
     name="anymla",
-    help="Turn a trained Transformer into one with multi-head latent attention: the same model, a far smaller KV cache.",
+    help="Turn a trained Transformer into one with multi-head latent attention: the same model, a smaller KV cache.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -49,10 +49,9 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in Recipe.model_fields.items():
         default = "" if field.default is None else f" [default: {field.default}]"
         option = typer.Option(help=f"{field.description}{default}", show_default=False)
-        annotation = Annotated[field.annotation | None, option]  # type: ignore[operator]
-        parameters.append(
-            python_inspect.Parameter(name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
+        annotation: Any = Annotated[Optional[field.annotation], option]  # noqa: UP045
+        kind = python_inspect.Parameter.KEYWORD_ONLY
+        parameters.append(python_inspect.Parameter(name, kind, default=None, annotation=annotation))
     ordered = sorted(parameters, key=lambda parameter: parameter.default is not python_inspect.Parameter.empty)
     keyword_only = [parameter.replace(kind=python_inspect.Parameter.KEYWORD_ONLY) for parameter in ordered]
     with_settings.__signature__ = python_inspect.Signature(keyword_only)  # type: ignore[attr-defined]

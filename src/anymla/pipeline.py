@@ -147,7 +147,7 @@ def convert(
         The report, also written beside the weights with the recipe and the final plan.
 
     Raises:
-        UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError, TextError, OutputError: one clear line each.
+        AnymlaError: one of its kinds, each one clear line.
     """
     started, output = time.monotonic(), Path(output).expanduser()
     source = find_model(model)
@@ -207,6 +207,8 @@ def evaluate(
         against: the original to compare to.
         tokens: read at most this many tokens. Default: all.
         length: tokens per window (at most the model's context).
+        dtype: dtype to run in. Default: the checkpoint's.
+        device: cpu, cuda, ...; auto takes a GPU where there is one.
 
     Raises:
         CheckpointError, TextError: as the message says.

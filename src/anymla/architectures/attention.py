@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,13 @@ class AttentionWeights:
     scaling: float
 
 
-def read_weights(attention: nn.Module, spec: AttentionSpec) -> AttentionWeights:
+def read_weights(attention: Any, spec: AttentionSpec) -> AttentionWeights:
     """Weights of ``attention`` in float64, heads as their own dimension."""
     d = spec.head_dim
 
     def rows(linear: nn.Linear) -> Tensor:
-        return linear.weight.detach().double().unflatten(0, (-1, d))
+        weight: Tensor = linear.weight.detach().double()
+        return weight.view(-1, d, linear.in_features)
 
     def bias(linear: nn.Linear) -> Tensor:
         zeros = torch.zeros(linear.out_features, dtype=torch.float64, device=linear.weight.device)
@@ -54,7 +56,7 @@ def read_weights(attention: nn.Module, spec: AttentionSpec) -> AttentionWeights:
     )
 
 
-def project(attention: nn.Module, spec: AttentionSpec, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(attention: Any, spec: AttentionSpec, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """True query [B,H,T,d], key and value [B,G,T,d] of ``hidden`` [B,T,D]: biases and norms applied, rope not yet."""
     query, key, value = (
         linear(hidden).unflatten(-1, (-1, spec.head_dim))

@@ -1,0 +1,1 @@
+"""Calibration text to second moments, one layer at a time."""

@@ -17,12 +17,12 @@ from anymla.architectures.attention import AttentionWeights
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Statistics of one layer (DESIGN: docs/mathematics.md, section 'What is measured').
+    """Statistics of one layer (docs/mathematics.md, 'What is measured').
 
     gram [2Gd,2Gd]: E[y y^T] over tokens. weighted_gram, weighted_mean: the same and E[y] with token n weighted by the
-    attention it receives, sum_m a_mn^2. query_gram [H,d,d]: E[q q^T]. rotation [H,P] complex: E[e^{i Delta theta_f}] over
-    the distances that head h attends to; rope_scale: the factor that rope itself puts on scores (1 but for yarn and
-    longrope). key_weight, value_weight [H]:
+    attention it receives, sum_m a_mn^2. query_gram [H,d,d]: E[q q^T]. rotation [H,P] complex: E[e^{i Delta theta_f}]
+    over the distances that head h attends to; rope_scale: the factor that rope itself puts on scores (1 but for yarn
+    and longrope). key_weight, value_weight [H]:
     E_t sum_n a_tn^2 ||W_o (v_n - o_t)||^2 and E_t sum_n a_tn^2. query_norm [H,P], key_norm [G,P]: mean 2-norm of each
     rope pair.
     """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 SCORE_ELEMENTS = 1 << 24  # attention scores held at a time; bounds the batch
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model, in order."""
     layers: nn.ModuleList = model.get_decoder().layers
     return layers
@@ -45,7 +45,7 @@ def batch_size(heads: int, length: int) -> int:
 
 
 @torch.no_grad()
-def layer_inputs(model: nn.Module, windows: Tensor) -> LayerInputs:
+def layer_inputs(model: Any, windows: Tensor) -> LayerInputs:
     """Embeds ``windows`` [N,T] and records the arguments (mask, rope tables) that each layer is called with."""
     arguments: dict[int, dict[str, Any]] = {}
     embedded: list[Tensor] = []
@@ -63,7 +63,7 @@ def layer_inputs(model: nn.Module, windows: Tensor) -> LayerInputs:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Logits [B,T,V] of final hidden states [B,T,D]: the model's own last norm and head."""
     with _layers_run(decoder_layers(model), lambda index, hidden_states, **kwargs: hidden):
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
@@ -76,7 +76,7 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def attention_inputs(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], batch: int) -> Iterator[Tensor]:
+def attention_inputs(layer: Any, hidden: Tensor, arguments: dict[str, Any], batch: int) -> Iterator[Tensor]:
     """Yields per batch the attention module's input [B,T,D], and runs nothing behind it."""
     seen: list[Tensor] = []
 
@@ -96,7 +96,7 @@ def attention_inputs(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
 
 @torch.no_grad()
 def run_layer(
-    layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], batch: int
+    layer: Any, hidden: Tensor, arguments: dict[str, Any], batch: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields per batch: the attention module's input, its output, and the layer's output, [B,T,D] each."""
     seen: dict[str, Tensor] = {}

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: a layer, then a model, then a checkpoint."""

@@ -6,9 +6,10 @@ Shapes: D hidden, H query heads, G kv heads, n = H/G, d head_dim, P = d/2 rope p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anymla.architectures.attention import AttentionWeights
 from anymla.calibration.moments import Moments
@@ -53,10 +54,11 @@ def latent_problem(weights: AttentionWeights, moments: Moments, channels: Channe
         channels.remainder(d // 2), torch.eye(kv_heads * d, dtype=torch.float64, device=rotation.device)
     )
     projection = torch.cat([weights.key * weights.key_gain[:, None], weights.value]).reshape(-1, hidden)
-    weight_gram = projection @ projection.T
+    weight_gram: Tensor = projection @ projection.T
 
     def damped(gram: Tensor) -> Tensor:
-        return rest @ (gram + DAMPING * gram.trace() / weight_gram.trace() * weight_gram) @ rest.T
+        mixed: Tensor = rest @ (gram + DAMPING * gram.trace() / weight_gram.trace() * weight_gram) @ rest.T
+        return mixed
 
     turned = _turned_query_gram(moments.query_gram, rotation)  # [H,d,d]
     key_metric = (moments.key_weight * weights.scaling**2)[:, None, None] * turned
@@ -112,9 +114,7 @@ def latent_tensors(weights: AttentionWeights, layer: ConvertedLayer, *, key_norm
     }
 
 
-def build_attention(
-    original: nn.Module, tensors: dict[str, Tensor], *, kv_rank: int, rope_dims: int
-) -> LatentAttention:
+def build_attention(original: Any, tensors: dict[str, Tensor], *, kv_rank: int, rope_dims: int) -> LatentAttention:
     """A LatentAttention in the original's dtype and device that holds ``tensors``; float64 is cast here, once."""
     like = original.q_proj.weight
     with torch.device("meta"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean feature power that hold the weight to where it was
 
@@ -49,7 +50,7 @@ def best_change(fit: NormalEquations, choice: NormalEquations) -> Tensor | None:
 
 
 def refit_output(
-    attention: nn.Module, batches: Callable[[slice], Iterable[tuple[Tensor, Tensor]]], fit: slice, choice: slice
+    attention: Any, batches: Callable[[slice], Iterable[tuple[Tensor, Tensor]]], fit: slice, choice: slice
 ) -> None:
     """Changes ``attention.o_proj`` in place. ``batches(windows)`` yields its input and what its output still lacks.
 

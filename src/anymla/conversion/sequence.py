@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anymla.architectures.attention import project, read_weights
 from anymla.architectures.blueprint import AttentionSpec
@@ -60,7 +60,7 @@ class Converted:
 
 @torch.no_grad()
 def convert_layers(
-    model: nn.Module,
+    model: Any,
     specs: tuple[AttentionSpec, ...],
     plans: tuple[LayerPlan, ...],
     recipe: Recipe,
@@ -90,7 +90,7 @@ class _LayerStep:
 
     def __init__(
         self,
-        layer: nn.Module,
+        layer: Any,
         spec: AttentionSpec,
         plan: LayerPlan,
         recipe: Recipe,
@@ -103,7 +103,7 @@ class _LayerStep:
         self.batch = batch_size(spec.num_heads, self.cos.shape[1])
 
     def measure(self, original: Tensor, converted: Tensor) -> Tensor:
-        """Collects moments on the original's activations, the attention's inputs below converted layers, and its targets.
+        """Collects moments on the original's activations, inputs below the converted layers, and targets.
 
         The target is what the original attention adds to the residual stream, plus what the converted layers below
         have lost of that stream by now. Returns the original's hidden states behind this layer.
@@ -125,21 +125,18 @@ class _LayerStep:
         return torch.cat(outputs)
 
     def choose(self, index: int) -> tuple[LatentAttention, LayerResult]:
-        """The split between rope dims and rank that loses least on the choice windows, its output projection refitted."""
-        best, best_dims, least = None, 0, float("inf")
-        for rope_dims in self._rope_choices():
-            attention = self._build(rope_dims)
-            error = sum(lost.square().sum().item() for _, lost in self._lost(attention, self.split.choice))
-            if best is None or error < least:
-                best, best_dims, least = attention, rope_dims, error
-        assert best is not None
+        """The split of the budget that loses least on the choice windows, its output projection refitted."""
+        candidates = [self._build(rope_dims) for rope_dims in self._rope_choices()]
+        best = candidates[0] if len(candidates) == 1 else min(candidates, key=self._error)
         if FACTORIZATIONS[self.recipe.factorization].refits_output:
             refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
-            least = sum(lost.square().sum().item() for _, lost in self._lost(best, self.split.choice))
         size = self.target[self.split.choice].double().square().sum().item()
-        return best, LayerResult(
-            layer=index, rope_dims=best_dims, kv_rank=best.kv_lora_rank, error=least / max(size, 1e-300)
-        )
+        error = self._error(best) / max(size, 1e-300)
+        return best, LayerResult(layer=index, rope_dims=best.qk_rope_head_dim, kv_rank=best.kv_lora_rank, error=error)
+
+    def _error(self, attention: LatentAttention) -> float:
+        """Squared loss of the layer's output on the choice windows."""
+        return sum(lost.double().square().sum().item() for _, lost in self._lost(attention, self.split.choice))
 
     def _rope_choices(self) -> tuple[int, ...]:
         return self.plan.rope_choices if self.plan.rope_dims is None else (self.plan.rope_dims,)

@@ -1,0 +1,1 @@
+"""Quality, cache size, and text of a model."""

@@ -19,7 +19,7 @@ class BalancedPCA:
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         power = problem.gram.diagonal()
         keys, values = power[: problem.key_size].sqrt().mean(), power[problem.key_size :].sqrt().mean()
-        ratio = keys / values if keys > 0 else torch.ones_like(keys)
+        ratio = keys / values if keys > 1e-9 * values else torch.ones_like(keys)
         scale = torch.ones_like(power)
         scale[: problem.key_size] /= ratio
         return projection(top_eigenvectors(problem.gram * scale[:, None] * scale, rank), scale)

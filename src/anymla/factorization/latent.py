@@ -18,8 +18,8 @@ class LatentProblem:
     """The statistics of y, float64.
 
     weight_gram, gram, weighted_gram [2Gd,2Gd]: W W^T of the projection that makes y; E[y y^T]; the same with tokens
-    weighted by the attention they receive, whose mean is weighted_mean [2Gd]. key_metric, value_metric [G,d,d]: how much
-    an error of a kv head's key or value damages the layer's output.
+    weighted by the attention they receive, whose mean is weighted_mean [2Gd]. key_metric, value_metric [G,d,d]: how
+    much an error of a kv head's key or value damages the layer's output.
     """
 
     weight_gram: Tensor
@@ -54,7 +54,8 @@ class Factorization(Protocol):
 
 def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     """The ``rank`` leading eigenvectors of a symmetric matrix, as columns, the largest first."""
-    return torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)[:, :rank]
+    vectors: Tensor = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors
+    return vectors.flip(1)[:, :rank]
 
 
 def projection(vectors: Tensor, scale: Tensor | None = None) -> Latent:

@@ -12,13 +12,16 @@ from anymla.factorization.latent import Latent, LatentProblem, projection, top_e
 
 @dataclass(frozen=True)
 class SplitSVD:
-    """One latent for keys and one for values, ranks as equal as they can be (the values get an odd one)."""
+    """One latent for keys and one for values, of equal rank; the values get what the keys have no use for."""
 
     refits_output: ClassVar[bool] = False
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         size = problem.key_size
-        key_rank = max(min(rank // 2, size), rank - size)
-        keys = top_eigenvectors(problem.weight_gram[:size, :size], key_rank)
+        key_gram = problem.weight_gram[:size, :size]
+        floor = 1e-12 * problem.weight_gram.trace().item()
+        useful = int(torch.linalg.matrix_rank(key_gram, atol=floor, hermitian=True))
+        key_rank = max(min(rank // 2, useful), rank - size)
+        keys = top_eigenvectors(key_gram, key_rank)
         values = top_eigenvectors(problem.weight_gram[size:, size:], rank - key_rank)
         return projection(torch.block_diag(keys, values))

@@ -75,7 +75,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
-            f"{folder} holds pickled weights (.bin) only, which can run code when opened; anymla reads safetensors only: "
+            f"{folder} holds pickled weights (.bin) only, which can run code when opened; anymla reads safetensors: "
             "save the model with save_pretrained of transformers 5"
         )
     raise CheckpointError(f"{folder} has no model.safetensors and no {INDEX}")
@@ -146,7 +146,7 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output`` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary folder beside ``output``: takes its place when the block ends well, vanishes when it does not.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.

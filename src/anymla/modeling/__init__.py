@@ -1,0 +1,1 @@
+"""The converted model as transformers runs it."""

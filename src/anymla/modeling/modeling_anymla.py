@@ -1,7 +1,7 @@
 """Multi-head latent attention with free rope channels, for models converted by anymla.
 
 This file is self-contained: it needs torch and transformers only, and a copy of it travels with every converted
-checkpoint, so that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works where anymla is absent.
+checkpoint, so that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works without anymla.
 
 Shapes: B batch, T new tokens, S cached tokens, D hidden, H query heads, G key/value heads, d head_dim, P = d/2 rope
 pairs, K rope channels (R = 2K numbers), r latent rank. Cached per token and layer: latent [r] and rope key [R].
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad
+from torch.nn.grad import conv2d_weight
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, eager_attention_forward
@@ -26,19 +28,75 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 
+# Sizes of one sequence's latents (numbers) from which, in float32 on a CPU, another way to write the products beats
+# the plain one, whose calls are the cheapest. Measured on two AVX-512 cores with benchmarks/decode.py.
+TALL_SIZE = 1 << 17  # scores as [tokens, rows]: MKL is up to twice as fast with the long side first
+STREAM_SIZE = 1 << 20  # convolutions: oneDNN streams the cache in memory order, MKL's product repacks it
+FEW_ROWS = 64  # query rows (heads x tokens) up to which this holds: more are compute bound anyway
+BLOCK = 256  # a maximum over the long axis of [tokens, rows] runs on one core, one over this many blocks does not
+
+
 def absorbed_attention(
     query_latent: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Attention in latent space: the cache is read as it is and never expanded.
 
     query_latent [B,H,T,r], query_rope [B,H,T,R], latent [B,1,S,r], rope_key [B,1,S,R]; mask None, bool (True = may
-    attend) or additive, broadcastable to [B,H,T,S]. Returns softmax(scale * scores + mask) @ latent, [B,H,T,r].
+    attend) or additive, [B,1 or H,T,S]. Returns softmax(scale * scores + mask) @ latent, [B,H,T,r].
     """
-    scores = query_latent @ latent.transpose(-1, -2) + query_rope @ rope_key.transpose(-1, -2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    heads, new = query_latent.shape[1:3]
+    # All heads share the cache: (head, token) pairs are the rows of one matrix product. Left to broadcast, matmul would
+    # read (in bfloat16 even copy) the cache once per head.
+    query, query_rope = (query_latent * scale).flatten(1, 2), (query_rope * scale).flatten(1, 2)
+    latent, rope_key = latent.squeeze(1), rope_key.squeeze(1)
+    if mask is not None:  # bounded, so that a fully masked row stays finite
+        lowest = torch.finfo(query.dtype).min / 2
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
+        mask = mask.to(query.dtype).clamp_min(lowest).expand(len(query), -1, -1, -1)
+    thin = query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[1] <= FEW_ROWS
+    size = latent[0].numel()
+    if not (thin and size >= STREAM_SIZE):
+        tall = thin and size >= TALL_SIZE
+        return _attend(query, query_rope, latent, rope_key, mask, new, tall).unflatten(1, (heads, new))
+    masks = [None] * len(query) if mask is None else mask
+    contexts = [_stream(*one) for one in zip(query, query_rope, latent, rope_key, masks, strict=True)]
+    return torch.stack(contexts).unflatten(1, (heads, new))
+
+
+def _attend(
+    query: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None, new: int, tall: bool
+) -> Tensor:
+    """Plain products; query [B,HT,r] already scaled. ``tall`` puts the long side, tokens, first."""
+    scores = torch.bmm(latent, query.mT) if tall else torch.bmm(query, latent.mT)
+    if query_rope.shape[-1]:
+        scores.baddbmm_(*((rope_key, query_rope.mT) if tall else (query_rope, rope_key.mT)))
+    if tall:
+        scores = scores.mT.contiguous()
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1).to(latent.dtype) @ latent
+        scores.unflatten(1, (-1, new)).add_(mask)
+    weights = scores.softmax(-1)  # computes in float32 for 16-bit numbers
+    return torch.bmm(latent.mT, weights.mT).mT if tall else torch.bmm(weights, latent)
+
+
+def _stream(query: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None) -> Tensor:
+    """One sequence, by the forward pass and the weight gradient of a 1x1 convolution.
+
+    Tokens are the pixels, latent numbers the channels. The same sums as two matrix products.
+    """
+    (rows, rank), length = query.shape, len(latent)
+    image = latent.reshape(1, length, 1, rank).permute(0, 3, 1, 2)
+    kernel = query[:, :, None, None]
+    scores = conv2d(image, kernel)[0, :, :, 0].T.contiguous()  # [S, rows], the layout it already has
+    if query_rope.shape[-1]:
+        scores.addmm_(rope_key, query_rope.T)
+    if mask is not None:
+        scores.T.unflatten(0, (-1, mask.shape[-2])).add_(mask)
+    blocks = scores[: length // BLOCK * BLOCK].view(BLOCK, -1).amax(0).view(-1, rows)
+    peak = torch.maximum(blocks.amax(0), scores[-BLOCK:].amax(0))  # the rest may overlap the blocks
+    weights = scores.sub_(peak.detach()).exp_()  # the peak cancels, gradients included
+    context = conv2d_weight(image, kernel.shape, weights.T[None, :, :, None]).flatten(1)
+    return context / weights.sum(0)[:, None]
 
 
 def multiply_pairs(pairs: Tensor, real: Tensor, imag: Tensor) -> Tensor:
@@ -58,9 +116,10 @@ class LatentAttention(nn.Module):
     channel_weight: Tensor
     channel_index: Tensor
 
-    def __init__(self, original: nn.Module, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+    def __init__(self, original: Any, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
         super().__init__()
-        self.config, self.layer_idx, self.is_causal = original.config, original.layer_idx, True
+        self.config: Any = original.config
+        self.layer_idx, self.is_causal = original.layer_idx, True
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.head_dim: int = original.head_dim
         self.num_key_value_groups: int = original.num_key_value_groups
@@ -69,7 +128,7 @@ class LatentAttention(nn.Module):
         self.sliding_window = getattr(original, "sliding_window", getattr(self.config, "sliding_window", None))
 
         hidden, heads = original.q_proj.in_features, original.q_proj.out_features // self.head_dim
-        kv_heads, cached = heads // self.num_key_value_groups, self.kv_lora_rank + self.qk_rope_head_dim
+        kv_heads, cached = heads // self.num_key_value_groups, kv_lora_rank + qk_rope_head_dim
         self.q_proj, self.q_norm = original.q_proj, getattr(original, "q_norm", None)
         self.k_norm = getattr(original, "k_norm", None)
         if self.k_norm is None:
@@ -114,8 +173,9 @@ class LatentAttention(nn.Module):
 
     def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuilds key [B,G,S,d+R] and value [B,G,S,d] of every key/value head from the cached [B,1,S,r], [B,1,S,R]."""
-        expanded = self.kv_b_proj(kv_c.squeeze(1)).unflatten(-1, (-1, 2, self.head_dim))
-        key_nope, value = expanded.permute(3, 0, 2, 1, 4)
+        expanded: Tensor = self.kv_b_proj(kv_c.squeeze(1))
+        expanded = expanded.view(*expanded.shape[:-1], -1, 2, self.head_dim)
+        key_nope, value = expanded.permute(3, 0, 2, 1, 4).unbind()
         return torch.cat([key_nope, k_pe.expand(-1, key_nope.shape[1], -1, -1)], dim=-1), value
 
     def attend_absorbed(
@@ -127,7 +187,7 @@ class LatentAttention(nn.Module):
         groups = up_key.shape[0]
         query_latent = (query_nope.reshape(batch, groups, -1, self.head_dim) @ up_key).view(batch, heads, new, -1)
         context = absorbed_attention(query_latent, query_rope, latent, rope_key, mask, self.scaling)
-        output = context.reshape(batch, groups, -1, self.kv_lora_rank) @ up_value.transpose(-1, -2)
+        output: Tensor = context.reshape(batch, groups, -1, self.kv_lora_rank) @ up_value.transpose(-1, -2)
         return output.view(batch, heads, new, self.head_dim).transpose(1, 2)
 
     def attend_expanded(
@@ -146,12 +206,12 @@ class LatentAttention(nn.Module):
         )
         dropout = self.attention_dropout if self.training else 0.0
         kwargs |= {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
-        value = nn.functional.pad(value, (0, self.qk_rope_head_dim))  # flash kernels want keys and values of one width
+        value = pad(value, (0, self.qk_rope_head_dim))  # flash kernels want keys and values of one width
         output, weights = attention(self, torch.cat([query_nope, query_rope], dim=-1), key, value, mask, **kwargs)
         return output[..., : self.head_dim], weights
 
     def absorbs(self, new: int, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        """Whether working in latent space costs fewer multiply-adds than expanding the cache, and the mask allows it."""
+        """Whether latent space takes fewer multiply-adds than expanding the cache, and the mask allows it."""
         if kwargs.get("output_attentions") or (self.training and self.attention_dropout > 0):
             return False
         if not (mask is None and new == 1) and not (isinstance(mask, Tensor) and mask.dim() == 4):
@@ -167,6 +227,7 @@ class LatentAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention over ``hidden_states`` [B,T,D] and the cache, as the layers of transformers call it."""
         cos, sin = (table.unsqueeze(1) for table in position_embeddings)
         query_nope, query_rope = self.queries(hidden_states, cos, sin)
         latent, rope_key = self.compress(hidden_states, cos, sin)
@@ -185,7 +246,7 @@ class LatentModelMixin:
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        layers: nn.ModuleList = self.model.layers  # type: ignore[attr-defined]
+        layers: Any = self.model.layers  # type: ignore[attr-defined]
         for layer, sizes in zip(layers, config.mla_layers, strict=True):
             layer.self_attn = LatentAttention(layer.self_attn, sizes["kv_lora_rank"], sizes["qk_rope_head_dim"])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from anymla.modeling import modeling_anymla
 
-MODELS = {
-    model.config_class.model_type: model
+MODELS: dict[str, Any] = {
+    model.config_class.model_type: model  # type: ignore[attr-defined]
     for model in vars(modeling_anymla).values()
     if isinstance(model, type)
     and issubclass(model, modeling_anymla.LatentModelMixin)

@@ -1,0 +1,1 @@
+"""A budget to rope dims and rank per layer, and what they cost."""

@@ -31,16 +31,12 @@ def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int) -> 
     """Cost of absorbed latent attention: H (2r + 2K) multiply-adds per cached token."""
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     decoder = 2 * keys * rank
-    if spec.qk_norm:
-        encoder = hidden * keys + keys * (rank + rope_dims) + hidden * rank
-    else:
-        encoder = hidden * (rank + rope_dims)
-    biases = queries * spec.qkv_bias + rank + rope_dims * (not spec.qk_norm) + hidden + 2 * spec.head_dim * spec.qk_norm
-    if spec.qk_norm:
-        biases += keys * spec.qkv_bias
-    channels = (
-        queries + spec.num_kv_heads * rope_dims + rope_dims // 2
-    )  # expected rotation, channel weights and indices
+    from_x = rank if spec.qk_norm else rank + rope_dims  # what one matrix makes from x, with a bias
+    encoder = (hidden + 1) * from_x
+    if spec.qk_norm:  # keys are made and normalised first, then encoded
+        encoder += (hidden + spec.qkv_bias) * keys + keys * (rank + rope_dims) + 2 * spec.head_dim
+    biases = queries * spec.qkv_bias + hidden
+    channels = queries + spec.num_kv_heads * rope_dims + rope_dims // 2  # expected rotation, channel weights, indices
     projections = 2 * hidden * queries + encoder
     absorption = 2 * queries * rank  # W_uk on the query, W_uv on the context: once per query head
     attention = spec.num_heads * (2 * rank + rope_dims) * CONTEXT

@@ -89,8 +89,8 @@ def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
         smallest = -(-least * 10000 // spec.cached_numbers) / 10000
         given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in _explicit(recipe).items())
         raise InfeasibleError(
-            f"--kv-cache {recipe.kv_cache:g} leaves layer {index} {cached} numbers per token; --rope {recipe.rope}{given} needs "
-            f"at least {least}: the smallest possible is --kv-cache {smallest:g}"
+            f"--kv-cache {recipe.kv_cache:g} leaves layer {index} {cached} numbers per token; "
+            f"--rope {recipe.rope}{given} needs at least {least}: the smallest possible is --kv-cache {smallest:g}"
         )
     if recipe.kv_rank is not None:
         rope_dims = min((cached - recipe.kv_rank) // step * step, keys)

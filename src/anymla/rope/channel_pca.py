@@ -14,10 +14,10 @@ from anymla.rope.channels import Channels
 class ChannelPCA:
     """Top K of lambda_j (1 - |rho_f|^2) over all frequencies f and eigenvectors j.
 
-    For each frequency, the pairs z_f of all kv heads, weighted by how strongly queries read them (D_f), are rotated to
-    principal axes u_j: D_f^{1/2} E[z z^*] D_f^{1/2} u_j = lambda_j u_j. A channel is worth its energy lambda_j times the
-    part 1 - |rho_f|^2 of the rotation that an expected rotation rho cannot replace. Mixing kv heads within one frequency
-    commutes with RoPE, so all channels together are exact.
+    For each frequency, the pairs z_f of all kv heads, weighted by how strongly queries read them (D_f), are turned to
+    principal axes u_j: D_f^{1/2} E[z z^*] D_f^{1/2} u_j = lambda_j u_j. A channel is worth its energy lambda_j times
+    the part 1 - |rho_f|^2 of the rotation that an expected rotation rho cannot replace. Mixing kv heads within one
+    frequency commutes with RoPE, so all channels together are exact.
     """
 
     def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:

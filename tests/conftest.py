@@ -1,0 +1,37 @@
+"""Shared set-up: one thread per worker, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import anymla
+from anymla.report.demo import bundled_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def original():
+    """The bundled trained model."""
+    return AutoModelForCausalLM.from_pretrained(bundled_model()).eval()
+
+
+@pytest.fixture(scope="session")
+def converted_folder(tmp_path_factory):
+    """The bundled model at a quarter of its cache."""
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    anymla.convert(bundled_model(), folder, kv_cache=0.25, calibration_tokens=8192, calibration_length=128)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(converted_folder):
+    """The converted model, loaded."""
+    return AutoModelForCausalLM.from_pretrained(converted_folder).eval()
