@@ -52,9 +52,7 @@ def test_every_method_is_exact_at_full_budget(tmp_path, rope, factorization):
 def test_full_rank_without_rope_channels_keeps_position_free_part_exact(tmp_path):
     """All of y in the latent and every channel kept: r = 2Gd, the widest layout there is."""
     keys = 3 * 8
-    difference = largest_difference(
-        tmp_path, "llama", torch.float64, {"head_dim": 8}, rope_dims=keys, kv_rank=2 * keys
-    )
+    difference = largest_difference(tmp_path, "llama", torch.float64, {"head_dim": 8}, rope_dims=keys, kv_rank=2 * keys)
     assert difference < TOLERANCE[torch.float64]
 
 

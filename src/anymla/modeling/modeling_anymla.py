@@ -27,7 +27,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
-
 # Sizes of one sequence's latents (numbers) from which, in float32 on a CPU, another way to write the products beats
 # the plain one, whose calls are the cheapest. Measured on two AVX-512 cores with benchmarks/decode.py.
 TALL_SIZE = 1 << 17  # scores as [tokens, rows]: MKL is up to twice as fast with the long side first
@@ -210,9 +209,9 @@ class LatentAttention(nn.Module):
         output, weights = attention(self, torch.cat([query_nope, query_rope], dim=-1), key, value, mask, **kwargs)
         return output[..., : self.head_dim], weights
 
-    def absorbs(self, new: int, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    def absorbs(self, new: int, mask: Tensor | None) -> bool:
         """Whether latent space takes fewer multiply-adds than expanding the cache, and the mask allows it."""
-        if kwargs.get("output_attentions") or (self.training and self.attention_dropout > 0):
+        if self.training and self.attention_dropout > 0:
             return False
         if not (mask is None and new == 1) and not (isinstance(mask, Tensor) and mask.dim() == 4):
             return False
@@ -228,13 +227,15 @@ class LatentAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over ``hidden_states`` [B,T,D] and the cache, as the layers of transformers call it."""
+        if kwargs.get("output_attentions"):
+            raise NotImplementedError("a converted model does not return attention weights: decode never forms them")
         cos, sin = (table.unsqueeze(1) for table in position_embeddings)
         query_nope, query_rope = self.queries(hidden_states, cos, sin)
         latent, rope_key = self.compress(hidden_states, cos, sin)
         if past_key_values is not None:
             latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
         inputs = (query_nope, query_rope, latent, rope_key, attention_mask)
-        if self.absorbs(hidden_states.shape[1], attention_mask, kwargs):
+        if self.absorbs(hidden_states.shape[1], attention_mask):
             output, weights = self.attend_absorbed(*inputs), None
         else:
             output, weights = self.attend_expanded(*inputs, **kwargs)

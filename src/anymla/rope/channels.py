@@ -46,8 +46,8 @@ class Channels:
 
 def _real_matrix(matrix: Tensor, pairs: int) -> Tensor:
     """Complex [M, G P] as real [2M, G 2P]: rows all real then all imaginary, columns half-split within each kv head."""
-    rows = matrix.shape[0]
-    real, imag = matrix.real.view(rows, -1, pairs), matrix.imag.view(rows, -1, pairs)
+    shape = (matrix.shape[0], matrix.shape[1] // pairs, pairs)
+    real, imag = matrix.real.reshape(shape), matrix.imag.reshape(shape)
     upper, lower = torch.cat([real, -imag], dim=-1), torch.cat([imag, real], dim=-1)
     return torch.cat([upper.flatten(1), lower.flatten(1)])
 

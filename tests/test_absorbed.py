@@ -1,0 +1,88 @@
+"""Absorbed attention equals plain attention over the expanded cache, in every dtype and by every path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anymla.modeling import modeling_anymla
+from anymla.modeling.modeling_anymla import LatentAttention, absorbed_attention
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def reference(query_latent, query_rope, latent, rope_key, mask, scale):
+    scores = torch.einsum("bhtr,bsr->bhts", query_latent.double(), latent[:, 0].double())
+    scores += torch.einsum("bhtr,bsr->bhts", query_rope.double(), rope_key[:, 0].double())
+    scores *= scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    return torch.einsum("bhts,bsr->bhtr", scores.softmax(-1), latent[:, 0].double())
+
+
+def inputs(dtype, new, cached, rope, batch=2, heads=4, rank=24):
+    random = torch.Generator().manual_seed(0)
+    shapes = [(batch, heads, new, rank), (batch, heads, new, rope), (batch, 1, cached, rank), (batch, 1, cached, rope)]
+    return [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
+
+
+def masks(kind, dtype, new, cached, batch=2):
+    allowed = torch.ones(batch, 1, new, cached, dtype=torch.bool).tril(cached - new)
+    allowed[1, :, :, : cached // 3] = False
+    additive = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    return {"none": None, "bool": allowed, "additive": additive, "shared": allowed[:1]}[kind]
+
+
+@pytest.mark.parametrize("path", ["plain", "tall", "stream"])
+@pytest.mark.parametrize("mask", ["none", "bool", "additive", "shared"])
+@pytest.mark.parametrize("rope", [0, 6])
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_absorbed_equals_reference(monkeypatch, dtype, new, rope, mask, path):
+    sizes = {"plain": (1 << 40, 1 << 40), "tall": (0, 1 << 40), "stream": (0, 0)}[path]
+    monkeypatch.setattr(modeling_anymla, "TALL_SIZE", sizes[0])
+    monkeypatch.setattr(modeling_anymla, "STREAM_SIZE", sizes[1])
+    cached = 301
+    tensors, allowed = inputs(dtype, new, cached, rope), masks(mask, dtype, new, cached)
+    expected = reference(*tensors, allowed, 0.3)
+    result = absorbed_attention(*tensors, allowed, 0.3)
+    assert result.dtype == dtype
+    assert (result.double() - expected).abs().max() < TOLERANCE[dtype] * max(1, expected.abs().max())
+
+
+def test_fully_masked_rows_stay_finite():
+    tensors = inputs(torch.float32, 2, 40, 4)
+    mask = torch.zeros(2, 1, 2, 40, dtype=torch.bool)
+    assert torch.isfinite(absorbed_attention(*tensors, mask, 1.0)).all()
+
+
+def test_static_cache_view_is_read_in_place():
+    tensors = inputs(torch.float32, 1, 64, 4)
+    buffer = torch.randn(2, 1, 128, 24)
+    buffer[:, :, :64] = tensors[2]
+    sliced = absorbed_attention(tensors[0], tensors[1], buffer[:, :, :64], tensors[3], None, 0.5)
+    assert torch.allclose(sliced, absorbed_attention(*tensors, None, 0.5), atol=1e-6)
+
+
+def test_absorbed_equals_expanded_on_the_trained_model(converted):
+    attention: LatentAttention = converted.model.layers[2].self_attn
+    random = torch.Generator().manual_seed(3)
+    rank, rope = attention.kv_lora_rank, attention.qk_rope_head_dim
+    shapes = [(2, 8, 1, 8), (2, 8, 1, rope), (2, 1, 50, rank), (2, 1, 50, rope)]
+    tensors = [torch.randn(shape, generator=random) for shape in shapes]
+    with torch.no_grad():
+        expanded, _ = attention.attend_expanded(*tensors, None)
+        absorbed = attention.attend_absorbed(*tensors, None)
+    assert (expanded - absorbed).abs().max() < 1e-4
+
+
+def test_counts_decide_between_the_paths(converted):
+    attention: LatentAttention = converted.model.layers[0].self_attn
+    mask = torch.ones(1, 1, 1, 10, dtype=torch.bool)
+    assert attention.absorbs(1, None)
+    assert attention.absorbs(1, mask)
+    assert not attention.absorbs(2, None)  # several tokens and no mask: a plain causal prefill
+    heads, kv_heads, d, rank = 8, 4, 8, attention.kv_lora_rank
+    even = kv_heads * d * rank / (heads * (rank - d)) if rank > d else float("inf")
+    many = torch.ones(1, 1, 500, 500, dtype=torch.bool)
+    assert attention.absorbs(500, many) == (even > 500)

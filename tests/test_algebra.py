@@ -1,0 +1,189 @@
+"""Properties of the algebra, on random shapes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anymla.architectures.attention import AttentionWeights
+from anymla.calibration.moments import MomentSums, rotate, to_complex
+from anymla.conversion.layer import latent_problem
+from anymla.conversion.refit import best_change, normal_equations
+from anymla.factorization import FACTORIZATIONS
+from anymla.rope import ROPE_CHOICES
+
+shapes = st.tuples(
+    st.integers(1, 4),  # kv heads
+    st.integers(1, 3),  # query heads per kv head
+    st.integers(1, 4),  # pairs
+    st.integers(0, 1000),  # seed
+)
+fast = settings(max_examples=25, deadline=None)
+
+
+def layer(shape, tokens=60):
+    """Random weights, activations and their moments."""
+    kv_heads, group, pairs, seed = shape
+    random = torch.Generator().manual_seed(seed)
+    heads, d, hidden = kv_heads * group, 2 * pairs, 2 * kv_heads * 2 * pairs + 3
+
+    def normal(*size):
+        return torch.randn(size, generator=random, dtype=torch.float64)
+
+    weights = AttentionWeights(
+        query=normal(heads, d, hidden),
+        key=normal(kv_heads, d, hidden),
+        value=normal(kv_heads, d, hidden),
+        key_bias=normal(kv_heads, d),
+        value_bias=normal(kv_heads, d),
+        output=normal(hidden, heads, d),
+        output_bias=normal(hidden),
+        key_gain=torch.ones(d, dtype=torch.float64),
+        scaling=d**-0.5,
+    )
+    x = normal(2, tokens, hidden) / math.sqrt(hidden)
+    query = torch.einsum("hdD,btD->bhtd", weights.query, x)
+    key = torch.einsum("gdD,btD->bgtd", weights.key, x) + weights.key_bias[:, None]
+    value = torch.einsum("gdD,btD->bgtd", weights.value, x) + weights.value_bias[:, None]
+    angle = torch.arange(tokens, dtype=torch.float64)[:, None] * 10.0 ** -torch.arange(pairs)
+    cos, sin = (torch.cat([table, table], -1)[None] for table in (angle.cos(), angle.sin()))
+    sums = MomentSums(weights)
+    sums.add(query, key, value, cos, sin, None)
+    return weights, sums.moments(), (query, key, value, torch.polar(torch.ones_like(angle), angle))
+
+
+@fast
+@given(shapes, st.floats(0, 1), st.sampled_from(list(ROPE_CHOICES)))
+def test_channels_and_remainder_give_back_every_key(shape, share, name):
+    """k = decode(encode(k)) + remainder(k): what the channels carry and what they leave are the key."""
+    kv_heads, _, pairs, _ = shape
+    _, moments, (_, key, _, _) = layer(shape)
+    step = 1 if name == "channel-pca" else kv_heads
+    rope_dims = 2 * step * round(share * kv_heads * pairs / step)
+    channels = ROPE_CHOICES[name](moments, rope_dims, expected_rotation=True)
+    flat = key.transpose(1, 2).flatten(2)
+    coded = to_complex(flat @ channels.encoder(pairs).T)
+    parts = torch.zeros(*flat.shape[:2], kv_heads, pairs, dtype=torch.complex128)
+    for j, frequency in enumerate(channels.index.tolist()):
+        parts[..., frequency] += coded[..., j, None] * channels.decode[j]
+    carried = torch.cat([parts.real, parts.imag], -1).flatten(2)
+    assert torch.allclose(carried + flat @ channels.remainder(pairs).T, flat, atol=1e-9)
+
+
+@fast
+@given(shapes)
+def test_mixing_heads_within_a_frequency_commutes_with_rope(shape):
+    """All channels together give every score exactly: sum_j q conj(b_j) turn_m conj(s_j turn_n) = q turn_m conj(k turn_n)."""
+    kv_heads, group, pairs, _ = shape
+    _, moments, (query, key, _, turn) = layer(shape)
+    channels = ROPE_CHOICES["channel-pca"](moments, 2 * kv_heads * pairs, expected_rotation=True)
+    coded = to_complex(key.transpose(1, 2).flatten(2) @ channels.encoder(pairs).T) * turn[:, channels.index]
+    weight = channels.decode.conj().T.repeat_interleave(group, 0)  # [H,K]
+    asked = to_complex(query)[..., channels.index] * weight[None, :, None] * turn[:, channels.index]
+    scores = torch.einsum("bhmk,bnk->bhmn", asked, coded.conj()).real
+    true_key = rotate(key, turn).repeat_interleave(group, 1)
+    assert torch.allclose(scores, rotate(query, turn) @ true_key.transpose(-1, -2), atol=1e-8)
+
+
+@fast
+@given(shapes, st.floats(0.05, 1), st.sampled_from(list(FACTORIZATIONS)))
+def test_factorizations_are_projections_and_exact_at_full_rank(shape, share, name):
+    kv_heads, _, pairs, _ = shape
+    weights, moments, _ = layer(shape)
+    channels = ROPE_CHOICES["channel-pca"](moments, 0, expected_rotation=True)
+    problem = latent_problem(weights, moments, channels, moments.rotation)
+    full = 4 * kv_heads * pairs
+    latent = FACTORIZATIONS[name](problem, max(1, round(share * full)))
+    encoded_again = latent.encoder @ latent.decoder
+    assert torch.allclose(encoded_again, torch.eye(len(encoded_again), dtype=torch.float64), atol=1e-7)
+    complete = FACTORIZATIONS[name](problem, full)
+    assert torch.allclose(complete.decoder @ complete.encoder, torch.eye(full, dtype=torch.float64), atol=1e-7)
+
+
+@fast
+@given(shapes, st.floats(0.1, 0.9))
+def test_output_aware_is_best_in_its_own_metric(shape, share):
+    """No other factorisation loses less of E || M^1/2 (y - y~) ||^2, the quantity that output-aware minimises."""
+    kv_heads, _, pairs, _ = shape
+    weights, moments, _ = layer(shape)
+    channels = ROPE_CHOICES["channel-pca"](moments, 0, expected_rotation=True)
+    problem = latent_problem(weights, moments, channels, moments.rotation)
+    rank = max(1, round(share * 4 * kv_heads * pairs))
+    metric = torch.block_diag(*problem.key_metric, *problem.value_metric)
+    covariance = problem.weighted_gram - torch.outer(problem.weighted_mean, problem.weighted_mean)
+
+    def lost(name):
+        latent = FACTORIZATIONS[name](problem, rank)
+        rest = torch.eye(len(metric), dtype=torch.float64) - latent.decoder @ latent.encoder
+        return (metric @ rest @ covariance @ rest.T).trace().item()
+
+    best = lost("output-aware")
+    for other in ("joint-svd", "split-svd", "whitened", "balanced-pca"):
+        assert best <= lost(other) * (1 + 1e-2) + 1e-9
+
+
+@fast
+@given(shapes)
+def test_expected_rotation_is_the_attention_weighted_mean(shape):
+    """rho_{h,f} = E[e^{i Delta theta_f}], against the definition written out over all pairs of positions."""
+    kv_heads, group, pairs, _ = shape
+    weights, moments, (query, key, _, turn) = layer(shape, tokens=12)
+    true_key = rotate(key, turn).repeat_interleave(group, 1)
+    scores = rotate(query, turn) @ true_key.transpose(-1, -2) * weights.scaling
+    attention = scores.masked_fill(torch.ones(12, 12, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    phase = turn[:, None] * turn[None].conj()  # e^{i (m - n) theta}
+    expected = torch.einsum("bhmn,mnp->hp", attention.to(phase.dtype), phase) / (2 * 12)
+    assert torch.allclose(moments.rotation, expected, atol=1e-9)
+
+
+@fast
+@given(shapes)
+def test_sensitivities_match_their_definition(shape):
+    """wk = E_t sum_n a^2 ||W_o (v_n - o_t)||^2 and wv = E_t sum_n a^2, written out head by head."""
+    kv_heads, group, pairs, _ = shape
+    weights, moments, (query, key, value, turn) = layer(shape, tokens=10)
+    for head in range(kv_heads * group):
+        k, v = key[:, head // group], value[:, head // group]
+        scores = rotate(query[:, head], turn) @ rotate(k, turn).transpose(-1, -2) * weights.scaling
+        a = scores.masked_fill(torch.ones(10, 10, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+        image = v @ weights.output[:, head].T
+        difference = image[:, None] - (a @ image)[:, :, None]
+        key_weight = (a.square() * difference.square().sum(-1)).sum() / 20
+        assert torch.isclose(moments.key_weight[head], key_weight, rtol=1e-6)
+        assert torch.isclose(moments.value_weight[head], a.square().sum() / 20, rtol=1e-9)
+
+
+@given(st.integers(0, 1000), st.integers(2, 6), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_refit_finds_what_a_linear_map_lacks(seed, features, outputs):
+    random = torch.Generator().manual_seed(seed)
+    truth = torch.randn(features, outputs, generator=random, dtype=torch.float64)
+    x = torch.randn(3, 200, features, generator=random, dtype=torch.float64)
+    offset = torch.randn(outputs, generator=random, dtype=torch.float64)
+    fit, choice = normal_equations([(x, x @ truth + offset)]), normal_equations([(x[:1], x[:1] @ truth + offset)])
+    change = best_change(fit, choice)
+    assert torch.allclose(change[:-1], truth, atol=1e-2)
+    assert torch.allclose(change[-1], offset, atol=1e-2)
+
+
+def test_refit_leaves_alone_what_it_cannot_help():
+    random = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(1, 12, 8, generator=random), torch.randn(1, 12, 4, generator=random)
+    other, noise2 = torch.randn(1, 400, 8, generator=random), torch.randn(1, 400, 4, generator=random)
+    assert best_change(normal_equations([(x, noise)]), normal_equations([(other, noise2)])) is None
+
+
+def test_streamed_moments_are_those_of_all_tokens_at_once():
+    shape = (2, 2, 3, 7)
+    weights, moments, (query, key, value, turn) = layer(shape)
+    cos, sin = (torch.cat([part, part], -1)[None] for part in (turn.real, turn.imag))
+    sums = MomentSums(weights)
+    for part in range(2):
+        sums.add(query[part : part + 1], key[part : part + 1], value[part : part + 1], cos, sin, None)
+    for name, whole in vars(moments).items():
+        streamed = getattr(sums.moments(), name)
+        assert streamed == pytest.approx(whole) if isinstance(whole, float) else torch.allclose(streamed, whole)
