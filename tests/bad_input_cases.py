@@ -72,8 +72,10 @@ class Case:
         return [filled(part, tmp) for part in self.arguments.split()]
 
     def missing_words(self, tmp: Path, message: str) -> list[str]:
-        """The words that ``message`` should hold and does not."""
-        return [word for word in self.words if filled(word, tmp).replace("_", "-") not in message.replace("_", "-")]
+        """The words that ``message`` should hold and does not; the digits in {tmp}'s own name count for nothing."""
+        message = message.replace(str(tmp), "{tmp}").replace("_", "-")
+        wanted = {word: filled(word, tmp).replace(str(tmp), "{tmp}").replace("_", "-") for word in self.words}
+        return [word for word, text in wanted.items() if text not in message]
 
 
 def filled(text: str, tmp: Path) -> str:
@@ -129,11 +131,11 @@ def config(**changes: Any) -> Damage:
     return damage
 
 
-def truncated(keep: int) -> Damage:
-    """Keeps the first bytes of model.safetensors only."""
+def truncated(keep: int, name: str = "model.safetensors") -> Damage:
+    """Keeps the first bytes of the weights only."""
 
     def damage(tmp: Path) -> None:
-        path = tmp / "model" / "model.safetensors"
+        path = tmp / "model" / name
         path.write_bytes(path.read_bytes()[:keep])
 
     return damage
@@ -161,13 +163,24 @@ def row_less(name: str) -> Damage:
     return tensors(lambda state: state.update({name: state[name][:-1].clone()}))
 
 
-def index(content: Any) -> Damage:
-    """A model.safetensors.index.json beside the weights."""
-    return file("model/model.safetensors.index.json", json.dumps(content))
+def index(content: str) -> Damage:
+    """Makes model.safetensors the shard a.safetensors under an index."""
+
+    def damage(tmp: Path) -> None:
+        (tmp / "model" / "model.safetensors").rename(tmp / "model" / "a.safetensors")
+        (tmp / "model" / "model.safetensors.index.json").write_text(content)
+
+    return damage
 
 
 def shards(**weight_map: Any) -> Damage:
-    return index({"metadata": {}, "weight_map": weight_map})
+    return index(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def single_file_and_index(tmp: Path) -> None:
+    """A whole shard under an index, and a broken single file, which is the one that transformers prefers."""
+    shards(x="a.safetensors")(tmp)
+    (tmp / "model" / "model.safetensors").write_bytes(b"broken")
 
 
 class _Trap:
@@ -246,6 +259,7 @@ def on_each(commands: dict[str, str], cases: list[Case]) -> list[Case]:
 
 V_PROJ, UP_PROJ = "model.layers.3.self_attn.v_proj.weight", "model.layers.2.mlp.up_proj.weight"
 MODEL_FILE, CONFIG_FILE, INDEX_FILE = "model.safetensors", "config.json", "model.safetensors.index.json"
+SHARD = "{model}/a.safetensors"
 ROW = '{"text": "Once upon a time there was a cat."}\n'
 
 MODEL_PLACES = [
@@ -273,6 +287,7 @@ CONFIG_FILES = on_each(
     ],
 )
 
+SPIRAL = {"rope_type": "spiral", "rope_theta": 10000.0}
 REFUSED_CONFIGS = [
     Case("family-unknown", "", ("'gpt2'", "not supported", "llama"), config(model_type="gpt2")),
     Case("family-missing", "", ("model_type",), config(model_type=REMOVED)),
@@ -293,11 +308,12 @@ REFUSED_CONFIGS = [
     Case("head-dim-odd-derived", "", ("head_dim 5",), config(head_dim=REMOVED, hidden_size=40)),
     Case("context-negative", "", (CONFIG_FILE, "max_position_embeddings"), config(max_position_embeddings=-1)),
     Case("dtype-unknown", "", (CONFIG_FILE, "dtype", "int8"), config(dtype="int8")),
-    Case("rope-unknown", "", ("rope type", "'spiral'", "yarn"), config(rope_parameters={"rope_type": "spiral"})),
+    Case("rope-unknown", "", ("rope type", "'spiral'", "yarn"), config(rope_parameters=SPIRAL)),
     Case("rope-no-object", "", (CONFIG_FILE, "rope", "'linear'"), config(rope_parameters="linear")),
     Case("rope-theta-text", "", ("rope_theta", "'big'"), config(rope_parameters={"rope_theta": "big"})),
     Case("rope-theta-zero", "", ("rope_theta", "0"), config(rope_parameters={"rope_theta": 0})),
     Case("rope-theta-nan", "", ("rope_theta", "nan"), config(rope_parameters={"rope_theta": float("nan")})),
+    Case("rope-factor-zero", "", ("rope", "factor", "0"), config(rope_parameters={"rope_type": "linear", "factor": 0})),
     Case("rope-theta-inf", "", ("rope_theta", "inf"), config(rope_parameters={"rope_theta": float("inf")})),
 ]
 
@@ -307,14 +323,19 @@ WEIGHTS = [
     Case("weights-empty", CONVERT, (f"{{model}}/{MODEL_FILE}", "truncated"), truncated(0)),
     Case("weights-garbage", CONVERT, (f"{{model}}/{MODEL_FILE}",), file(f"model/{MODEL_FILE}", 9000 * b"\xfe")),
     Case("weights-missing", CONVERT, ("{model}", MODEL_FILE), remove(f"model/{MODEL_FILE}")),
-    Case("shard-missing", CONVERT, ("{model}", "shard", "b.safetensors"), shards(x=MODEL_FILE, y="b.safetensors")),
+    Case("weights-broken-beside-shards", CONVERT, (f"{{model}}/{MODEL_FILE}",), single_file_and_index),
+    Case("shard-missing", CONVERT, ("{model}", "shard", "b.safetensors"), shards(x="a.safetensors", y="b.safetensors")),
+    Case(
+        "shard-cut", CONVERT, (SHARD, "truncated"), all_of(shards(x="a.safetensors"), truncated(900, "a.safetensors"))
+    ),
     Case("shard-outside", CONVERT, (INDEX_FILE, "outside", "../evil.safetensors"), shards(x="../evil.safetensors")),
     Case("shard-absolute", CONVERT, (INDEX_FILE, "outside", "/evil.safetensors"), shards(x="/evil.safetensors")),
     Case("shard-no-name", CONVERT, (INDEX_FILE,), shards(x=1)),
-    Case("index-not-json", CONVERT, (INDEX_FILE,), file(f"model/{INDEX_FILE}", "{")),
-    Case("index-without-map", CONVERT, (INDEX_FILE,), index({"metadata": {}})),
-    Case("index-no-object", CONVERT, (INDEX_FILE,), index([MODEL_FILE])),
-    Case("index-empty-map", CONVERT, ("{model}",), shards()),
+    Case("index-not-json", CONVERT, (INDEX_FILE,), index("{")),
+    Case("index-nested", CONVERT, (INDEX_FILE,), index(100_000 * "[")),
+    Case("index-without-map", CONVERT, (INDEX_FILE,), index('{"metadata": {}}')),
+    Case("index-no-object", CONVERT, (INDEX_FILE,), index('["a.safetensors"]')),
+    Case("index-empty-map", CONVERT, (INDEX_FILE,), shards()),
     Case("weights-pickled", CONVERT, ("{model}", "pickled", ".bin", "safetensors"), only_pickled),
     Case("weights-pickled-generate", f"{GENERATE} Once", ("{model}", "pickled", ".bin"), only_pickled),
     Case("weights-pickled-eval", f"{EVAL} {{valid}}", ("{model}", "pickled", ".bin"), only_pickled),
@@ -339,7 +360,7 @@ IMPOSSIBLE_BUDGETS = [
     "--kv-cache 0.1 --rope-dims 10",
     "--kv-cache 0.1 --kv-rank 12",
     "--kv-rank 62",
-    "--kv-rank 60 --rope low",
+    "--kv-rank 56 --rope low",
 ]
 
 SETTINGS = [
@@ -347,7 +368,7 @@ SETTINGS = [
     Case("kv-cache-above-1", f"{PLAN} --kv-cache 1.5", ("kv-cache", "1.5")),
     Case("kv-cache-negative", f"{CONVERT} --kv-cache -1", ("kv-cache", "-1")),
     Case("kv-cache-nan", f"{CONVERT} --kv-cache nan", ("kv-cache", "nan")),
-    Case("kv-cache-word", f"{PLAN} --kv-cache most", ("--kv-cache", "most")),
+    Case("kv-cache-word", f"{PLAN} --kv-cache most", ("--kv-cache", "number")),
     Case("budget-too-small", f"{CONVERT} --kv-cache 0.01", ("--kv-cache 0.01", "layer 0", "--kv-cache 0.0469")),
     Case("rope-dims-odd", f"{CONVERT} --rope-dims 3", ("--rope-dims 3", "odd", "32")),
     Case("rope-dims-odd-high", f"{PLAN} --rope high --rope-dims 3", ("--rope-dims 3", "odd", "8")),
@@ -412,6 +433,7 @@ RECIPES = [
     Case("recipe-is-a-folder", ON_RECIPE, (RECIPE_FILE,), folder("recipe.yaml")),
     Case("recipe-not-utf8", ON_RECIPE, (RECIPE_FILE,), recipe(b"device: \xff")),
     Case("recipe-broken-yaml", ON_RECIPE, (RECIPE_FILE, "line 2"), recipe("kv_cache: 0.5\nrope: [high")),
+    Case("recipe-nested", ON_RECIPE, (RECIPE_FILE,), recipe("rope: " + 5000 * "[")),
     Case("recipe-a-list", ON_RECIPE, (RECIPE_FILE, "names and values"), recipe("- kv_cache\n- 0.5\n")),
     Case("recipe-empty", ON_RECIPE, (RECIPE_FILE, "names and values"), recipe("")),
     Case("recipe-unknown-key", ON_RECIPE, (RECIPE_FILE, "kv_cash"), recipe("kv_cash: 0.5")),
@@ -430,12 +452,16 @@ PLANS = [
     Case("plan-broken-yaml", ON_PLAN, (PLAN_FILE,), file("plan.yaml", "layers: [")),
     Case("plan-a-list", ON_PLAN, (PLAN_FILE, "names and values"), file("plan.yaml", "[1]")),
     Case("plan-of-fewer-layers", ON_PLAN, ("4 layers", "5"), plan(lambda planned: planned["layers"].pop())),
-    Case("plan-bad-recipe", ON_PLAN, (PLAN_FILE, "kv_cache"), plan(lambda planned: planned["recipe"].update(kv_cache=2))),
+    Case(
+        "plan-bad-recipe", ON_PLAN, (PLAN_FILE, "kv_cache"), plan(lambda planned: planned["recipe"].update(kv_cache=2))
+    ),
     Case("plan-size-word", ON_PLAN, (PLAN_FILE, "layers.2.kv_rank"), planned_layer(kv_rank="twelve")),
-    Case("plan-rank-negative", ON_PLAN, (PLAN_FILE, "layers.2"), planned_layer(kv_rank=-12, rope_dims=4)),
-    Case("plan-rope-dims-odd", ON_PLAN, ("layer", "2", "3"), planned_layer(kv_rank=13, rope_dims=3)),
-    Case("plan-rope-dims-large", ON_PLAN, ("layer", "2", "34"), planned_layer(kv_rank=12, rope_dims=34)),
-    Case("plan-rank-large", ON_PLAN, ("layer", "2", "65"), planned_layer(kv_rank=65, rope_dims=4)),
+    Case("plan-rank-negative", ON_PLAN, (PLAN_FILE, "layers.2"), planned_layer(kv_rank=-12, rope_dims=28)),
+    Case("plan-rope-dims-odd", ON_PLAN, ("layer", "2", "rope_dims"), planned_layer(kv_rank=13, rope_dims=3)),
+    Case(
+        "plan-rope-dims-large", ON_PLAN, ("layer", "2", "34"), planned_layer(kv_rank=2, rope_dims=34, cached_numbers=36)
+    ),
+    Case("plan-rank-large", ON_PLAN, ("layer", "2", "65"), planned_layer(kv_rank=65, rope_dims=4, cached_numbers=69)),
     Case("plan-without-choices", ON_PLAN, (PLAN_FILE, "layers.2"), planned_layer(rope_choices=[])),
     Case("plan-with-a-recipe", f"{ON_PLAN} --recipe {RECIPE_FILE}", ("--plan",), recipe("seed: 1")),
     Case("plan-with-an-option", f"{ON_PLAN} --kv-cache 0.5", ("--plan",), plan(lambda planned: None)),
@@ -444,9 +470,11 @@ PLANS = [
 EVALS = [
     Case("eval-text-missing", f"{EVAL} {{tmp}}/text.txt", ("{tmp}/text.txt",)),
     Case("eval-text-tiny", f"{EVAL} {{tmp}}/text", ("{tmp}/text", "256"), text("Once upon a time.")),
-    Case("eval-tokens-few", f"{EVAL} {{valid}} --tokens 10", ("--tokens 10", "256")),
+    Case("eval-tokens-few", f"{EVAL} {{valid}} --tokens 10", ("--tokens", "256")),
     Case("eval-tokens-0", f"{EVAL} {{valid}} --tokens 0", ("--tokens",)),
     Case("eval-length-short", f"{EVAL} {{valid}} --length 2", ("--length",)),
+    Case("eval-context-0", f"{EVAL} {{valid}}", ("max_position_embeddings", "0"), config(max_position_embeddings=0)),
+    Case("eval-rope-unknown", f"{EVAL} {{valid}}", ("{model}", "spiral"), config(rope_parameters=SPIRAL)),
     Case("eval-against-missing", f"{EVAL} {{valid}} --against {{tmp}}/nowhere", ("{tmp}/nowhere",)),
     Case(
         "eval-against-other-vocabulary",
@@ -460,9 +488,10 @@ GENERATES = [
     Case("prompt-without-tokens", f"{GENERATE} Once", ("--prompt", "'Once'", "no tokens"), silent_tokenizer),
     Case("prompt-empty", f"{GENERATE} {{empty}}", ("--prompt", "no tokens"), silent_tokenizer),
     Case("prompt-not-utf8", f"{GENERATE} \udcff", ("--prompt", "UTF-8")),
-    Case("temperature-negative", f"{GENERATE} Once --temperature -1", ("--temperature", "-1")),
-    Case("no-new-tokens", f"{GENERATE} Once --max-new-tokens 0", ("--max-new-tokens", "0")),
-    Case("generate-seed-large", f"{GENERATE} Once --temperature 1 --seed {2**65}", ("--seed", str(2**65))),
+    Case("generate-size-text", f"{GENERATE} Once", ("{model}", "hidden_size", "64"), config(hidden_size="64")),
+    Case("temperature-negative", f"{GENERATE} Once --temperature -1", ("--temperature", "0")),
+    Case("no-new-tokens", f"{GENERATE} Once --max-new-tokens 0", ("--max-new-tokens", "1")),
+    Case("generate-seed-large", f"{GENERATE} Once --temperature 1 --seed {2**65}", ("--seed",)),
 ]
 
 USAGE = [

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from anymla.architectures.attention import AttentionWeights
 from anymla.calibration.moments import MomentSums, rotate, to_complex
-from anymla.conversion.layer import latent_problem
 from anymla.conversion.refit import best_change, normal_equations
-from anymla.factorization import FACTORIZATIONS
+from anymla.factorization import FACTORIZATIONS, LatentProblem
 from anymla.rope import ROPE_CHOICES
 
 shapes = st.tuples(
@@ -43,6 +42,7 @@ def layer(shape, tokens=60):
         output=normal(hidden, heads, d),
         output_bias=normal(hidden),
         key_gain=torch.ones(d, dtype=torch.float64),
+        key_norm=False,
         scaling=d**-0.5,
     )
     x = normal(2, tokens, hidden) / math.sqrt(hidden)
@@ -77,7 +77,7 @@ def test_channels_and_remainder_give_back_every_key(shape, share, name):
 @fast
 @given(shapes)
 def test_mixing_heads_within_a_frequency_commutes_with_rope(shape):
-    """All channels together give every score exactly: sum_j q conj(b_j) turn_m conj(s_j turn_n) = q turn_m conj(k turn_n)."""
+    """All channels give every score: sum_j q conj(b_j) turn_m conj(s_j turn_n) = q turn_m conj(k turn_n)."""
     kv_heads, group, pairs, _ = shape
     _, moments, (query, key, _, turn) = layer(shape)
     channels = ROPE_CHOICES["channel-pca"](moments, 2 * kv_heads * pairs, expected_rotation=True)
@@ -95,7 +95,7 @@ def test_factorizations_are_projections_and_exact_at_full_rank(shape, share, nam
     kv_heads, _, pairs, _ = shape
     weights, moments, _ = layer(shape)
     channels = ROPE_CHOICES["channel-pca"](moments, 0, expected_rotation=True)
-    problem = latent_problem(weights, moments, channels, moments.rotation)
+    problem = LatentProblem(weights, moments, channels, moments.rotation)
     full = 4 * kv_heads * pairs
     latent = FACTORIZATIONS[name](problem, max(1, round(share * full)))
     encoded_again = latent.encoder @ latent.decoder
@@ -111,9 +111,9 @@ def test_output_aware_is_best_in_its_own_metric(shape, share):
     kv_heads, _, pairs, _ = shape
     weights, moments, _ = layer(shape)
     channels = ROPE_CHOICES["channel-pca"](moments, 0, expected_rotation=True)
-    problem = latent_problem(weights, moments, channels, moments.rotation)
+    problem = LatentProblem(weights, moments, channels, moments.rotation)
     rank = max(1, round(share * 4 * kv_heads * pairs))
-    metric = torch.block_diag(*problem.key_metric, *problem.value_metric)
+    metric = torch.block_diag(*problem.metric)
     covariance = problem.weighted_gram - torch.outer(problem.weighted_mean, problem.weighted_mean)
 
     def lost(name):
@@ -130,7 +130,7 @@ def test_output_aware_is_best_in_its_own_metric(shape, share):
 @given(shapes)
 def test_expected_rotation_is_the_attention_weighted_mean(shape):
     """rho_{h,f} = E[e^{i Delta theta_f}], against the definition written out over all pairs of positions."""
-    kv_heads, group, pairs, _ = shape
+    group = shape[1]
     weights, moments, (query, key, _, turn) = layer(shape, tokens=12)
     true_key = rotate(key, turn).repeat_interleave(group, 1)
     scores = rotate(query, turn) @ true_key.transpose(-1, -2) * weights.scaling
@@ -144,7 +144,7 @@ def test_expected_rotation_is_the_attention_weighted_mean(shape):
 @given(shapes)
 def test_sensitivities_match_their_definition(shape):
     """wk = E_t sum_n a^2 ||W_o (v_n - o_t)||^2 and wv = E_t sum_n a^2, written out head by head."""
-    kv_heads, group, pairs, _ = shape
+    kv_heads, group = shape[:2]
     weights, moments, (query, key, value, turn) = layer(shape, tokens=10)
     for head in range(kv_heads * group):
         k, v = key[:, head // group], value[:, head // group]

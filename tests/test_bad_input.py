@@ -30,7 +30,7 @@ from tests.bad_input_cases import (
 )
 
 ANYMLA = Path(sys.executable).parent / "anymla"
-AS_SUBPROCESS = ("tensor-missing", "tensor-shape", "weights-cut-in-half", "text-tiny", "budget-too-small")
+AS_SUBPROCESS = ("weights-cut-in-half", "budget-too-small", "tensor-missing", "tensor-shape", "eval-rope-unknown")
 GOOD = Case("good", CONVERT, ())
 
 
@@ -201,6 +201,16 @@ def test_disk_full(old, place, name, failing, words, anymla, tmp_path, monkeypat
     assert str(tmp_path / "out") in message
     assert words in message
     assert tree(tmp_path) == before
+
+
+def test_overwrite_of_a_link_replaces_the_link(anymla, tmp_path):
+    arguments = GOOD.prepare(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "mine.txt").write_text("mine")
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    assert anymla([*arguments, "--overwrite"]).code == 0
+    assert (tmp_path / "real" / "mine.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "real"}
 
 
 def test_disk_full_below_a_new_folder(anymla, tmp_path, monkeypatch):

@@ -77,8 +77,11 @@ def dense_attention(layer, states, inverse_frequency, pairs, svd):
         key_weight[nope] = truncated(key_weight[nope], RANK // 2)
         value_weight = truncated(value_weight, RANK - RANK // 2)
     query = attention.q_proj(states).view(batch, length, HEADS, HEAD_DIM)
-    key = (states @ key_weight.T).view(batch, length, KV_HEADS, HEAD_DIM).repeat_interleave(HEADS // KV_HEADS, 2)
-    value = (states @ value_weight.T).view(batch, length, KV_HEADS, HEAD_DIM).repeat_interleave(HEADS // KV_HEADS, 2)
+    key, value = states @ key_weight.T, states @ value_weight.T
+    if attention.k_proj.bias is not None:  # biases stay outside the SVD
+        key, value = key + attention.k_proj.bias, value + attention.v_proj.bias
+    key = key.view(batch, length, KV_HEADS, HEAD_DIM).repeat_interleave(HEADS // KV_HEADS, 2)
+    value = value.view(batch, length, KV_HEADS, HEAD_DIM).repeat_interleave(HEADS // KV_HEADS, 2)
     mask = rotated.repeat_interleave(HEADS // KV_HEADS, 0)
     angle = torch.arange(length, dtype=states.dtype)[:, None] * inverse_frequency.to(states.dtype)
     cos = torch.where(mask, torch.cat([angle.cos()] * 2, -1)[:, None], 1.0)
@@ -106,8 +109,9 @@ def dense_logits(model, ids, pairs, svd):
 @pytest.mark.parametrize("svd", ["joint-svd", "split-svd"])
 @pytest.mark.parametrize("strategy", ["high", "low", "uniform", "two-norm"])
 @pytest.mark.parametrize("kept", [1, 2, 3])
-def test_is_the_papers_function(tmp_path, strategy, svd, kept):
-    model = make_model("llama", torch.float64, head_dim=HEAD_DIM)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
+def test_is_the_papers_function(tmp_path, family, strategy, svd, kept):
+    model = make_model(family, torch.float64, head_dim=HEAD_DIM)
     source = save_model(model, tmp_path / "source")
     settings = {"rope": strategy, "factorization": svd, "expected_rotation": False}
     anymla.convert(source, tmp_path / "out", rope_dims=2 * kept, kv_rank=RANK, **settings, **FAST)

@@ -16,7 +16,7 @@ class AttentionWeights:
     """Float64 weights of one attention layer.
 
     query [H,d,D]; key, value [G,d,D]; their biases [G,d] (zeros where the model has none); output [D,H,d], output_bias
-    [D]. ``key`` holds the rows before a key norm; ``key_gain`` [d] is that norm's weight (ones without a norm).
+    [D]. Where ``key_norm`` is set, ``key`` holds the rows before it and ``key_gain`` [d] its weight (else ones).
     """
 
     query: Tensor
@@ -27,6 +27,7 @@ class AttentionWeights:
     output: Tensor
     output_bias: Tensor
     key_gain: Tensor
+    key_norm: bool
     scaling: float
 
 
@@ -52,6 +53,7 @@ def read_weights(attention: Any, spec: AttentionSpec) -> AttentionWeights:
         output=attention.o_proj.weight.detach().double().unflatten(1, (-1, d)),
         output_bias=bias(attention.o_proj),
         key_gain=torch.ones_like(bias(attention.k_proj)[:d]) if norm is None else norm,
+        key_norm=spec.qk_norm,
         scaling=float(attention.scaling),
     )
 

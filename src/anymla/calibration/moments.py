@@ -19,8 +19,8 @@ from anymla.architectures.attention import AttentionWeights
 class Moments:
     """Statistics of one layer (docs/mathematics.md, 'What is measured').
 
-    gram [2Gd,2Gd]: E[y y^T] over tokens. weighted_gram, weighted_mean: the same and E[y] with token n weighted by the
-    attention it receives, sum_m a_mn^2. query_gram [H,d,d]: E[q q^T]. rotation [H,P] complex: E[e^{i Delta theta_f}]
+    gram [2Gd,2Gd], mean [2Gd]: E[y y^T] and E[y] over tokens. weighted_gram, weighted_mean: the same with token n
+    weighted by the attention it receives, sum_m a_mn^2. query_gram [H,d,d]: E[q q^T]. rotation [H,P] complex: E[e^{i Delta theta_f}]
     over the distances that head h attends to; rope_scale: the factor that rope itself puts on scores (1 but for yarn
     and longrope). key_weight, value_weight [H]:
     E_t sum_n a_tn^2 ||W_o (v_n - o_t)||^2 and E_t sum_n a_tn^2. query_norm [H,P], key_norm [G,P]: mean 2-norm of each
@@ -28,6 +28,7 @@ class Moments:
     """
 
     gram: Tensor
+    mean: Tensor
     weighted_gram: Tensor
     weighted_mean: Tensor
     query_gram: Tensor
@@ -52,7 +53,7 @@ class MomentSums:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.tokens, self.received, self.rope_scale = 0, zeros(), 1.0
-        self.gram, self.weighted_gram, self.weighted_mean = zeros(y, y), zeros(y, y), zeros(y)
+        self.gram, self.mean, self.weighted_gram, self.weighted_mean = zeros(y, y), zeros(y), zeros(y, y), zeros(y)
         self.query_gram = zeros(heads, d, d)
         self.rotation = zeros(heads, pairs, dtype=torch.complex128)
         self.key_weight, self.value_weight = zeros(heads), zeros(heads)
@@ -77,6 +78,7 @@ class MomentSums:
         self.tokens += batch * length
         self.received += weight.sum()
         self.gram += y.T @ y
+        self.mean += y.sum(0)
         self.weighted_gram += (y * weight[:, None]).T @ y
         self.weighted_mean += weight @ y
         flat = query.transpose(0, 1).flatten(1, 2).double()
@@ -113,6 +115,7 @@ class MomentSums:
         """The means of all that was added."""
         return Moments(
             gram=self.gram / self.tokens,
+            mean=self.mean / self.tokens,
             weighted_gram=self.weighted_gram / self.received,
             weighted_mean=self.weighted_mean / self.received,
             query_gram=self.query_gram / self.tokens,

@@ -17,8 +17,6 @@ from anymla.factorization import Factorization, Latent, LatentProblem
 from anymla.modeling.modeling_anymla import LatentAttention
 from anymla.rope import Channels, RopeChoice
 
-DAMPING = 1e-6  # share of the untrained prior in the moments: directions that calibration never saw keep their order
-
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedLayer:
@@ -43,45 +41,11 @@ def convert_layer(
     channels = rope(moments, rope_dims, expected_rotation=expected_rotation)
     rotation = moments.rotation if expected_rotation else torch.ones_like(moments.rotation)
     rotation = rotation * moments.rope_scale
-    problem = latent_problem(weights, moments, channels, rotation)
-    return ConvertedLayer(channels=channels, latent=factorization(problem, kv_rank), rotation=rotation)
+    latent = factorization(LatentProblem(weights, moments, channels, rotation), kv_rank)
+    return ConvertedLayer(channels=channels, latent=latent, rotation=rotation)
 
 
-def latent_problem(weights: AttentionWeights, moments: Moments, channels: Channels, rotation: Tensor) -> LatentProblem:
-    """Statistics of y = [k_rest ; v] after the channels took their part of the keys."""
-    kv_heads, d, hidden = weights.key.shape
-    rest = torch.block_diag(
-        channels.remainder(d // 2), torch.eye(kv_heads * d, dtype=torch.float64, device=rotation.device)
-    )
-    projection = torch.cat([weights.key * weights.key_gain[:, None], weights.value]).reshape(-1, hidden)
-    weight_gram: Tensor = projection @ projection.T
-
-    def damped(gram: Tensor) -> Tensor:
-        mixed: Tensor = rest @ (gram + DAMPING * gram.trace() / weight_gram.trace() * weight_gram) @ rest.T
-        return mixed
-
-    turned = _turned_query_gram(moments.query_gram, rotation)  # [H,d,d]
-    key_metric = (moments.key_weight * weights.scaling**2)[:, None, None] * turned
-    output_gram = torch.einsum("Dhd,Dhe->hde", weights.output, weights.output)
-    value_metric = moments.value_weight[:, None, None] * output_gram
-    return LatentProblem(
-        weight_gram=rest @ weight_gram @ rest.T,
-        gram=damped(moments.gram),
-        weighted_gram=damped(moments.weighted_gram),
-        weighted_mean=rest @ moments.weighted_mean,
-        key_metric=key_metric.view(kv_heads, -1, d, d).sum(1),
-        value_metric=value_metric.view(kv_heads, -1, d, d).sum(1),
-    )
-
-
-def _turned_query_gram(query_gram: Tensor, rotation: Tensor) -> Tensor:
-    """E[q' q'^T] of q' = q * rotation, pairwise complex product; [H,d,d]."""
-    real, imag = torch.diag_embed(rotation.real), torch.diag_embed(rotation.imag)
-    turn = torch.cat([torch.cat([real, -imag], dim=2), torch.cat([imag, real], dim=2)], dim=1)
-    return turn @ query_gram @ turn.transpose(1, 2)
-
-
-def latent_tensors(weights: AttentionWeights, layer: ConvertedLayer, *, key_norm: bool) -> dict[str, Tensor]:
+def latent_tensors(weights: AttentionWeights, layer: ConvertedLayer) -> dict[str, Tensor]:
     """The tensors of LatentAttention that conversion makes, float64; those it does not name stay the original's."""
     kv_heads, d, hidden = weights.key.shape
     size, device = kv_heads * d, weights.key.device
@@ -93,7 +57,7 @@ def latent_tensors(weights: AttentionWeights, layer: ConvertedLayer, *, key_norm
     value_rows = encoder[:, size:] @ weights.value.reshape(size, hidden)
     value_bias = encoder[:, size:] @ weights.value_bias.flatten() - offset
     rank = encoder.shape[0]
-    if key_norm:
+    if weights.key_norm:
         tensors = {"k_a_proj_with_mqa.weight": key_rows, "v_a_proj.weight": value_rows, "v_a_proj.bias": value_bias}
     else:
         weight, bias = key_rows @ weights.key.reshape(size, hidden), key_rows @ weights.key_bias.flatten()

@@ -17,7 +17,7 @@ from anymla.conversion.layer import build_attention, convert_layer, latent_tenso
 from anymla.conversion.refit import refit_output
 from anymla.factorization import FACTORIZATIONS
 from anymla.modeling.modeling_anymla import LatentAttention
-from anymla.planning.plan import LayerPlan
+from anymla.planning.plan import TYPICAL_ROPE_SHARE, LayerPlan
 from anymla.recipe import Recipe
 from anymla.rope import ROPE_CHOICES
 
@@ -72,15 +72,17 @@ def convert_layers(
     split = Split.of(len(windows))
     original, converted = inputs.hidden, inputs.hidden
     attentions, results = [], []
+    share = TYPICAL_ROPE_SHARE
     for index, layer in enumerate(decoder_layers(model)):
         step = _LayerStep(layer, specs[index], plans[index], recipe, inputs.arguments[index], split)
         original_next = step.measure(original, converted)
-        attention, result = step.choose(index)
+        attention, result = step.choose(index, share)
         layer.self_attn = attention
         converted = torch.cat([output for _, _, output in run_layer(layer, converted, step.arguments, step.batch)])
         original = original_next
         attentions.append(attention)
         results.append(result)
+        share = result.rope_dims / plans[index].cached_numbers  # the next layer's choice lies near this one's
         on_layer(result)
     return Converted(original[split.held_out], converted[split.held_out], attentions, results)
 
@@ -120,14 +122,14 @@ class _LayerStep:
             targets.append(attended)
             outputs.append(output)
         self.moments: Moments = sums.moments()
-        self.target = torch.cat(targets) + (original - converted)
+        precision = torch.promote_types(original.dtype, torch.float32)  # a difference of near-equal 16-bit numbers
+        self.target = torch.cat(targets).to(precision) + (original.to(precision) - converted)
         self.inputs = torch.cat(list(attention_inputs(self.layer, converted, self.arguments, self.batch)))
         return torch.cat(outputs)
 
-    def choose(self, index: int) -> tuple[LatentAttention, LayerResult]:
+    def choose(self, index: int, near: float) -> tuple[LatentAttention, LayerResult]:
         """The split of the budget that loses least on the choice windows, its output projection refitted."""
-        candidates = [self._build(rope_dims) for rope_dims in self._rope_choices()]
-        best = candidates[0] if len(candidates) == 1 else min(candidates, key=self._error)
+        best = self._descend(near)
         if FACTORIZATIONS[self.recipe.factorization].refits_output:
             refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
         size = self.target[self.split.choice].double().square().sum().item()
@@ -138,8 +140,23 @@ class _LayerStep:
         """Squared loss of the layer's output on the choice windows."""
         return sum(lost.double().square().sum().item() for _, lost in self._lost(attention, self.split.choice))
 
-    def _rope_choices(self) -> tuple[int, ...]:
-        return self.plan.rope_choices if self.plan.rope_dims is None else (self.plan.rope_dims,)
+    def _descend(self, near: float) -> LatentAttention:
+        """The best split, found by walking downhill from the choice whose rope share is nearest to ``near``."""
+        choices = self.plan.rope_choices if self.plan.rope_dims is None else (self.plan.rope_dims,)
+        index = min(range(len(choices)), key=lambda i: abs(choices[i] - near * self.plan.cached_numbers))
+        best = self._build(choices[index])
+        if len(choices) == 1:
+            return best
+        least = self._error(best)
+        for ahead in (choices[:index][::-1], choices[index + 1 :]):
+            for rope_dims in ahead:
+                candidate = self._build(rope_dims)
+                if (error := self._error(candidate)) >= least:
+                    break
+                best, least = candidate, error
+            if best.qk_rope_head_dim != choices[index]:
+                break  # it went down on this side: the other one goes up
+        return best
 
     def _build(self, rope_dims: int) -> LatentAttention:
         rank = self.plan.cached_numbers - rope_dims if self.plan.kv_rank is None else self.plan.kv_rank
@@ -152,7 +169,7 @@ class _LayerStep:
             kv_rank=rank,
             expected_rotation=self.recipe.expected_rotation,
         )
-        tensors = latent_tensors(self.weights, converted, key_norm=self.spec.qk_norm)
+        tensors = latent_tensors(self.weights, converted)
         return build_attention(self.layer.self_attn, tensors, kv_rank=rank, rope_dims=rope_dims)
 
     def _lost(self, attention: LatentAttention, windows: slice) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,19 +7,22 @@ from typing import ClassVar
 
 import torch
 
-from anymla.factorization.latent import Latent, LatentProblem, projection, top_eigenvectors
+from anymla.factorization.latent import Latent, LatentProblem, top_eigenvectors
 
 
 @dataclass(frozen=True)
 class BalancedPCA:
-    """PCA of [k_rest / ratio ; v], ratio = mean column norm of k_rest over that of v on calibration text."""
+    """PCA of [k_rest / ratio ; v], ratio = mean norm of k_rest's rows over that of v's; biases ride along."""
 
     refits_output: ClassVar[bool] = False
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         power = problem.gram.diagonal()
-        keys, values = power[: problem.key_size].sqrt().mean(), power[problem.key_size :].sqrt().mean()
-        ratio = keys / values if keys > 1e-9 * values else torch.ones_like(keys)
+        floor = 1e-12 * power.max()
+        keys, values = power[: problem.key_size], power[problem.key_size :]
+        kept = keys[keys > floor]  # rows that rope channels took are not there any more
         scale = torch.ones_like(power)
-        scale[: problem.key_size] /= ratio
-        return projection(top_eigenvectors(problem.gram * scale[:, None] * scale, rank), scale)
+        if len(kept):
+            scale[: problem.key_size] = values.sqrt().mean() / kept.sqrt().mean()
+        vectors = top_eigenvectors(problem.gram * scale[:, None] * scale, rank)
+        return Latent(vectors.T * scale, vectors / scale[:, None], torch.zeros_like(scale))

@@ -1,38 +1,106 @@
 """The low-rank latent: what a factorisation gets and gives (docs/mathematics.md, 'The latent').
 
 Shapes: G kv heads, d head_dim, r latent rank. y = [k_rest ; v], 2Gd numbers: the keys less what rope channels carry,
-and the values. A factorisation approximates y by decoder @ encoder @ y + offset.
+and the values. A factorisation approximates y by mean + decoder @ encoder @ (y - mean).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from anymla.architectures.attention import AttentionWeights
+from anymla.calibration.moments import Moments
+from anymla.rope.channels import Channels
 
-@dataclass(frozen=True, kw_only=True)
+DAMPING = 1e-6  # share of the weights' own moments in the data's: directions that calibration never saw keep an order
+
+
+@dataclass(frozen=True)
 class LatentProblem:
-    """The statistics of y, float64.
+    """The statistics of y, float64, each computed when a factorisation first asks for it.
 
-    weight_gram, gram, weighted_gram [2Gd,2Gd]: W W^T of the projection that makes y; E[y y^T]; the same with tokens
-    weighted by the attention they receive, whose mean is weighted_mean [2Gd]. key_metric, value_metric [G,d,d]: how
-    much an error of a kv head's key or value damages the layer's output.
+    ``rotation`` [H,P] stands in for e^{i Delta theta} on the position-free part, where queries read k_rest.
     """
 
-    weight_gram: Tensor
-    gram: Tensor
-    weighted_gram: Tensor
-    weighted_mean: Tensor
-    key_metric: Tensor
-    value_metric: Tensor
+    weights: AttentionWeights
+    moments: Moments
+    channels: Channels
+    rotation: Tensor
 
     @property
     def key_size(self) -> int:
         """Gd, the length of the key part of y."""
-        return self.key_metric.shape[0] * self.key_metric.shape[1]
+        return self.weights.key.shape[0] * self.weights.key.shape[1]
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """The constant part of y [2Gd] that the projections' biases make; behind a key norm there is none for keys."""
+        key_bias = torch.zeros_like(self.weights.key_bias) if self.weights.key_norm else self.weights.key_bias
+        return self._rest(torch.cat([key_bias, self.weights.value_bias]).flatten())
+
+    @cached_property
+    def weight_gram(self) -> Tensor:
+        """W W^T [2Gd,2Gd] of the projection that makes y; with a key norm, its gain scales the rows of W_k."""
+        return self._rest_both(self._projection_gram)
+
+    @cached_property
+    def unbiased_gram(self) -> Tensor:
+        """E[(y - bias)(y - bias)^T] = W E[x x^T] W^T."""
+        bias = torch.outer(self.bias, self._rest(self.moments.mean))
+        return self._damped(self.moments.gram) - bias - bias.T + torch.outer(self.bias, self.bias)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """E[y y^T]."""
+        return self._damped(self.moments.gram)
+
+    @cached_property
+    def weighted_gram(self) -> Tensor:
+        """E[y y^T] with tokens weighted by the attention they receive."""
+        return self._damped(self.moments.weighted_gram)
+
+    @cached_property
+    def weighted_mean(self) -> Tensor:
+        """E[y] with the same weights."""
+        return self._rest(self.moments.weighted_mean)
+
+    @cached_property
+    def metric(self) -> Tensor:
+        """M as its blocks [2G,d,d], keys first: how much an error of a head's key or value damages the output."""
+        kv_heads, d, _ = self.weights.key.shape
+        real, imag = torch.diag_embed(self.rotation.real), torch.diag_embed(self.rotation.imag)
+        turn = torch.cat([torch.cat([real, -imag], dim=2), torch.cat([imag, real], dim=2)], dim=1)
+        turned = turn @ self.moments.query_gram @ turn.transpose(1, 2)  # E[q' q'^T] of q' = q * rotation, [H,d,d]
+        keys = (self.moments.key_weight * self.weights.scaling**2)[:, None, None] * turned
+        output_gram = torch.einsum("Dhd,Dhe->hde", self.weights.output, self.weights.output)
+        values = self.moments.value_weight[:, None, None] * output_gram
+        return torch.cat([blocks.view(kv_heads, -1, d, d).sum(1) for blocks in (keys, values)])
+
+    @cached_property
+    def _projection_gram(self) -> Tensor:
+        key = self.weights.key * self.weights.key_gain[:, None]
+        projection = torch.cat([key, self.weights.value]).flatten(0, 1)
+        return projection @ projection.T
+
+    @cached_property
+    def _remainder(self) -> Tensor:
+        return self.channels.remainder(self.weights.key.shape[1] // 2)
+
+    def _rest(self, y: Tensor) -> Tensor:
+        """Takes out of the key rows of ``y`` [2Gd, ...] what the channels carry."""
+        return torch.cat([self._remainder @ y[: self.key_size], y[self.key_size :]])
+
+    def _rest_both(self, gram: Tensor) -> Tensor:
+        return self._rest(self._rest(gram).T).T
+
+    def _damped(self, gram: Tensor) -> Tensor:
+        share = DAMPING * gram.trace() / self._projection_gram.trace()
+        return self._rest_both(gram + share * self._projection_gram)
 
 
 @dataclass(frozen=True)
@@ -58,7 +126,6 @@ def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     return vectors.flip(1)[:, :rank]
 
 
-def projection(vectors: Tensor, scale: Tensor | None = None) -> Latent:
-    """The uncentred latent U^T S, S^-1 U of orthonormal columns U [2Gd,r] and a diagonal scale S [2Gd]."""
-    scale = torch.ones_like(vectors[:, 0]) if scale is None else scale
-    return Latent(vectors.T * scale, vectors / scale[:, None], torch.zeros_like(scale))
+def blockwise(blocks: Tensor, matrix: Tensor) -> Tensor:
+    """A block-diagonal matrix, given as its blocks [N,d,d], times ``matrix`` [N d, M]."""
+    return torch.bmm(blocks, matrix.reshape(len(blocks), -1, matrix.shape[1])).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Least damage to the layer's output (anymla; DESIGN section 2)."""
+"""Least damage to the layer's output (anymla; docs/mathematics.md, 'The latent')."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anymla.factorization.latent import Latent, LatentProblem, top_eigenvectors
+from anymla.factorization.latent import Latent, LatentProblem, blockwise, top_eigenvectors
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,17 @@ class OutputAware:
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         mean = problem.weighted_mean
         covariance = problem.weighted_gram - torch.outer(mean, mean)
-        roots = [self._roots(block) for block in (*problem.key_metric, *problem.value_metric)]
-        root = torch.block_diag(*(pair[0] for pair in roots))
-        inverse = torch.block_diag(*(pair[1] for pair in roots))
-        vectors = top_eigenvectors(root @ covariance @ root, rank)
-        encoder, decoder = vectors.T @ root, inverse @ vectors
+        root, inverse = self._roots(problem.metric)
+        vectors = top_eigenvectors(blockwise(root, blockwise(root, covariance).T), rank)
+        encoder, decoder = blockwise(root, vectors).T, blockwise(inverse, vectors)
         size = encoder.norm(dim=1)  # unit rows: latents of one size suit 16-bit and quantised caches
         return Latent(encoder / size[:, None], decoder * size, mean)
 
-    def _roots(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh((block + block.T) / 2)
-        largest = values[-1]
-        values = values.clamp_min(self.metric_floor * largest) if largest > 0 else torch.ones_like(values)
-        return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+    def _roots(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """M^{1/2} and M^{-1/2}, block by block; small eigenvalues are raised so that the inverse stays tame."""
+        values, vectors = torch.linalg.eigh((blocks + blocks.transpose(1, 2)) / 2)
+        values = values.clamp_min(0)
+        values = values.maximum(self.metric_floor * values[:, -1:])
+        values = torch.where(values > 0, values, 1.0)  # a head that nothing reads
+        root = values.sqrt().unsqueeze(1)
+        return (vectors * root) @ vectors.transpose(1, 2), (vectors / root) @ vectors.transpose(1, 2)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from anymla.factorization.latent import Latent, LatentProblem, projection, top_eigenvectors
+from anymla.factorization.latent import Latent, LatentProblem, top_eigenvectors
 
 
 @dataclass(frozen=True)
@@ -24,4 +24,5 @@ class SplitSVD:
         key_rank = max(min(rank // 2, useful), rank - size)
         keys = top_eigenvectors(key_gram, key_rank)
         values = top_eigenvectors(problem.weight_gram[size:, size:], rank - key_rank)
-        return projection(torch.block_diag(keys, values))
+        vectors = torch.block_diag(keys, values)
+        return Latent(vectors.T, vectors, problem.bias)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from anymla.factorization.latent import Latent, LatentProblem, projection, top_eigenvectors
+from anymla.factorization.latent import Latent, LatentProblem, top_eigenvectors
 
 
 @dataclass(frozen=True)
 class Whitened:
     """SVD of W C^{1/2}, C = E[x x^T], truncated, times C^{-1/2}.
 
-    Its left vectors are the eigenvectors of W C W^T = E[y y^T], and the result is U_r U_r^T W: no inverse is needed.
+    Its left vectors are the eigenvectors of W C W^T, the moments of y less its bias, and the result is U_r U_r^T W: no
+    inverse is needed. Biases stay outside, exact.
     """
 
     refits_output: ClassVar[bool] = False
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
-        return projection(top_eigenvectors(problem.gram, rank))
+        vectors = top_eigenvectors(problem.unbiased_gram, rank)
+        return Latent(vectors.T, vectors, problem.bias)

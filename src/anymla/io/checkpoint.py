@@ -160,7 +160,12 @@ def new_folder(output: Path) -> Iterator[Path]:
         yield part
         if output.exists():
             output.rename(old)
-        part.rename(output)
+        try:
+            part.rename(output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{output} could not be written: {' '.join(str(error).split())}; nothing was left there"

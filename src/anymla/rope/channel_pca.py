@@ -1,4 +1,4 @@
-"""Shared rope channels by complex principal components across kv heads (anymla; DESIGN section 1)."""
+"""Shared rope channels by complex PCA across kv heads (anymla; docs/mathematics.md, 'Rope channels')."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ class ChannelPCA:
 
 
 def _lost_rotation(moments: Moments, expected_rotation: bool) -> torch.Tensor:
-    """Share of a pair's score variance that a constant in place of its rotation loses, [H,P]."""
+    """E|e^{i Delta theta} - c|^2 of the constant c that stands in for the rotation: its mean, or 1; [H,P]."""
     rho = moments.rotation
-    kept = rho.abs().square() if expected_rotation else 1 - (1 - rho).abs().square()
-    return (1 - kept).clamp_min(0)
+    return 1 - rho.abs().square() if expected_rotation else 2 - 2 * rho.real

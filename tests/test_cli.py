@@ -1,0 +1,359 @@
+"""The command line: what each command prints, writes and reads back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from anymla import cli, pipeline
+from anymla.errors import AnymlaError
+from anymla.recipe import Recipe
+from tests.bad_input_cases import BUNDLED, FAST, TRAIN, VALID, run_main
+
+COMMANDS = ("demo", "inspect", "plan", "convert", "eval", "generate")
+SCORES = {
+    "perplexity",
+    "kl",
+    "top1_agreement",
+    "cache_bytes_per_token",
+    "cache_numbers_per_token_per_layer",
+    "tokens",
+}
+LAYERS, NUMBERS, BYTES = 5, 64, 1280  # of the bundled model: cached numbers per token and layer, bytes per token
+OTHER_THAN_DEFAULT = {
+    "kv_cache": 0.5,
+    "rope": "uniform",
+    "rope_dims": 4,
+    "kv_rank": 9,
+    "factorization": "joint-svd",
+    "expected_rotation": False,
+    "calibration": "stories.txt",
+    "calibration_tokens": 999,
+    "calibration_length": 77,
+    "device": "cuda:3",
+    "dtype": "bfloat16",
+    "seed": 5,
+}
+PROMPT = "Once upon a time"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: threads share sums out in their own order
+
+
+@pytest.fixture
+def anymla(monkeypatch, capfd):
+    """Runs a command in this process; it must go well and say nothing on stderr. Gives what it printed."""
+
+    def run(*arguments):
+        done = run_main([str(argument) for argument in arguments], monkeypatch, capfd)
+        assert (done.code, done.err) == (0, "")
+        return done.out
+
+    return run
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Tables that need not break their cells, whatever terminal the tests run in."""
+    monkeypatch.setattr(cli.out, "width", 200)
+
+
+def convert_arguments(output, *options):
+    return ["convert", BUNDLED, "-o", output, *FAST.split(), "--calibration", TRAIN, *options]
+
+
+def weights(folder):
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
+def option(name, value):
+    """A setting as a command line gives it."""
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
+    return [f"--{name.replace('_', '-')}", str(value)]
+
+
+@pytest.fixture(scope="module")
+def conversion(tmp_path_factory):
+    """One conversion by the command line: where it is, and what --json printed."""
+    folder = tmp_path_factory.mktemp("cli") / "converted"
+    arguments = [str(argument) for argument in convert_arguments(folder, "--json", "--kv-cache", "0.5")]
+    console = Path(sys.executable).parent / "anymla"
+    done = subprocess.run([console, *arguments], capture_output=True, text=True, timeout=120, env=ONE_THREAD)
+    assert (done.returncode, done.stderr) == (0, "")
+    return SimpleNamespace(folder=folder, report=json.loads(done.stdout))
+
+
+def test_inspect_json(anymla):
+    facts = json.loads(anymla("inspect", BUNDLED, "--json"))
+    assert (facts["supported"], facts["reason"]) == (True, None)
+    assert facts["cache_numbers_per_token_per_layer"] == NUMBERS
+    assert facts["cache_bytes_per_token"] == BYTES
+    assert facts["num_layers"] == len(facts["layers"]) == LAYERS
+
+
+@pytest.mark.parametrize(
+    "arguments", [["inspect", BUNDLED, "--json"], ["inspect", BUNDLED], ["plan", BUNDLED], ["--help"]]
+)
+def test_answers_at_once_without_torch(arguments):
+    code = (
+        "import sys\nfrom anymla import cli\n"
+        "try:\n    cli.main()\n"
+        "finally:\n    sys.stderr.write(str({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "set()")
+    assert done.stdout
+
+
+def test_inspect_table(anymla, wide):
+    table = anymla("inspect", BUNDLED)
+    for fact in ("llama", "GQA", "8 heads, 4 KV heads, head_dim 8", "1.2 KiB", "320 B", "64"):
+        assert fact in table
+
+
+def test_inspect_knows_a_converted_model(anymla, conversion):
+    facts = json.loads(anymla("inspect", conversion.folder, "--json"))
+    assert facts["supported"] is False
+    assert "already" in facts["reason"]
+    assert facts["reason"] in " ".join(anymla("inspect", conversion.folder).split())
+
+
+def test_plan_json(anymla):
+    costs = json.loads(anymla("plan", BUNDLED, "--json"))
+    assert len(costs["layers"]) == LAYERS
+    assert costs["cache_bytes_per_token"] == {"before": BYTES, "after": BYTES // 4}
+    assert costs["predicted_peak_bytes"] > 0
+    for layer in costs["layers"]:
+        assert layer["cached_numbers"] == {"before": NUMBERS, "after": NUMBERS // 4}
+        assert layer["rope_dims"] + layer["kv_rank"] == NUMBERS // 4
+        assert layer["chosen_on_calibration"] is True
+
+
+def test_plan_table(anymla, wide):
+    table = anymla("plan", BUNDLED, "--rope-dims", "6")
+    for number in ("64 -> 16", "12,288", " 6 ", " 10 ", "1.2 KiB -> 320 B"):
+        assert number in table
+
+
+def test_a_plan_is_carried_out(anymla, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    settings = ["--kv-cache", "0.375", "--rope-dims", "8", *FAST.split(), "--calibration", TRAIN]
+    assert str(plan) in anymla("plan", BUNDLED, "-o", plan, *settings).replace("\n", "")
+    report = json.loads(anymla("convert", BUNDLED, "-o", tmp_path / "out", "--plan", plan, "--json"))
+    planned = yaml.safe_load(plan.read_text())
+    assert [layer["cached_numbers"] for layer in planned["layers"]] == LAYERS * [24]
+    assert [(layer["rope_dims"], layer["kv_rank"]) for layer in report["layers"]] == LAYERS * [(8, 16)]
+    assert report["after"]["cache_numbers_per_token_per_layer"] == 24
+    assert report["recipe"] == planned["recipe"]
+
+
+def test_a_plan_and_its_settings_give_the_same_weights(anymla, conversion, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    anymla("plan", BUNDLED, "-o", plan, "--kv-cache", "0.5", *FAST.split(), "--calibration", TRAIN)
+    anymla("convert", BUNDLED, "-o", tmp_path / "out", "--plan", plan)
+    assert weights(tmp_path / "out") == weights(conversion.folder)
+
+
+def test_convert_json(conversion):
+    report = conversion.report
+    assert {"before", "after", "layers", "seconds", "peak_rss_bytes", "output", "recipe"} <= set(report)
+    assert set(report["before"]) == set(report["after"]) == SCORES
+    assert report["output"] == str(conversion.folder)
+    assert [layer["layer"] for layer in report["layers"]] == list(range(LAYERS))
+    assert all(layer["rope_dims"] + layer["kv_rank"] == NUMBERS // 2 for layer in report["layers"])
+    assert 0 < report["seconds"] < 120
+    assert 10**7 < report["peak_rss_bytes"] < 10**11
+
+
+def test_convert_json_scores(conversion):
+    before, after = conversion.report["before"], conversion.report["after"]
+    assert (before["kl"], before["top1_agreement"]) == (0, 1)
+    assert (before["cache_numbers_per_token_per_layer"], before["cache_bytes_per_token"]) == (NUMBERS, BYTES)
+    assert (after["cache_numbers_per_token_per_layer"], after["cache_bytes_per_token"]) == (NUMBERS // 2, BYTES // 2)
+    assert 1 < before["perplexity"] < after["perplexity"] < 2 * before["perplexity"]
+    assert 0 < after["kl"] < 1
+    assert 0.5 < after["top1_agreement"] < 1
+    assert before["tokens"] == after["tokens"] > 0
+
+
+def test_convert_writes_its_report(conversion):
+    written = json.loads((conversion.folder / "conversion.json").read_text())
+    assert written == conversion.report
+    plan = yaml.safe_load((conversion.folder / "plan.yaml").read_text())
+    assert [layer["cached_numbers"] for layer in plan["layers"]] == LAYERS * [NUMBERS // 2]
+    sizes = [(layer["rope_dims"], layer["kv_rank"]) for layer in conversion.report["layers"]]
+    assert [(layer["rope_dims"], layer["kv_rank"]) for layer in plan["layers"]] == sizes
+
+
+def test_the_same_command_gives_the_same_bytes(anymla, conversion, tmp_path):
+    anymla(*convert_arguments(tmp_path / "out", "--kv-cache", "0.5"))
+    assert weights(tmp_path / "out") == weights(conversion.folder)
+
+
+def test_another_seed_gives_other_weights(anymla, conversion, tmp_path):
+    anymla(*convert_arguments(tmp_path / "out", "--kv-cache", "0.5", "--seed", "1"))
+    assert weights(tmp_path / "out") != weights(conversion.folder)
+
+
+@pytest.mark.parametrize("kind", ["recipe", "plan"])
+def test_what_was_written_converts_again_to_the_same_bytes(kind, anymla, conversion, tmp_path):
+    anymla("convert", BUNDLED, "-o", tmp_path / "out", f"--{kind}", conversion.folder / f"{kind}.yaml")
+    assert weights(tmp_path / "out") == weights(conversion.folder)
+    assert (tmp_path / "out" / "recipe.yaml").read_bytes() == (conversion.folder / "recipe.yaml").read_bytes()
+
+
+def test_convert_table(anymla, tmp_path, wide):
+    table = anymla(*convert_arguments(tmp_path / "out", "--kv-rank", "10"))
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    for scores in (report["before"], report["after"]):
+        assert f"{scores['perplexity']:.3f}" in table
+        assert f"{scores['kl']:.4f}" in table
+        assert f"{scores['top1_agreement']:.1%}" in table
+    for layer in report["layers"]:
+        assert f"{layer['error']:.2%}" in table
+    assert "320 B" in table
+    assert f"Wrote {tmp_path / 'out'}" in table
+
+
+def test_the_bundled_text_is_noted_in_one_line(monkeypatch, capfd, tmp_path):
+    arguments = ["convert", str(BUNDLED), "-o", str(tmp_path / "out"), *FAST.split(), "--json"]
+    done = run_main(arguments, monkeypatch, capfd)
+    assert done.code == 0
+    assert len(done.err.splitlines()) == 1
+    assert done.err.startswith("note: ")
+    assert "--calibration" in done.err
+    assert json.loads(done.out)["recipe"]["calibration"] is None
+
+
+def test_convert_in_small_files(anymla, conversion, tmp_path):
+    anymla(*convert_arguments(tmp_path / "out", "--kv-cache", "0.5", "--max-shard-size", "300KB"))
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 310_000 for shard in shards)
+    model, whole = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", conversion.folder))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+def test_eval_json(anymla, conversion):
+    arguments = ["eval", conversion.folder, "--against", BUNDLED, "--text", VALID, "--tokens", "1024", "--length", "64"]
+    scores = json.loads(anymla(*arguments, "--json"))
+    assert set(scores) == SCORES
+    assert scores["cache_numbers_per_token_per_layer"] == NUMBERS // 2
+    assert scores["cache_bytes_per_token"] == BYTES // 2
+    assert scores["tokens"] == 1024
+    assert 1 < scores["perplexity"] < 50
+    assert 0 < scores["kl"] < 1
+    assert 0.5 < scores["top1_agreement"] < 1
+
+
+def test_eval_of_a_model_against_itself(anymla):
+    arguments = ["eval", BUNDLED, "--text", VALID, "--tokens", "512", "--length", "64", "--json"]
+    alone, itself = json.loads(anymla(*arguments)), json.loads(anymla(*arguments, "--against", BUNDLED))
+    assert (alone["kl"], alone["top1_agreement"]) == (None, None)
+    assert (itself["kl"], itself["top1_agreement"]) == (0, 1)
+    assert alone["perplexity"] == itself["perplexity"]
+    assert (alone["cache_numbers_per_token_per_layer"], alone["cache_bytes_per_token"]) == (NUMBERS, BYTES)
+
+
+def test_eval_perplexity_is_that_of_transformers(anymla):
+    scores = json.loads(anymla("eval", BUNDLED, "--text", VALID, "--tokens", "512", "--length", "64", "--json"))
+    tokenizer, model = AutoTokenizer.from_pretrained(BUNDLED), AutoModelForCausalLM.from_pretrained(BUNDLED)
+    stories = [story.strip() for story in VALID.read_text(encoding="utf-8").split("<|endoftext|>")]
+    ids = torch.tensor([token for story in stories for token in tokenizer(story)["input_ids"]][:512]).view(8, 64)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    assert scores["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_eval_table(anymla, wide):
+    arguments = ["eval", BUNDLED, "--text", VALID, "--tokens", "512", "--length", "64"]
+    scores, table = json.loads(anymla(*arguments, "--json")), anymla(*arguments)
+    for number in (f"{scores['perplexity']:.3f}", " 64 ", "1.2 KiB", "512"):
+        assert number in table
+
+
+@pytest.mark.parametrize("kind", ["original", "converted"])
+def test_generate_is_transformers_own(kind, anymla, conversion):
+    folder = BUNDLED if kind == "original" else conversion.folder
+    printed = anymla("generate", folder, "--prompt", PROMPT, "--max-new-tokens", "24")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=24, do_sample=False)
+    assert printed.strip() == tokenizer.decode(tokens[0], skip_special_tokens=True)
+    assert printed.startswith(PROMPT)
+    assert tokens.shape[1] == len(tokenizer(PROMPT)["input_ids"]) + 24
+
+
+def test_generate_draws_by_the_seed(anymla):
+    def draw(seed):
+        return anymla(
+            "generate", BUNDLED, "--prompt", PROMPT, "--max-new-tokens", 24, "--temperature", 1, "--seed", seed
+        )
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_options_override_the_recipe_file(anymla, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("kv_cache: 0.5\nrope: high\nseed: 3\n")
+    chosen = json.loads(anymla("plan", BUNDLED, "--recipe", recipe, "--kv-cache", "0.25", "--json"))["recipe"]
+    assert (chosen["kv_cache"], chosen["rope"], chosen["seed"]) == (0.25, "high", 3)
+    assert chosen["factorization"] == Recipe().factorization
+
+
+def test_every_setting_of_a_recipe_is_tried():
+    assert set(OTHER_THAN_DEFAULT) == set(Recipe.model_fields)
+    default = Recipe().model_dump()
+    assert [name for name, value in OTHER_THAN_DEFAULT.items() if value == default[name]] == []
+
+
+@pytest.mark.parametrize("name", OTHER_THAN_DEFAULT)
+def test_every_setting_is_an_option_of_convert(name, monkeypatch, capfd, tmp_path):
+    taken = []
+
+    def convert(model, output, recipe, **_):
+        taken.append(recipe)
+        raise AnymlaError("far enough")
+
+    monkeypatch.setattr(pipeline, "convert", convert)
+    arguments = [*option(name, OTHER_THAN_DEFAULT[name]), "-o", str(tmp_path / "out")]
+    run = run_main(["convert", str(BUNDLED), *arguments], monkeypatch, capfd)
+    assert run.err.endswith("error: far enough\n")
+    assert taken == [Recipe(**{name: OTHER_THAN_DEFAULT[name]})]
+
+
+def test_every_setting_is_an_option_of_plan(anymla):
+    given = [part for name, value in OTHER_THAN_DEFAULT.items() for part in option(name, value)]
+    chosen = json.loads(anymla("plan", BUNDLED, "--json", *given))["recipe"]
+    assert chosen == OTHER_THAN_DEFAULT
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(command, anymla):
+    text = anymla(*command.split(), "--help")
+    assert f"Usage: anymla {command}".strip() in text
+    assert all(name in text for name in (COMMANDS if not command else ["--help"]))
+
+
+def test_help_of_convert_tells_every_setting(anymla, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    text = " ".join(anymla("convert", "--help").split())
+    for name, field in Recipe.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert " ".join(field.description.split()) in text
+
+
+def test_the_commands_are_known():
+    assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == set(COMMANDS)
+
+
+def test_no_command_shows_the_help(monkeypatch, capfd):
+    """Line by line, that is: not as one long error."""
+    run = run_main([], monkeypatch, capfd)
+    shown = (run.out + run.err).splitlines()
+    assert all(any(line.split()[:1] == [name] for line in shown) for name in COMMANDS)
