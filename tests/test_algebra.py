@@ -184,6 +184,7 @@ def test_streamed_moments_are_those_of_all_tokens_at_once():
     sums = MomentSums(weights)
     for part in range(2):
         sums.add(query[part : part + 1], key[part : part + 1], value[part : part + 1], cos, sin, None)
+    parts = sums.moments()
     for name, whole in vars(moments).items():
-        streamed = getattr(sums.moments(), name)
+        streamed = getattr(parts, name)
         assert streamed == pytest.approx(whole) if isinstance(whole, float) else torch.allclose(streamed, whole)

@@ -20,11 +20,10 @@ class Moments:
     """Statistics of one layer (docs/mathematics.md, 'What is measured').
 
     gram [2Gd,2Gd], mean [2Gd]: E[y y^T] and E[y] over tokens. weighted_gram, weighted_mean: the same with token n
-    weighted by the attention it receives, sum_m a_mn^2. query_gram [H,d,d]: E[q q^T]. rotation [H,P] complex: E[e^{i Delta theta_f}]
-    over the distances that head h attends to; rope_scale: the factor that rope itself puts on scores (1 but for yarn
-    and longrope). key_weight, value_weight [H]:
-    E_t sum_n a_tn^2 ||W_o (v_n - o_t)||^2 and E_t sum_n a_tn^2. query_norm [H,P], key_norm [G,P]: mean 2-norm of each
-    rope pair.
+    weighted by the attention it receives, sum_m a_mn^2. query_gram [H,d,d]: E[q q^T]. rotation [H,P] complex:
+    E[e^{i Delta theta_f}] over the distances that head h attends to. rope_scale: the factor that rope itself puts on
+    scores (1 but for yarn and longrope). key_weight, value_weight [H]: E_t sum_n a_tn^2 ||W_o (v_n - o_t)||^2 and
+    E_t sum_n a_tn^2. query_norm [H,P], key_norm [G,P]: mean 2-norm of each rope pair.
     """
 
     gram: Tensor
@@ -112,20 +111,14 @@ class MomentSums:
         self.rotation[heads] += (turn * mean_turn).sum(dim=(0, 2)).to(self.rotation.dtype)
 
     def moments(self) -> Moments:
-        """The means of all that was added."""
-        return Moments(
-            gram=self.gram / self.tokens,
-            mean=self.mean / self.tokens,
-            weighted_gram=self.weighted_gram / self.received,
-            weighted_mean=self.weighted_mean / self.received,
-            query_gram=self.query_gram / self.tokens,
-            rotation=self.rotation / self.tokens,
-            rope_scale=self.rope_scale,
-            key_weight=self.key_weight / self.tokens,
-            value_weight=self.value_weight / self.tokens,
-            query_norm=self.query_norm / self.tokens,
-            key_norm=self.key_norm / self.tokens,
-        )
+        """The means of all that was added; ends the sums, whose memory they take over."""
+        over_tokens = ("gram", "mean", "query_gram", "rotation", "key_weight", "value_weight", "query_norm", "key_norm")
+        for name in over_tokens:
+            getattr(self, name).div_(self.tokens)
+        for name in ("weighted_gram", "weighted_mean"):
+            getattr(self, name).div_(self.received)
+        means = {name: getattr(self, name) for name in (*over_tokens, "weighted_gram", "weighted_mean")}
+        return Moments(rope_scale=self.rope_scale, **means)
 
 
 def to_complex(pairs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCORE_ELEMENTS = 1 << 24  # attention scores held at a time; bounds the batch
+SCORE_ELEMENTS = 1 << 22  # attention scores per batch; bounds the batch, and so the memory of its activations
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

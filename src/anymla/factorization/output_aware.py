@@ -25,7 +25,7 @@ class OutputAware:
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         mean = problem.weighted_mean
-        covariance = problem.weighted_gram - torch.outer(mean, mean)
+        covariance = torch.addr(problem.weighted_gram, mean, mean, alpha=-1)
         root, inverse = self._roots(problem.metric)
         vectors = top_eigenvectors(blockwise(root, blockwise(root, covariance).T), rank)
         encoder, decoder = blockwise(root, vectors).T, blockwise(inverse, vectors)
