@@ -151,6 +151,9 @@ def test_overwrite_replaces_the_folder(anymla, tmp_path):
     arguments = GOOD.prepare(tmp_path)
     (tmp_path / "out" / "deep").mkdir(parents=True)
     (tmp_path / "out" / "deep" / "old.txt").write_text("old")
+    refused = message_of(anymla([*arguments, "--overwrite"]))
+    assert "holds no checkpoint" in refused  # a slip of the hand must not delete somebody's folder
+    (tmp_path / "out" / "config.json").write_text("{}")
     assert anymla([*arguments, "--overwrite"]).code == 0
     assert not (tmp_path / "out" / "deep").exists()
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -194,7 +197,7 @@ def test_disk_full(old, place, name, failing, words, anymla, tmp_path, monkeypat
     arguments = GOOD.prepare(tmp_path)
     if old:
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "old.txt").write_text("old")
+        (tmp_path / "out" / "config.json").write_text("{}")
     before = tree(tmp_path)
     monkeypatch.setattr(place, name, failing)
     message = message_of(anymla([*arguments, *(["--overwrite"] if old else [])]))

@@ -65,7 +65,9 @@ def _print_json(content: dict[str, Any]) -> None:
 
 def _recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
     """The recipe file's settings, overridden by the options."""
-    return Recipe.of((read_yaml(path) if path else {}) | settings, str(path) if path and not settings else "settings")
+    if path is None:
+        return Recipe.of(settings, "settings")
+    return Recipe.of(Recipe.of(read_yaml(path), str(path)).model_dump(exclude_unset=True) | settings, "settings")
 
 
 @app.command()
@@ -143,10 +145,6 @@ def convert(
     if plan is not None and (recipe is not None or settings):
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = Plan.read(plan) if plan is not None else _recipe(recipe, settings)
-    if (chosen.recipe if isinstance(chosen, Plan) else chosen).calibration is None:
-        err.print(
-            "note: calibrating on the bundled children's stories; --calibration with text like yours keeps more quality"
-        )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -154,7 +152,7 @@ def convert(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
 
         def progress(done: int, total: int, result: Any) -> None:
@@ -167,6 +165,11 @@ def convert(
 
         conversion = pipeline.convert(
             model, output, chosen, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
+        )
+    if conversion.plan.recipe.calibration is None:
+        err.print(
+            "note: calibrated on the bundled children's stories; --calibration with text like yours keeps more quality",
+            soft_wrap=True,
         )
     if as_json:
         return _print_json(conversion.to_dict())
@@ -186,7 +189,7 @@ def evaluate(
     model: Model,
     text: Annotated[str, typer.Option(help="Text file, .jsonl (field 'text') or hub data set name[:config[:split]].")],
     against: Annotated[str | None, typer.Option(help="The original model, for KL and top-1 agreement.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Read at most this many tokens. Default: all.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=256, help="Read at most this many tokens. Default: all.")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window (at most the model's context).")] = 1024,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -208,7 +211,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed for temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")] = 0,
     device: Device = "auto",
     dtype: Dtype = None,
 ) -> None:
@@ -223,7 +226,10 @@ def generate(
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 1."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if code == 130:  # typer makes Ctrl-C this code
+            raise KeyboardInterrupt
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("stopped\n")
         sys.exit(130)

@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
-from anymla.errors import CheckpointError, InfeasibleError, RecipeError, TextError, UnsupportedModelError
-from anymla.io.checkpoint import check_output, check_weights, find_model, load_model, load_tokenizer, new_folder
+from anymla.errors import CheckpointError, RecipeError, TextError, UnsupportedModelError
+from anymla.io.checkpoint import (
+    check_output,
+    check_shard_size,
+    check_weights,
+    find_model,
+    load_model,
+    load_tokenizer,
+    new_folder,
+)
 from anymla.io.device import pick_device
-from anymla.planning.plan import Plan, explain, make_plan
+from anymla.planning.plan import Plan, check_plan, explain, make_plan
 from anymla.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -154,6 +162,7 @@ def convert(
     blueprint = read_blueprint(read_config(source))
     chosen = _chosen_plan(str(model), blueprint, recipe, settings)
     check_output(output, source, overwrite=overwrite)
+    check_shard_size(max_shard_size)
     check_weights(source)
     windows = _calibration(chosen.recipe, source, blueprint)
     loaded = load_model(source, dtype=chosen.recipe.dtype, device=pick_device(chosen.recipe.device))
@@ -222,7 +231,10 @@ def evaluate(
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     ids = islice(tokenize(read_documents(text), tokenizer), tokens)
-    windows = token_windows(ids, min(length, config.get("max_position_embeddings", length)), text)
+    context = config.get("max_position_embeddings", length)
+    if not isinstance(context, int) or context < 1:
+        raise CheckpointError(f"{folder}/config.json: max_position_embeddings must be positive, got {context!r:.40}")
+    windows = token_windows(ids, min(length, context), text)
     device = pick_device(device)
     loaded = load_model(folder, dtype=dtype, device=device)
     _check_vocabulary(windows, loaded, text)
@@ -246,8 +258,7 @@ def _chosen_plan(model: str, blueprint: Blueprint, recipe: Recipe | Plan | None,
         return make_plan(model, blueprint, with_settings(recipe, settings))
     if settings:
         raise RecipeError(f"{', '.join(settings)}: a plan is final; change its recipe and plan again")
-    if len(recipe.layers) != len(blueprint.layers):
-        raise InfeasibleError(f"the plan has {len(recipe.layers)} layers and {model} has {len(blueprint.layers)}")
+    check_plan(recipe, model, blueprint)
     return recipe
 
 

@@ -18,7 +18,7 @@ DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 class Recipe(BaseModel):
     """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache to keep, 0 < x <= 1.")
     rope: Rope = Field("channel-pca", description="Which rope channels stay rotated; the last four are MHA2MLA's.")
@@ -37,6 +37,7 @@ class Recipe(BaseModel):
     )
     calibration: str | None = Field(
         None,
+        min_length=1,
         description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. Default: bundled stories.",
     )
     calibration_tokens: int = Field(32768, ge=256, description="Tokens of calibration text to use.")
@@ -75,7 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold names and values, as 'kv_cache: 0.25'")

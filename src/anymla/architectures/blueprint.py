@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from anymla.architectures.families import FAMILIES, ROPE_TYPES, Family
 from anymla.errors import CheckpointError, UnsupportedModelError
@@ -75,7 +76,7 @@ class _Config(BaseModel):
 
     model_type: str
     hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: Annotated[PositiveInt, Field(le=10_000)]
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
@@ -103,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no config.json: MODEL must be a Hugging Face checkpoint folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object")
@@ -119,6 +120,8 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         return f"already multi-head latent attention (kv_lora_rank {config['kv_lora_rank']})"
     if config.get("is_encoder_decoder"):
         return f"family '{model_type}' is an encoder-decoder; anymla converts decoder-only models"
+    if not isinstance(model_type, str):
+        return f"config.json: model_type must be a family's name, got {model_type!r:.40}"
     if model_type not in FAMILIES:
         return f"family '{model_type}' is not supported; supported: {', '.join(FAMILIES)}"
     if quantization := config.get("quantization_config"):
@@ -206,7 +209,10 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
     theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(f"config.json: rope type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or not theta > 0:
+    if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < math.inf:
         raise UnsupportedModelError(f"config.json: rope_theta must be a positive number, got {theta!r:.40}")
+    factor = settings.get("factor")
+    if factor is not None and (not isinstance(factor, int | float) or not 0 < factor < math.inf):
+        raise UnsupportedModelError(f"config.json: rope factor must be a positive number, got {factor!r:.40}")
     rest = {key: value for key, value in settings.items() if key not in ("rope_type", "type", "rope_theta")}
     return RopeSpec(rope_type=rope_type, theta=float(theta), settings=rest)

@@ -52,14 +52,22 @@ def _read_file(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            return [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
+            return [_row_text(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     except UnicodeDecodeError as error:
         raise TextError(f"text {path} is not UTF-8 (byte {error.start})") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise TextError(f"text {path}: every line must be a JSON object with the field 'text' ({error})") from error
     except OSError as error:
         raise TextError(f"text {path} cannot be read: {error.strerror}") from error
     return content.split(DOCUMENT_SEPARATOR)
+
+
+def _row_text(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"text {path}, line {number}: not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise TextError(f"text {path}, line {number}: must be a JSON object whose field 'text' is a string")
+    return str(row["text"])
 
 
 def _read_dataset(name: str) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from anymla.errors import TextError
+from anymla.errors import RecipeError, TextError
 from anymla.io.checkpoint import find_model, load_model, load_tokenizer
 from anymla.io.device import pick_device
+
+LEAST_TEMPERATURE = 0.01  # below it, logits divided by it overflow
 
 
 def continuation(
@@ -17,6 +19,10 @@ def continuation(
     Raises:
         TextError: the tokenizer makes no token of the prompt.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"--prompt is not UTF-8 (character {error.start})") from error
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].numel() == 0:
         raise TextError(f"--prompt {prompt!r} gives no tokens")
@@ -33,10 +39,13 @@ def stream_continuation(
     """Prints the continuation to stdout as it is made.
 
     Raises:
-        CheckpointError, TextError: as the message says.
+        CheckpointError, RecipeError, TextError: as the message says.
     """
     import torch
     from transformers import TextStreamer
+
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise RecipeError(f"--temperature {temperature} is too small: give 0, or at least {LEAST_TEMPERATURE}")
 
     folder = find_model(model)
     loaded, tokenizer = load_model(folder, dtype=dtype, device=pick_device(device)), load_tokenizer(folder)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,9 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
     Raises:
         CheckpointError: no such folder, or the hub does not have it or cannot be reached.
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    path, name = Path(model).expanduser(), str(model)
+    if os.path.exists(path):  # unlike Path.exists, False for names that no file system can hold
         return path
-    name = str(model)
     if name.count("/") > 1 or name.startswith((".", "/", "~", "-")) or not name:
         raise CheckpointError(f"{name} does not exist: MODEL must be a local checkpoint folder or a hub id")
     from huggingface_hub import snapshot_download
@@ -61,18 +61,20 @@ def check_weights(folder: Path) -> list[Path]:
 
 def _weight_files(folder: Path) -> list[Path]:
     index, single = folder / INDEX, folder / "model.safetensors"
+    if single.is_file():  # what transformers takes where there are both
+        return [single]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("weight_map must give every tensor a file name")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
         if outside := [name for name in names if Path(name).name != name]:
             raise CheckpointError(f"{index} names a file outside the folder: {outside[0]}")
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise CheckpointError(f"{folder} lacks the shard {missing[0]} that {INDEX} names")
         return [folder / name for name in names]
-    if single.is_file():
-        return [single]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
             f"{folder} holds pickled weights (.bin) only, which can run code when opened; anymla reads safetensors: "
@@ -89,18 +91,23 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     check_weights(folder)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _quiet_transformers()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, local_files_only=True
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # configs, tensors and transformers' own checks raise anything
         raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
+    unused = [name for name in info["unexpected_keys"] if ".layers." in name]
     for kind, names in (
+        ("has a tensor that its config has no place for:", unused),
         ("lacks the tensor", info["missing_keys"]),
         ("has a tensor of wrong shape:", info["mismatched_keys"]),
     ):
@@ -113,6 +120,14 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
     return model.to(device).eval().requires_grad_(False)
 
 
+def _quiet_transformers() -> None:
+    """What is wrong is raised, in one line; warnings would only come between."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of ``folder``.
 
@@ -121,6 +136,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _quiet_transformers()
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raise anything, bare Exception included
@@ -135,13 +151,25 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputError(
             f"{output} is, or lies in, the source checkpoint, which is never written to: choose another -o"
         )
-    if output.is_file():
+    if output.resolve() in source.resolve().parents:
+        raise OutputError(f"{output} holds the source checkpoint {source}: choose another -o")
+    if os.path.isfile(output):
         raise OutputError(f"{output} is a file: choose another -o")
-    if output.exists() and not overwrite:
+    if os.path.lexists(output) and not overwrite:
         raise OutputError(f"{output} exists: choose another -o, or give --overwrite")
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if len(os.fsencode(output.name)) > 200:  # the partial folder's name is longer, and a name has 255 bytes at most
+        raise OutputError(f"{output} cannot be made: its name is too long")
+    if output.is_dir() and not output.is_symlink() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise OutputError(f"{output} holds no checkpoint, so --overwrite does not replace it: choose another -o")
+    parent = next(folder for folder in output.absolute().parents if os.path.exists(folder))
     if not os.access(parent, os.W_OK) or not parent.is_dir():
         raise OutputError(f"{output} cannot be made: {parent} is not a writable folder")
+
+
+def check_shard_size(size: str) -> None:
+    """Refuses a --max-shard-size that is not a positive number of KB, MB, GB or TB."""
+    if not re.fullmatch(r"\s*(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE):
+        raise OutputError(f"--max-shard-size {size} is not a size such as 500MB or 5GB")
 
 
 @contextmanager
@@ -155,6 +183,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     part = output.absolute().with_name(f".{output.name}.partial-{os.getpid()}")
     old = part.with_name(f".{output.name}.old-{os.getpid()}")
+    made = [folder for folder in part.parents if not folder.exists()]  # the deepest first
     try:
         part.mkdir(parents=True)
         yield part
@@ -172,7 +201,12 @@ def new_folder(output: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if old.is_symlink():
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # not empty: the output is there
+                folder.rmdir()
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
 from anymla.errors import InfeasibleError, RecipeError
@@ -17,6 +17,9 @@ TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced 
 ROPE_SHARES = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried on calibration text
 
 
+EvenInt = Annotated[int, Field(ge=0, multiple_of=2)]
+
+
 class LayerPlan(BaseModel):
     """One layer: cached numbers per token, and how they split into 2K rope dims and the latent rank.
 
@@ -25,10 +28,21 @@ class LayerPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cached_numbers: int
-    rope_dims: int | None
-    kv_rank: int | None
-    rope_choices: tuple[int, ...] = ()
+    cached_numbers: PositiveInt
+    rope_dims: EvenInt | None
+    kv_rank: PositiveInt | None
+    rope_choices: tuple[EvenInt, ...] = ()
+
+    @model_validator(mode="after")
+    def _add_up(self) -> LayerPlan:
+        if self.rope_dims is not None and self.kv_rank is not None:
+            if self.rope_dims + self.kv_rank != self.cached_numbers:
+                raise ValueError("rope_dims and kv_rank must add up to cached_numbers")
+        elif self.rope_dims is not None or self.kv_rank is not None or not self.rope_choices:
+            raise ValueError("must have rope_dims and kv_rank, or neither and rope_choices")
+        elif max(self.rope_choices) >= self.cached_numbers:
+            raise ValueError("rope_choices must be less than cached_numbers")
+        return self
 
 
 class Plan(BaseModel):
@@ -71,6 +85,26 @@ def make_plan(model: str, blueprint: Blueprint, recipe: Recipe) -> Plan:
     )
 
 
+def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
+    """Refuses a plan that was made for another model.
+
+    Raises:
+        InfeasibleError: the number of layers or a layer's sizes do not fit.
+    """
+    if len(plan.layers) != len(blueprint.layers):
+        raise InfeasibleError(f"the plan has {len(plan.layers)} layers and {model} has {len(blueprint.layers)}")
+    for index, (layer, spec) in enumerate(zip(plan.layers, blueprint.layers, strict=True)):
+        keys = spec.num_kv_heads * spec.head_dim
+        step = 2 if plan.recipe.rope == "channel-pca" else 2 * spec.num_kv_heads
+        for dims in layer.rope_choices if layer.rope_dims is None else (layer.rope_dims,):
+            rank = layer.cached_numbers - dims
+            if dims > keys or dims % step or rank > 2 * keys:
+                raise InfeasibleError(
+                    f"the plan's layer {index}: rope_dims {dims} and kv_rank {rank} do not fit {model}, "
+                    f"which has {keys} in steps of {step}, and {2 * keys}"
+                )
+
+
 def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
     keys = spec.num_kv_heads * spec.head_dim  # Gd, the most rope dims there can be
     step = (
@@ -81,13 +115,19 @@ def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
         raise InfeasibleError(
             f"--kv-rank {recipe.kv_rank} is more than layer {index} has: keys and values are {2 * keys} numbers"
         )
-    if rope_dims is not None and recipe.kv_rank is not None:
-        return LayerPlan(cached_numbers=rope_dims + recipe.kv_rank, rope_dims=rope_dims, kv_rank=recipe.kv_rank)
     cached = int(spec.cached_numbers * recipe.kv_cache + 1e-9)
     least = (step if rope_dims is None else rope_dims) + (recipe.kv_rank or 1)
+    if rope_dims is not None and recipe.kv_rank is not None:
+        return LayerPlan(cached_numbers=least, rope_dims=rope_dims, kv_rank=recipe.kv_rank)
+    given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in _explicit(recipe).items())
+    if least > spec.cached_numbers:
+        raise InfeasibleError(
+            f"--rope {recipe.rope}{given} needs at least {least} numbers per token; the original's layer {index} has "
+            f"{spec.cached_numbers}: with these rope dims the largest --kv-rank is "
+            f"{spec.cached_numbers - least + (recipe.kv_rank or 1)}"
+        )
     if cached < least:
         smallest = -(-least * 10000 // spec.cached_numbers) / 10000
-        given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in _explicit(recipe).items())
         raise InfeasibleError(
             f"--kv-cache {recipe.kv_cache:g} leaves layer {index} {cached} numbers per token; "
             f"--rope {recipe.rope}{given} needs at least {least}: the smallest possible is --kv-cache {smallest:g}"

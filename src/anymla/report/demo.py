@@ -88,7 +88,11 @@ def _convert_all(
     for budget in BUDGETS:
         status(f"converting to {budget:.4g} of the cache")
         target = folder / "model" if budget == KEPT else scratch / OURS
-        ours: dict[str, Any] = {"kv_cache": budget, "calibration_tokens": CALIBRATION_TOKENS, "calibration_length": WINDOW}
+        ours: dict[str, Any] = {
+            "kv_cache": budget,
+            "calibration_tokens": CALIBRATION_TOKENS,
+            "calibration_length": WINDOW,
+        }
         convert(source, target, overwrite=True, **ours)
         rows.append({"budget": budget, "method": OURS, "scores": score_model(load_model(target), windows, original)})
         for strategy in PAPER:
