@@ -72,7 +72,7 @@ def attention_row(
     moved = batch * length * kept * dtype.itemsize / copied
     floors = {
         name: max(operations / product_rate(HEADS, rank, tokens, dtype, streamed=streamed), moved)
-        for name, tokens, streamed in (("floor", length, True), ("in-cache floor", 1024, False))
+        for name, tokens, streamed in (("floor", length, True), ("in-cache floor", 4096, False))
     }
     return times | floors | {"cache_bytes": [batch * length * n * dtype.itemsize for n in (numbers, kept)]}
 
