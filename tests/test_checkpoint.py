@@ -101,7 +101,10 @@ def test_sharded_files(tmp_path):
 def test_folder_holds_what_a_user_expects(converted_folder):
     names = {path.name for path in converted_folder.iterdir()}
     assert {"config.json", "model.safetensors", "modeling_anymla.py", "recipe.yaml", "plan.yaml"} <= names
-    assert {"conversion.json", "tokenizer.json", "generation_config.json"} <= names
+    assert {"conversion.json", "tokenizer.json", "generation_config.json", "README.md"} <= names
+    card = (converted_folder / "README.md").read_text()
+    assert "25.00% of the KV cache" in card
+    assert "| 320 |" in card  # measured bytes per token of the converted model
     source = Path(anymla.__file__).parent / "modeling" / "modeling_anymla.py"
     assert (converted_folder / "modeling_anymla.py").read_bytes() == source.read_bytes()
 

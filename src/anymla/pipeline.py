@@ -305,6 +305,9 @@ def _final_plan(plan: Plan, results: list[LayerResult]) -> Plan:
 def _write_report(folder: Path, report: Conversion) -> None:
     import json
 
+    from anymla.conversion.card import model_card
+
     (folder / "recipe.yaml").write_text(report.plan.recipe.to_yaml(), encoding="utf-8")
     (folder / "plan.yaml").write_text(report.plan.to_yaml(), encoding="utf-8")
     (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report.to_dict(), report.plan.model), encoding="utf-8")

@@ -189,24 +189,27 @@ def new_folder(output: Path) -> Iterator[Path]:
         yield part
         if output.exists():
             output.rename(old)
-        try:
-            part.rename(output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
+        part.rename(output)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{output} could not be written: {' '.join(str(error).split())}; nothing was left there"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        if old.is_symlink():
-            old.unlink()
-        shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(old) and not os.path.lexists(output):
+            old.rename(output)  # stopped between the two renames
+        _remove(old)
         for folder in made:
             with suppress(OSError):  # not empty: the output is there
                 folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, or a link to one, if it is there."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -221,9 +224,13 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation settings and licences: all files beside the weights and the config."""
+    """Copies tokenizer, generation settings and licences: all files beside weights, config and model card."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
     for file in source.iterdir():
-        skip = file.suffix in weights or file.name in ("config.json", INDEX) or file.name.endswith(".index.json")
+        skip = (
+            file.suffix in weights
+            or file.name in ("config.json", "README.md", INDEX)
+            or file.name.endswith(".index.json")
+        )
         if file.is_file() and not skip and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
