@@ -40,7 +40,11 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerResult:
-    """What became of one layer; ``error`` is the squared output error over the squared output, on choice windows."""
+    """What became of one layer.
+
+    ``error``: squared loss of the hidden states behind its attention, converted layers below included, over their
+    squared size, on choice windows.
+    """
 
     layer: int
     rope_dims: int
@@ -123,7 +127,9 @@ class _LayerStep:
             outputs.append(output)
         self.moments: Moments = sums.moments()
         precision = torch.promote_types(original.dtype, torch.float32)  # a difference of near-equal 16-bit numbers
-        self.target = torch.cat(targets).to(precision) + (original.to(precision) - converted)
+        stream = torch.cat(targets).to(precision) + original
+        self.stream_power = stream[self.split.choice].double().square().sum().item()
+        self.target = stream - converted
         self.inputs = torch.cat(list(attention_inputs(self.layer, converted, self.arguments, self.batch)))
         return torch.cat(outputs)
 
@@ -132,8 +138,7 @@ class _LayerStep:
         best = self._descend(near)
         if FACTORIZATIONS[self.recipe.factorization].refits_output:
             refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
-        size = self.target[self.split.choice].double().square().sum().item()
-        error = self._error(best) / max(size, 1e-300)
+        error = self._error(best) / self.stream_power
         return best, LayerResult(layer=index, rope_dims=best.qk_rope_head_dim, kv_rank=best.kv_lora_rank, error=error)
 
     def _error(self, attention: LatentAttention) -> float:

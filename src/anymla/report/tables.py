@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -18,7 +19,7 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     """A table whose first column is text and whose others are numbers."""
     result = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right")
+        result.add_column(column, overflow="fold", justify="left" if index == 0 else "right")
     for row in rows:
         result.add_row(*(str(cell) for cell in row))
     return result
@@ -78,29 +79,42 @@ def _yes(flag: bool) -> str:
 def plan_table(costs: Mapping[str, Any]) -> Group:
     """What `anymla plan` shows; a ~ marks a split that conversion will choose on calibration text."""
     rows = []
-    for layer in costs["layers"]:
+    alike = groupby(costs["layers"], key=lambda layer: {name: layer[name] for name in layer if name != "layer"})
+    for layer, group in alike:
+        indices = [member["layer"] for member in group]
         about = "~" if layer["chosen_on_calibration"] else ""
         rows.append(
             (
-                layer["layer"],
+                f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else indices[0],
                 f"{about}{layer['rope_dims']}",
                 f"{about}{layer['kv_rank']}",
                 *(_before_after(layer[name]) for name in ("cached_numbers", "parameters", "flops_per_token")),
             )
         )
-    columns = ("layer", "rope dims 2K", "latent rank r", "cached numbers", "attention parameters", "FLOPs per token")
+    columns = ("layers", "2K", "r", "cached numbers", "parameters", "FLOPs per token")
     cache = costs["cache_bytes_per_token"]
-    footer = (
-        f"Cache per token: {size(cache['before'])} -> {size(cache['after'])}. Predicted peak memory of the conversion: "
-        f"{size(costs['predicted_peak_bytes'])}. FLOPs are of one decoded token at 4096 cached tokens."
-    )
-    note = "~ marks a typical split; conversion chooses it per layer on calibration text."
-    chosen = any(layer["chosen_on_calibration"] for layer in costs["layers"])
-    return Group(table(costs["model"], columns, rows), Text(footer), *([Text(note)] if chosen else []))
+    notes = [
+        "2K rope dims and latent rank r, both in the cache; parameters and FLOPs are of the attention, FLOPs of one "
+        "decoded token at 4096 cached tokens.",
+        f"Cache per token: {size(cache['before'])} -> {size(cache['after'])}. "
+        f"Predicted peak memory of the conversion: {size(costs['predicted_peak_bytes'])}.",
+    ]
+    if any(layer["chosen_on_calibration"] for layer in costs["layers"]):
+        notes.append("~ marks a typical split; conversion chooses it per layer on calibration text.")
+    return Group(table(costs["model"], columns, rows), *(Text(note) for note in notes))
 
 
 def _before_after(values: Mapping[str, int]) -> str:
-    return f"{values['before']:,} -> {values['after']:,}"
+    return f"{_short(values['before'])} -> {_short(values['after'])}"
+
+
+def _short(value: float) -> str:
+    """A number with at most three digits and its unit."""
+    for unit in ("", "k", "M"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}G"
 
 
 def conversion_layers_table(conversion: Conversion) -> Table:
@@ -116,12 +130,12 @@ def conversion_layers_table(conversion: Conversion) -> Table:
         )
         for layer in conversion.layers
     ]
-    columns = ("layer", "", "rope dims 2K", "latent rank r", "cached numbers", "output error")
+    columns = ("layer", "attention", "2K", "r", "cached numbers", "error")
     return table(str(conversion.output), columns, rows)
 
 
 def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
-    """Quality and cache, a row per model."""
+    """Quality against the original (KL in nats, top-1 agreement) and cache (numbers per token and layer), per model."""
     rows = [
         (
             name,
@@ -134,13 +148,5 @@ def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
         )
         for name, score in scores.items()
     ]
-    columns = (
-        "model",
-        "perplexity",
-        "KL to original",
-        "top-1 agreement",
-        "numbers/token/layer",
-        "cache/token",
-        "tokens",
-    )
+    columns = ("model", "perplexity", "KL", "top-1", "numbers", "per token", "tokens")
     return table(title, columns, rows)
