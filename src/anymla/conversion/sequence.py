@@ -74,16 +74,17 @@ def convert_layers(
     """Replaces every attention module of ``model`` in place; ``windows`` [N,T] are calibration tokens."""
     inputs = layer_inputs(model, windows)
     split = Split.of(len(windows))
-    original, converted = inputs.hidden, inputs.hidden
+    original, converted = inputs.hidden, inputs.hidden.clone()  # both move on layer by layer, in place
     attentions, results = [], []
     share = TYPICAL_ROPE_SHARE
     for index, layer in enumerate(decoder_layers(model)):
         step = _LayerStep(layer, specs[index], plans[index], recipe, inputs.arguments[index], split)
-        original_next = step.measure(original, converted)
+        step.measure(original, converted)
         attention, result = step.choose(index, share)
         layer.self_attn = attention
-        converted = torch.cat([output for _, _, output in run_layer(layer, converted, step.arguments, step.batch)])
-        original = original_next
+        outputs = run_layer(layer, converted, step.arguments, step.batch)
+        for part, (_, _, output) in zip(converted.split(step.batch), outputs, strict=True):
+            part.copy_(output)
         attentions.append(attention)
         results.append(result)
         share = result.rope_dims / plans[index].cached_numbers  # the next layer's choice lies near this one's
@@ -108,30 +109,33 @@ class _LayerStep:
         self.cos, self.sin = arguments["position_embeddings"]
         self.batch = batch_size(spec.num_heads, self.cos.shape[1])
 
-    def measure(self, original: Tensor, converted: Tensor) -> Tensor:
+    def measure(self, original: Tensor, converted: Tensor) -> None:
         """Collects moments on the original's activations, inputs below the converted layers, and targets.
 
         The target is what the original attention adds to the residual stream, plus what the converted layers below
-        have lost of that stream by now. Returns the original's hidden states behind this layer.
+        have lost of that stream by now. ``original`` moves on to the hidden states behind this layer, in place.
         """
         self.weights = read_weights(self.layer.self_attn, self.spec)
         sums, seen = MomentSums(self.weights), 0
-        targets, outputs = [], []
+        precision = torch.promote_types(original.dtype, torch.float32)  # for a difference of near-equal 16-bit numbers
+        self.target, self.inputs = torch.empty_like(original, dtype=precision), torch.empty_like(converted)
+        self.stream_power = 0.0
         for inputs, attended, output in run_layer(self.layer, original, self.arguments, self.batch):
+            part = slice(seen, seen + len(inputs))
             fitted = inputs[: max(0, self.split.fit.stop - seen)]
             if len(fitted):
                 states = project(self.layer.self_attn, self.spec, fitted)
                 sums.add(*states, self.cos, self.sin, self.arguments["attention_mask"])
-            seen += len(inputs)
-            targets.append(attended)
-            outputs.append(output)
+            stream = attended.to(precision) + original[part]
+            chosen = slice(*(max(0, bound - seen) for bound in (self.split.choice.start, self.split.choice.stop)))
+            self.stream_power += stream[chosen].double().square().sum().item()
+            self.target[part] = stream - converted[part]
+            original[part] = output
+            seen = part.stop
         self.moments: Moments = sums.moments()
-        precision = torch.promote_types(original.dtype, torch.float32)  # a difference of near-equal 16-bit numbers
-        stream = torch.cat(targets).to(precision) + original
-        self.stream_power = stream[self.split.choice].double().square().sum().item()
-        self.target = stream - converted
-        self.inputs = torch.cat(list(attention_inputs(self.layer, converted, self.arguments, self.batch)))
-        return torch.cat(outputs)
+        attended_inputs = attention_inputs(self.layer, converted, self.arguments, self.batch)
+        for part, inputs in zip(self.inputs.split(self.batch), attended_inputs, strict=True):
+            part.copy_(inputs)
 
     def choose(self, index: int, near: float) -> tuple[LatentAttention, LayerResult]:
         """The split of the budget that loses least on the choice windows, its output projection refitted."""

@@ -100,7 +100,7 @@ class LatentProblem:
 
     def _damped(self, gram: Tensor) -> Tensor:
         share = DAMPING * gram.trace() / self._projection_gram.trace()
-        return self._rest_both(gram + share * self._projection_gram)
+        return self._rest_both(torch.add(gram, self._projection_gram, alpha=share.item()))
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Factorization(Protocol):
 
 def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     """The ``rank`` leading eigenvectors of a symmetric matrix, as columns, the largest first."""
-    vectors: Tensor = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors
-    return vectors.flip(1)[:, :rank]
+    vectors: Tensor = torch.linalg.eigh(matrix).eigenvectors  # reads one triangle, so rounding cannot unbalance it
+    return vectors[:, len(matrix) - rank :].flip(1)
 
 
 def blockwise(blocks: Tensor, matrix: Tensor) -> Tensor:
