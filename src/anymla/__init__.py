@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from anymla.planning.plan import Plan
     from anymla.recipe import Recipe
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Conversion",
     "Inspection",

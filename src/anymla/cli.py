@@ -13,14 +13,13 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 from rich.console import Console
 
-from anymla import pipeline
+from anymla import __version__, pipeline
 from anymla.errors import AnymlaError, RecipeError
 from anymla.planning.plan import Plan
 from anymla.recipe import DtypeName, Recipe, read_yaml
 
 app = typer.Typer(
     name="anymla",
-    help="Turn a trained Transformer into one with multi-head latent attention: the same model, a smaller KV cache.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -68,6 +67,21 @@ def _recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
     if path is None:
         return Recipe.of(settings, "settings")
     return Recipe.of(Recipe.of(read_yaml(path), str(path)).model_dump(exclude_unset=True) | settings, "settings")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"anymla {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Turn a trained Transformer into one with multi-head latent attention: the same model, a smaller KV cache."""
 
 
 @app.command()
@@ -142,9 +156,10 @@ def convert(
         TimeRemainingColumn,
     )
 
-    if plan is not None and (recipe is not None or settings):
+    if plan is not None and (recipe is not None or settings.keys() - {"device"}):
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = Plan.read(plan) if plan is not None else _recipe(recipe, settings)
+    device = settings if plan is not None else {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -164,7 +179,7 @@ def convert(
             )
 
         conversion = pipeline.convert(
-            model, output, chosen, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
+            model, output, chosen, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress, **device
         )
     if conversion.plan.recipe.calibration is None:
         err.print(
@@ -237,6 +252,10 @@ def main() -> None:
         _fail(f"out of memory ({error}); lower --calibration-tokens or --calibration-length")
     except AnymlaError as error:
         _fail(str(error))
+    except RuntimeError as error:  # torch's own out of memory
+        if "memory" not in str(error):
+            raise
+        _fail(f"{error!s:.200}; lower --calibration-tokens or --calibration-length, or give another --device")
     except Exception as error:
         if not hasattr(error, "format_message"):  # what the option parser raises; typer has its own copy of click
             raise

@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymla import __version__
 from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
 from anymla.errors import CheckpointError, RecipeError, TextError, UnsupportedModelError
 from anymla.io.checkpoint import (
@@ -54,7 +54,10 @@ class Inspection:
         facts["cache_numbers_per_token_per_layer"] = blueprint.cached_numbers
         facts["cache_bytes_per_token"] = blueprint.cache_bytes
         facts["cache_bytes_per_token_at"] = {f"{times}x": blueprint.cache_bytes / times for times in REDUCTIONS}
-        shape = asdict(blueprint) | {"num_layers": len(blueprint.layers)}
+        first = asdict(blueprint.layers[0])
+        facts |= {"family": blueprint.model_type, "num_layers": len(blueprint.layers)}
+        facts |= {name: first[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
+        shape = asdict(blueprint)
         return facts | {
             "layers": [asdict(layer) for layer in blueprint.layers],
             **{k: shape[k] for k in shape if k != "layers"},
@@ -83,7 +86,7 @@ class Conversion:
             "after": self.after.to_dict(),
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
-            "anymla_version": version("anymla"),
+            "anymla_version": __version__,
         }
 
 
@@ -256,10 +259,10 @@ def peak_rss() -> int:
 def _chosen_plan(model: str, blueprint: Blueprint, recipe: Recipe | Plan | None, settings: dict[str, Any]) -> Plan:
     if not isinstance(recipe, Plan):
         return make_plan(model, blueprint, with_settings(recipe, settings))
-    if settings:
-        raise RecipeError(f"{', '.join(settings)}: a plan is final; change its recipe and plan again")
+    if others := [name for name in settings if name != "device"]:  # where to compute is not part of what is planned
+        raise RecipeError(f"{', '.join(others)}: a plan is final; change its recipe and plan again")
     check_plan(recipe, model, blueprint)
-    return recipe
+    return recipe.model_copy(update={"recipe": with_settings(recipe.recipe, settings)})
 
 
 def _calibration(recipe: Recipe, source: Path, blueprint: Blueprint) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from anymla.errors import RecipeError
 
@@ -47,6 +48,11 @@ class Recipe(BaseModel):
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
     dtype: DtypeName | None = Field(None, description="Dtype to load and save in. Default: the checkpoint's.")
     seed: int = Field(0, ge=0, description="Which pieces of the calibration text are drawn.")
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @classmethod
     def of(cls, settings: dict[str, Any], source: str = "recipe") -> Recipe:

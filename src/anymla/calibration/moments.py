@@ -116,7 +116,7 @@ class MomentSums:
         for name in over_tokens:
             getattr(self, name).div_(self.tokens)
         for name in ("weighted_gram", "weighted_mean"):
-            getattr(self, name).div_(self.received)
+            getattr(self, name).div_(self.received.clamp_min(1e-300))
         means = {name: getattr(self, name) for name in (*over_tokens, "weighted_gram", "weighted_mean")}
         return Moments(rope_scale=self.rope_scale, **means)
 

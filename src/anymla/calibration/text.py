@@ -18,7 +18,7 @@ from anymla.errors import TextError
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 PIECE_CHARACTERS = 16384  # a long document is drawn from in pieces, so that a sample covers the whole file
 MINIMUM_TOKENS = 256
-WINDOWS_AT_LEAST = 8
+WINDOWS_AT_LEAST = 8  # of calibration text: to fit on, to choose on, to report on
 DATASET_DOCUMENTS = 4096
 
 
@@ -35,7 +35,7 @@ def read_documents(source: str | Path) -> list[str]:
     Raises:
         TextError: the source is missing, unreadable, or holds no text.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         documents = _read_file(path)
     elif path.exists() or path.suffix in (".txt", ".jsonl", ".json") or path.is_absolute():
@@ -50,7 +50,7 @@ def read_documents(source: str | Path) -> list[str]:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
             return [_row_text(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     except UnicodeDecodeError as error:
@@ -84,16 +84,17 @@ def _read_dataset(name: str) -> list[str]:
 
 
 def tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
-    """Token ids of all documents in a row, each begun by the tokenizer's BOS token where it has one."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    """Token ids of all documents in a row, each begun by the BOS token, but not where the tokenizer says no to it."""
+    refused = tokenizer.init_kwargs.get("add_bos_token") is False  # as its own config says; the attribute has a default
+    bos = [] if refused or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for document in documents:
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if ids:
             yield from bos + ids
 
 
-def token_windows(ids: Iterable[int], length: int, source: str | Path) -> Tensor:
-    """Cuts ids into windows [N, T] of at most ``length`` tokens, shorter ones where the text is short.
+def token_windows(ids: Iterable[int], length: int, source: str | Path, *, at_least: int = 1) -> Tensor:
+    """Cuts ids into windows [N, T] of ``length`` tokens, shorter where the text gives less than ``at_least`` of them.
 
     Raises:
         TextError: fewer than 256 tokens.
@@ -101,7 +102,7 @@ def token_windows(ids: Iterable[int], length: int, source: str | Path) -> Tensor
     tokens = torch.tensor(list(ids), dtype=torch.long)
     if len(tokens) < MINIMUM_TOKENS:
         raise TextError(f"text {source} gives {len(tokens)} tokens; at least {MINIMUM_TOKENS} are needed")
-    length = min(length, len(tokens) // WINDOWS_AT_LEAST)
+    length = min(length, len(tokens) // at_least)
     count = len(tokens) // length
     return tokens[: count * length].view(count, length)
 
@@ -114,4 +115,5 @@ def calibration_windows(source: str | Path, tokenizer: Any, *, tokens: int, leng
         for start in range(0, len(document), PIECE_CHARACTERS)
     ]
     random.Random(seed).shuffle(pieces)
-    return token_windows(islice(tokenize(pieces, tokenizer), tokens), length, source)
+    ids = islice(tokenize(pieces, tokenizer), tokens)
+    return token_windows(ids, length, source, at_least=WINDOWS_AT_LEAST)

@@ -39,6 +39,8 @@ def normal_equations(batches: Iterable[tuple[Tensor, Tensor]]) -> NormalEquation
 def best_change(fit: NormalEquations, choice: NormalEquations) -> Tensor | None:
     """The ridge solution [F+1,D] of ``fit`` whose strength does best on ``choice``; None where none beats no change."""
     power = fit.gram.diagonal()[:-1].mean()
+    if not power > 0:  # an attention that gives nothing
+        return None
     penalty = torch.ones_like(fit.gram.diagonal()) * power
     penalty[-1] = 0  # the bias is free
     best, best_error = None, choice.error

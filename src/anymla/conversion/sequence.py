@@ -15,6 +15,7 @@ from anymla.calibration.moments import Moments, MomentSums
 from anymla.calibration.stream import attention_inputs, batch_size, decoder_layers, layer_inputs, run_layer
 from anymla.conversion.layer import build_attention, convert_layer, latent_tensors
 from anymla.conversion.refit import refit_output
+from anymla.errors import CheckpointError
 from anymla.factorization import FACTORIZATIONS
 from anymla.modeling.modeling_anymla import LatentAttention
 from anymla.planning.plan import TYPICAL_ROPE_SHARE, LayerPlan
@@ -79,7 +80,7 @@ def convert_layers(
     share = TYPICAL_ROPE_SHARE
     for index, layer in enumerate(decoder_layers(model)):
         step = _LayerStep(layer, specs[index], plans[index], recipe, inputs.arguments[index], split)
-        step.measure(original, converted)
+        step.measure(index, original, converted)
         attention, result = step.choose(index, share)
         layer.self_attn = attention
         outputs = run_layer(layer, converted, step.arguments, step.batch)
@@ -109,7 +110,7 @@ class _LayerStep:
         self.cos, self.sin = arguments["position_embeddings"]
         self.batch = batch_size(spec.num_heads, self.cos.shape[1])
 
-    def measure(self, original: Tensor, converted: Tensor) -> None:
+    def measure(self, index: int, original: Tensor, converted: Tensor) -> None:
         """Collects moments on the original's activations, inputs below the converted layers, and targets.
 
         The target is what the original attention adds to the residual stream, plus what the converted layers below
@@ -133,6 +134,9 @@ class _LayerStep:
             original[part] = output
             seen = part.stop
         self.moments: Moments = sums.moments()
+        if not torch.isfinite(self.moments.weighted_gram).all() or not torch.isfinite(self.target).all():
+            dtype = str(original.dtype).removeprefix("torch.")
+            raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype float32 or bfloat16")
         attended_inputs = attention_inputs(self.layer, converted, self.arguments, self.batch)
         for part, inputs in zip(self.inputs.split(self.batch), attended_inputs, strict=True):
             part.copy_(inputs)
@@ -142,7 +146,7 @@ class _LayerStep:
         best = self._descend(near)
         if FACTORIZATIONS[self.recipe.factorization].refits_output:
             refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
-        error = self._error(best) / self.stream_power
+        error = self._error(best) / max(self.stream_power, 1e-300)
         return best, LayerResult(layer=index, rope_dims=best.qk_rope_head_dim, kv_rank=best.kv_lora_rank, error=error)
 
     def _error(self, attention: LatentAttention) -> float:

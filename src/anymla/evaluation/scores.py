@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymla.errors import CheckpointError
+
 CACHE_PROBE_TOKENS = 8
+LARGEST_LOSS = 700.0  # nats; keeps the perplexity a finite number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,15 @@ class ScoreSums:
                 self.agreed += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
 
     def scores(self, cache: CacheSize) -> Scores:
-        """The means, with the cache's size."""
-        loss = self.loss / self.scored
+        """The means, with the cache's size.
+
+        Raises:
+            CheckpointError: a logit was NaN.
+        """
+        if math.isnan(self.loss + self.kl):
+            raise CheckpointError("the model gives NaN on this text: its dtype may overflow, give --dtype float32")
         return Scores(
-            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            perplexity=math.exp(min(self.loss / self.scored, LARGEST_LOSS)),
             kl=max(0.0, self.kl / self.scored) if self.compared else None,
             top1_agreement=self.agreed / self.scored if self.compared else None,
             cache_bytes_per_token=cache.bytes,
@@ -82,8 +90,9 @@ def measure_cache(model: Any) -> CacheSize:
     ids = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long, device=model.device)
     layers = model(input_ids=ids, use_cache=True).past_key_values.layers
     tensors = [(layer.keys, layer.values) for layer in layers]
-    numbers = [(keys.numel() + values.numel()) / CACHE_PROBE_TOKENS for keys, values in tensors]
-    size = sum(tensor.numel() * tensor.element_size() for pair in tensors for tensor in pair) / CACHE_PROBE_TOKENS
+    # per token that the layer holds: a sliding window may hold fewer than were run
+    numbers = [keys.numel() / keys.shape[-2] + values.numel() / values.shape[-2] for keys, values in tensors]
+    size = sum(tensor.numel() * tensor.element_size() / tensor.shape[-2] for pair in tensors for tensor in pair)
     return CacheSize(numbers_per_layer=numbers, bytes=int(size) if size == int(size) else size)
 
 

@@ -99,7 +99,7 @@ class LatentProblem:
         return self._rest(self._rest(gram).T).T
 
     def _damped(self, gram: Tensor) -> Tensor:
-        share = DAMPING * gram.trace() / self._projection_gram.trace()
+        share = DAMPING * gram.trace() / self._projection_gram.trace().clamp_min(1e-300)
         return self._rest_both(torch.add(gram, self._projection_gram, alpha=share.item()))
 
 

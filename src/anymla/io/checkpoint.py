@@ -14,7 +14,7 @@ from typing import Any
 from anymla.errors import CheckpointError, OutputError
 
 CONFIG_FILES = ["config.json"]
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 INDEX = "model.safetensors.index.json"
 
 
@@ -234,3 +234,17 @@ def copy_companions(source: Path, target: Path) -> None:
         )
         if file.is_file() and not skip and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
+        elif file.name == "additional_chat_templates" and file.is_dir():
+            shutil.copytree(file, target / file.name)
+    _pin_tokenizer(source, target)
+
+
+def _pin_tokenizer(source: Path, target: Path) -> None:
+    """Names the class that the source's tokenizer resolves to: some go by model_type, which conversion changes."""
+    path = target / "tokenizer_config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{source / path.name} cannot be read as JSON: {error}") from error
+    fields["tokenizer_class"] = type(load_tokenizer(source)).__name__
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

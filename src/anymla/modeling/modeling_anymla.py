@@ -55,7 +55,7 @@ def absorbed_attention(
         mask = mask.to(query.dtype).clamp_min(lowest).expand(len(query), -1, -1, -1)
     thin = query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[1] <= FEW_ROWS
     size = latent[0].numel()
-    if not (thin and size >= STREAM_SIZE):
+    if not (thin and size >= STREAM_SIZE and latent.shape[1] >= BLOCK):
         tall = thin and size >= TALL_SIZE
         return _attend(query, query_rope, latent, rope_key, mask, new, tall).unflatten(1, (heads, new))
     masks = [None] * len(query) if mask is None else mask
@@ -216,7 +216,9 @@ class LatentAttention(nn.Module):
         if not (mask is None and new == 1) and not (isinstance(mask, Tensor) and mask.dim() == 4):
             return False
         heads, kv_heads = self.query_rotation.shape[1], self.channel_weight.shape[1]
-        return new * heads * (self.kv_lora_rank - self.head_dim) < kv_heads * self.head_dim * self.kv_lora_rank
+        return (
+            new == 1 or new * heads * (self.kv_lora_rank - self.head_dim) < kv_heads * self.head_dim * self.kv_lora_rank
+        )
 
     def forward(
         self,

@@ -95,7 +95,7 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
         raise InfeasibleError(f"the plan has {len(plan.layers)} layers and {model} has {len(blueprint.layers)}")
     for index, (layer, spec) in enumerate(zip(plan.layers, blueprint.layers, strict=True)):
         keys = spec.num_kv_heads * spec.head_dim
-        step = 2 if plan.recipe.rope == "channel-pca" else 2 * spec.num_kv_heads
+        step = _rope_step(spec, plan.recipe)
         for dims in layer.rope_choices if layer.rope_dims is None else (layer.rope_dims,):
             rank = layer.cached_numbers - dims
             if dims > keys or dims % step or rank > 2 * keys:
@@ -105,11 +105,14 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
                 )
 
 
+def _rope_step(spec: AttentionSpec, recipe: Recipe) -> int:
+    """Rope dims, as a total, come in pairs that all heads share or in pairs of every head."""
+    return 2 if recipe.rope == "channel-pca" else 2 * spec.num_kv_heads
+
+
 def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
     keys = spec.num_kv_heads * spec.head_dim  # Gd, the most rope dims there can be
-    step = (
-        2 if recipe.rope == "channel-pca" else 2 * spec.num_kv_heads
-    )  # rope dims come in pairs, or pairs of every head
+    step = _rope_step(spec, recipe)
     rope_dims = _explicit_rope_dims(spec, recipe)
     if recipe.kv_rank is not None and recipe.kv_rank > 2 * keys:
         raise InfeasibleError(
