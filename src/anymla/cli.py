@@ -6,7 +6,8 @@ import functools
 import inspect as python_inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -134,6 +135,29 @@ def plan(
         out.print(f"Wrote {output}. Next: anymla convert {model} -o OUT --plan {output}")
 
 
+@contextmanager
+def _layer_bar() -> Iterator[pipeline.Progress]:
+    """A progress bar on stderr, a step per layer; none where stderr is not a terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def progress(done: int, total: int, result: Any) -> None:
+            text = f"layer {result.layer}: 2K={result.rope_dims} r={result.kv_rank}"
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield progress
+
+
 @app.command()
 @recipe_options
 def convert(
@@ -147,37 +171,11 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a model to multi-head latent attention."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     if plan is not None and (recipe is not None or settings.keys() - {"device"}):
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = Plan.read(plan) if plan is not None else _recipe(recipe, settings)
     device = settings if plan is not None else {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def progress(done: int, total: int, result: Any) -> None:
-            bar.update(
-                task,
-                description=f"layer {result.layer}: 2K={result.rope_dims} r={result.kv_rank}",
-                completed=done,
-                total=total,
-            )
-
+    with _layer_bar() as progress:
         conversion = pipeline.convert(
             model, output, chosen, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress, **device
         )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from anymla.evaluation.scores import CacheSize, Scores
 
 REDUCTIONS = (4, 8, 16)
-Progress = Callable[[int, int, "LayerResult"], None]
+Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,26 +171,17 @@ def convert(
     loaded = load_model(source, dtype=chosen.recipe.dtype, device=pick_device(chosen.recipe.device))
 
     from anymla.conversion.checkpoint import write_checkpoint
-    from anymla.conversion.sequence import Split, convert_layers
+    from anymla.conversion.sequence import convert_layers
     from anymla.evaluation.scores import measure_cache
 
-    cache_before, total = measure_cache(loaded), len(blueprint.layers)
-
-    def on_layer(result: LayerResult) -> None:
-        if progress is not None:
-            progress(result.layer + 1, total, result)
-
-    converted = convert_layers(
-        loaded, blueprint.layers, chosen.layers, chosen.recipe, windows.to(loaded.device), on_layer
-    )
-    held_out = windows[Split.of(len(windows)).held_out].to(loaded.device)
-    before, after = _held_out_scores(loaded, converted, held_out, cache_before, measure_cache(loaded))
-    final = _final_plan(chosen, converted.results)
+    windows, cache_before = windows.to(loaded.device), measure_cache(loaded)
+    converted = convert_layers(loaded, blueprint.layers, chosen.layers, chosen.recipe, windows, progress)
+    before, after = _held_out_scores(loaded, converted, windows, cache_before)
     with new_folder(output) as folder:
         write_checkpoint(loaded, converted.attentions, source, folder, max_shard_size=max_shard_size)
         report = Conversion(
             output=output,
-            plan=final,
+            plan=_final_plan(chosen, converted.results),
             layers=tuple(converted.results),
             before=before,
             after=after,
@@ -284,17 +275,18 @@ def _check_vocabulary(windows: torch.Tensor, model: Any, text: str | Path) -> No
 
 
 def _held_out_scores(
-    model: Any, converted: Converted, windows: torch.Tensor, cache_before: CacheSize, cache_after: CacheSize
+    model: Any, converted: Converted, windows: torch.Tensor, cache_before: CacheSize
 ) -> tuple[Scores, Scores]:
     from anymla.calibration.stream import logits_of
-    from anymla.evaluation.scores import ScoreSums
+    from anymla.evaluation.scores import ScoreSums, measure_cache
 
     before, after = ScoreSums(), ScoreSums()
-    for original, hidden, ids in zip(converted.original, converted.converted, windows, strict=True):
+    held_out = windows[len(windows) - len(converted.original) :]  # the last ones
+    for original, hidden, ids in zip(converted.original, converted.converted, held_out, strict=True):
         reference = logits_of(model, original[None])
         before.add(reference, ids[None], reference)
         after.add(logits_of(model, hidden[None]), ids[None], reference)
-    return before.scores(cache_before), after.scores(cache_after)
+    return before.scores(cache_before), after.scores(measure_cache(model))
 
 
 def _final_plan(plan: Plan, results: list[LayerResult]) -> Plan:

@@ -70,7 +70,7 @@ def convert_layers(
     plans: tuple[LayerPlan, ...],
     recipe: Recipe,
     windows: Tensor,
-    on_layer: Callable[[LayerResult], None],
+    progress: Callable[[int, int, LayerResult], None] | None,
 ) -> Converted:
     """Replaces every attention module of ``model`` in place; ``windows`` [N,T] are calibration tokens."""
     inputs = layer_inputs(model, windows)
@@ -89,7 +89,8 @@ def convert_layers(
         attentions.append(attention)
         results.append(result)
         share = result.rope_dims / plans[index].cached_numbers  # the next layer's choice lies near this one's
-        on_layer(result)
+        if progress is not None:
+            progress(index + 1, len(plans), result)
     return Converted(original[split.held_out], converted[split.held_out], attentions, results)
 
 
