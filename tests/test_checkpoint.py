@@ -118,7 +118,6 @@ def test_config_has_deepseeks_names(converted_folder):
     assert config.qk_rope_head_dim == max(layer["qk_rope_head_dim"] for layer in config.mla_layers)
     assert all(layer["kv_lora_rank"] + layer["qk_rope_head_dim"] == 16 for layer in config.mla_layers)
     assert not hasattr(config, "quantization_config")
-    assert "anymla" not in sys.modules["transformers"].__file__
 
 
 def test_loads_after_import_in_either_order(converted_folder):
