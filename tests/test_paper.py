@@ -126,7 +126,7 @@ def test_is_the_papers_function(tmp_path, family, strategy, svd, kept):
 def calibration_ids(source):
     """The windows that the conversion takes its statistics from."""
     from anymla.calibration.text import bundled_text, calibration_windows
-    from anymla.conversion.sequence import Split
+    from anymla.conversion.step import Split
     from anymla.io.checkpoint import load_tokenizer
 
     tokens, length = FAST["calibration_tokens"], FAST["calibration_length"]

@@ -29,7 +29,8 @@ from anymla.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from anymla.conversion.sequence import Converted, LayerResult
+    from anymla.conversion.sequence import Converted
+    from anymla.conversion.step import LayerResult
     from anymla.evaluation.scores import CacheSize, Scores
 
 REDUCTIONS = (4, 8, 16)

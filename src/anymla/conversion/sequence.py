@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anymla.architectures.attention import project, read_weights
 from anymla.architectures.blueprint import AttentionSpec
-from anymla.calibration.moments import Moments, MomentSums
-from anymla.calibration.stream import attention_inputs, batch_size, decoder_layers, layer_inputs, run_layer
-from anymla.conversion.layer import build_attention, convert_layer, latent_tensors
-from anymla.conversion.refit import refit_output
-from anymla.errors import CheckpointError
-from anymla.factorization import FACTORIZATIONS
+from anymla.calibration.stream import decoder_layers, layer_inputs, run_layer
+from anymla.conversion.step import LayerResult, LayerStep, Split
 from anymla.modeling.modeling_anymla import LatentAttention
 from anymla.planning.plan import TYPICAL_ROPE_SHARE, LayerPlan
 from anymla.recipe import Recipe
-from anymla.rope import ROPE_CHOICES
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which calibration windows serve what: moments and refit, choices, and the report at the end."""
-
-    fit: slice
-    choice: slice
-    held_out: slice
-
-    @classmethod
-    def of(cls, windows: int) -> Split:
-        """Five eighths to fit, two to choose, one held out."""
-        held_out, choice = max(1, windows // 8), max(1, windows // 4)
-        first, second = windows - held_out - choice, windows - held_out
-        return cls(slice(0, first), slice(first, second), slice(second, windows))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerResult:
-    """What became of one layer.
-
-    ``error``: squared loss of the hidden states behind its attention, converted layers below included, over their
-    squared size, on choice windows.
-    """
-
-    layer: int
-    rope_dims: int
-    kv_rank: int
-    error: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +43,7 @@ def convert_layers(
     attentions, results = [], []
     share = TYPICAL_ROPE_SHARE
     for index, layer in enumerate(decoder_layers(model)):
-        step = _LayerStep(layer, specs[index], plans[index], recipe, inputs.arguments[index], split)
+        step = LayerStep(layer, specs[index], plans[index], recipe, inputs.arguments[index], split)
         step.measure(index, original, converted)
         attention, result = step.choose(index, share)
         layer.self_attn = attention
@@ -92,109 +56,3 @@ def convert_layers(
         if progress is not None:
             progress(index + 1, len(plans), result)
     return Converted(original[split.held_out], converted[split.held_out], attentions, results)
-
-
-class _LayerStep:
-    """One layer's conversion: holds that layer's activations, and no other's."""
-
-    def __init__(
-        self,
-        layer: Any,
-        spec: AttentionSpec,
-        plan: LayerPlan,
-        recipe: Recipe,
-        arguments: dict[str, Any],
-        split: Split,
-    ) -> None:
-        self.layer, self.spec, self.plan, self.recipe = layer, spec, plan, recipe
-        self.arguments, self.split = arguments, split
-        self.cos, self.sin = arguments["position_embeddings"]
-        self.batch = batch_size(spec.num_heads, self.cos.shape[1])
-
-    def measure(self, index: int, original: Tensor, converted: Tensor) -> None:
-        """Collects moments on the original's activations, inputs below the converted layers, and targets.
-
-        The target is what the original attention adds to the residual stream, plus what the converted layers below
-        have lost of that stream by now. ``original`` moves on to the hidden states behind this layer, in place.
-        """
-        self.weights = read_weights(self.layer.self_attn, self.spec)
-        sums, seen = MomentSums(self.weights), 0
-        precision = torch.promote_types(original.dtype, torch.float32)  # for a difference of near-equal 16-bit numbers
-        self.target, self.inputs = torch.empty_like(original, dtype=precision), torch.empty_like(converted)
-        self.stream_power = 0.0
-        for inputs, attended, output in run_layer(self.layer, original, self.arguments, self.batch):
-            part = slice(seen, seen + len(inputs))
-            fitted = inputs[: max(0, self.split.fit.stop - seen)]
-            if len(fitted):
-                states = project(self.layer.self_attn, self.spec, fitted)
-                sums.add(*states, self.cos, self.sin, self.arguments["attention_mask"])
-            stream = attended.to(precision) + original[part]
-            chosen = slice(*(max(0, bound - seen) for bound in (self.split.choice.start, self.split.choice.stop)))
-            self.stream_power += stream[chosen].double().square().sum().item()
-            self.target[part] = stream - converted[part]
-            original[part] = output
-            seen = part.stop
-        self.moments: Moments = sums.moments()
-        if not torch.isfinite(self.moments.weighted_gram).all() or not torch.isfinite(self.target).all():
-            dtype = str(original.dtype).removeprefix("torch.")
-            raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype float32 or bfloat16")
-        attended_inputs = attention_inputs(self.layer, converted, self.arguments, self.batch)
-        for part, inputs in zip(self.inputs.split(self.batch), attended_inputs, strict=True):
-            part.copy_(inputs)
-
-    def choose(self, index: int, near: float) -> tuple[LatentAttention, LayerResult]:
-        """The split of the budget that loses least on the choice windows, its output projection refitted."""
-        best = self._descend(near)
-        if FACTORIZATIONS[self.recipe.factorization].refits_output:
-            refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
-        error = self._error(best) / max(self.stream_power, 1e-300)
-        return best, LayerResult(layer=index, rope_dims=best.qk_rope_head_dim, kv_rank=best.kv_lora_rank, error=error)
-
-    def _error(self, attention: LatentAttention) -> float:
-        """Squared loss of the layer's output on the choice windows."""
-        return sum(lost.double().square().sum().item() for _, lost in self._lost(attention, self.split.choice))
-
-    def _descend(self, near: float) -> LatentAttention:
-        """The best split, found by walking downhill from the choice whose rope share is nearest to ``near``."""
-        choices = self.plan.rope_choices if self.plan.rope_dims is None else (self.plan.rope_dims,)
-        index = min(range(len(choices)), key=lambda i: abs(choices[i] - near * self.plan.cached_numbers))
-        best = self._build(choices[index])
-        if len(choices) == 1:
-            return best
-        least = self._error(best)
-        for ahead in (choices[:index][::-1], choices[index + 1 :]):
-            for rope_dims in ahead:
-                candidate = self._build(rope_dims)
-                if (error := self._error(candidate)) >= least:
-                    break
-                best, least = candidate, error
-            if best.qk_rope_head_dim != choices[index]:
-                break  # it went down on this side: the other one goes up
-        return best
-
-    def _build(self, rope_dims: int) -> LatentAttention:
-        rank = self.plan.cached_numbers - rope_dims if self.plan.kv_rank is None else self.plan.kv_rank
-        converted = convert_layer(
-            self.weights,
-            self.moments,
-            ROPE_CHOICES[self.recipe.rope],
-            FACTORIZATIONS[self.recipe.factorization],
-            rope_dims=rope_dims,
-            kv_rank=rank,
-            expected_rotation=self.recipe.expected_rotation,
-        )
-        tensors = latent_tensors(self.weights, converted)
-        return build_attention(self.layer.self_attn, tensors, kv_rank=rank, rope_dims=rope_dims)
-
-    def _lost(self, attention: LatentAttention, windows: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per batch: the input of the output projection, and the target less its output."""
-        seen: list[Tensor] = []
-        hook = attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            for inputs, target in zip(
-                self.inputs[windows].split(self.batch), self.target[windows].split(self.batch), strict=True
-            ):
-                output, _ = attention(inputs, **self.arguments)
-                yield seen.pop(), target - output
-        finally:
-            hook.remove()
