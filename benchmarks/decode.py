@@ -23,7 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from anymla.evaluation.scores import measure_cache
-from anymla.modeling.modeling_anymla import AnymlaLlamaConfig, AnymlaLlamaForCausalLM, absorbed_attention
+from anymla.modeling.absorbed import absorbed_attention
+from anymla.modeling.modeling_anymla import AnymlaLlamaConfig, AnymlaLlamaForCausalLM
 from anymla.report.tables import size, table
 
 HEADS, HEAD_DIM, LAYERS, HIDDEN = 16, 64, 8, 1024

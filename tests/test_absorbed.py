@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anymla.modeling import modeling_anymla
-from anymla.modeling.modeling_anymla import LatentAttention, absorbed_attention
+from anymla.modeling.latent_attention import LatentAttention, absorbed_attention
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 

@@ -66,12 +66,12 @@ def test_channels_and_remainder_give_back_every_key(shape, share, name):
     rope_dims = 2 * step * round(share * kv_heads * pairs / step)
     channels = ROPE_CHOICES[name](moments, rope_dims, expected_rotation=True)
     flat = key.transpose(1, 2).flatten(2)
-    coded = to_complex(flat @ channels.encoder(pairs).T)
+    coded = to_complex(flat @ channels.encoder(pairs, 2 * pairs).T)
     parts = torch.zeros(*flat.shape[:2], kv_heads, pairs, dtype=torch.complex128)
     for j, frequency in enumerate(channels.index.tolist()):
         parts[..., frequency] += coded[..., j, None] * channels.decode[j]
     carried = torch.cat([parts.real, parts.imag], -1).flatten(2)
-    assert torch.allclose(carried + flat @ channels.remainder(pairs).T, flat, atol=1e-9)
+    assert torch.allclose(carried + flat @ channels.remainder(pairs, 2 * pairs).T, flat, atol=1e-9)
 
 
 @fast
@@ -81,7 +81,7 @@ def test_mixing_heads_within_a_frequency_commutes_with_rope(shape):
     kv_heads, group, pairs, _ = shape
     _, moments, (query, key, _, turn) = layer(shape)
     channels = ROPE_CHOICES["channel-pca"](moments, 2 * kv_heads * pairs, expected_rotation=True)
-    coded = to_complex(key.transpose(1, 2).flatten(2) @ channels.encoder(pairs).T) * turn[:, channels.index]
+    coded = to_complex(key.transpose(1, 2).flatten(2) @ channels.encoder(pairs, 2 * pairs).T) * turn[:, channels.index]
     weight = channels.decode.conj().T.repeat_interleave(group, 0)  # [H,K]
     asked = to_complex(query)[..., channels.index] * weight[None, :, None] * turn[:, channels.index]
     scores = torch.einsum("bhmk,bnk->bhmn", asked, coded.conj()).real

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import anymla
-from anymla.modeling.modeling_anymla import LatentAttention
+from anymla.modeling.latent_attention import LatentAttention
 from tests.families import FAST, make_model, save_model, token_ids
 
 CASES = [

@@ -13,7 +13,7 @@ from anymla.calibration.text import bundled_text
 from anymla.errors import CheckpointError
 from anymla.evaluation.scores import CacheSize, ScoreSums, measure_cache
 from anymla.modeling import modeling_anymla
-from anymla.modeling.modeling_anymla import absorbed_attention
+from anymla.modeling.absorbed import absorbed_attention
 from tests.families import FAST, logits, make_model, save_model, token_ids
 
 

@@ -41,4 +41,4 @@ def __getattr__(name: str) -> Any:
 @wrapt.when_imported("transformers")
 def _register_with_transformers(module: Any) -> None:
     """When transformers is loaded, before or after anymla, its Auto classes learn the converted families."""
-    import_module("anymla.modeling.register").register()
+    import_module("anymla.architectures.register").register()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
 from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
+from anymla.architectures.families import FAMILIES
 from anymla.errors import CheckpointError, RecipeError, TextError, UnsupportedModelError
 from anymla.io.checkpoint import (
     check_output,
@@ -55,12 +56,12 @@ class Inspection:
         facts["cache_numbers_per_token_per_layer"] = blueprint.cached_numbers
         facts["cache_bytes_per_token"] = blueprint.cache_bytes
         facts["cache_bytes_per_token_at"] = {f"{times}x": blueprint.cache_bytes / times for times in REDUCTIONS}
-        first = asdict(blueprint.layers[0])
+        first = asdict(next(iter(blueprint.attention_layers.values())))
         facts |= {"family": blueprint.model_type, "num_layers": len(blueprint.layers)}
         facts |= {name: first[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
         shape = asdict(blueprint)
         return facts | {
-            "layers": [asdict(layer) for layer in blueprint.layers],
+            "layers": [None if layer is None else asdict(layer) for layer in blueprint.layers],
             **{k: shape[k] for k in shape if k != "layers"},
         }
 
@@ -176,7 +177,7 @@ def convert(
     from anymla.evaluation.scores import measure_cache
 
     windows, cache_before = windows.to(loaded.device), measure_cache(loaded)
-    converted = convert_layers(loaded, blueprint.layers, chosen.layers, chosen.recipe, windows, progress)
+    converted = convert_layers(loaded, blueprint, chosen, windows, progress)
     before, after = _held_out_scores(loaded, converted, windows, cache_before)
     with new_folder(output) as folder:
         write_checkpoint(loaded, converted.attentions, source, folder, max_shard_size=max_shard_size)
@@ -282,20 +283,22 @@ def _held_out_scores(
     from anymla.evaluation.scores import ScoreSums, measure_cache
 
     before, after = ScoreSums(), ScoreSums()
+    tuples = FAMILIES[model.config.model_type].layers_give_tuples
     held_out = windows[len(windows) - len(converted.original) :]  # the last ones
     for original, hidden, ids in zip(converted.original, converted.converted, held_out, strict=True):
-        reference = logits_of(model, original[None])
+        reference = logits_of(model, original[None], tuples=tuples)
         before.add(reference, ids[None], reference)
-        after.add(logits_of(model, hidden[None]), ids[None], reference)
+        after.add(logits_of(model, hidden[None], tuples=tuples), ids[None], reference)
     return before.scores(cache_before), after.scores(measure_cache(model))
 
 
 def _final_plan(plan: Plan, results: list[LayerResult]) -> Plan:
-    layers = tuple(
-        layer.model_copy(update={"rope_dims": result.rope_dims, "kv_rank": result.kv_rank, "rope_choices": ()})
-        for layer, result in zip(plan.layers, results, strict=True)
-    )
-    return plan.model_copy(update={"layers": layers})
+    layers = list(plan.layers)
+    for result in results:
+        if (layer := layers[result.layer]) is not None:
+            update = {"rope_dims": result.rope_dims, "kv_rank": result.kv_rank, "rope_choices": ()}
+            layers[result.layer] = layer.model_copy(update=update)
+    return plan.model_copy(update={"layers": tuple(layers)})
 
 
 def _write_report(folder: Path, report: Conversion) -> None:

@@ -1,69 +1,230 @@
-"""Reads one attention module of a loaded model: its weights as tensors, its projections as a function."""
+"""Reads one attention module of a loaded model: its weights as tensors, its projections as a function, its features.
+
+Heads are brought to one order of dims: [real parts of the rope pairs | imaginary parts | dims without rope].
+"""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from anymla.architectures.blueprint import AttentionSpec
+from anymla.architectures.families import Family
+from anymla.architectures.parts import (
+    OUTPUT_NORMS,
+    OUTPUTS,
+    VALUE_NORMS,
+    check_parts,
+    find_part,
+    gate_of,
+    linear_weights,
+    projections_of,
+    sinks_of,
+)
+from anymla.architectures.parts import norm_names as names_of_norms
+from anymla.modeling.heads import query_temperature, split_heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
-    """Float64 weights of one attention layer.
+    """Float64 weights of one attention layer: H query heads, G kv heads of d dims, P rope pairs, D hidden.
 
-    query [H,d,D]; key, value [G,d,D]; their biases [G,d] (zeros where the model has none); output [D,H,d], output_bias
-    [D]. Where ``key_norm`` is set, ``key`` holds the rows before it and ``key_gain`` [d] its weight (else ones).
+    query [H,d,D]; key, value [G,d,D]; their biases [H or G,d] (zeros where the model has none); output [D,H,d],
+    output_bias [D]. Where ``key_norm`` is set, something not linear (a norm, a clip) stands between projection and key;
+    ``key_gain`` [G,d] is that norm's weight (else ones). ``query_gain`` [d] is put on queries after rope. ``gate``
+    [gate,D], ``gate_bias`` and ``sinks`` [H]: None where the model has none. Where ``centred`` is False, a constant of
+    keys or values does not cancel (a soft-cap, a sink, a gate), and the latent must carry it.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
+    query_bias: Tensor
     key_bias: Tensor
     value_bias: Tensor
     output: Tensor
     output_bias: Tensor
-    key_gain: Tensor
-    key_norm: bool
+    rope_pairs: int
     scaling: float
+    key_gain: Tensor
+    key_norm: bool = False
+    query_gain: Tensor | None = None
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+    sinks: Tensor | None = None
+    softcap: float | None = None
+    centred: bool = True
 
 
-def read_weights(attention: Any, spec: AttentionSpec) -> AttentionWeights:
-    """Weights of ``attention`` in float64, heads as their own dimension."""
-    d = spec.head_dim
+@dataclass(frozen=True)
+class SourceAttention:
+    """An attention module as anymla sees it.
 
-    def rows(linear: nn.Linear) -> Tensor:
-        weight: Tensor = linear.weight.detach().double()
-        return weight.view(-1, d, linear.in_features)
+    ``norms``: the stock modules by LatentAttention's names, in anymla's order of dims. ``features``: the arguments with
+    which LatentAttention does what this module does.
+    """
 
-    def bias(linear: nn.Linear) -> Tensor:
-        zeros = torch.zeros(linear.out_features, dtype=torch.float64, device=linear.weight.device)
-        return zeros if linear.bias is None else linear.bias.detach().double()
+    weights: AttentionWeights
+    norms: dict[str, nn.Module]
+    features: dict[str, Any]
 
-    norm = attention.k_norm.weight.detach().double() if spec.qk_norm else None
-    return AttentionWeights(
-        query=rows(attention.q_proj),
-        key=rows(attention.k_proj),
-        value=rows(attention.v_proj),
-        key_bias=bias(attention.k_proj).view(-1, d),
-        value_bias=bias(attention.v_proj).view(-1, d),
-        output=attention.o_proj.weight.detach().double().unflatten(1, (-1, d)),
-        output_bias=bias(attention.o_proj),
-        key_gain=torch.ones_like(bias(attention.k_proj)[:d]) if norm is None else norm,
-        key_norm=spec.qk_norm,
-        scaling=float(attention.scaling),
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """True query [B,H,T,d], key and value [B,G,T,d] of ``hidden`` [B,T,D]: norms applied, rope not yet."""
+        w = self.weights
+        query = self._heads(hidden, w.query, w.query_bias, "q_norm")
+        key = self._heads(hidden, w.key, w.key_bias, "k_norm")
+        value = self._heads(hidden, w.value, w.value_bias, "v_norm")
+        if temperature := self.features.get("temperature"):
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            query = query * query_temperature(positions, **temperature).to(query.dtype)
+        return query, key, value
+
+    def _heads(self, hidden: Tensor, weight: Tensor, bias: Tensor, norm: str) -> Tensor:
+        states = linear(hidden, weight.flatten(0, 1).to(hidden.dtype), bias.flatten().to(hidden.dtype))
+        over = self.features.get("norm_over", "head")
+        return split_heads(
+            states, weight.shape[1], clip=self.features.get("clip"), norm=self.norms.get(norm), norm_over=over
+        )
+
+
+def read_attention(attention: Any, spec: AttentionSpec, family: Family, config: Any) -> SourceAttention:
+    """The weights of a module in float64, heads as their own dimension, and its features.
+
+    Raises:
+        UnsupportedModelError: its shapes are not those of ``spec``, or it has a part that anymla does not know.
+    """
+    check_parts(attention)
+    order = pair_order(spec, family)
+    *projections, query_gate = projections_of(attention, spec, family)
+    query, key, value = (rows.unflatten(0, (-1, spec.head_dim)) for rows in projections if rows is not None)
+    norms, over = _norms(attention, spec, order)
+    gain = _take_gains(norms) if family.norm_after_rope else None
+    output, output_bias = linear_weights(find_part(attention, OUTPUTS))
+    gate = gate_of(attention) if query_gate is None else query_gate
+    features = module_features(attention, spec, family, config, gate)
+    if "q_norm" in norms:
+        features |= {"norms": list(names_of_norms(attention) or ()), "norm_over": over}
+    for name, names in (("value_norm", VALUE_NORMS), ("output_norm", OUTPUT_NORMS)):
+        if found := [candidate for candidate in names if hasattr(attention, candidate)]:
+            features[name] = found[0]
+            norms["v_norm" if name == "value_norm" else name] = getattr(attention, found[0])
+    weights = AttentionWeights(
+        query=query[:, order, :-1],
+        key=key[:, order, :-1],
+        value=value[..., :-1],
+        query_bias=query[:, order, -1],
+        key_bias=key[:, order, -1],
+        value_bias=value[..., -1],
+        output=output.unflatten(1, (-1, spec.head_dim)),
+        output_bias=output_bias,
+        rope_pairs=spec.rope_pairs,
+        scaling=features["scaling"],
+        key_gain=_gain_of(norms.get("k_norm"), key),
+        key_norm=bool({"k_norm", "v_norm"} & norms.keys()) or "clip" in features,
+        query_gain=gain,
+        gate=None if gate is None else gate[:, :-1],
+        gate_bias=None if gate is None else gate[:, -1],
+        sinks=sinks_of(attention),
+        softcap=features.get("softcap"),
+        centred=not {"softcap", "sinks", "gate", "output_norm"} & features.keys(),
     )
+    if gain is not None:
+        features["query_gain"] = True
+    return SourceAttention(weights, norms, features)
 
 
-def project(attention: Any, spec: AttentionSpec, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """True query [B,H,T,d], key and value [B,G,T,d] of ``hidden`` [B,T,D]: biases and norms applied, rope not yet."""
-    query, key, value = (
-        linear(hidden).unflatten(-1, (-1, spec.head_dim))
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    if spec.qk_norm:
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+def pair_order(spec: AttentionSpec, family: Family) -> Tensor:
+    """The family's dims of a head in anymla's order: real parts, imaginary parts, dims without rope."""
+    dims, turned = torch.arange(spec.head_dim), 2 * spec.rope_pairs
+    if family.rope == "interleaved":
+        return torch.cat([dims[:turned:2], dims[1:turned:2], dims[turned:]])
+    return dims
+
+
+def module_features(
+    attention: Any, spec: AttentionSpec, family: Family, config: Any, gate: Tensor | None
+) -> dict[str, Any]:
+    """LatentAttention's arguments that say what the module is like; those at their defaults are left out."""
+    features: dict[str, Any] = {
+        "num_heads": spec.num_heads,
+        "num_kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "rope_pairs": spec.rope_pairs,
+        "scaling": _scaling(attention, spec, family),
+        "query_bias": True,
+        "rope_table": family.rope_table if spec.rope_pairs else "none",
+        "clip": getattr(config, "clip_qkv", None) or getattr(getattr(config, "attn_config", None), "clip_qkv", None),
+        "softcap": getattr(attention, "attn_logit_softcapping", None),
+        "sinks": True if sinks_of(attention) is not None else None,
+        "gate": None if gate is None else len(gate),
+        "gate_activation": family.gate_activation,
+        "adds_residual": family.adds_residual or None,
+        "position_bias": family.position_bias,
+        "temperature": _temperature(attention, family, config),
+    }
+    if family.position_bias == "window":
+        local = attention.attention_type == "local"
+        features |= (
+            {"position_bias": "window", "local_window": config.window_size} if local else {"position_bias": None}
+        )
+    if family.position_bias == "scaled-alibi" and spec.rope_pairs:
+        features["position_bias"] = None
+    return {name: value for name, value in features.items() if value is not None}
+
+
+def _scaling(attention: Any, spec: AttentionSpec, family: Family) -> float:
+    if family.scaling is not None:
+        return family.scaling
+    names = ("scaling", "softmax_scale", "inv_norm_factor")
+    return float(next((getattr(attention, name) for name in names if hasattr(attention, name)), spec.head_dim**-0.5))
+
+
+def _temperature(attention: Any, family: Family, config: Any) -> dict[str, float] | None:
+    if family.temperature == "llama4" and attention.attn_temperature_tuning and not attention.use_rope:
+        return {"scale": attention.attn_scale, "offset": 1.0, "period": attention.floor_scale}
+    if family.temperature == "ministral3":
+        rope = config.rope_parameters
+        scale, period = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+        return {"scale": scale, "offset": 0.0, "period": period}
+    return None
+
+
+def _norms(attention: Any, spec: AttentionSpec, order: Tensor) -> tuple[dict[str, nn.Module], str]:
+    """Query and key norm with their weights in anymla's order, and what they normalise over (heads.split_heads)."""
+    names = names_of_norms(attention)
+    if names is None:
+        return {}, "head"
+    query_norm, key_norm = (copy.deepcopy(getattr(attention, name)) for name in names)
+    over = "head"
+    if hasattr(query_norm, "norms"):
+        over = "heads-first"
+    elif any(len(weight) == spec.num_heads * spec.head_dim > spec.head_dim for weight in query_norm.parameters()):
+        over = "width"
+    for weight in (*query_norm.parameters(), *key_norm.parameters()):
+        heads = weight.data.unflatten(-1, (-1, spec.head_dim))[..., order.to(weight.device)]
+        weight.data = heads.flatten(-2)
+    return {"q_norm": query_norm, "k_norm": key_norm}, over
+
+
+def _take_gains(norms: dict[str, nn.Module]) -> Tensor | None:
+    """Where norms come after rope, their gains do not commute with it: the product [d] of both, which become ones."""
+    gain = None
+    for norm in norms.values():
+        if (weight := getattr(norm, "weight", None)) is not None:
+            gain = weight.detach().double() * (1.0 if gain is None else gain)
+            weight.data = torch.ones_like(weight)
+    return gain
+
+
+def _gain_of(norm: Any, key: Tensor) -> Tensor:
+    """The key norm's weight as [G,d]; ones where it has none."""
+    ones = key.new_ones(key.shape[:2])
+    parameters = [] if norm is None else [value.detach().double() for value in norm.parameters()]
+    if hasattr(norm, "norms"):
+        return torch.stack([each.weight.detach().double() for each in norm.norms])
+    return ones * parameters[0].reshape(-1, key.shape[1]) if parameters else ones

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from anymla.architectures.families import FAMILIES, ROPE_TYPES, Family
+from anymla.architectures.families import FAMILIES, REFUSED, ROPE_TYPES, Family
+from anymla.architectures.layers import attends, has_rope, heads_of, layer_type, window_of
 from anymla.errors import CheckpointError, UnsupportedModelError
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -19,11 +20,12 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """One layer's attention: H query heads, G key/value heads of d numbers."""
+    """One layer's attention: H query heads, G key/value heads of d numbers, P pairs of them turned by rope."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rope_pairs: int
     qkv_bias: bool
     output_bias: bool
     qk_norm: bool
@@ -55,40 +57,59 @@ class Blueprint:
     max_position_embeddings: int
     tied_embeddings: bool
     dtype: str
-    rope: RopeSpec
-    layers: tuple[AttentionSpec, ...]
+    rope: RopeSpec | None
+    layers: tuple[AttentionSpec | None, ...]  # None: a layer without softmax attention, which stays as it is
+
+    @property
+    def attention_layers(self) -> dict[int, AttentionSpec]:
+        """The layers that can be converted, by their index."""
+        return {index: spec for index, spec in enumerate(self.layers) if spec is not None}
 
     @property
     def cached_numbers(self) -> int:
         """Numbers that one layer of the original caches per token (the largest, where layers differ)."""
-        return max(layer.cached_numbers for layer in self.layers)
+        return max(spec.cached_numbers for spec in self.attention_layers.values())
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the original caches per token, over all layers, in the checkpoint's dtype."""
-        return sum(layer.cached_numbers for layer in self.layers) * DTYPE_BYTES[self.dtype]
+        """Bytes that the original caches per token, over all attention layers, in the checkpoint's dtype."""
+        return sum(spec.cached_numbers for spec in self.attention_layers.values()) * DTYPE_BYTES[self.dtype]
+
+
+def _names(*names: str) -> Any:
+    """A config field that goes by several names; 'a.b' is field b of the object a."""
+    return AliasChoices(*(AliasPath(*name.split(".")) if "." in name else name for name in names))
 
 
 class _Config(BaseModel):
-    """The fields of a config.json that every supported family shares; wrong kinds are refused by name."""
+    """The fields of a config.json under the names that families give them; wrong kinds are refused by name."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True, loc_by_alias=True)
 
     model_type: str
-    hidden_size: PositiveInt
-    num_hidden_layers: Annotated[PositiveInt, Field(le=10_000)]
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    intermediate_size: PositiveInt
+    hidden_size: PositiveInt = Field(validation_alias=_names("hidden_size", "n_embd", "d_model", "n_embed"))
+    num_layers: Annotated[PositiveInt, Field(le=10_000)] = Field(
+        validation_alias=_names("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    )
+    num_heads: PositiveInt = Field(
+        validation_alias=_names("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    )
+    num_kv_heads: PositiveInt | None = Field(
+        None, validation_alias=_names("num_key_value_heads", "num_kv_heads", "n_head_kv", "attn_config.kv_n_heads")
+    )
+    head_dim: PositiveInt | None = Field(None, validation_alias=_names("head_dim", "attention_head_dim"))
+    intermediate_size: PositiveInt | None = Field(
+        None, validation_alias=_names("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    )
     vocab_size: PositiveInt
-    max_position_embeddings: PositiveInt = 2048
+    max_position_embeddings: PositiveInt = Field(
+        2048, validation_alias=_names("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
+    )
     tie_word_embeddings: bool = False
-    sliding_window: PositiveInt | None = None
-    use_sliding_window: bool = False
-    max_window_layers: int | None = None
-    layer_types: list[str] | None = None
-    attention_bias: bool = False
+    sliding_window: NonNegativeInt | None = Field(None, validation_alias=_names("sliding_window", "window_size"))
+    multi_query: bool = False
+    new_decoder_architecture: bool = False
+    alibi: bool = False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -122,8 +143,10 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         return f"family '{model_type}' is an encoder-decoder; anymla converts decoder-only models"
     if not isinstance(model_type, str):
         return f"config.json: model_type must be a family's name, got {model_type!r:.40}"
+    if model_type in REFUSED:
+        return f"family '{model_type}' cannot be converted: {REFUSED[model_type]}"
     if model_type not in FAMILIES:
-        return f"family '{model_type}' is not supported; supported: {', '.join(FAMILIES)}"
+        return f"family '{model_type}' is not known to anymla; it knows {', '.join(FAMILIES)}"
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         return f"the weights are quantised ({method}): convert the unquantised checkpoint, then quantise the result"
@@ -138,66 +161,84 @@ def read_blueprint(config: Mapping[str, Any]) -> Blueprint:
     """
     if (reason := refusal(config)) is not None:
         raise UnsupportedModelError(reason)
-    family = FAMILIES[config["model_type"]]
-    try:
-        fields = _Config.model_validate(config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UnsupportedModelError(f"config.json: {name}: {first['msg']}, got {first['input']!r:.40}") from error
-    layers = tuple(_attention(fields, config, family, index) for index in range(fields.num_hidden_layers))
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    family = FAMILIES[config["model_type"]]
+    config = {**family.defaults, **(config.get("text_config") or {}), **config} if family.vision else config
+    config = {**family.defaults, **config}
+    if isinstance(types := config.get("layers_block_type") or config.get("hybrid_override_pattern"), list | str):
+        config.setdefault("num_hidden_layers", len(types))
+    fields = _fields(config)
     if dtype not in DTYPE_BYTES:
         raise UnsupportedModelError(f"config.json: dtype {dtype} is not one of {', '.join(DTYPE_BYTES)}")
+    layers = tuple(_layer(fields, config, family, index) for index in range(fields.num_layers))
+    if not any(layers):
+        raise UnsupportedModelError("no layer of this model has softmax attention: there is no KV cache to shrink")
     return Blueprint(
         model_type=fields.model_type,
         hidden_size=fields.hidden_size,
-        intermediate_size=fields.intermediate_size,
+        intermediate_size=fields.intermediate_size or 4 * fields.hidden_size,
         vocab_size=fields.vocab_size,
         max_position_embeddings=fields.max_position_embeddings,
         tied_embeddings=fields.tie_word_embeddings,
         dtype=dtype,
-        rope=_rope(config),
+        rope=_rope(config) if any(spec.rope_pairs for spec in layers if spec) else None,
         layers=layers,
     )
 
 
-def _attention(fields: _Config, config: Mapping[str, Any], family: Family, index: int) -> AttentionSpec:
-    heads = fields.num_attention_heads
-    given = "num_key_value_heads" in config
-    kv_heads = fields.num_key_value_heads or (None if given else family.num_kv_heads) or heads
-    head_dim = fields.head_dim or family.head_dim or fields.hidden_size // heads
+def _fields(config: Mapping[str, Any]) -> _Config:
+    try:
+        return _Config.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UnsupportedModelError(f"config.json: {name}: {first['msg']}, got {first['input']!r:.40}") from error
+
+
+def _layer(fields: _Config, config: Mapping[str, Any], family: Family, index: int) -> AttentionSpec | None:
+    if not attends(config, family, index):
+        return None
+    heads = heads_of(config, index) or fields.num_heads
+    shared = fields.multi_query and not fields.new_decoder_architecture
+    kv_heads = 1 if shared else fields.num_kv_heads or heads
+    head_dim = fields.head_dim or fields.hidden_size // heads
     if heads % kv_heads:
         raise UnsupportedModelError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    if head_dim % 2 or head_dim == 0:
+    pairs = _rope_pairs(config, family, head_dim, layer_type(config, index)) if has_rope(config, family, index) else 0
+    if head_dim == 0 or (pairs and head_dim % 2):
         raise UnsupportedModelError(f"config.json: head_dim {head_dim} must be even and positive to hold rope pairs")
     return AttentionSpec(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
+        rope_pairs=pairs,
         qkv_bias=_flag(family.qkv_bias, config),
         output_bias=_flag(family.output_bias, config),
-        qk_norm=family.qk_norm,
-        sliding_window=_sliding_window(fields, config, family, index),
+        qk_norm=_flag(family.qk_norm, config),
+        sliding_window=window_of(fields.sliding_window, config, family, index),
     )
+
+
+def _rope_pairs(config: Mapping[str, Any], family: Family, head_dim: int, kind: str | None) -> int:
+    """Pairs of a head that rope turns; ``partial_rope`` names the field with their share, or their number of dims."""
+    if family.partial_rope is None:
+        return head_dim // 2
+    settings = config.get("rope_parameters") or {}
+    settings = settings if isinstance(settings, dict) else {}
+    settings = settings[kind] if kind is not None and isinstance(settings.get(kind), dict) else settings
+    part = settings.get(family.partial_rope)
+    part = config.get(family.partial_rope) if part is None else part
+    if part is None:
+        return head_dim // 2
+    if not isinstance(part, int | float) or isinstance(part, bool) or not 0 < part <= head_dim:
+        raise UnsupportedModelError(f"config.json: {family.partial_rope}: not a part of a head, got {part!r:.40}")
+    return int(part if isinstance(part, int) and part > 1 else head_dim * part) // 2
 
 
 def _flag(value: bool | str, config: Mapping[str, Any]) -> bool:
     return bool(config.get(value, False)) if isinstance(value, str) else value
-
-
-def _sliding_window(fields: _Config, config: Mapping[str, Any], family: Family, index: int) -> int | None:
-    window = fields.sliding_window if "sliding_window" in config else family.sliding_window
-    if not family.optional_sliding_window:
-        return window
-    if not fields.use_sliding_window:
-        return None
-    if fields.layer_types is not None and index < len(fields.layer_types):
-        return window if fields.layer_types[index] == "sliding_attention" else None
-    first = family.max_window_layers if fields.max_window_layers is None else fields.max_window_layers
-    return window if index >= first else None
 
 
 def _rope(config: Mapping[str, Any]) -> RopeSpec:
@@ -205,6 +246,8 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(settings, dict):
         raise UnsupportedModelError(f"config.json: rope settings must be an object, got {settings!r:.40}")
+    if settings and all(isinstance(value, dict) for value in settings.values()):  # one for each type of layer
+        settings = next(iter(settings.values()))
     rope_type = settings.get("rope_type", settings.get("type", "default"))
     theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
     if rope_type not in ROPE_TYPES:

@@ -1,43 +1,256 @@
 """What the supported families differ in, as data. The only place that knows a family by its name.
 
-A field of :class:`Family` is a value, or the name of the config field that holds it.
+Most is read from the config and the attention modules themselves (blueprint.py, attention.py). A family is listed with
+what neither of them spells out; docs/families.md is made from this table and from the exactness test.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Facts of one ``model_type`` that its config does not spell out."""
+    """Facts of one ``model_type`` that neither its config nor its modules spell out. The defaults are Llama's."""
 
-    qkv_bias: bool | str = False
-    output_bias: bool | str = False
-    qk_norm: bool = False
-    head_dim: int | None = None  # used where the config has none; None: hidden_size / num_attention_heads
-    num_kv_heads: int | None = None  # used where the config lacks the field; None: num_attention_heads
-    sliding_window: int | None = None  # used where the config lacks the field
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # values of config fields that a config.json may lack
+    qkv_bias: bool | str = "attention_bias"  # a value, or the config field that holds it
+    output_bias: bool | str = "attention_bias"
+    qk_norm: bool | str = False  # of queries and keys
+    norm_after_rope: bool = False
+    fused: str = "concat"  # rows of a fused projection: 'concat' q, k, v; 'grouped' per kv head; 'codegen'
+    rope: str | None = "half"  # which dims are a pair: 'half' i and i + P, 'interleaved' 2i and 2i + 1; None: no rope
+    rope_layers: str = "all"  # or 'no_rope_layers' (config field), 'sliding': only layers with a window
+    rope_table: str = "halves"  # modeling/heads.py, rope_tables
+    partial_rope: str | None = None  # config field: the part of a head that rope turns, a share or a number of dims
+    all_layers_attend: bool = False  # beside whatever else they do: a list of layer types says nothing of attention
+    vision: bool = False  # a vision-language model: the text model's config is its text_config
     optional_sliding_window: bool = False  # counts only with use_sliding_window, from layer max_window_layers on
-    max_window_layers: int = 0
+    scaling: float | None = None  # of scores; None: the module's own
+    temperature: str | None = None  # of queries by position: 'llama4' or 'ministral3'
+    position_bias: str | None = None  # modeling/heads.py, score_bias
+    batched: bool = True  # layers take the mask and position bias of one window for many
+    layers_give_tuples: bool = False  # decoder layers return (hidden states, ...)
+    gate_activation: str | None = None  # of a gate on the heads' output; None: sigmoid
+    adds_residual: bool = False  # the attention module itself adds the residual stream
+    plain_residual: bool = True  # the attention's output is added to the stream as it is: no norm or factor between
 
+
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_GLM = {"partial_rotary_factor": 0.5}
+_GPT = Family(rope=None, qkv_bias=True, output_bias=True)
+_COHERE = Family(rope="interleaved", rope_table="repeated")
+_PARTIAL = Family(partial_rope="partial_rotary_factor")
+_POST_NORM = Family(plain_residual=False)
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias"),
-    "mistral": Family(num_kv_heads=8, sliding_window=4096),
-    "qwen2": Family(
-        qkv_bias=True, num_kv_heads=32, sliding_window=4096, optional_sliding_window=True, max_window_layers=28
+    "afmoe": Family(qk_norm=True, rope_layers="sliding", plain_residual=False),
+    "apertus": Family(qk_norm=True),
+    "arcee": Family(),
+    "aria_text": Family(),
+    "bamba": Family(partial_rope="partial_rotary_factor", layers_give_tuples=True),
+    "biogpt": _GPT,
+    "bitnet": Family(),
+    "bloom": replace(
+        _GPT, fused="grouped", position_bias="alibi", batched=False, layers_give_tuples=True, adds_residual=True
     ),
-    "qwen3": Family(
-        qkv_bias="attention_bias",
-        output_bias="attention_bias",
-        qk_norm=True,
-        head_dim=128,
-        num_kv_heads=32,
-        sliding_window=4096,
-        optional_sliding_window=True,
-        max_window_layers=28,
+    "codegen": Family(
+        fused="codegen",
+        rope="interleaved",
+        rope_table="sinusoids",
+        partial_rope="rotary_dim",
+        layers_give_tuples=True,
+        qkv_bias=False,
+        output_bias=False,
     ),
+    "cohere": replace(_COHERE, qk_norm="use_qk_norm"),
+    "cohere2": replace(_COHERE, rope_layers="sliding"),
+    "cohere2_moe": replace(_COHERE, rope_layers="sliding"),
+    "cwm": Family(),
+    "dbrx": Family(qkv_bias=False, output_bias=False),
+    "dots1": Family(qk_norm=True),
+    "ernie4_5": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
+    "ernie4_5_moe": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
+    "exaone4": Family(qk_norm=True, rope_layers="sliding", plain_residual=False),
+    "exaone_moe": Family(qk_norm=True, rope_layers="sliding", plain_residual=False),
+    "falcon": Family(
+        defaults={"multi_query": True},
+        fused="grouped",
+        position_bias="scaled-alibi",
+        batched=False,
+        layers_give_tuples=True,
+        qkv_bias="bias",
+        output_bias="bias",
+    ),
+    "falcon_h1": Family(all_layers_attend=True, plain_residual=False, layers_give_tuples=True),
+    "flex_olmo": Family(qk_norm=True, plain_residual=False),
+    "flint": Family(qk_norm=True, rope_layers="sliding"),
+    "gemma": Family(),
+    "gemma2": _POST_NORM,
+    "gemma3_text": Family(qk_norm=True, plain_residual=False),
+    "glm": replace(_PARTIAL, defaults=_GLM, rope="interleaved"),
+    "glm4": replace(_PARTIAL, defaults=_GLM, rope="interleaved", plain_residual=False),
+    "glm4_moe": replace(_PARTIAL, defaults=_GLM, qk_norm="use_qk_norm"),
+    "gpt2": _GPT,
+    "gpt_bigcode": replace(_GPT, defaults={"multi_query": True}, fused="grouped"),
+    "gpt_neo": replace(_GPT, qkv_bias=False, position_bias="window", scaling=1.0, layers_give_tuples=True),
+    "gpt_neox": Family(
+        defaults={"rotary_pct": 0.25}, fused="grouped", partial_rope="rotary_pct", qkv_bias=True, output_bias=True
+    ),
+    "gpt_oss": Family(),
+    "gptj": Family(
+        rope="interleaved",
+        rope_table="sinusoids",
+        partial_rope="rotary_dim",
+        layers_give_tuples=True,
+        qkv_bias=False,
+        output_bias=False,
+    ),
+    "granite": _POST_NORM,
+    "granite_swa": _POST_NORM,
+    "granitemoe": _POST_NORM,
+    "granitemoe_swa": _POST_NORM,
+    "granitemoehybrid": replace(_POST_NORM, defaults={"position_embedding_type": None}),
+    "granitemoeshared": _POST_NORM,
+    "helium": Family(rope="interleaved"),
+    "hunyuan_v1_dense": Family(qk_norm=True, norm_after_rope=True),
+    "hunyuan_v1_moe": Family(qk_norm=True, norm_after_rope=True),
+    "hy_v3": Family(qk_norm=True),
+    "hyperclovax": _POST_NORM,
+    "internlm3": Family(),
+    "iquestcoder": Family(),
+    "jais2": Family(),
+    "jamba": Family(rope=None),
+    "kolibri1": Family(qk_norm=True),
+    "laguna": replace(_PARTIAL, qk_norm=True, gate_activation="softplus"),
+    "lfm2": Family(qk_norm=True),
+    "lfm2_moe": Family(qk_norm=True),
+    "llama": Family(),
+    "llama4_text": Family(
+        rope="interleaved",
+        rope_table="complex",
+        rope_layers="no_rope_layers",
+        qk_norm="use_qk_norm",
+        temperature="llama4",
+    ),
+    "mellum": Family(qk_norm=True),
+    "minimax": _POST_NORM,
+    "minimax_m2": replace(_PARTIAL, qk_norm=True),
+    "minimax_m3_vl_text": Family(qk_norm=True),
+    "ministral": Family(),
+    "ministral3": Family(temperature="ministral3"),
+    "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "mixtral": Family(),
+    "modernbert-decoder": Family(),
+    "mpt": Family(rope=None, batched=False, position_bias="mpt", layers_give_tuples=True),
+    "nanochat": Family(qk_norm=True, norm_after_rope=True, rope_table="backwards"),
+    "nemotron": _PARTIAL,
+    "nemotron_h": Family(rope=None),
+    "olmo": Family(),
+    "olmo2": Family(qk_norm=True, plain_residual=False),
+    "olmo3": Family(qk_norm=True, plain_residual=False),
+    "olmo_hybrid": Family(qk_norm=True, plain_residual=False),
+    "olmoe": Family(qk_norm=True),
+    "opt": replace(_GPT, qkv_bias="enable_bias", output_bias="enable_bias"),
+    "persimmon": replace(
+        _PARTIAL, defaults=_GLM, fused="grouped", qk_norm="qk_layernorm", qkv_bias=True, output_bias=True
+    ),
+    "phi": replace(_PARTIAL, defaults=_GLM, qk_norm="qk_layernorm", qkv_bias=True, output_bias=True),
+    "phi3": replace(_PARTIAL, qkv_bias=False, output_bias=False),
+    "phimoe": Family(),
+    "qwen2": Family(defaults=_QWEN, qkv_bias=True, output_bias=False, optional_sliding_window=True),
+    "qwen2_moe": Family(defaults=_QWEN, qkv_bias="qkv_bias", output_bias=False, optional_sliding_window=True),
+    "qwen3": Family(defaults=_QWEN | {"head_dim": 128}, qk_norm=True, optional_sliding_window=True),
+    "qwen3_5_moe_text": replace(_PARTIAL, qk_norm=True),
+    "qwen3_5_text": replace(_PARTIAL, qk_norm=True),
+    "qwen3_moe": Family(qk_norm=True, optional_sliding_window=True),
+    "qwen3_next": replace(_PARTIAL, qk_norm=True),
+    "seed_oss": Family(qkv_bias="attention_bias", output_bias="attention_out_bias"),
+    "smollm3": Family(rope_layers="no_rope_layers"),
+    "solar_open": _PARTIAL,
+    "stablelm": replace(_PARTIAL, defaults={"partial_rotary_factor": 0.25}, qk_norm="qk_layernorm"),
+    "starcoder2": Family(qkv_bias="use_bias", output_bias="use_bias"),
+    "vaultgemma": _POST_NORM,
+    "xglm": replace(_GPT, batched=False),
 }
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_ENCODER = "a bidirectional encoder with a causal head, not a decoder that serves text"
+_HALF = "the decoder half of an encoder-decoder, with cross-attention"
+_MLA = "already multi-head latent attention"
+_NO_CACHE = "no softmax attention: there is no KV cache to shrink"
+_SHARED_KV = "layers share their keys and values"
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "bert",
+            "bert-generation",
+            "big_bird",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "git",
+            "megatron-bert",
+            "reformer",
+            "rembert",
+            "roberta",
+            "roberta-prelayernorm",
+            "roc_bert",
+            "roformer",
+            "xlm",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "xlnet",
+            "xmod",
+        ),
+        _ENCODER,
+    ),
+    **dict.fromkeys(
+        (
+            "bart",
+            "bigbird_pegasus",
+            "blenderbot",
+            "blenderbot-small",
+            "marian",
+            "mbart",
+            "musicgen",
+            "musicgen_melody",
+            "mvp",
+            "pegasus",
+            "plbart",
+            "prophetnet",
+            "trocr",
+            "whisper",
+        ),
+        _HALF,
+    ),
+    **dict.fromkeys(
+        (
+            "axk1",
+            "axk2",
+            "bailing_hybrid",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "deepseek_v4",
+            "dots3_note",
+            "dots3_note_text",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "hy_v4",
+            "kimi_linear",
+            "longcat_flash",
+            "minicpm3",
+            "youtu",
+        ),
+        _MLA,
+    ),
+    "openai-gpt": "transformers runs it without a KV cache",
+    "recurrent_gemma": "its attention keeps a cache of its own, which transformers' caches do not hold",
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"), _NO_CACHE),
+}
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")

@@ -1,6 +1,6 @@
 """Second moments of one attention layer on calibration text: all that the algebra needs to know about the data.
 
-Shapes: B windows, T tokens, H query heads, G key/value heads, n = H/G, d head_dim, P = d/2 rope pairs, D hidden.
+Shapes: B windows, T tokens, H query heads, G key/value heads, n = H/G, d head_dim, P rope pairs, D hidden.
 y = [keys of all kv heads ; values of all kv heads], 2Gd numbers per token, keys before rope and after their norm.
 Sums run in float64; activations keep the model's precision, at least float32.
 """
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from anymla.architectures.attention import AttentionWeights
+from anymla.modeling.absorbed import additive_mask
+from anymla.modeling.heads import attention_weights, causal_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class MomentSums:
         self.weights = weights
         kv_heads, d = weights.key.shape[:2]
         heads, device = weights.query.shape[0], weights.query.device
-        y, pairs = 2 * kv_heads * d, d // 2
+        y, pairs = 2 * kv_heads * d, weights.rope_pairs
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -59,19 +61,24 @@ class MomentSums:
         self.query_norm, self.key_norm = zeros(heads, pairs), zeros(kv_heads, pairs)
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> None:
-        """Adds a batch: query [B,H,T,d], key and value [B,G,T,d] before rope, cos and sin [1,T,d], mask [1,1,T,T]."""
+        """Adds a batch: query [B,H,T,d], key and value [B,G,T,d] before rope, cos and sin [1,1,T,P].
+
+        ``mask`` [1,1 or H,T,T] is additive, None where only the future is masked.
+        """
         precision = torch.promote_types(query.dtype, torch.float32)
         query, key, value = query.to(precision), key.to(precision), value.to(precision)
-        batch, kv_heads, length, d = key.shape
+        batch, kv_heads, length, _ = key.shape
         group = query.shape[1] // kv_heads
-        turn = torch.complex(cos[0, :, : d // 2].to(precision), sin[0, :, : d // 2].to(precision))  # [T,P]
+        turn = torch.complex(cos[0, 0].to(precision), sin[0, 0].to(precision))  # [T,P]
+        if mask is None:
+            mask = additive_mask(causal_mask(length, length, None, query.device), precision)
         received = query.new_zeros(batch, length)
         for head in range(kv_heads):  # one kv head at a time bounds memory to its [B,n,T,T] scores
             heads = slice(head * group, (head + 1) * group)
-            attention = self._attention(query[:, heads], key[:, head], turn, mask)
+            attention = self._attention(query[:, heads], key[:, head], turn, mask, heads)
             received += attention.square().sum(dim=(1, 2))
             self._add_heads(heads, attention, value[:, head], turn / turn.abs())
-        self.rope_scale = turn.abs().square().mean().item()
+        self.rope_scale = turn.abs().square().mean().item() if turn.numel() else 1.0
         y = torch.cat([key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)], dim=-1).flatten(0, 1).double()
         weight = received.flatten().double()
         self.tokens += batch * length
@@ -82,18 +89,19 @@ class MomentSums:
         self.weighted_mean += weight @ y
         flat = query.transpose(0, 1).flatten(1, 2).double()
         self.query_gram += flat.transpose(1, 2) @ flat
-        self.query_norm += to_complex(query).abs().double().sum(dim=(0, 2))
-        self.key_norm += to_complex(key).abs().double().sum(dim=(0, 2))
+        turned = 2 * turn.shape[1]
+        self.query_norm += to_complex(query[..., :turned]).abs().double().sum(dim=(0, 2))
+        self.key_norm += to_complex(key[..., :turned]).abs().double().sum(dim=(0, 2))
 
-    def _attention(self, query: Tensor, key: Tensor, turn: Tensor, mask: Tensor | None) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, turn: Tensor, mask: Tensor, heads: slice) -> Tensor:
         """Attention probabilities [B,n,T,T] of the heads that share one key head."""
         rotated_query, rotated_key = rotate(query, turn), rotate(key, turn)
-        scores = rotated_query @ rotated_key.unsqueeze(1).transpose(-1, -2) * self.weights.scaling
-        if mask is None:
-            length = scores.shape[-1]
-            mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(-1)
+        if self.weights.query_gain is not None:
+            rotated_query = rotated_query * self.weights.query_gain.to(query.dtype)
+        scores = rotated_query @ rotated_key.unsqueeze(1).mT * self.weights.scaling
+        sinks = None if self.weights.sinks is None else self.weights.sinks[heads]
+        mask = mask if mask.shape[1] == 1 else mask[:, heads]
+        return attention_weights(scores, mask.to(scores.dtype), self.weights.softcap, sinks)
 
     def _add_heads(self, heads: slice, attention: Tensor, value: Tensor, turn: Tensor) -> None:
         squared = attention.square()
@@ -127,7 +135,7 @@ def to_complex(pairs: Tensor) -> Tensor:
     return torch.complex(real.contiguous(), imag.contiguous())
 
 
-def rotate(pairs: Tensor, turn: Tensor) -> Tensor:
-    """Half-split pairs [..., 2N] times complex ``turn`` [..., N], half-split again."""
-    turned = to_complex(pairs) * turn
-    return torch.cat([turned.real, turned.imag], dim=-1)
+def rotate(heads: Tensor, turn: Tensor) -> Tensor:
+    """Heads [..., d] with their first P pairs, half-split, times complex ``turn`` [..., P]."""
+    turned = to_complex(heads[..., : 2 * turn.shape[-1]]) * turn
+    return torch.cat([turned.real, turned.imag, heads[..., 2 * turn.shape[-1] :]], dim=-1)

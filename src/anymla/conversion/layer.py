@@ -1,6 +1,6 @@
 """One layer from grouped-query to latent attention: tensors in, tensors out (docs/mathematics.md).
 
-Shapes: D hidden, H query heads, G kv heads, n = H/G, d head_dim, P = d/2 rope pairs, K channels, R = 2K, r latent rank.
+Shapes: D hidden, H query heads, G kv heads, n = H/G, d head_dim, P rope pairs, K channels, R = 2K, r latent rank.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.architectures.attention import AttentionWeights
+from anymla.architectures.attention import AttentionWeights, SourceAttention
 from anymla.calibration.moments import Moments
 from anymla.factorization import Factorization, Latent, LatentProblem
-from anymla.modeling.modeling_anymla import LatentAttention
-from anymla.rope import Channels, RopeChoice
+from anymla.modeling.latent_attention import LatentAttention
+from anymla.rope import Channels, RopeChoice, no_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,55 +38,72 @@ def convert_layer(
     expected_rotation: bool,
 ) -> ConvertedLayer:
     """Chooses channels, then the latent of what they leave; float64 throughout."""
-    channels = rope(moments, rope_dims, expected_rotation=expected_rotation)
+    channels = rope(moments, rope_dims, expected_rotation=expected_rotation) if rope_dims else no_channels(moments)
     rotation = moments.rotation if expected_rotation else torch.ones_like(moments.rotation)
     rotation = rotation * moments.rope_scale
+    if weights.query_gain is not None:  # on a pair without its rotation: the mean of its two gains
+        rotation = rotation * weights.query_gain[: 2 * weights.rope_pairs].view(2, -1).mean(0)
     latent = factorization(LatentProblem(weights, moments, channels, rotation), kv_rank)
     return ConvertedLayer(channels=channels, latent=latent, rotation=rotation)
 
 
-def latent_tensors(weights: AttentionWeights, layer: ConvertedLayer) -> dict[str, Tensor]:
-    """The tensors of LatentAttention that conversion makes, float64; those it does not name stay the original's."""
-    kv_heads, d, hidden = weights.key.shape
-    size, device = kv_heads * d, weights.key.device
-    channels, latent = layer.channels, layer.latent
+def latent_tensors(source: SourceAttention, layer: ConvertedLayer) -> dict[str, Tensor]:
+    """The tensors of LatentAttention, float64."""
+    weights, channels, latent = source.weights, layer.channels, layer.latent
+    kv_heads, d, _ = weights.key.shape
+    size, pairs = kv_heads * d, weights.rope_pairs
     encoder = latent.encoder.clone()  # from y to the latent; now from the true [k ; v]
-    encoder[:, :size] = latent.encoder[:, :size] @ channels.remainder(d // 2)
-    offset = latent.encoder @ latent.mean
-    key_rows = torch.cat([encoder[:, :size], channels.encoder(d // 2)])  # [r+R, Gd]
-    value_rows = encoder[:, size:] @ weights.value.reshape(size, hidden)
-    value_bias = encoder[:, size:] @ weights.value_bias.flatten() - offset
-    rank = encoder.shape[0]
-    if weights.key_norm:
-        tensors = {"k_a_proj_with_mqa.weight": key_rows, "v_a_proj.weight": value_rows, "v_a_proj.bias": value_bias}
-    else:
-        weight, bias = key_rows @ weights.key.reshape(size, hidden), key_rows @ weights.key_bias.flatten()
-        weight[:rank] += value_rows
-        bias[:rank] += value_bias
-        tensors = {"kv_a_proj_with_mqa.weight": weight, "kv_a_proj_with_mqa.bias": bias}
-    heads = weights.query.shape[0]
-    value_mean = latent.mean[size:].view(kv_heads, d).repeat_interleave(heads // kv_heads, dim=0)
-    decoder = latent.decoder.view(2, kv_heads, d, rank).transpose(0, 1)  # per kv head: key rows, then value rows
+    encoder[:, :size] = latent.encoder[:, :size] @ channels.remainder(pairs, d)
+    key_rows = torch.cat([encoder[:, :size], channels.encoder(pairs, d)])  # [r+R, Gd]
+    decoder = latent.decoder.view(2, kv_heads, d, -1).transpose(0, 1)  # per kv head: key rows, then value rows
+    value_mean = latent.mean[size:].view(kv_heads, d).repeat_interleave(len(weights.query) // kv_heads, dim=0)
     weight = channels.decode.conj().T  # [G,K]
-    return tensors | {
-        "kv_b_proj.weight": decoder.reshape(2 * size, rank),
+    tensors = _encoders(source, key_rows, encoder[:, size:], latent.encoder @ latent.mean) | {
+        "q_proj.weight": weights.query.flatten(0, 1),
+        "q_proj.bias": weights.query_bias.flatten(),
+        "kv_b_proj.weight": decoder.reshape(2 * size, -1),
         "o_proj.weight": weights.output.flatten(1),
         "o_proj.bias": weights.output_bias + torch.einsum("Dhd,hd->D", weights.output, value_mean),
         "query_rotation": torch.stack([layer.rotation.real, layer.rotation.imag]),
         "channel_weight": torch.stack([weight.real, weight.imag]),
-        "channel_index": channels.index.to(device),
+        "channel_index": channels.index.to(weights.query.device),
+        "gate_proj.weight": weights.gate,
+        "gate_proj.bias": weights.gate_bias,
+        "sinks": weights.sinks,
+        "query_gain": weights.query_gain,
     }
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def build_attention(original: Any, tensors: dict[str, Tensor], *, kv_rank: int, rope_dims: int) -> LatentAttention:
-    """A LatentAttention in the original's dtype and device that holds ``tensors``; float64 is cast here, once."""
-    like = original.q_proj.weight
+def _encoders(source: SourceAttention, key_rows: Tensor, value_rows: Tensor, offset: Tensor) -> dict[str, Tensor]:
+    """What makes latent and channels of x: one matrix, or, where projections and cache are not linear, several."""
+    weights, rank = source.weights, len(value_rows)
+    key, value = weights.key.flatten(0, 1), weights.value.flatten(0, 1)
+    from_x, bias = value_rows @ value, value_rows @ weights.value_bias.flatten() - offset
+    if not weights.key_norm:
+        weight, bias_row = key_rows @ key, key_rows @ weights.key_bias.flatten()
+        weight[:rank] += from_x
+        bias_row[:rank] += bias
+        return {"kv_a_proj_with_mqa.weight": weight, "kv_a_proj_with_mqa.bias": bias_row}
+    tensors = {"k_proj.weight": key, "k_proj.bias": weights.key_bias.flatten(), "k_a_proj_with_mqa.weight": key_rows}
+    if "clip" not in source.features and "v_norm" not in source.norms:
+        return tensors | {"v_a_proj.weight": from_x, "v_a_proj.bias": bias}
+    tensors |= {"v_proj.weight": value, "v_proj.bias": weights.value_bias.flatten()}
+    return tensors | {"v_a_proj.weight": value_rows, "v_a_proj.bias": -offset}
+
+
+def build_attention(original: Any, source: SourceAttention, layer: ConvertedLayer, config: Any) -> LatentAttention:
+    """A LatentAttention in the original's dtype and device; float64 is cast here, once."""
+    like = next(original.parameters())
+    sizes = {"kv_lora_rank": len(layer.latent.encoder), "qk_rope_head_dim": 2 * len(layer.channels.index)}
     with torch.device("meta"):
-        attention = LatentAttention(original, kv_rank, rope_dims)
+        attention = LatentAttention(original, config, **source.features | sizes)
     cast = {
         name: (tensor.to(like.dtype) if tensor.is_floating_point() else tensor).to(like.device).contiguous()
-        for name, tensor in tensors.items()
+        for name, tensor in latent_tensors(source, layer).items()
     }
-    kept = {name: tensor for name, tensor in attention.state_dict().items() if name not in cast}
-    attention.load_state_dict(cast | kept, assign=True)
+    norms = {
+        f"{name}.{key}": tensor for name, norm in source.norms.items() for key, tensor in norm.state_dict().items()
+    }
+    attention.load_state_dict(cast | norms, assign=True)
     return attention.eval().requires_grad_(False)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anymla.architectures.attention import project, read_weights
+from anymla.architectures.attention import read_attention
 from anymla.architectures.blueprint import AttentionSpec
+from anymla.architectures.families import Family
+from anymla.architectures.parts import attention_path
 from anymla.calibration.moments import Moments, MomentSums
-from anymla.calibration.stream import attention_inputs, batch_size, run_layer
-from anymla.conversion.layer import build_attention, convert_layer, latent_tensors
+from anymla.calibration.stream import LayerCall, attention_inputs, run_layer
+from anymla.conversion.layer import build_attention, convert_layer
 from anymla.conversion.refit import refit_output
-from anymla.errors import CheckpointError
+from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.factorization import FACTORIZATIONS
-from anymla.modeling.modeling_anymla import LatentAttention
+from anymla.modeling.absorbed import additive_mask
+from anymla.modeling.heads import rope_tables, score_bias
+from anymla.modeling.latent_attention import LatentAttention
 from anymla.planning.plan import LayerPlan
 from anymla.recipe import Recipe
 from anymla.rope import ROPE_CHOICES
@@ -54,52 +59,72 @@ class LayerResult:
 
 
 class LayerStep:
-    """One layer's conversion: holds that layer's activations, and no other's."""
+    """One layer's conversion: holds that layer's activations, and no other's.
+
+    ``path`` is where in ``layer`` its attention is; ``config`` the language model's.
+    """
 
     def __init__(
         self,
         layer: Any,
         spec: AttentionSpec,
+        family: Family,
+        config: Any,
         plan: LayerPlan,
         recipe: Recipe,
-        arguments: dict[str, Any],
         split: Split,
     ) -> None:
-        self.layer, self.spec, self.plan, self.recipe = layer, spec, plan, recipe
-        self.arguments, self.split = arguments, split
-        self.cos, self.sin = arguments["position_embeddings"]
-        self.batch = batch_size(spec.num_heads, self.cos.shape[1])
+        self.layer, self.spec, self.family, self.config = layer, spec, family, config
+        self.plan, self.recipe, self.split = plan, recipe, split
+        self.path = str(attention_path(layer))
+        self.attention = layer.get_submodule(self.path)
+        self.source = read_attention(self.attention, spec, family, config)
 
-    def measure(self, index: int, original: Tensor, converted: Tensor) -> None:
+    def measure(self, call: LayerCall, index: int, original: Tensor, converted: Tensor) -> None:
         """Collects moments on the original's activations, inputs below the converted layers, and targets.
 
         The target is what the original attention adds to the residual stream, plus what the converted layers below
         have lost of that stream by now. ``original`` moves on to the hidden states behind this layer, in place.
         """
-        self.weights = read_weights(self.layer.self_attn, self.spec)
-        sums, seen = MomentSums(self.weights), 0
+        self.batch = call.batch(self.spec.num_heads, original.shape[1], shared=self.family.batched)
+        sums, seen = MomentSums(self.source.weights), 0
         precision = torch.promote_types(original.dtype, torch.float32)  # for a difference of near-equal 16-bit numbers
         self.target, self.inputs = torch.empty_like(original, dtype=precision), torch.empty_like(converted)
         self.stream_power = 0.0
-        for inputs, attended, output in run_layer(self.layer, original, self.arguments, self.batch):
-            part = slice(seen, seen + len(inputs))
-            fitted = inputs[: max(0, self.split.fit.stop - seen)]
+        for step in run_layer(self.layer, self.attention, original, call, self.batch):
+            part = slice(seen, seen + len(step.inputs))
+            fitted = step.inputs[: max(0, self.split.fit.stop - seen)]
             if len(fitted):
-                states = project(self.layer.self_attn, self.spec, fitted)
-                sums.add(*states, self.cos, self.sin, self.arguments["attention_mask"])
-            stream = attended.to(precision) + original[part]
+                self._add(sums, fitted, step.arguments)
+            stream = step.attended.to(precision) + (original[part] if self.family.plain_residual else 0)
             chosen = slice(*(max(0, bound - seen) for bound in (self.split.choice.start, self.split.choice.stop)))
             self.stream_power += stream[chosen].double().square().sum().item()
-            self.target[part] = stream - converted[part]
-            original[part] = output
+            self.target[part] = stream - (converted[part] if self.family.plain_residual else 0)
+            original[part] = step.output
             seen = part.stop
+        self.arguments = step.arguments
         self.moments: Moments = sums.moments()
         if not torch.isfinite(self.moments.weighted_gram).all() or not torch.isfinite(self.target).all():
             dtype = str(original.dtype).removeprefix("torch.")
             raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype float32 or bfloat16")
-        attended_inputs = attention_inputs(self.layer, converted, self.arguments, self.batch)
+        attended_inputs = attention_inputs(self.layer, self.attention, converted, call, self.batch)
         for part, inputs in zip(self.inputs.split(self.batch), attended_inputs, strict=True):
             part.copy_(inputs)
+
+    def _add(self, sums: MomentSums, inputs: Tensor, arguments: dict[str, Any]) -> None:
+        """Adds one batch's moments; what the family puts on scores comes as one additive mask."""
+        rest, features = dict(arguments), self.source.features
+        mask, positions, rope = (
+            rest.pop(name, None) for name in ("attention_mask", "position_ids", "position_embeddings")
+        )
+        pairs = self.spec.rope_pairs
+        if isinstance(rope, tuple) and pairs and rope[0].shape[-1] not in (pairs, 2 * pairs):
+            raise UnsupportedModelError(f"rope turns {rope[0].shape[-1]} dims of a head, config.json means {2 * pairs}")
+        cos, sin = rope_tables(features["rope_table"], self.spec.rope_pairs, rope, positions, inputs)
+        layer = SimpleNamespace(position_bias=None, local_window=None, config=self.config)
+        vars(layer).update(features)
+        mask = score_bias(mask, layer, inputs, inputs.shape[1], rest)
+        sums.add(*self.source.project(inputs), cos, sin, None if mask is None else additive_mask(mask, inputs.dtype))
 
     def choose(self, index: int, near: float) -> tuple[LatentAttention, LayerResult]:
         """The split of the budget that loses least on the choice windows, its output projection refitted."""
@@ -108,6 +133,10 @@ class LayerStep:
             refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
         error = self._error(best) / max(self.stream_power, 1e-300)
         return best, LayerResult(layer=index, rope_dims=best.qk_rope_head_dim, kv_rank=best.kv_lora_rank, error=error)
+
+    def install(self, attention: LatentAttention) -> None:
+        """Puts the converted attention into the layer."""
+        self.layer.set_submodule(self.path, attention)
 
     def _error(self, attention: LatentAttention) -> float:
         """Squared loss of the layer's output on the choice windows."""
@@ -134,7 +163,7 @@ class LayerStep:
     def _build(self, rope_dims: int) -> LatentAttention:
         rank = self.plan.cached_numbers - rope_dims if self.plan.kv_rank is None else self.plan.kv_rank
         converted = convert_layer(
-            self.weights,
+            self.source.weights,
             self.moments,
             ROPE_CHOICES[self.recipe.rope],
             FACTORIZATIONS[self.recipe.factorization],
@@ -142,8 +171,7 @@ class LayerStep:
             kv_rank=rank,
             expected_rotation=self.recipe.expected_rotation,
         )
-        tensors = latent_tensors(self.weights, converted)
-        return build_attention(self.layer.self_attn, tensors, kv_rank=rank, rope_dims=rope_dims)
+        return build_attention(self.attention, self.source, converted, self.config)
 
     def _lost(self, attention: LatentAttention, windows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch: the input of the output projection, and the target less its output."""

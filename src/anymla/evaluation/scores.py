@@ -89,7 +89,7 @@ def measure_cache(model: Any) -> CacheSize:
     """Runs a few tokens through ``model`` and reads the tensors that its cache then holds."""
     ids = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long, device=model.device)
     layers = model(input_ids=ids, use_cache=True).past_key_values.layers
-    tensors = [(layer.keys, layer.values) for layer in layers]
+    tensors = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
     # per token that the layer holds: a sliding window may hold fewer than were run
     numbers = [keys.numel() / keys.shape[-2] + values.numel() / values.shape[-2] for keys, values in tensors]
     size = sum(tensor.numel() * tensor.element_size() / tensor.shape[-2] for pair in tensors for tensor in pair)

@@ -39,8 +39,13 @@ class LatentProblem:
 
     @cached_property
     def bias(self) -> Tensor:
-        """The constant part of y [2Gd] that the projections' biases make; behind a key norm there is none for keys."""
+        """The constant part of y [2Gd] that the projections' biases make; behind a key norm there is none for keys.
+
+        Zero where constants do not cancel (``centred``), as is ``weighted_mean``: the latent then carries them.
+        """
         key_bias = torch.zeros_like(self.weights.key_bias) if self.weights.key_norm else self.weights.key_bias
+        if not self.weights.centred:
+            return torch.zeros_like(torch.cat([key_bias, key_bias]).flatten())
         return self._rest(torch.cat([key_bias, self.weights.value_bias]).flatten())
 
     @cached_property
@@ -67,14 +72,19 @@ class LatentProblem:
     @cached_property
     def weighted_mean(self) -> Tensor:
         """E[y] with the same weights."""
-        return self._rest(self.moments.weighted_mean)
+        mean = self._rest(self.moments.weighted_mean)
+        return mean if self.weights.centred else torch.zeros_like(mean)
 
     @cached_property
     def metric(self) -> Tensor:
         """M as its blocks [2G,d,d], keys first: how much an error of a head's key or value damages the output."""
         kv_heads, d, _ = self.weights.key.shape
         real, imag = torch.diag_embed(self.rotation.real), torch.diag_embed(self.rotation.imag)
-        turn = torch.cat([torch.cat([real, -imag], dim=2), torch.cat([imag, real], dim=2)], dim=1)
+        pairs = self.weights.rope_pairs
+        turn = torch.eye(d, dtype=real.dtype, device=real.device).repeat(len(real), 1, 1)
+        turn[:, : 2 * pairs, : 2 * pairs] = torch.cat(
+            [torch.cat([real, -imag], dim=2), torch.cat([imag, real], dim=2)], dim=1
+        )
         turned = turn @ self.moments.query_gram @ turn.transpose(1, 2)  # E[q' q'^T] of q' = q * rotation, [H,d,d]
         keys = (self.moments.key_weight * self.weights.scaling**2)[:, None, None] * turned
         output_gram = torch.einsum("Dhd,Dhe->hde", self.weights.output, self.weights.output)
@@ -83,13 +93,13 @@ class LatentProblem:
 
     @cached_property
     def _projection_gram(self) -> Tensor:
-        key = self.weights.key * self.weights.key_gain[:, None]
+        key = self.weights.key * self.weights.key_gain[:, :, None]
         projection = torch.cat([key, self.weights.value]).flatten(0, 1)
         return projection @ projection.T
 
     @cached_property
     def _remainder(self) -> Tensor:
-        return self.channels.remainder(self.weights.key.shape[1] // 2)
+        return self.channels.remainder(self.weights.rope_pairs, self.weights.key.shape[1])
 
     def _rest(self, y: Tensor) -> Tensor:
         """Takes out of the key rows of ``y`` [2Gd, ...] what the channels carry."""

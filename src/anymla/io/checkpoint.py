@@ -102,6 +102,7 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
             output_loading_info=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported below, by name
+            experts_implementation="eager",  # grouped products of experts know no float64
         )
     except Exception as error:  # configs, tensors and transformers' own checks raise anything
         raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error

@@ -46,7 +46,7 @@ def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int) -> 
 def model_parameters(blueprint: Blueprint) -> int:
     """Parameters of the original model: attention, a gated MLP of three matrices, norms and embeddings."""
     hidden = blueprint.hidden_size
-    per_layer = sum(original_cost(spec, hidden).parameters for spec in blueprint.layers)
+    per_layer = sum(original_cost(spec, hidden).parameters for spec in blueprint.attention_layers.values())
     mlp = len(blueprint.layers) * (3 * hidden * blueprint.intermediate_size + 2 * hidden)
     embeddings = blueprint.vocab_size * hidden * (1 if blueprint.tied_embeddings else 2)
     return per_layer + mlp + embeddings + hidden
@@ -55,7 +55,7 @@ def model_parameters(blueprint: Blueprint) -> int:
 def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:
     """Predicted peak bytes of a conversion: weights, one layer's statistics, calibration activations, the runtime."""
     width = DTYPE_BYTES[recipe.dtype or blueprint.dtype]
-    spec = max(blueprint.layers, key=lambda layer: layer.num_heads * layer.head_dim)
+    spec = max(blueprint.attention_layers.values(), key=lambda layer: layer.num_heads * layer.head_dim)
     values, queries = spec.cached_numbers, spec.num_heads * spec.head_dim
     statistics = 8 * (12 * values**2 + 3 * queries * spec.head_dim + 6 * queries * blueprint.hidden_size)
     activations = 6 * recipe.calibration_tokens * blueprint.hidden_size * width

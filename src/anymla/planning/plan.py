@@ -52,7 +52,7 @@ class Plan(BaseModel):
 
     model: str
     recipe: Recipe
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerPlan | None, ...]  # None: a layer without softmax attention, which stays as it is
 
     def to_yaml(self) -> str:
         """The plan as YAML, for ``anymla convert --plan``."""
@@ -81,7 +81,9 @@ def make_plan(model: str, blueprint: Blueprint, recipe: Recipe) -> Plan:
     return Plan(
         model=model,
         recipe=recipe,
-        layers=tuple(_plan_layer(spec, recipe, index) for index, spec in enumerate(blueprint.layers)),
+        layers=tuple(
+            None if spec is None else _plan_layer(spec, recipe, index) for index, spec in enumerate(blueprint.layers)
+        ),
     )
 
 
@@ -94,14 +96,19 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
     if len(plan.layers) != len(blueprint.layers):
         raise InfeasibleError(f"the plan has {len(plan.layers)} layers and {model} has {len(blueprint.layers)}")
     for index, (layer, spec) in enumerate(zip(plan.layers, blueprint.layers, strict=True)):
+        if layer is None or spec is None:
+            if (layer is None) != (spec is None):
+                raise InfeasibleError(f"the plan's layer {index}: only one of plan and {model} has attention there")
+            continue
         keys = spec.num_kv_heads * spec.head_dim
+        turned = 2 * spec.num_kv_heads * spec.rope_pairs
         step = _rope_step(spec, plan.recipe)
         for dims in layer.rope_choices if layer.rope_dims is None else (layer.rope_dims,):
             rank = layer.cached_numbers - dims
-            if dims > keys or dims % step or rank > 2 * keys:
+            if dims > turned or dims % step or rank > 2 * keys:
                 raise InfeasibleError(
                     f"the plan's layer {index}: rope_dims {dims} and kv_rank {rank} do not fit {model}, "
-                    f"which has {keys} in steps of {step}, and {2 * keys}"
+                    f"which has {turned} in steps of {step}, and {2 * keys}"
                 )
 
 
@@ -111,8 +118,9 @@ def _rope_step(spec: AttentionSpec, recipe: Recipe) -> int:
 
 
 def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
-    keys = spec.num_kv_heads * spec.head_dim  # Gd, the most rope dims there can be
-    step = _rope_step(spec, recipe)
+    keys = spec.num_kv_heads * spec.head_dim
+    turned = 2 * spec.num_kv_heads * spec.rope_pairs  # the most rope dims there can be
+    step = _rope_step(spec, recipe) if turned else 0
     rope_dims = _explicit_rope_dims(spec, recipe)
     if recipe.kv_rank is not None and recipe.kv_rank > 2 * keys:
         raise InfeasibleError(
@@ -136,19 +144,21 @@ def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
             f"--rope {recipe.rope}{given} needs at least {least}: the smallest possible is --kv-cache {smallest:g}"
         )
     if recipe.kv_rank is not None:
-        rope_dims = min((cached - recipe.kv_rank) // step * step, keys)
+        rope_dims = min((cached - recipe.kv_rank) // step * step, turned) if turned else 0
         return LayerPlan(cached_numbers=rope_dims + recipe.kv_rank, rope_dims=rope_dims, kv_rank=recipe.kv_rank)
     if rope_dims is not None:
         rank = min(cached - rope_dims, 2 * keys)
         return LayerPlan(cached_numbers=rope_dims + rank, rope_dims=rope_dims, kv_rank=rank)
-    return _free_split(cached, step, keys)
+    return _free_split(cached, step, keys, turned)
 
 
-def _free_split(cached: int, step: int, keys: int) -> LayerPlan:
+def _free_split(cached: int, step: int, keys: int, turned: int) -> LayerPlan:
     """Leaves the split to calibration; at full budget everything fits and nothing is left to choose."""
-    if cached >= 2 * keys:
-        return LayerPlan(cached_numbers=2 * keys, rope_dims=keys, kv_rank=keys)
-    most = min(keys, (cached - 1) // step * step)
+    if cached >= 2 * keys or not turned:
+        cached = min(cached, 2 * keys)
+        rope_dims = turned if cached == 2 * keys else 0
+        return LayerPlan(cached_numbers=cached, rope_dims=rope_dims, kv_rank=cached - rope_dims)
+    most = min(turned, (cached - 1) // step * step)
     shares = {round(cached * share / step) * step for share in ROPE_SHARES}
     choices = tuple(sorted({min(max(dims, step), most) for dims in shares}))
     return LayerPlan(cached_numbers=cached, rope_dims=None, kv_rank=None, rope_choices=choices)
@@ -159,11 +169,11 @@ def _explicit(recipe: Recipe) -> dict[str, int]:
 
 
 def _explicit_rope_dims(spec: AttentionSpec, recipe: Recipe) -> int | None:
-    """The recipe's rope dims as a total over kv heads, checked."""
-    if recipe.rope_dims is None:
-        return None
+    """The recipe's rope dims as a total over kv heads, checked; 0 where this layer has no rope."""
+    if recipe.rope_dims is None or not spec.rope_pairs:
+        return None if spec.rope_pairs else 0
     shared = recipe.rope == "channel-pca"
-    most = spec.num_kv_heads * spec.head_dim if shared else spec.head_dim
+    most = 2 * spec.rope_pairs * (spec.num_kv_heads if shared else 1)
     what = "in total" if shared else "per KV head"
     if recipe.rope_dims % 2:
         raise InfeasibleError(
@@ -188,6 +198,8 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
     """The plan's costs, ready for a table or JSON: per layer and in total, before and after."""
     layers = []
     for index, (layer, spec) in enumerate(zip(plan.layers, blueprint.layers, strict=True)):
+        if layer is None or spec is None:
+            continue
         rope_dims, rank = typical_split(layer)
         before, after = (
             original_cost(spec, blueprint.hidden_size),
@@ -211,7 +223,7 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
         "layers": layers,
         "cache_bytes_per_token": {
             "before": blueprint.cache_bytes // DTYPE_BYTES[blueprint.dtype] * width,
-            "after": sum(layer.cached_numbers for layer in plan.layers) * width,
+            "after": sum(layer.cached_numbers for layer in plan.layers if layer) * width,
         },
         "predicted_peak_bytes": peak_memory(blueprint, plan.recipe),
     }

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from anymla.architectures.blueprint import AttentionSpec, RopeSpec
     from anymla.evaluation.scores import Scores
     from anymla.pipeline import Conversion, Inspection
 
@@ -35,20 +36,31 @@ def size(value: float) -> str:
     return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
 
 
+def _rope(rope: RopeSpec | None, first: AttentionSpec, rotated: int, layers: int) -> str:
+    """The rope facts in one cell."""
+    if rope is None:
+        return "none"
+    settings = [f"{name} {value}" for name, value in rope.settings.items()]
+    part = f"{2 * first.rope_pairs} of {first.head_dim} dims" if 0 < 2 * first.rope_pairs < first.head_dim else None
+    where = None if rotated == layers else f"in {rotated} of {layers} layers"
+    return ", ".join(filter(None, [rope.rope_type, f"theta {rope.theta:g}", part, where, *settings]))
+
+
 def inspection_table(inspection: Inspection) -> Group:
     """What `anymla inspect` shows."""
     if inspection.blueprint is None:
         return Group(Text(f"{inspection.model} cannot be converted: {inspection.reason}"))
-    facts, first = inspection.blueprint, inspection.blueprint.layers[0]
+    facts, attending = inspection.blueprint, inspection.blueprint.attention_layers
+    first = next(iter(attending.values()))
     grouping = "MHA" if first.num_kv_heads == first.num_heads else "MQA" if first.num_kv_heads == 1 else "GQA"
-    windows = {layer.sliding_window for layer in facts.layers}
-    settings = ", ".join(f"{name} {value}" for name, value in facts.rope.settings.items())
+    windows = {layer.sliding_window for layer in attending.values()}
+    kept, rotated = len(facts.layers) - len(attending), sum(layer.rope_pairs > 0 for layer in attending.values())
     rows = [
         ("family", facts.model_type),
         ("can be converted", "yes"),
-        ("layers", len(facts.layers)),
+        ("layers", f"{len(facts.layers)}{f', {kept} without softmax attention stay as they are' if kept else ''}"),
         ("attention", f"{grouping}: {first.num_heads} heads, {first.num_kv_heads} KV heads, head_dim {first.head_dim}"),
-        ("rope", f"{facts.rope.rope_type}, theta {facts.rope.theta:g}{', ' + settings if settings else ''}"),
+        ("rope", _rope(facts.rope, first, rotated, len(attending))),
         ("biases", f"q, k, v: {_yes(first.qkv_bias)}; output: {_yes(first.output_bias)}"),
         ("query and key norms", _yes(first.qk_norm)),
         ("sliding window", ", ".join(str(window or "none") for window in sorted(windows, key=str))),

@@ -23,14 +23,16 @@ class ChannelPCA:
     def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
         heads, pairs = moments.rotation.shape
         kv_heads = moments.key_norm.shape[0]
-        d = 2 * pairs
-        query_power = moments.query_gram.diagonal(dim1=1, dim2=2).view(heads, 2, pairs).sum(1)  # E|q_f|^2, [H,P]
+        d = moments.query_gram.shape[-1]
+        turned = moments.query_gram.diagonal(dim1=1, dim2=2)[:, : 2 * pairs]
+        query_power = turned.reshape(heads, 2, pairs).sum(1)  # E|q_f|^2, [H,P]
         reading = moments.key_weight[:, None] * query_power
         read_by_group = reading.view(kv_heads, -1, pairs).sum(1).clamp_min(1e-30)  # D, [G,P]
         lost = _lost_rotation(moments, expected_rotation)
         lost_by_group = (reading * lost).view(kv_heads, -1, pairs).sum(1) / read_by_group
 
-        gram = moments.weighted_gram[: kv_heads * d, : kv_heads * d].view(kv_heads, 2, pairs, kv_heads, 2, pairs)
+        gram = moments.weighted_gram[: kv_heads * d, : kv_heads * d].view(kv_heads, d, kv_heads, d)
+        gram = gram[:, : 2 * pairs, :, : 2 * pairs].reshape(kv_heads, 2, pairs, kv_heads, 2, pairs)
         blocks = gram.diagonal(dim1=2, dim2=5)  # [G, 2, G, 2, P]
         hermitian = torch.complex(blocks[:, 0, :, 0] + blocks[:, 1, :, 1], blocks[:, 1, :, 0] - blocks[:, 0, :, 1])
         root = read_by_group.sqrt().T  # [P,G]

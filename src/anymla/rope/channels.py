@@ -1,6 +1,6 @@
 """Rope channels: which complex numbers of the keys keep their rotation (docs/mathematics.md, 'Rope channels').
 
-Shapes: G kv heads, P = d/2 rope pairs, K channels, H query heads.
+Shapes: G kv heads of d dims, P rope pairs in each (the rest of a head is not rotated), K channels, H query heads.
 With z_f(t) in C^G the pair of frequency f of every kv head, channel j is s_j = sum_g encode[j,g] z_{f_j,g}, turns with
 theta_{f_j}, and gives kv head g back the part decode[j,g] s_j of its pair f_j.
 """
@@ -24,29 +24,33 @@ class Channels:
     encode: Tensor
     decode: Tensor
 
-    def encoder(self, pairs: int) -> Tensor:
-        """The real matrix [2K, Gd] that takes half-split keys of all kv heads to half-split channels."""
+    def encoder(self, pairs: int, head_dim: int) -> Tensor:
+        """The real matrix [2K, G d] that takes half-split keys of all kv heads to half-split channels."""
         matrix = torch.zeros(
             len(self.index), self.encode.shape[1], pairs, dtype=self.encode.dtype, device=self.encode.device
         )
         matrix[torch.arange(len(self.index)), :, self.index] = self.encode
-        return _real_matrix(matrix.flatten(1), pairs)
+        turned = _real_matrix(matrix.flatten(1), pairs).unflatten(1, (self.encode.shape[1], 2 * pairs))
+        return torch.nn.functional.pad(turned, (0, head_dim - 2 * pairs)).flatten(1)
 
-    def remainder(self, pairs: int) -> Tensor:
-        """The real matrix [Gd, Gd] that leaves of half-split keys what no channel carries."""
+    def remainder(self, pairs: int, head_dim: int) -> Tensor:
+        """The real matrix [G d, G d] that leaves of half-split keys what no channel carries."""
         kv_heads = self.encode.shape[1]
         matrix = torch.eye(kv_heads, dtype=self.encode.dtype, device=self.encode.device)[:, None, :, None]
         matrix = matrix * torch.eye(pairs, dtype=self.encode.dtype, device=self.encode.device)[None, :, None, :]
         for frequency, encode, decode in zip(self.index.tolist(), self.encode, self.decode, strict=True):
             matrix[:, frequency, :, frequency] -= decode[:, None] * encode[None, :]
         size = kv_heads * pairs
-        full = _real_matrix(matrix.reshape(size, size), pairs)  # rows: all real parts, then all imaginary parts
-        return full.view(2, kv_heads, pairs, -1).transpose(0, 1).reshape(2 * size, 2 * size)
+        turned = _real_matrix(matrix.reshape(size, size), pairs)  # rows: all real parts, then all imaginary parts
+        turned = turned.view(2, kv_heads, pairs, kv_heads, 2 * pairs).transpose(0, 1).flatten(1, 2)  # [G,2P,G,2P]
+        full = torch.eye(kv_heads * head_dim, dtype=turned.dtype, device=turned.device)
+        full.view(kv_heads, head_dim, kv_heads, head_dim)[:, : 2 * pairs, :, : 2 * pairs] = turned
+        return full
 
 
 def _real_matrix(matrix: Tensor, pairs: int) -> Tensor:
     """Complex [M, G P] as real [2M, G 2P]: rows all real then all imaginary, columns half-split within each kv head."""
-    shape = (matrix.shape[0], matrix.shape[1] // pairs, pairs)
+    shape = (matrix.shape[0], matrix.shape[1] // max(pairs, 1), pairs)
     real, imag = matrix.real.reshape(shape), matrix.imag.reshape(shape)
     upper, lower = torch.cat([real, -imag], dim=-1), torch.cat([imag, real], dim=-1)
     return torch.cat([upper.flatten(1), lower.flatten(1)])
@@ -58,6 +62,12 @@ class RopeChoice(Protocol):
     def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
         """``rope_dims`` = 2K rotated numbers in the cache, over all kv heads."""
         ...
+
+
+def no_channels(moments: Moments) -> Channels:
+    """Nothing stays rotated."""
+    none = moments.gram.new_zeros(0, len(moments.key_norm), dtype=torch.complex128)
+    return Channels(index=none.new_zeros(0, dtype=torch.long), encode=none, decode=none)
 
 
 def per_head_channels(frequencies: Tensor, pairs: int) -> Channels:

@@ -1,0 +1,86 @@
+"""What kind each decoder layer is, by the several ways in which configs say it; knows no family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anymla.architectures.families import Family
+from anymla.errors import UnsupportedModelError
+
+ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "global", "local")
+KEPT = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp", "linear", "short_conv")
+
+
+def layer_type(config: Mapping[str, Any], index: int) -> str | None:
+    """What the config calls layer ``index``; None where it makes no difference between layers.
+
+    Raises:
+        UnsupportedModelError: its list is shorter than the model, or holds a type that anymla does not know.
+    """
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        if (types := config.get(name)) is not None:
+            return _known(_entry(types, index, name, cycle=name == "block_types"), name)
+    for name in ("attn_layer_indices", "full_attn_idxs"):
+        if (indices := config.get(name)) is not None:
+            return "attention" if isinstance(indices, Sequence) and index in indices else "mamba"
+    if isinstance(pattern := config.get("hybrid_override_pattern"), str):
+        return "attention" if pattern[index : index + 1] == "*" else "mamba"
+    if period := config.get("attn_layer_period"):
+        return "attention" if index % period == config.get("attn_layer_offset", 0) else "mamba"
+    if interval := config.get("full_attention_interval"):
+        return "full_attention" if (index + 1) % interval == 0 else "linear_attention"
+    return None
+
+
+def attends(config: Mapping[str, Any], family: Family, index: int) -> bool:
+    """Whether layer ``index`` has softmax attention."""
+    return family.all_layers_attend or layer_type(config, index) not in KEPT
+
+
+def has_rope(config: Mapping[str, Any], family: Family, index: int) -> bool:
+    """Whether rope turns the queries and keys of layer ``index``."""
+    if family.rope is None or config.get("alibi") or config.get("position_embedding_type", "rope") != "rope":
+        return False
+    if family.rope_layers == "no_rope_layers":
+        if layers := config.get("no_rope_layers"):
+            return bool(_entry(layers, index, "no_rope_layers"))
+        return (index + 1) % int(config.get("no_rope_layer_interval") or 4) != 0
+    if family.rope_layers == "sliding":
+        return layer_type(config, index) != "full_attention"
+    return True
+
+
+def heads_of(config: Mapping[str, Any], index: int) -> int | None:
+    """Query heads of layer ``index``, where layers have different numbers of them."""
+    if (heads := config.get("num_attention_heads_per_layer")) is None:
+        return None
+    count = _entry(heads, index, "num_attention_heads_per_layer")
+    if not isinstance(count, int) or count < 1:
+        raise UnsupportedModelError(f"config.json: num_attention_heads_per_layer holds {count!r:.40}")
+    return count
+
+
+def window_of(window: int | None, config: Mapping[str, Any], family: Family, index: int) -> int | None:
+    """The sliding window of layer ``index``."""
+    kind, window = layer_type(config, index), window or None
+    if family.optional_sliding_window:
+        if not config.get("use_sliding_window", False):
+            return None
+        if kind is None:
+            return window if index >= int(config.get("max_window_layers") or 0) else None
+    return window if kind in (None, "sliding_attention", "local") else None
+
+
+def _entry(values: Any, index: int, name: str, *, cycle: bool = False) -> Any:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise UnsupportedModelError(f"config.json: {name} must be a list with an entry per layer, got {values!r:.40}")
+    if index >= len(values) and not cycle:
+        raise UnsupportedModelError(f"config.json: {name} has {len(values)} entries and no one for layer {index}")
+    return values[index % len(values)]
+
+
+def _known(kind: Any, name: str) -> str:
+    if kind not in (*ATTENDING, *KEPT):
+        raise UnsupportedModelError(f"config.json: {name}: a layer of type {kind!r:.40} is not known to anymla")
+    return str(kind)

@@ -1,0 +1,29 @@
+"""Makes transformers' Auto classes know the converted families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from anymla.architectures.families import FAMILIES
+from anymla.modeling import modeling_anymla
+
+
+def converted_class(architecture: str) -> Any:
+    """The converted counterpart of the model class ``architecture`` of transformers."""
+    return getattr(modeling_anymla, modeling_anymla.PREFIX + architecture)
+
+
+def register() -> None:
+    """Registers every converted family; saving one of them also writes its modelling files beside the weights."""
+    for family in FAMILIES:
+        if family not in CONFIG_MAPPING_NAMES:  # younger than the installed transformers
+            continue
+        model = converted_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+        model.config_class.register_for_auto_class()
+        model.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,115 @@
+"""What families do to heads and scores around attention: norms, rope tables, soft-caps, sinks, position biases.
+
+One of the modelling files that travel with every converted checkpoint; it needs torch only.
+
+Shapes: B batch, T new tokens, S cached tokens, H query heads, N heads, d head_dim, P rope pairs. A vector of pairs is
+stored half-split, [real parts | imaginary parts], as Llama stores its rope pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .absorbed import additive_mask
+
+
+def multiply_pairs(pairs: Tensor, real: Tensor, imag: Tensor) -> Tensor:
+    """Complex product of half-split pairs [..., 2N] with factors [..., N] given by their parts."""
+    re, im = pairs.chunk(2, dim=-1)
+    return torch.cat([re * real - im * imag, re * imag + im * real], dim=-1)
+
+
+def split_heads(
+    states: Tensor, head_dim: int, *, clip: float | None = None, norm: Any = None, norm_over: str = "head"
+) -> Tensor:
+    """Projected states [B,T,N d] as heads [B,N,T,d], clipped and normalised as the family does it.
+
+    ``norm_over``: 'width' takes all heads of a token as one vector, 'head' each [.., N, d], 'heads-first' [B,N,T,d].
+    """
+    if norm is not None and norm_over == "width":
+        states = norm(states)
+    if clip is not None:
+        states = states.clamp(-clip, clip)
+    heads = states.unflatten(-1, (-1, head_dim))
+    if norm is not None and norm_over == "head":
+        heads = norm(heads)
+    heads = heads.transpose(1, 2)
+    return norm(heads) if norm is not None and norm_over == "heads-first" else heads
+
+
+def rope_tables(
+    kind: str, pairs: int, position_embeddings: Any, position_ids: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cos and sin [B or 1,1,T,P] out of what the family hands to its attention, in the dtype of ``like`` [B,T,D].
+
+    ``kind``: 'halves' (cos, sin), each pair's once in the first P columns; 'repeated' (cos, sin), each twice in a row;
+    'backwards' the same as 'halves', turned the other way; 'complex' e^{i t theta}; 'sinusoids' nothing but positions,
+    base 10000; 'none' no rope at all.
+    """
+    if kind == "none":
+        empty = like.new_zeros(1, 1, like.shape[1], 0)
+        return empty, empty
+    if kind == "complex":
+        cos, sin = position_embeddings.real, position_embeddings.imag
+    elif kind == "sinusoids":
+        if position_ids is None:
+            raise ValueError("this family's attention needs position_ids")
+        frequencies = 1.0 / (10000 ** (torch.arange(0, 2 * pairs, 2, device=position_ids.device) / (2 * pairs)))
+        angles = position_ids[..., None].float() * frequencies
+        cos, sin = angles.cos(), angles.sin()
+    else:
+        step = 2 if kind == "repeated" else 1
+        cos, sin = (table[..., : pairs * step : step] for table in position_embeddings)
+        sin = -sin if kind == "backwards" else sin
+    return cos.unsqueeze(1).to(like.dtype), sin.unsqueeze(1).to(like.dtype)
+
+
+def query_temperature(positions: Tensor, scale: float, offset: float, period: float) -> Tensor:
+    """1 + scale log(1 + floor((t + offset) / period)), [B or 1,1,T,1] (Llama 4, Ministral 3)."""
+    return (1 + scale * torch.log1p(torch.floor((positions.double() + offset) / period)))[:, None, :, None]
+
+
+def attention_weights(scores: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Probabilities [B,H,T,S] of scaled scores; soft-capped, masked (additive), with a sink logit per head [H]."""
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    if mask is not None:
+        scores = scores + mask
+    length = scores.shape[-1]
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., :length].to(scores.dtype)
+
+
+def causal_mask(new: int, length: int, window: int | None, device: Any) -> Tensor:
+    """Bool [1,1,T,S]: the last T of S tokens attend to themselves and to what came before, within ``window``."""
+    ones = torch.ones(new, length, dtype=torch.bool, device=device)
+    mask = ones.tril(length - new)
+    return (mask if window is None else mask & ones.triu(length - new - window + 1))[None, None]
+
+
+def score_bias(
+    mask: Tensor | None, layer: Any, hidden_states: Tensor, length: int, inputs: dict[str, Any]
+) -> Tensor | None:
+    """The mask, with what the family puts on scores by position; ``inputs`` are the other arguments of its attention.
+
+    ``layer.position_bias``: 'alibi' BLOOM's [B H,1,S]; 'scaled-alibi' Falcon's, which its mask already holds but for
+    eager attention; 'mpt' [H,1,longest], with a mask that says what is NOT attended to; 'window' a local window that
+    the mask does not hold (GPT-Neo).
+    """
+    kind, dtype = layer.position_bias, hidden_states.dtype
+    alibi = inputs.pop("alibi", None)
+    bias = inputs.pop("position_bias", None)
+    if kind == "window":
+        bias = causal_mask(hidden_states.shape[1], length, layer.local_window, hidden_states.device)
+    elif kind == "alibi" or (kind == "scaled-alibi" and layer.config._attn_implementation == "eager"):
+        bias = alibi.unflatten(0, (-1, layer.num_heads)) * (layer.scaling if kind == "scaled-alibi" else 1.0)
+    elif kind == "mpt":
+        bias, mask = bias[None, :, :, -length:], None if mask is None else ~mask
+    if kind is None or bias is None:
+        return mask
+    bias = additive_mask(bias, dtype)
+    return bias if mask is None else additive_mask(mask, dtype) + bias

@@ -1,0 +1,292 @@
+"""Multi-head latent attention with free rope channels.
+
+One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only.
+
+Shapes: B batch, T new tokens, S cached tokens, D hidden, H query heads, G key/value heads, d head_dim, P rope pairs
+(d/2, fewer where rope turns a part of the head only), K rope channels (R = 2K numbers), r latent rank. Cached per token
+and layer: latent [r] and rope key [R]. A vector of pairs is stored half-split, [real parts | imaginary parts]; a head
+is [pairs | dims without rope], whatever order its family has: the conversion permutes the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, pad
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from .absorbed import absorbed_attention, additive_mask
+from .heads import (
+    attention_weights,
+    causal_mask,
+    multiply_pairs,
+    query_temperature,
+    rope_tables,
+    score_bias,
+    split_heads,
+)
+
+DROPOUTS = ("attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop")
+OUTPUT_DROPOUTS = ("resid_dropout", "out_drop", "hidden_dropout")
+
+
+def dropout_rate(module: Any, names: tuple[str, ...]) -> float:
+    """The rate that ``module`` keeps under the first of ``names`` it has, as a number or a Dropout."""
+    found = next((getattr(module, name) for name in names if hasattr(module, name)), 0.0)
+    return float(getattr(found, "p", found))
+
+
+def taken(original: Any, name: str | None) -> Any:
+    """A copy of the part ``name`` of ``original``: conversion may permute its weights while the original is in use."""
+    return None if name is None else copy.deepcopy(getattr(original, name))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention that stands in for the attention module ``original`` of one layer.
+
+    Norms are taken over from ``original``. Keys and values are rebuilt per key/value head, so GQA stays GQA.
+
+    Args:
+        original: the stock module, possibly on the meta device.
+        config: the language model's config.
+        kv_lora_rank, qk_rope_head_dim: r and R, what is cached.
+        num_heads, num_kv_heads, head_dim: H, G, d.
+        rope_pairs: P.
+        scaling: of scores, before soft-cap and mask.
+        query_bias: whether the query projection has a bias.
+        rope_table: where cos and sin come from (heads.rope_tables).
+        norms: names of the query and key norm in ``original``; norm_over: see heads.split_heads.
+        value_norm: name of a norm of the values.
+        query_gain: a gain per dim of the head, put on queries after rope (a norm that its family applies there).
+        clip: bound of the projected queries, keys and values.
+        softcap: bound of the scores.
+        sinks: whether every head has a logit that takes attention from the tokens.
+        temperature: arguments of heads.query_temperature.
+        position_bias: kind of bias on scores (heads.score_bias); local_window: tokens that 'window' lets through.
+        gate: numbers per token of a gate on the heads' output, all of them or one per head; gate_activation: its
+            function, of torch.nn.functional.
+        output_norm: name of a norm before the output projection.
+        adds_residual: whether the module itself adds the residual stream, its second argument.
+    """
+
+    query_rotation: Tensor
+    channel_weight: Tensor
+    channel_index: Tensor
+    query_gain: Tensor | None
+
+    def __init__(
+        self,
+        original: Any,
+        config: Any,
+        *,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope_pairs: int,
+        scaling: float,
+        query_bias: bool = False,
+        rope_table: str = "halves",
+        norms: tuple[str, str] | None = None,
+        norm_over: str = "head",
+        value_norm: str | None = None,
+        query_gain: bool = False,
+        clip: float | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        temperature: dict[str, float] | None = None,
+        position_bias: str | None = None,
+        local_window: int | None = None,
+        gate: int = 0,
+        gate_activation: str = "sigmoid",
+        output_norm: str | None = None,
+        adds_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.is_causal = config, True
+        self.layer_idx: int = original.layer_idx if hasattr(original, "layer_idx") else original.layer_id
+        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.num_key_value_groups, self.rope_pairs, self.scaling = num_heads // num_kv_heads, rope_pairs, scaling
+        self.rope_table, self.norm_over, self.clip, self.softcap = rope_table, norm_over, clip, softcap
+        self.temperature, self.position_bias, self.local_window = temperature, position_bias, local_window
+        self.adds_residual, self.gate_activation = adds_residual, gate_activation
+        self.attention_dropout = dropout_rate(original, DROPOUTS)
+        self.output_dropout = dropout_rate(original, OUTPUT_DROPOUTS)
+        self.sliding_window = getattr(original, "sliding_window", None)
+
+        self.q_norm, self.k_norm = (taken(original, name) for name in norms or (None, None))
+        self.v_norm = taken(original, value_norm)
+        self.output_norm = taken(original, output_norm)
+        self._make_projections(config.hidden_size, query_bias, gate)
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+        channels = qk_rope_head_dim // 2
+        turn = torch.stack([torch.ones(num_heads, rope_pairs), torch.zeros(num_heads, rope_pairs)])
+        self.register_buffer("query_rotation", turn)
+        self.register_buffer("channel_weight", torch.zeros(2, num_kv_heads, channels))
+        self.register_buffer("channel_index", torch.zeros(channels, dtype=torch.long))
+        self.register_buffer("query_gain", torch.ones(head_dim) if query_gain else None)
+
+    def _make_projections(self, hidden: int, query_bias: bool, gate: int) -> None:
+        keys, cached = self.num_kv_heads * self.head_dim, self.kv_lora_rank + self.qk_rope_head_dim
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=query_bias)
+        if self.k_norm is None and self.v_norm is None and self.clip is None:
+            self.kv_a_proj_with_mqa = nn.Linear(hidden, cached)
+        else:  # something not linear stands between x and the cache: encode the true keys and values
+            self.k_proj = nn.Linear(hidden, keys)
+            self.k_a_proj_with_mqa = nn.Linear(keys, cached, bias=False)
+            if self.v_norm is None and self.clip is None:
+                self.v_a_proj = nn.Linear(hidden, self.kv_lora_rank)
+            else:
+                self.v_proj = nn.Linear(hidden, keys)
+                self.v_a_proj = nn.Linear(keys, self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, 2 * keys, bias=False)
+        self.gate_proj = nn.Linear(hidden, gate) if gate else None
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden)
+
+    def queries(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, positions: Any) -> tuple[Tensor, Tensor]:
+        """Position-free query [B,H,T,d] (expected rotation applied) and rotated channel query [B,H,T,R]."""
+        query = split_heads(
+            self.q_proj(hidden_states), self.head_dim, clip=self.clip, norm=self.q_norm, norm_over=self.norm_over
+        )
+        if self.temperature is not None:
+            query = query * query_temperature(positions, **self.temperature).to(query.dtype)
+        pairs, rest = query.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
+        real, imag = self.query_rotation.unsqueeze(-2)
+        query_nope = torch.cat([multiply_pairs(pairs, real, imag), rest], dim=-1)
+        index = self.channel_index
+        dims = torch.cat([index, index + self.rope_pairs])
+        channels = multiply_pairs(query[..., dims], cos[..., index], sin[..., index])
+        if self.query_gain is not None:
+            channels = channels * self.query_gain[dims]
+        weight = self.channel_weight.repeat_interleave(self.num_key_value_groups, dim=1).unsqueeze(-2)
+        return query_nope, multiply_pairs(channels, weight[0], weight[1])
+
+    def compress(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache keeps of the new tokens: latent [B,1,T,r] and rotated rope key [B,1,T,R]."""
+        if hasattr(self, "kv_a_proj_with_mqa"):
+            compressed = self.kv_a_proj_with_mqa(hidden_states)
+            latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        else:
+            options: dict[str, Any] = {"clip": self.clip, "norm_over": self.norm_over}
+            key = split_heads(self.k_proj(hidden_states), self.head_dim, norm=self.k_norm, **options)
+            key = key.transpose(1, 2).flatten(2)
+            latent, rope_key = self.k_a_proj_with_mqa(key).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            value = hidden_states
+            if hasattr(self, "v_proj"):
+                value = split_heads(self.v_proj(hidden_states), self.head_dim, norm=self.v_norm, **options)
+                value = value.transpose(1, 2).flatten(2)
+            latent = latent + self.v_a_proj(value)
+        rope_key = multiply_pairs(rope_key.unsqueeze(1), cos[..., self.channel_index], sin[..., self.channel_index])
+        return latent.unsqueeze(1), rope_key
+
+    def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Rebuilds key [B,G,S,d+R] and value [B,G,S,d] of every key/value head from the cached [B,1,S,r], [B,1,S,R]."""
+        expanded: Tensor = self.kv_b_proj(kv_c.squeeze(1))
+        expanded = expanded.view(*expanded.shape[:-1], -1, 2, self.head_dim)
+        key_nope, value = expanded.permute(3, 0, 2, 1, 4).unbind()
+        return torch.cat([key_nope, k_pe.expand(-1, key_nope.shape[1], -1, -1)], dim=-1), value
+
+    def attend_absorbed(
+        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """W_uk moves to the query and W_uv behind the attention; returns [B,T,H,d]."""
+        batch, heads, new, _ = query_nope.shape
+        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (-1, 2, self.head_dim)).unbind(1)  # [G,d,r] each
+        groups = up_key.shape[0]
+        query_latent = (query_nope.reshape(batch, groups, -1, self.head_dim) @ up_key).view(batch, heads, new, -1)
+        cached = (latent, rope_key, mask, self.scaling)
+        context = absorbed_attention(query_latent, query_rope, *cached, softcap=self.softcap, sinks=self.sinks)
+        output: Tensor = context.reshape(batch, groups, -1, self.kv_lora_rank) @ up_value.transpose(-1, -2)
+        return output.view(batch, heads, new, self.head_dim).transpose(1, 2)
+
+    def attend_expanded(
+        self,
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latent: Tensor,
+        rope_key: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rebuilds keys and values and calls the attention that the config names; returns [B,T,H,d] and the weights."""
+        key, value = self.expand_kv(latent, rope_key)
+        query, rate = torch.cat([query_nope, query_rope], dim=-1), self.attention_dropout if self.training else 0.0
+        if self.softcap is not None or self.sinks is not None:
+            return self._attend_densely(query, key, value, mask, rate)
+        attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        kwargs |= {"dropout": rate, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        value = pad(value, (0, self.qk_rope_head_dim))  # flash kernels want keys and values of one width
+        output, weights = attention(self, query, key, value, mask, **kwargs)
+        return output[..., : self.head_dim], weights
+
+    def _attend_densely(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float
+    ) -> tuple[Tensor, Tensor]:
+        """Soft-caps and sinks, which stock kernels do not have in common."""
+        if mask is None and query.shape[2] > 1:
+            mask = causal_mask(query.shape[2], key.shape[2], self.sliding_window, query.device)
+        mask = None if mask is None else additive_mask(mask, query.dtype)
+        key, value = (states.repeat_interleave(self.num_key_value_groups, dim=1) for states in (key, value))
+        weights = attention_weights(query @ key.mT * self.scaling, mask, self.softcap, self.sinks)
+        weights = dropout(weights, rate, self.training)
+        return (weights @ value).transpose(1, 2), weights
+
+    def absorbs(self, new: int, mask: Tensor | None) -> bool:
+        """Whether latent space takes fewer multiply-adds than expanding the cache, and the mask allows it."""
+        if self.training and self.attention_dropout > 0:
+            return False
+        if not (mask is None and new == 1) and not (isinstance(mask, Tensor) and mask.dim() == 4):
+            return False
+        keys, rank = self.num_kv_heads * self.head_dim, self.kv_lora_rank
+        return new == 1 or new * self.num_heads * (rank - self.head_dim) < keys * rank
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None = None,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over ``hidden_states`` [B,T,D] and the cache, as the layers of transformers call it."""
+        if kwargs.pop("output_attentions", False):
+            raise NotImplementedError("a converted model does not return attention weights: decode never forms them")
+        cache = kwargs.pop("layer_past", None) if past_key_values is None else past_key_values
+        new = hidden_states.shape[1]
+        if position_ids is None and self.temperature is not None:
+            seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+            position_ids = torch.arange(seen, seen + new, device=hidden_states.device)[None]
+        cos, sin = rope_tables(self.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states)
+        query_nope, query_rope = self.queries(hidden_states, cos, sin, position_ids)
+        latent, rope_key = self.compress(hidden_states, cos, sin)
+        if cache is not None:
+            latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
+        mask = score_bias(attention_mask, self, hidden_states, latent.shape[-2], kwargs)
+        inputs = (query_nope, query_rope, latent, rope_key, mask)
+        if self.absorbs(new, mask):
+            output, weights = self.attend_absorbed(*inputs), None
+        else:
+            output, weights = self.attend_expanded(*inputs, **kwargs)
+        return self._project(output, hidden_states, residual), weights
+
+    def _project(self, output: Tensor, hidden_states: Tensor, residual: Tensor | None) -> Tensor:
+        """The heads' output [B,T,H,d], gated and normalised, projected to [B,T,D]."""
+        if self.gate_proj is not None:
+            gate = getattr(nn.functional, self.gate_activation)(self.gate_proj(hidden_states))
+            output = output * gate.unflatten(-1, (self.num_heads, -1))
+        output = output.flatten(2)
+        if self.output_norm is not None:
+            output = self.output_norm(output)
+        output = dropout(self.o_proj(output), self.output_dropout, self.training)
+        return output if residual is None or not self.adds_residual else residual + output
