@@ -1,9 +1,10 @@
 # make demo   makes the environment, then converts the bundled model and shows the result
 # make test   lint, types, import order, tests
+# make families  converts a tiny model of every family and writes docs/families.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env demo test lint types imports pytest oldest benchmarks clean
+.PHONY: env demo test lint types imports pytest families oldest benchmarks clean
 
 env: .venv/made
 
@@ -32,6 +33,9 @@ imports: env
 
 pytest: env
 	$(BIN)/pytest -n 2
+
+families: env
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.support_table
 
 oldest: .venv-oldest/made
 	.venv-oldest/bin/pytest -n 2

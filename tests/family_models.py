@@ -54,6 +54,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True, "logit_scale": 1.0},
     "cohere2": SLIDING | {"logit_scale": 1.0},
     "cohere2_moe": SLIDING | {"logit_scale": 1.0},
+    "cohere_compass_text": SLIDING
+    | {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            "full_attention": None,
+        }
+    },
     "dbrx": {"attn_config": {"kv_n_heads": 3, "clip_qkv": 0.7, "rope_theta": 10000.0}},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
     "exaone4": SLIDING,
@@ -77,6 +84,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {
+        "layer_types": ["sliding_attention", "conv", "full_attention"],
+        "num_hidden_layers": 3,
+        "sliding_window": 12,
+    },
     "llama4_text": {
         "layer_types": ["chunked_attention", "full_attention"],
         "no_rope_layers": [1, 0],
@@ -85,7 +97,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_scale": 0.3,
         "intermediate_size_mlp": 64,
     },
-    "minimax": {"layer_types": ["linear_attention", "full_attention"]},
+    "minimax": {"layer_types": ["full_attention", "linear_attention"]},  # transformers asks layer 0 for the length
     "ministral": SLIDING,
     "ministral3": {
         "rope_parameters": {

@@ -246,8 +246,8 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(settings, dict):
         raise UnsupportedModelError(f"config.json: rope settings must be an object, got {settings!r:.40}")
-    if settings and all(isinstance(value, dict) for value in settings.values()):  # one for each type of layer
-        settings = next(iter(settings.values()))
+    if settings and all(value is None or isinstance(value, dict) for value in settings.values()):
+        settings = next((value for value in settings.values() if value), {})  # one for each type of layer
     rope_type = settings.get("rope_type", settings.get("type", "default"))
     theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
     if rope_type not in ROPE_TYPES:

@@ -68,6 +68,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": replace(_COHERE, qk_norm="use_qk_norm"),
     "cohere2": replace(_COHERE, rope_layers="sliding"),
     "cohere2_moe": replace(_COHERE, rope_layers="sliding"),
+    "cohere_compass_text": Family(),
     "cwm": Family(),
     "dbrx": Family(qkv_bias=False, output_bias=False),
     "dots1": Family(qk_norm=True),
@@ -127,6 +128,7 @@ FAMILIES: dict[str, Family] = {
     "laguna": replace(_PARTIAL, qk_norm=True, gate_activation="softplus"),
     "lfm2": Family(qk_norm=True),
     "lfm2_moe": Family(qk_norm=True),
+    "lfm3": Family(qk_norm=True),
     "llama": Family(),
     "llama4_text": Family(
         rope="interleaved",
@@ -180,7 +182,6 @@ _ENCODER = "a bidirectional encoder with a causal head, not a decoder that serve
 _HALF = "the decoder half of an encoder-decoder, with cross-attention"
 _MLA = "already multi-head latent attention"
 _NO_CACHE = "no softmax attention: there is no KV cache to shrink"
-_SHARED_KV = "layers share their keys and values"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
@@ -248,8 +249,37 @@ REFUSED: dict[str, str] = {
         ),
         _MLA,
     ),
+    "beam": "its queries are scaled by what the model computes beside attention",
+    "blt": "bytes are attended to in patches by several models in one",
+    "cpmant": "its attention takes a learned position bias of segments, which no cache of ours holds",
+    "ctrl": "its attention takes queries, keys and values from three inputs",
+    "diffllama": "differential attention: two softmaxes that share values",
+    "doge": "its mask is computed from the values, which a latent cache does not keep",
+    **dict.fromkeys(
+        (
+            "gemma3n",
+            "gemma3n_text",
+            "gemma4",
+            "gemma4_assistant",
+            "gemma4_text",
+            "gemma4_unified",
+            "gemma4_unified_assistant",
+            "gemma4_unified_text",
+        ),
+        "layers share their keys and values",
+    ),
+    "gpt_neox_japanese": "its attention hands its output bias to the layer instead of adding it",
+    "hrm_text": "layers run several times per token, each with a cache of its own",
+    **dict.fromkeys(("inkling2_text", "inkling_text"), "keys and values pass a convolution over tokens"),
+    "jetmoe": "queries and outputs pass through experts (mixture of attention heads)",
+    "mimo_v2_flash": "values are wider than keys",
+    "mllama": "cross-attention layers on images between the text layers",
+    "moshi": "projections of each codebook of their own",
     "openai-gpt": "transformers runs it without a KV cache",
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), "an indexer beside the keys chooses what is attended to"),
     "recurrent_gemma": "its attention keeps a cache of its own, which transformers' caches do not hold",
+    **dict.fromkeys(("zamba", "zamba2"), "one attention block serves several layers, on inputs of twice the width"),
+    "zaya": "keys and values pass a convolution over tokens",
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"), _NO_CACHE),
 }
 

@@ -42,12 +42,15 @@ def has_rope(config: Mapping[str, Any], family: Family, index: int) -> bool:
     """Whether rope turns the queries and keys of layer ``index``."""
     if family.rope is None or config.get("alibi") or config.get("position_embedding_type", "rope") != "rope":
         return False
+    settings, kind = config.get("rope_parameters"), layer_type(config, index)
+    if isinstance(settings, Mapping) and kind in settings and settings[kind] is None:
+        return False
     if family.rope_layers == "no_rope_layers":
         if layers := config.get("no_rope_layers"):
             return bool(_entry(layers, index, "no_rope_layers"))
         return (index + 1) % int(config.get("no_rope_layer_interval") or 4) != 0
     if family.rope_layers == "sliding":
-        return layer_type(config, index) != "full_attention"
+        return kind != "full_attention"
     return True
 
 

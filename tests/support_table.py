@@ -1,0 +1,97 @@
+"""Makes docs/families.md: ``python -m tests.support_table`` runs every family, prints the count and the refusals."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from anymla.architectures.families import FAMILIES, REFUSED
+from tests.family_check import TOLERANCE, Row, check_family
+from tests.family_models import VARIANTS
+
+TABLE = Path(__file__).parents[1] / "docs" / "families.md"
+
+
+def aliases() -> dict[str, str]:
+    """Model types whose config calls itself by another one's name."""
+    names = {name: CONFIG_MAPPING[name].model_type for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return {name: real for name, real in names.items() if name != real and (real in FAMILIES or real in REFUSED)}
+
+
+def line(row: Row) -> str:
+    """A row of the table without what is measured, which differs a little from machine to machine."""
+    return f"| {row.name} | {row.features} | {row.layers} |"
+
+
+@cache
+def documented() -> tuple[str, ...]:
+    """The lines of the table in docs/, without the measured columns."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    return tuple("|".join(each.split("|")[:4]) + "|" for each in lines if each.startswith("|"))
+
+
+def page(rows: list[Row], failed: dict[str, str]) -> str:
+    """The whole of docs/families.md."""
+    errors = {row.name: " | ".join(f"{row.errors[dtype]:.0e}" for dtype in TOLERANCE) for row in rows}
+    families = "\n".join(f"{line(row)} {errors[row.name]} |" for row in rows)
+    refusals = "\n".join(f"| {name} | {reason} |" for name, reason in sorted(REFUSED.items()))
+    others = ", ".join(f"{name} ({real})" for name, real in sorted(aliases().items()))
+    return f"""# Families
+
+Made by `make families` with transformers {transformers.__version__}: do not edit. A tiny random model of each family, with
+that family's features switched on, is converted at full budget; the errors are the largest differences between its
+logits and the original's, over a whole prompt, cached decoding and a left-padded batch. At half the budget each one
+runs, saves, reloads, and caches exactly the planned numbers. float64 is measured with the float32 casts inside
+transformers' models lifted (tests/precision.py): what remains is the algebra.
+
+{len({*FAMILIES} - {*failed})} families converted exactly; {len(REFUSED)} refused by name. Layers without softmax attention
+(state space, linear attention, convolutions) are kept as they are.
+
+| family | attention | layers converted | float64 error | float32 error |
+|---|---|---|---:|---:|
+{families}
+
+Also: {others}.
+
+## Refused
+
+| family | why |
+|---|---|
+{refusals}
+"""
+
+
+def main() -> int:
+    """Runs all, writes the page, prints the summary; 1 where a family failed or was passed over."""
+    torch.set_num_threads(1)
+    rows, failed = [], {}
+    cases = [(name, name, {}) for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES] + VARIANTS
+    for name, model_type, changes in sorted(cases):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                row = check_family(name, model_type, changes, Path(folder))
+                if any(row.errors[dtype] >= tolerance for dtype, tolerance in TOLERANCE.items()):
+                    raise AssertionError(f"errors {row.errors}")
+                rows.append(row)
+            except Exception as error:  # the run goes on and names all that failed
+                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        print(f"{name}: {failed.get(name, 'exact')}", flush=True)
+    silent = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {*FAMILIES} - {*REFUSED} - {*aliases()}
+    TABLE.write_text(page(rows, failed), encoding="utf-8")
+    print(
+        f"\n{len(rows)} exact, {len(REFUSED)} refused, {len(failed)} failed, {len(silent)} passed over {sorted(silent)}"
+    )
+    for name, reason in sorted(REFUSED.items()):
+        print(f"  {name}: {reason}")
+    return 1 if failed or silent else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
