@@ -48,7 +48,7 @@ MULTIPLIERS = {
 
 # What a family needs beyond that, or has that others have not.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "afmoe": SLIDING,
+    "afmoe": SLIDING | {"num_dense_layers": 1},
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "codegen": {"n_head": 4, "n_embd": 32, "rotary_dim": 4},
     "cohere": {"use_qk_norm": True, "logit_scale": 1.0},
@@ -61,7 +61,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "full_attention": None,
         }
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 3, "clip_qkv": 0.7, "rope_theta": 10000.0}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 3, "clip_qkv": 0.7, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
     "exaone4": SLIDING,
     "exaone_moe": SLIDING,
