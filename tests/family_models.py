@@ -148,6 +148,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 12},
 }
 
+# Families that the transformers before this version cannot save, load and run as they are here.
+SINCE = {"afmoe": "5.20.2", "dbrx": "5.20.2", "lfm2": "5.20.2", "lfm2_moe": "5.20.2"}
+
 # Families with more than one kind of attention: (name, model_type, changes).
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("falcon, grouped", "falcon", {"new_decoder_architecture": True}),
