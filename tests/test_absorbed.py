@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anymla.modeling import modeling_anymla
-from anymla.modeling.latent_attention import LatentAttention, absorbed_attention
+from anymla.modeling import absorbed
+from anymla.modeling.absorbed import absorbed_attention
+from anymla.modeling.latent_attention import LatentAttention
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -40,8 +41,8 @@ def masks(kind, dtype, new, cached, batch=2):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_absorbed_equals_reference(monkeypatch, dtype, new, rope, mask, path):
     sizes = {"plain": (1 << 40, 1 << 40), "tall": (0, 1 << 40), "stream": (0, 0)}[path]
-    monkeypatch.setattr(modeling_anymla, "TALL_SIZE", sizes[0])
-    monkeypatch.setattr(modeling_anymla, "STREAM_SIZE", sizes[1])
+    monkeypatch.setattr(absorbed, "TALL_SIZE", sizes[0])
+    monkeypatch.setattr(absorbed, "STREAM_SIZE", sizes[1])
     cached = 301
     tensors, allowed = inputs(dtype, new, cached, rope), masks(mask, dtype, new, cached)
     expected = reference(*tensors, allowed, 0.3)
