@@ -100,7 +100,10 @@ def test_mixing_heads_within_a_frequency_commutes_with_rope(shape):
     kv_heads, group, pairs, rest, _ = shape
     _, moments, (query, key, _, turn) = layer(shape)
     channels = choose("channel-pca", moments, 2 * kv_heads * pairs)
-    coded = to_complex(key.transpose(1, 2).flatten(2) @ channels.encoder(pairs, 2 * pairs + rest).T) * turn[:, channels.index]
+    coded = (
+        to_complex(key.transpose(1, 2).flatten(2) @ channels.encoder(pairs, 2 * pairs + rest).T)
+        * turn[:, channels.index]
+    )
     weight = channels.decode.conj().T.repeat_interleave(group, 0)  # [H,K]
     query, key = query[..., : 2 * pairs], key[..., : 2 * pairs]
     asked = to_complex(query)[..., channels.index] * weight[None, :, None] * turn[:, channels.index]
