@@ -117,6 +117,15 @@ def test_all_attention_goes_to_the_sink_where_all_is_masked(monkeypatch, path):
     assert torch.equal(context, torch.zeros_like(context))
 
 
+@pytest.mark.parametrize("path", ["plain", "tall", "stream"])
+def test_sink_far_above_the_scores_does_not_overflow(monkeypatch, path):
+    force(monkeypatch, path)
+    sinks = torch.full((4,), 300.0, requires_grad=True)
+    context = absorbed_attention(*inputs(torch.float32, 1, 301, 4), None, 0.3, sinks=sinks)
+    assert context.abs().max() < 1e-6
+    assert torch.isfinite(torch.autograd.grad(context.sum(), sinks)[0]).all()  # where an infinite sum would show
+
+
 def test_fully_masked_rows_stay_finite():
     tensors = inputs(torch.float32, 2, 40, 4)
     mask = torch.zeros(2, 1, 2, 40, dtype=torch.bool)

@@ -200,9 +200,9 @@ def test_window_of_a_layer():
     assert window_of(bare, SimpleNamespace(), 0) is None
 
 
-@pytest.mark.parametrize("family", ["cohere2", "exaone4", "gemma2", "qwen2", "mistral"])
+@pytest.mark.parametrize("family", ["cohere2", "exaone4", "gemma2", "gpt_neo", "qwen2", "mistral"])
 def test_windows_of_blueprint_and_config_agree(family):
     config = tiny_config(family)
     windows = [spec.sliding_window for spec in read_blueprint(config.to_dict()).layers]
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * 2
-    assert windows == [12 if kind == "sliding_attention" else None for kind in types]
+    types = getattr(config, "layer_types", getattr(config, "attention_layers", None)) or ["sliding_attention"] * 2
+    assert windows == [12 if kind in ("sliding_attention", "local") else None for kind in types]

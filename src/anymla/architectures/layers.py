@@ -18,7 +18,7 @@ def layer_type(config: Mapping[str, Any], index: int) -> str | None:
     Raises:
         UnsupportedModelError: its list is shorter than the model, or holds a type that anymla does not know.
     """
-    for name in ("layer_types", "layers_block_type", "block_types"):
+    for name in ("layer_types", "layers_block_type", "block_types", "attention_layers"):
         if (types := config.get(name)) is not None:
             return _known(_entry(types, index, name, cycle=name == "block_types"), name)
     for name in ("attn_layer_indices", "full_attn_idxs"):
