@@ -99,7 +99,17 @@ def make_models(kv_heads: int, dtype: torch.dtype) -> dict[str, Any]:
     }
     for budget in (0.25, 0.125):
         rank, rope_dims = split(kv_heads, budget)
-        layers = [{"kv_lora_rank": rank, "qk_rope_head_dim": rope_dims}] * LAYERS
+        features = {
+            "kv_lora_rank": rank,
+            "qk_rope_head_dim": rope_dims,
+            "num_heads": HEADS,
+            "num_kv_heads": kv_heads,
+            "head_dim": HEAD_DIM,
+            "rope_pairs": HEAD_DIM // 2,
+            "scaling": HEAD_DIM**-0.5,
+            "query_bias": True,  # as every converted layer has it
+        }
+        layers = [{"module": f"model.layers.{index}.self_attn"} | features for index in range(LAYERS)]
         config = AnymlaLlamaConfig(**sizes, mla_layers=layers, qk_head_dim=HEAD_DIM + rope_dims)
         models[f"{budget:.1%}"] = AnymlaLlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)

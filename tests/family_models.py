@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+FULL_FIRST = ["full_attention", "sliding_attention"]
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
 
 # What makes a config small, under every name that a family may give it.
@@ -153,6 +154,8 @@ SINCE = {"afmoe": "5.20.2", "dbrx": "5.20.2", "lfm2": "5.20.2", "lfm2_moe": "5.2
 
 # Families with more than one kind of attention: (name, model_type, changes).
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("cohere2_moe, dense layer with rope", "cohere2_moe", {"first_k_dense_replace": 1, "layer_types": FULL_FIRST}),
+    ("exaone4, no window", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     ("falcon, grouped", "falcon", {"new_decoder_architecture": True}),
     ("falcon, ALiBi", "falcon", {"alibi": True, "multi_query": False, "num_kv_heads": 6}),
     ("gpt_bigcode, MHA", "gpt_bigcode", {"multi_query": False}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,22 +14,24 @@ from anymla.architectures.attention import AttentionWeights
 from anymla.calibration.moments import MomentSums, rotate, to_complex
 from anymla.conversion.refit import best_change, normal_equations
 from anymla.factorization import FACTORIZATIONS, LatentProblem
-from anymla.rope import ROPE_CHOICES
+from anymla.rope import ROPE_CHOICES, no_channels
 
 shapes = st.tuples(
     st.integers(1, 4),  # kv heads
     st.integers(1, 3),  # query heads per kv head
-    st.integers(1, 4),  # pairs
+    st.integers(0, 4),  # pairs
+    st.integers(0, 3),  # dims of a head without rope
     st.integers(0, 1000),  # seed
-)
+).filter(lambda shape: shape[2] + shape[3] > 0)
 fast = settings(max_examples=25, deadline=None)
 
 
 def layer(shape, tokens=60):
     """Random weights, activations and their moments."""
-    kv_heads, group, pairs, seed = shape
+    kv_heads, group, pairs, rest, seed = shape
     random = torch.Generator().manual_seed(seed)
-    heads, d, hidden = kv_heads * group, 2 * pairs, 2 * kv_heads * 2 * pairs + 3
+    heads, d = kv_heads * group, 2 * pairs + rest
+    hidden = 2 * kv_heads * d + 3
 
     def normal(*size):
         return torch.randn(size, generator=random, dtype=torch.float64)
@@ -37,52 +40,72 @@ def layer(shape, tokens=60):
         query=normal(heads, d, hidden),
         key=normal(kv_heads, d, hidden),
         value=normal(kv_heads, d, hidden),
+        query_bias=normal(heads, d),
         key_bias=normal(kv_heads, d),
         value_bias=normal(kv_heads, d),
         output=normal(hidden, heads, d),
         output_bias=normal(hidden),
-        key_gain=torch.ones(d, dtype=torch.float64),
-        key_norm=False,
+        key_gain=torch.ones(kv_heads, d, dtype=torch.float64),
+        rope_pairs=pairs,
         scaling=d**-0.5,
     )
     x = normal(2, tokens, hidden) / math.sqrt(hidden)
-    query = torch.einsum("hdD,btD->bhtd", weights.query, x)
+    query = torch.einsum("hdD,btD->bhtd", weights.query, x) + weights.query_bias[:, None]
     key = torch.einsum("gdD,btD->bgtd", weights.key, x) + weights.key_bias[:, None]
     value = torch.einsum("gdD,btD->bgtd", weights.value, x) + weights.value_bias[:, None]
     angle = torch.arange(tokens, dtype=torch.float64)[:, None] * 10.0 ** -torch.arange(pairs)
-    cos, sin = (torch.cat([table, table], -1)[None] for table in (angle.cos(), angle.sin()))
     sums = MomentSums(weights)
-    sums.add(query, key, value, cos, sin, None)
+    sums.add(query, key, value, angle.cos()[None, None], angle.sin()[None, None], None)
     return weights, sums.moments(), (query, key, value, torch.polar(torch.ones_like(angle), angle))
+
+
+def choose(name, moments, rope_dims):
+    """The channels by one of the choices, which are not asked where rope turns nothing (conversion/layer.py)."""
+    if not moments.key_norm.numel():
+        return no_channels(moments)
+    return ROPE_CHOICES[name](moments, rope_dims, expected_rotation=True)
 
 
 @fast
 @given(shapes, st.floats(0, 1), st.sampled_from(list(ROPE_CHOICES)))
 def test_channels_and_remainder_give_back_every_key(shape, share, name):
     """k = decode(encode(k)) + remainder(k): what the channels carry and what they leave are the key."""
-    kv_heads, _, pairs, _ = shape
+    kv_heads, _, pairs, rest, _ = shape
     _, moments, (_, key, _, _) = layer(shape)
+    d = 2 * pairs + rest
     step = 1 if name == "channel-pca" else kv_heads
     rope_dims = 2 * step * round(share * kv_heads * pairs / step)
-    channels = ROPE_CHOICES[name](moments, rope_dims, expected_rotation=True)
+    channels = choose(name, moments, rope_dims)
     flat = key.transpose(1, 2).flatten(2)
-    coded = to_complex(flat @ channels.encoder(pairs, 2 * pairs).T)
+    coded = to_complex(flat @ channels.encoder(pairs, d).T)
     parts = torch.zeros(*flat.shape[:2], kv_heads, pairs, dtype=torch.complex128)
     for j, frequency in enumerate(channels.index.tolist()):
         parts[..., frequency] += coded[..., j, None] * channels.decode[j]
-    carried = torch.cat([parts.real, parts.imag], -1).flatten(2)
-    assert torch.allclose(carried + flat @ channels.remainder(pairs, 2 * pairs).T, flat, atol=1e-9)
+    carried = torch.cat([parts.real, parts.imag, parts.real.new_zeros(*parts.shape[:3], rest)], -1).flatten(2)
+    remainder = channels.remainder(pairs, d)
+    assert torch.allclose(carried + flat @ remainder.T, flat, atol=1e-9)
+    without_rope = torch.arange(kv_heads * d).view(kv_heads, d)[:, 2 * pairs :].flatten()
+    everything = torch.eye(kv_heads * d, dtype=torch.float64)
+    assert torch.equal(remainder[without_rope], everything[without_rope])  # no channel carries those
+    assert torch.equal(remainder[:, without_rope], everything[:, without_rope])
 
 
 @fast
 @given(shapes)
 def test_mixing_heads_within_a_frequency_commutes_with_rope(shape):
-    """All channels give every score: sum_j q conj(b_j) turn_m conj(s_j turn_n) = q turn_m conj(k turn_n)."""
-    kv_heads, group, pairs, _ = shape
+    """All channels give every score: sum_j q conj(b_j) turn_m conj(s_j turn_n) = q turn_m conj(k turn_n).
+
+    Of the dims that rope turns: the others come from the latent.
+    """
+    kv_heads, group, pairs, rest, _ = shape
     _, moments, (query, key, _, turn) = layer(shape)
-    channels = ROPE_CHOICES["channel-pca"](moments, 2 * kv_heads * pairs, expected_rotation=True)
-    coded = to_complex(key.transpose(1, 2).flatten(2) @ channels.encoder(pairs, 2 * pairs).T) * turn[:, channels.index]
+    channels = choose("channel-pca", moments, 2 * kv_heads * pairs)
+    coded = (
+        to_complex(key.transpose(1, 2).flatten(2) @ channels.encoder(pairs, 2 * pairs + rest).T)
+        * turn[:, channels.index]
+    )
     weight = channels.decode.conj().T.repeat_interleave(group, 0)  # [H,K]
+    query, key = query[..., : 2 * pairs], key[..., : 2 * pairs]
     asked = to_complex(query)[..., channels.index] * weight[None, :, None] * turn[:, channels.index]
     scores = torch.einsum("bhmk,bnk->bhmn", asked, coded.conj()).real
     true_key = rotate(key, turn).repeat_interleave(group, 1)
@@ -92,11 +115,10 @@ def test_mixing_heads_within_a_frequency_commutes_with_rope(shape):
 @fast
 @given(shapes, st.floats(0.05, 1), st.sampled_from(list(FACTORIZATIONS)))
 def test_factorizations_are_projections_and_exact_at_full_rank(shape, share, name):
-    kv_heads, _, pairs, _ = shape
     weights, moments, _ = layer(shape)
-    channels = ROPE_CHOICES["channel-pca"](moments, 0, expected_rotation=True)
+    channels = choose("channel-pca", moments, 0)
     problem = LatentProblem(weights, moments, channels, moments.rotation)
-    full = 4 * kv_heads * pairs
+    full = 2 * problem.key_size
     latent = FACTORIZATIONS[name](problem, max(1, round(share * full)))
     encoded_again = latent.encoder @ latent.decoder
     assert torch.allclose(encoded_again, torch.eye(len(encoded_again), dtype=torch.float64), atol=1e-7)
@@ -105,14 +127,27 @@ def test_factorizations_are_projections_and_exact_at_full_rank(shape, share, nam
 
 
 @fast
+@given(shapes, st.floats(0.05, 1), st.sampled_from(list(FACTORIZATIONS)))
+def test_constants_are_coded_where_they_do_not_cancel(shape, share, name):
+    """Under a soft-cap, a sink or a gate the latent carries the mean as well, and at full rank all of y is exact."""
+    weights, moments, (_, key, value, _) = layer(shape)
+    channels = choose("channel-pca", moments, 0)
+    problem = LatentProblem(replace(weights, centred=False), moments, channels, moments.rotation)
+    full = 2 * problem.key_size
+    assert not FACTORIZATIONS[name](problem, max(1, round(share * full))).mean.any()
+    latent = FACTORIZATIONS[name](problem, full)
+    y = torch.cat([states.transpose(1, 2).flatten(2) for states in (key, value)], -1)
+    assert torch.allclose(y @ (latent.decoder @ latent.encoder).T, y, atol=1e-6)
+
+
+@fast
 @given(shapes, st.floats(0.1, 0.9))
 def test_output_aware_is_best_in_its_own_metric(shape, share):
     """No other factorisation loses less of E || M^1/2 (y - y~) ||^2, the quantity that output-aware minimises."""
-    kv_heads, _, pairs, _ = shape
     weights, moments, _ = layer(shape)
-    channels = ROPE_CHOICES["channel-pca"](moments, 0, expected_rotation=True)
+    channels = choose("channel-pca", moments, 0)
     problem = LatentProblem(weights, moments, channels, moments.rotation)
-    rank = max(1, round(share * 4 * kv_heads * pairs))
+    rank = max(1, round(share * 2 * problem.key_size))
     metric = torch.block_diag(*problem.metric)
     covariance = problem.weighted_gram - torch.outer(problem.weighted_mean, problem.weighted_mean)
 
@@ -178,9 +213,9 @@ def test_refit_leaves_alone_what_it_cannot_help():
 
 
 def test_streamed_moments_are_those_of_all_tokens_at_once():
-    shape = (2, 2, 3, 7)
+    shape = (2, 2, 3, 1, 7)
     weights, moments, (query, key, value, turn) = layer(shape)
-    cos, sin = (torch.cat([part, part], -1)[None] for part in (turn.real, turn.imag))
+    cos, sin = turn.real[None, None], turn.imag[None, None]
     sums = MomentSums(weights)
     for part in range(2):
         sums.add(query[part : part + 1], key[part : part + 1], value[part : part + 1], cos, sin, None)

@@ -12,7 +12,7 @@ import anymla
 from anymla.calibration.text import bundled_text
 from anymla.errors import CheckpointError
 from anymla.evaluation.scores import CacheSize, ScoreSums, measure_cache
-from anymla.modeling import modeling_anymla
+from anymla.modeling import absorbed
 from anymla.modeling.absorbed import absorbed_attention
 from tests.families import FAST, logits, make_model, save_model, token_ids
 
@@ -70,7 +70,7 @@ def test_cache_of_a_window_smaller_than_the_probe():
 
 
 def test_few_cached_tokens_of_a_wide_latent(monkeypatch):
-    monkeypatch.setattr(modeling_anymla, "STREAM_SIZE", 0)
+    monkeypatch.setattr(absorbed, "STREAM_SIZE", 0)
     tensors = torch.randn(1, 4, 1, 16), torch.randn(1, 4, 1, 2), torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 2)
     assert absorbed_attention(*tensors, None, 0.1).shape == (1, 4, 1, 16)
 

@@ -22,7 +22,9 @@ class Family:
     norm_after_rope: bool = False
     fused: str = "concat"  # rows of a fused projection: 'concat' q, k, v; 'grouped' per kv head; 'codegen'
     rope: str | None = "half"  # which dims are a pair: 'half' i and i + P, 'interleaved' 2i and 2i + 1; None: no rope
-    rope_layers: str = "all"  # or 'no_rope_layers' (config field), 'sliding': only layers with a window
+    # 'all'; 'no_rope_layers' (config field); 'sliding': those with a window; 'sliding-or-all': the same, or all where
+    # the model has no window; 'sliding-or-dense': also those with a plain MLP in a mixture of experts
+    rope_layers: str = "all"
     rope_table: str = "halves"  # modeling/heads.py, rope_tables
     partial_rope: str | None = None  # config field: the part of a head that rope turns, a share or a number of dims
     all_layers_attend: bool = False  # beside whatever else they do: a list of layer types says nothing of attention
@@ -67,15 +69,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere": replace(_COHERE, qk_norm="use_qk_norm"),
     "cohere2": replace(_COHERE, rope_layers="sliding"),
-    "cohere2_moe": replace(_COHERE, rope_layers="sliding"),
+    "cohere2_moe": replace(_COHERE, rope_layers="sliding-or-dense"),
     "cohere_compass_text": Family(),
     "cwm": Family(),
     "dbrx": Family(qkv_bias=False, output_bias=False),
     "dots1": Family(qk_norm=True),
     "ernie4_5": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
     "ernie4_5_moe": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
-    "exaone4": Family(qk_norm=True, rope_layers="sliding", plain_residual=False),
-    "exaone_moe": Family(qk_norm=True, rope_layers="sliding", plain_residual=False),
+    "exaone4": Family(qk_norm=True, rope_layers="sliding-or-all", plain_residual=False),
+    "exaone_moe": Family(qk_norm=True, rope_layers="sliding-or-all", plain_residual=False),
     "falcon": Family(
         defaults={"multi_query": True},
         fused="grouped",

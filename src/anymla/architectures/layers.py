@@ -18,7 +18,7 @@ def layer_type(config: Mapping[str, Any], index: int) -> str | None:
     Raises:
         UnsupportedModelError: its list is shorter than the model, or holds a type that anymla does not know.
     """
-    for name in ("layer_types", "layers_block_type", "block_types"):
+    for name in ("layer_types", "layers_block_type", "block_types", "attention_layers"):
         if (types := config.get(name)) is not None:
             return _known(_entry(types, index, name, cycle=name == "block_types"), name)
     for name in ("attn_layer_indices", "full_attn_idxs"):
@@ -30,6 +30,9 @@ def layer_type(config: Mapping[str, Any], index: int) -> str | None:
         return "attention" if index % period == config.get("attn_layer_offset", 0) else "mamba"
     if interval := config.get("full_attention_interval"):
         return "full_attention" if (index + 1) % interval == 0 else "linear_attention"
+    pattern = config.get("sliding_window_pattern")  # of configs older than layer_types
+    if isinstance(pattern, int) and pattern > 0 and not config.get("first_k_dense_replace"):
+        return "full_attention" if (index + 1) % pattern == 0 else "sliding_attention"
     return None
 
 
@@ -39,8 +42,13 @@ def attends(config: Mapping[str, Any], family: Family, index: int) -> bool:
 
 
 def has_rope(config: Mapping[str, Any], family: Family, index: int) -> bool:
-    """Whether rope turns the queries and keys of layer ``index``."""
-    if family.rope is None or config.get("alibi") or config.get("position_embedding_type", "rope") != "rope":
+    """Whether rope turns the queries and keys of layer ``index``.
+
+    Raises:
+        UnsupportedModelError: it depends on the layer's type, and the config does not say that.
+    """
+    named = str(config.get("position_embedding_type", "rope"))  # Command R7B says 'rope_gptj', for its order of dims
+    if family.rope is None or config.get("alibi") or not named.startswith("rope"):
         return False
     settings, kind = config.get("rope_parameters"), layer_type(config, index)
     if isinstance(settings, Mapping) and kind in settings and settings[kind] is None:
@@ -49,9 +57,20 @@ def has_rope(config: Mapping[str, Any], family: Family, index: int) -> bool:
         if layers := config.get("no_rope_layers"):
             return bool(_entry(layers, index, "no_rope_layers"))
         return (index + 1) % int(config.get("no_rope_layer_interval") or 4) != 0
-    if family.rope_layers == "sliding":
-        return kind != "full_attention"
-    return True
+    return family.rope_layers == "all" or _has_rope_by_type(config, family, index)
+
+
+def _has_rope_by_type(config: Mapping[str, Any], family: Family, index: int) -> bool:
+    """Whether layer ``index`` is of a type that has rope: one with a window, mostly (families.py, ``rope_layers``)."""
+    if family.rope_layers == "sliding-or-all" and config.get("sliding_window", True) is None:
+        return True
+    if family.rope_layers == "sliding-or-dense" and config.get("prefix_dense_sliding_window_pattern", 1) == 1:
+        types, dense = config.get("mlp_layer_types"), config.get("first_k_dense_replace") or 0
+        if index < dense if types is None else _entry(types, index, "mlp_layer_types") == "dense":
+            return True
+    if (kind := layer_type(config, index)) is None:
+        raise UnsupportedModelError("config.json: layer_types is missing, and only layers with a window have rope here")
+    return kind == "sliding_attention"
 
 
 def heads_of(config: Mapping[str, Any], index: int) -> int | None:

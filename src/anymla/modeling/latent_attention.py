@@ -46,6 +46,18 @@ def taken(original: Any, name: str | None) -> Any:
     return None if name is None else copy.deepcopy(getattr(original, name))
 
 
+def window_of(original: Any, config: Any, layer: int) -> int | None:
+    """The sliding window of ``layer``: none where the config says so, else the module's own, else the config's.
+
+    Mistral's modules read theirs from the config; EXAONE's keep the config's even in layers with full attention.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        return None
+    window: int | None = getattr(original, "sliding_window", getattr(config, "sliding_window", None))
+    return window
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention that stands in for the attention module ``original`` of one layer.
 
@@ -119,7 +131,7 @@ class LatentAttention(nn.Module):
         self.adds_residual, self.gate_activation = adds_residual, gate_activation
         self.attention_dropout = dropout_rate(original, DROPOUTS)
         self.output_dropout = dropout_rate(original, OUTPUT_DROPOUTS)
-        self.sliding_window = getattr(original, "sliding_window", None)
+        self.sliding_window = window_of(original, config, self.layer_idx)
 
         self.q_norm, self.k_norm = (taken(original, name) for name in norms or (None, None))
         self.v_norm = taken(original, value_norm)
