@@ -158,6 +158,16 @@ def _layer_bar() -> Iterator[pipeline.Progress]:
         yield progress
 
 
+@contextmanager
+def _how_to_go_on() -> Iterator[None]:
+    """Ends a stopped conversion with what it says about itself."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        sys.stderr.write("\n".join(getattr(stop, "__notes__", ["stopped"])) + "\n")
+        sys.exit(130)
+
+
 @app.command()
 @recipe_options
 def convert(
@@ -167,7 +177,18 @@ def convert(
     recipe: RecipeFile = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.yaml of `anymla plan`, instead of a recipe.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where a stopped conversion to the same folder left work.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration activations to hold in memory, as 8GB; the rest goes to files beside OUT. "
+            "[default: a quarter of the memory]",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert a model to multi-head latent attention."""
@@ -175,9 +196,17 @@ def convert(
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = Plan.read(plan) if plan is not None else _recipe(recipe, settings)
     device = settings if plan is not None else {}
-    with _layer_bar() as progress:
+    with _layer_bar() as progress, _how_to_go_on():
         conversion = pipeline.convert(
-            model, output, chosen, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress, **device
+            model,
+            output,
+            chosen,
+            overwrite=overwrite,
+            restart=restart,
+            max_shard_size=max_shard_size,
+            max_memory=max_memory,
+            progress=progress,
+            **device,
         )
     if conversion.plan.recipe.calibration is None:
         err.print(

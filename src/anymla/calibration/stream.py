@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from anymla.calibration.activations import Activations
 
 SCORE_ELEMENTS = 1 << 22  # attention scores per batch; bounds the batch, and so the memory of its activations
 
@@ -19,11 +22,15 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
+class _Reached(Exception):
+    """Ends a run where enough is known."""
+
+
 @contextmanager
 def _layers_run(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Lets every layer run ``forward(index, hidden_states, **kwargs)`` instead of its own."""
+    """Lets every layer run ``forward(index, hidden_states, *args, **kwargs)`` instead of its own."""
     for index, layer in enumerate(layers):
-        layer.forward = lambda hidden_states, index=index, **kwargs: forward(index, hidden_states, **kwargs)
+        layer.forward = lambda *args, index=index, **kwargs: forward(index, *args, **kwargs)
     try:
         yield
     finally:
@@ -33,7 +40,7 @@ def _layers_run(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterat
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the decoder hands to its layers: embedded windows [N,T,D] and each layer's keyword arguments."""
+    """What the decoder hands to its layers: embedded windows [B,T,D] and each layer's arguments, by name."""
 
     hidden: Tensor
     arguments: list[dict[str, Any]]
@@ -45,38 +52,38 @@ def batch_size(heads: int, length: int) -> int:
 
 
 @torch.no_grad()
-def layer_inputs(model: Any, windows: Tensor) -> LayerInputs:
-    """Embeds ``windows`` [N,T] and records the arguments (mask, rope tables) that each layer is called with."""
-    arguments: dict[int, dict[str, Any]] = {}
+def layer_inputs(model: Any, ids: Tensor, *, use_cache: bool = False) -> LayerInputs:
+    """Embeds windows ``ids`` [B,T] and records what each layer is called with: mask, rope tables, cache.
+
+    Runs no layer and nothing behind them.
+    """
+    layers = decoder_layers(model)
+    names = [list(inspect.signature(layer.forward).parameters)[1:] for layer in layers]  # after the hidden states
+    arguments: list[dict[str, Any]] = [{} for _ in layers]
     embedded: list[Tensor] = []
 
-    def record(index: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        arguments[index] = kwargs
-        if index == 0:
-            embedded.append(hidden_states)
+    def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        embedded.append(hidden_states)
+        arguments[index] = dict(zip(names[index], args, strict=False)) | kwargs
+        if index == len(layers) - 1:
+            raise _Reached
         return hidden_states
 
-    with _layers_run(decoder_layers(model), record):
-        for window in windows:
-            model(input_ids=window[None].to(model.device), use_cache=False, logits_to_keep=1)
-    return LayerInputs(torch.cat(embedded), [arguments[index] for index in range(len(arguments))])
+    with _layers_run(layers, record), suppress(_Reached):
+        model(input_ids=ids, use_cache=use_cache, logits_to_keep=1)
+    return LayerInputs(embedded[0], arguments)
 
 
 @torch.no_grad()
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Logits [B,T,V] of final hidden states [B,T,D]: the model's own last norm and head."""
-    with _layers_run(decoder_layers(model), lambda index, hidden_states, **kwargs: hidden):
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    with _layers_run(decoder_layers(model), lambda index, *args, **kwargs: hidden):
+        logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
     return logits
 
 
-class _Reached(Exception):
-    """Ends a layer's run where its attention begins."""
-
-
 @torch.no_grad()
-def attention_inputs(layer: Any, hidden: Tensor, arguments: dict[str, Any], batch: int) -> Iterator[Tensor]:
+def attention_inputs(layer: Any, hidden: Activations, arguments: dict[str, Any], batch: int) -> Iterator[Tensor]:
     """Yields per batch the attention module's input [B,T,D], and runs nothing behind it."""
     seen: list[Tensor] = []
 
@@ -96,7 +103,7 @@ def attention_inputs(layer: Any, hidden: Tensor, arguments: dict[str, Any], batc
 
 @torch.no_grad()
 def run_layer(
-    layer: Any, hidden: Tensor, arguments: dict[str, Any], batch: int
+    layer: Any, hidden: Activations, arguments: dict[str, Any], batch: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields per batch: the attention module's input, its output, and the layer's output, [B,T,D] each."""
     seen: dict[str, Tensor] = {}

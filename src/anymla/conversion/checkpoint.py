@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
-from torch import Tensor, nn
-
-from anymla.io.checkpoint import check_space, copy_companions
-from anymla.modeling.modeling_anymla import LatentAttention
+from anymla.calibration.stream import decoder_layers
+from anymla.conversion.shards import name_shards, pack, write_outside
+from anymla.conversion.step import LayerResult
+from anymla.io.checkpoint import copy_companions
+from anymla.io.streamed import StreamedModel
+from anymla.io.work import WorkFolder
 from anymla.modeling.register import MODELS, register
 
 
-def converted_config(config: Any, layers: list[LatentAttention]) -> Any:
+def converted_config(config: Any, results: list[LayerResult | None], head_dim: int) -> Any:
     """The config of the converted model: the original's fields, DeepSeek's names, and each layer's sizes."""
     register()
     model_class = MODELS[f"anymla_{config.model_type}"]
-    head_dim = layers[0].head_dim
-    rank, rope_dims = max(layer.kv_lora_rank for layer in layers), max(layer.qk_rope_head_dim for layer in layers)
+    made = [result for result in results if result is not None]
+    rank, rope_dims = max(result.kv_rank for result in made), max(result.rope_dims for result in made)
     fields = config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version"):
         fields.pop(name, None)
@@ -32,32 +32,27 @@ def converted_config(config: Any, layers: list[LatentAttention]) -> Any:
         v_head_dim=head_dim,
         qk_head_dim=head_dim + rope_dims,
         mla_layers=[
-            {"kv_lora_rank": layer.kv_lora_rank, "qk_rope_head_dim": layer.qk_rope_head_dim} for layer in layers
+            None if result is None else {"kv_lora_rank": result.kv_rank, "qk_rope_head_dim": result.rope_dims}
+            for result in results
         ],
     )
 
 
 def write_checkpoint(
-    model: nn.Module, layers: list[LatentAttention], source: Path, folder: Path, *, max_shard_size: str
+    source: StreamedModel, work: WorkFolder, results: list[LayerResult | None], head_dim: int, *, max_shard_size: int
 ) -> None:
-    """Writes weights, config, modelling file, tokenizer and generation settings of ``model`` into ``folder``."""
-    config = converted_config(model.config, layers)
-    state = _owned_tensors(model)
-    check_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-    copy_companions(source, folder)
+    """Completes ``work.model``: the last weights, config, modelling file, tokenizer and generation settings."""
+    config, layers = converted_config(source.model.config, results, head_dim), decoder_layers(source.model)
+    write_outside(source, work, layers, behind=True)
+    pack(work, len(layers) + 2, max_shard_size, last=True)
+    shards = name_shards(work)
+    copy_companions(source.folder, work.model)
     model_class = MODELS[config.model_type]
     module = model_class.__module__.rsplit(".", 1)[-1]
     config.auto_map = {
         "AutoConfig": f"{module}.{type(config).__name__}",
         "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
     }
-    config.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
-        shutil.copymode(folder / "config.json", file)
-
-
-def _owned_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the names that the model ties to others."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    config.save_pretrained(work.model)
+    for shard in shards:
+        shutil.copymode(work.model / "config.json", shard)

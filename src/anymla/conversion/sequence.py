@@ -3,56 +3,214 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from anymla.architectures.blueprint import AttentionSpec
-from anymla.calibration.stream import decoder_layers, layer_inputs, run_layer
+from anymla.calibration.activations import Activations, Budget
+from anymla.calibration.parallel import from_first, rank, wait_for_all, world
+from anymla.calibration.stream import batch_size, decoder_layers, layer_inputs, run_layer
+from anymla.conversion.progress import check_room
+from anymla.conversion.shards import pack, write_layer, write_outside
 from anymla.conversion.step import LayerResult, LayerStep, Split
-from anymla.modeling.modeling_anymla import LatentAttention
+from anymla.errors import TextError
+from anymla.io.streamed import StreamedModel
+from anymla.io.work import WorkFolder
 from anymla.planning.plan import TYPICAL_ROPE_SHARE, LayerPlan
 from anymla.recipe import Recipe
+
+PROBE_TOKENS = 8
+Progress = Callable[[int, int, LayerResult], None]  # (layers done, layers, the last one's result)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """A layer that is done: its result and its cache, (numbers, bytes) per token, before and after.
+
+    All are None for a layer that has no softmax attention and stays as it is.
+    """
+
+    result: LayerResult | None = None
+    before: tuple[float, float] | None = None
+    after: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> LayerRecord:
+        """The record that ``asdict`` took apart."""
+        if fields["result"] is None:
+            return cls()
+        return cls(LayerResult(**fields["result"]), tuple(fields["before"]), tuple(fields["after"]))
+
+
+class Streams:
+    """The two streams of hidden states that move on layer by layer: the original's, and that of converted layers.
+
+    What they were behind each layer is saved before that layer counts as done, and goes once the next one does.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str, budget: Budget) -> None:
+        self.original = Activations(shape, dtype, device, budget, f"original-{rank()}")
+        self.converted = Activations(shape, dtype, device, budget, f"converted-{rank()}")
+        self.folder = budget.folder
+
+    def save(self, layers: int) -> None:
+        """Keeps both as they are behind ``layers`` layers."""
+        for stream in (self.original, self.converted):
+            stream.save(self.folder / f"{stream.name}-behind-{layers}")
+
+    def restore(self, layers: int) -> None:
+        """Takes both up behind ``layers`` layers."""
+        for stream in (self.original, self.converted):
+            stream.restore(self.folder / f"{stream.name}-behind-{layers}")
+
+    def drop_others(self, layers: int) -> None:
+        """Removes all that is saved but what lies behind ``layers`` layers."""
+        for stream in (self.original, self.converted):
+            for path in self.folder.glob(f"{stream.name}-behind-*"):
+                if path.name != f"{stream.name}-behind-{layers}":
+                    path.unlink()
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Final hidden states [N,T,D] of the held-out windows, original and converted, and the layers."""
+    """All layers' records, and this process's held-out windows [N,T] with the final hidden states, [N,T,D] each."""
 
+    records: list[LayerRecord]
+    windows: Tensor
     original: Tensor
     converted: Tensor
-    attentions: list[LatentAttention]
-    results: list[LayerResult]
 
 
-@torch.no_grad()
-def convert_layers(
-    model: Any,
-    specs: tuple[AttentionSpec, ...],
-    plans: tuple[LayerPlan, ...],
-    recipe: Recipe,
-    windows: Tensor,
-    progress: Callable[[int, int, LayerResult], None] | None,
-) -> Converted:
-    """Replaces every attention module of ``model`` in place; ``windows`` [N,T] are calibration tokens."""
-    inputs = layer_inputs(model, windows)
-    split = Split.of(len(windows))
-    original, converted = inputs.hidden, inputs.hidden.clone()  # both move on layer by layer, in place
-    attentions, results = [], []
-    share = TYPICAL_ROPE_SHARE
-    for index, layer in enumerate(decoder_layers(model)):
-        step = LayerStep(layer, specs[index], plans[index], recipe, inputs.arguments[index], split)
-        step.measure(index, original, converted)
-        attention, result = step.choose(index, share)
-        layer.self_attn = attention
-        outputs = run_layer(layer, converted, step.arguments, step.batch)
-        for part, (_, _, output) in zip(converted.split(step.batch), outputs, strict=True):
-            part.copy_(output)
-        attentions.append(attention)
-        results.append(result)
-        share = result.rope_dims / plans[index].cached_numbers  # the next layer's choice lies near this one's
-        if progress is not None:
-            progress(index + 1, len(plans), result)
-    return Converted(original[split.held_out], converted[split.held_out], attentions, results)
+def own_windows(windows: Tensor, split: Split) -> tuple[Tensor, Split]:
+    """This process's part of each kind of window; all processes' parts together are ``windows``.
+
+    Raises:
+        TextError: there are more processes than windows to choose on.
+    """
+    kinds = (split.fit, split.choice, split.held_out)
+    parts = [windows[kind][rank() :: world()] for kind in kinds]
+    if min(len(windows[kind]) for kind in kinds[:2]) < world():
+        raise TextError(
+            f"{world()} processes need {4 * world()} calibration windows and there are {len(windows)}: give more "
+            "--calibration-tokens or a shorter --calibration-length"
+        )
+    first, second = len(parts[0]), len(parts[0]) + len(parts[1])
+    return torch.cat(parts), Split(slice(0, first), slice(first, second), slice(second, second + len(parts[2])))
+
+
+class Sequence:
+    """One conversion, from its first layer or from where ``work`` says that it was stopped."""
+
+    def __init__(
+        self,
+        source: StreamedModel,
+        specs: tuple[AttentionSpec | None, ...],
+        plans: tuple[LayerPlan | None, ...],
+        recipe: Recipe,
+        windows: Tensor,
+        work: WorkFolder,
+    ) -> None:
+        self.source, self.specs, self.plans, self.recipe, self.work = source, specs, plans, recipe, work
+        self.layers = decoder_layers(source.model)
+        self.windows, self.split = own_windows(windows, Split.of(len(windows)))
+        self.records = [LayerRecord.of(fields) for fields in work.progress["layers"]]
+        with source.on_demand(self.layers):
+            ids = self.windows[:1].to(source.device)
+            first = layer_inputs(source.model, ids)
+            self.arguments, self.hidden = first.arguments, first.hidden
+            self.probes = [layer_inputs(source.model, ids[:, :PROBE_TOKENS], use_cache=True) for _ in range(2)]
+
+    @torch.no_grad()
+    def run(self, memory: int, max_shard_size: int, progress: Progress | None) -> Converted:
+        """Converts the layers that are not yet done; activations beyond ``memory`` bytes go to files."""
+        streams = self._begin(Budget(memory, self.work.path))
+        if self.records and progress is not None and (last := self.records[-1].result) is not None:
+            progress(len(self.records), len(self.layers), last)
+        for index in range(len(self.records), len(self.layers)):
+            with self.source.layer(self.layers[index]):
+                record = self._convert(index, streams)
+                if rank() == 0:
+                    write_layer(self.source, self.work, self.layers[index], index)
+            streams.save(index + 1)
+            self._commit(record, max_shard_size)
+            streams.drop_others(index + 1)
+            if progress is not None and record.result is not None:
+                progress(index + 1, len(self.layers), record.result)
+        held_out = self.split.held_out
+        return Converted(self.records, self.windows[held_out], streams.original[held_out], streams.converted[held_out])
+
+    def _begin(self, budget: Budget) -> Streams:
+        done, shape = len(self.records), (len(self.windows), *self.hidden.shape[1:])
+        check_room(self.work, self.source, 4 * self.hidden.nbytes * shape[0])  # two streams, two generations each
+        streams = Streams(shape, self.hidden.dtype, self.source.device, budget)
+        if done:
+            streams.restore(done)
+            streams.drop_others(done)
+            return streams
+        with self.source.on_demand(self.layers):
+            for number, window in enumerate(self.windows):
+                hidden = layer_inputs(self.source.model, window[None].to(self.source.device)).hidden
+                streams.original[number : number + 1] = streams.converted[number : number + 1] = hidden
+        streams.save(0)
+        streams.restore(0)
+        if rank() == 0:
+            write_outside(self.source, self.work, self.layers, behind=False)
+        return streams
+
+    def _convert(self, index: int, streams: Streams) -> LayerRecord:
+        layer, plan, spec, arguments = self.layers[index], self.plans[index], self.specs[index], self.arguments[index]
+        if plan is None or spec is None:
+            for stream in (streams.original, streams.converted):
+                _pass_through(layer, stream, arguments)
+            return LayerRecord()
+        before = self._cached(index, 0)
+        step = LayerStep(layer, spec, plan, self.recipe, arguments, self.split)
+        step.measure(index, streams.original, streams.converted)
+        layer.self_attn, result = step.choose(index, self._near(index))
+        for tensor in layer.self_attn.state_dict().values():
+            from_first(tensor)  # the algebra of another machine may differ in the last bit
+        done = 0
+        for _, _, output in run_layer(layer, streams.converted, arguments, step.batch):
+            streams.converted[done : done + len(output)] = output
+            done += len(output)
+        for room in (step.inputs, step.target):
+            room.close()
+        return LayerRecord(result, before, self._cached(index, 1))
+
+    def _near(self, index: int) -> float:
+        """The rope share of the last converted layer, near which this one's choice lies."""
+        for plan, record in zip(self.plans[:index][::-1], self.records[:index][::-1], strict=True):
+            if plan is not None and record.result is not None:
+                return record.result.rope_dims / plan.cached_numbers
+        return TYPICAL_ROPE_SHARE
+
+    def _cached(self, index: int, probe: int) -> tuple[float, float]:
+        """Numbers and bytes per token in the live cache after a few tokens ran through the layer as it now is."""
+        arguments = self.probes[probe].arguments[index]
+        self.layers[index](self.probes[probe].hidden, **arguments)
+        cache = next(value for value in arguments.values() if isinstance(value, Cache)).layers[index]
+        # per token that the layer holds: a sliding window may hold fewer than were run
+        tensors = (cache.keys, cache.values)
+        numbers = sum(tensor.numel() / tensor.shape[-2] for tensor in tensors)
+        return numbers, sum(tensor.numel() * tensor.element_size() / tensor.shape[-2] for tensor in tensors)
+
+    def _commit(self, record: LayerRecord, max_shard_size: int) -> None:
+        """Counts a layer as done, once every process has saved what lies behind it."""
+        self.records.append(record)
+        wait_for_all()
+        if rank() == 0:
+            self.work.commit(layers=[asdict(record) for record in self.records])
+            pack(self.work, len(self.records) + 1, max_shard_size)
+        wait_for_all()
+
+
+def _pass_through(layer: Any, stream: Activations, arguments: dict[str, Any]) -> None:
+    batch, done = batch_size(1, stream.shape[1]), 0
+    for hidden in stream.split(batch):
+        output = layer(hidden, **arguments)
+        stream[done : done + len(hidden)] = output[0] if isinstance(output, tuple) else output
+        done += len(hidden)

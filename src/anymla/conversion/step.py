@@ -11,7 +11,9 @@ from torch import Tensor
 
 from anymla.architectures.attention import project, read_weights
 from anymla.architectures.blueprint import AttentionSpec
+from anymla.calibration.activations import Activations
 from anymla.calibration.moments import Moments, MomentSums
+from anymla.calibration.parallel import all_sum_number
 from anymla.calibration.stream import attention_inputs, batch_size, run_layer
 from anymla.conversion.layer import build_attention, convert_layer, latent_tensors
 from anymla.conversion.refit import refit_output
@@ -70,7 +72,7 @@ class LayerStep:
         self.cos, self.sin = arguments["position_embeddings"]
         self.batch = batch_size(spec.num_heads, self.cos.shape[1])
 
-    def measure(self, index: int, original: Tensor, converted: Tensor) -> None:
+    def measure(self, index: int, original: Activations, converted: Activations) -> None:
         """Collects moments on the original's activations, inputs below the converted layers, and targets.
 
         The target is what the original attention adds to the residual stream, plus what the converted layers below
@@ -79,8 +81,8 @@ class LayerStep:
         self.weights = read_weights(self.layer.self_attn, self.spec)
         sums, seen = MomentSums(self.weights), 0
         precision = torch.promote_types(original.dtype, torch.float32)  # for a difference of near-equal 16-bit numbers
-        self.target, self.inputs = torch.empty_like(original, dtype=precision), torch.empty_like(converted)
-        self.stream_power = 0.0
+        self.target, self.inputs = original.like(precision), converted.like(converted.dtype)
+        self.stream_power, finite = 0.0, True
         for inputs, attended, output in run_layer(self.layer, original, self.arguments, self.batch):
             part = slice(seen, seen + len(inputs))
             fitted = inputs[: max(0, self.split.fit.stop - seen)]
@@ -90,16 +92,18 @@ class LayerStep:
             stream = attended.to(precision) + original[part]
             chosen = slice(*(max(0, bound - seen) for bound in (self.split.choice.start, self.split.choice.stop)))
             self.stream_power += stream[chosen].double().square().sum().item()
-            self.target[part] = stream - converted[part]
+            self.target[part] = target = stream - converted[part]
+            finite = finite and bool(target.isfinite().all())
             original[part] = output
             seen = part.stop
+        self.stream_power = all_sum_number(self.stream_power, sums.gram.device)
         self.moments: Moments = sums.moments()
-        if not torch.isfinite(self.moments.weighted_gram).all() or not torch.isfinite(self.target).all():
+        if not torch.isfinite(self.moments.weighted_gram).all() or not finite:
             dtype = str(original.dtype).removeprefix("torch.")
             raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype float32 or bfloat16")
         attended_inputs = attention_inputs(self.layer, converted, self.arguments, self.batch)
-        for part, inputs in zip(self.inputs.split(self.batch), attended_inputs, strict=True):
-            part.copy_(inputs)
+        for start, inputs in zip(range(0, len(converted), self.batch), attended_inputs, strict=True):
+            self.inputs[start : start + len(inputs)] = inputs
 
     def choose(self, index: int, near: float) -> tuple[LatentAttention, LayerResult]:
         """The split of the budget that loses least on the choice windows, its output projection refitted."""
@@ -111,7 +115,8 @@ class LayerStep:
 
     def _error(self, attention: LatentAttention) -> float:
         """Squared loss of the layer's output on the choice windows."""
-        return sum(lost.double().square().sum().item() for _, lost in self._lost(attention, self.split.choice))
+        lost = sum(lost.double().square().sum().item() for _, lost in self._lost(attention, self.split.choice))
+        return all_sum_number(lost, attention.o_proj.weight.device)
 
     def _descend(self, near: float) -> LatentAttention:
         """The best split, found by walking downhill from the choice whose rope share is nearest to ``near``."""
@@ -151,7 +156,7 @@ class LayerStep:
         hook = attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
             for inputs, target in zip(
-                self.inputs[windows].split(self.batch), self.target[windows].split(self.batch), strict=True
+                self.inputs.split(self.batch, windows), self.target.split(self.batch, windows), strict=True
             ):
                 output, _ = attention(inputs, **self.arguments)
                 yield seen.pop(), target - output
