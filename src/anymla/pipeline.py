@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     import torch
 
     from anymla.conversion.sequence import Converted
+    from anymla.conversion.step import LayerResult
+    from anymla.evaluation.scores import Scores
     from anymla.io.streamed import StreamedModel
     from anymla.io.work import WorkFolder
-    from anymla.conversion.step import LayerResult
-    from anymla.evaluation.scores import CacheSize, Scores
 
 REDUCTIONS = (4, 8, 16)
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
@@ -335,11 +335,10 @@ def _held_out_scores(streamed: StreamedModel, converted: Converted) -> tuple[Sco
             reference, ids = logits_of(streamed.model, original[None]), ids[None].to(streamed.device)
             before.add(reference, ids, reference)
             after.add(logits_of(streamed.model, hidden[None]), ids, reference)
-    made = [record for record in converted.records if record.result is not None]
-    return (
-        before.over_all_processes(streamed.device).scores(CacheSize.of([record.before for record in made])),
-        after.over_all_processes(streamed.device).scores(CacheSize.of([record.after for record in made])),
-    )
+    cache_before = CacheSize.of([record.before for record in converted.records if record.before is not None])
+    cache_after = CacheSize.of([record.after for record in converted.records if record.after is not None])
+    device = streamed.device
+    return before.over_all_processes(device).scores(cache_before), after.over_all_processes(device).scores(cache_after)
 
 
 def _final_plan(plan: Plan, results: list[LayerResult | None]) -> Plan:

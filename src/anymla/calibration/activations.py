@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.io.safetensors import durable
+from anymla.io.safetensors import bytes_of, durable
 
 
 class Budget:
@@ -54,7 +54,7 @@ class Activations:
         content = torch.empty(max(0, last - first), *self.shape[1:], dtype=self.dtype)
         if content.numel():
             self._source.seek(first * self.window)
-            if self._source.readinto(_bytes(content)) != len(content) * self.window:
+            if self._source.readinto(bytes_of(content)) != len(content) * self.window:
                 raise OSError(f"{self._source.name} ends too early")
         return content.to(self.device)
 
@@ -65,7 +65,7 @@ class Activations:
         if self._sink is None:
             self._sink = self._open()
         self._sink.seek(windows.indices(len(self))[0] * self.window)
-        self._sink.write(_bytes(values.to("cpu", self.dtype).contiguous()))
+        self._sink.write(bytes_of(values.to("cpu", self.dtype).contiguous()))
 
     def split(self, batch: int, windows: slice = slice(None)) -> Iterator[Tensor]:
         """``windows`` in batches, in order."""
@@ -82,7 +82,7 @@ class Activations:
         partial = self.budget.folder / f"{self.name}.next"
         if self._memory is not None:
             with open(partial, "wb") as file:
-                file.write(_bytes(self._memory))
+                file.write(bytes_of(self._memory))
                 durable(file)
         elif self._sink is not None:
             durable(self._sink)
@@ -98,7 +98,7 @@ class Activations:
             self._source = source
             return
         with source:
-            if self._memory.numel() and source.readinto(_bytes(self._memory)) != self._memory.nbytes:
+            if self._memory.numel() and source.readinto(bytes_of(self._memory)) != self._memory.nbytes:
                 raise OSError(f"{path} ends too early")
 
     def close(self) -> None:
@@ -111,7 +111,3 @@ class Activations:
             return open(self.budget.folder / f"{self.name}.next", "w+b")
         self._source = tempfile.TemporaryFile(dir=self.budget.folder)  # noqa: SIM115
         return self._source
-
-
-def _bytes(values: Tensor) -> Any:
-    return memoryview(values.view(-1).view(torch.uint8).numpy()) if values.numel() else b""

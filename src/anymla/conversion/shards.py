@@ -53,7 +53,9 @@ def name_shards(work: WorkFolder) -> list[Path]:
     """Gives all shards their final names, with an index where there are several; may be repeated."""
     shards = work.progress["shards"]
     total = len(shards)
-    paths, weight_map, size = [], {}, 0
+    paths: list[Path] = []
+    weight_map: dict[str, str] = {}
+    size = 0
     for number, names in enumerate(shards, 1):
         path = work.model / ("model.safetensors" if total == 1 else f"model-{number:05}-of-{total:05}.safetensors")
         if (early := work.model / f"shard-{number:05}.safetensors").is_file():

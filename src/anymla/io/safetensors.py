@@ -60,7 +60,7 @@ class Stored:
         content = torch.empty(self.size, dtype=torch.uint8)
         with open(self.file, "rb") as file:
             file.seek(self.start)
-            if file.readinto(content.numpy()) != self.size:
+            if file.readinto(bytes_of(content)) != self.size:
                 raise OSError(f"{self.file} ends too early")
         return content.view(getattr(torch, DTYPES[self.dtype])).view(self.shape)
 
@@ -150,6 +150,14 @@ def durable(file: Any) -> None:
     os.fsync(file.fileno())
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to read from or write to."""
+    import torch
+
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
 def _facts(tensor: Tensor | Stored) -> tuple[str, list[int], int, int]:
     """Dtype code, shape, bytes, numbers."""
     if isinstance(tensor, Stored):
@@ -164,7 +172,5 @@ def _facts(tensor: Tensor | Stored) -> tuple[str, list[int], int, int]:
 def _blocks(tensor: Tensor | Stored) -> Iterator[Any]:
     if isinstance(tensor, Stored):
         yield from tensor.blocks()
-    elif tensor.numel():
-        import torch
-
-        yield memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    else:
+        yield bytes_of(tensor.detach().cpu().contiguous())

@@ -34,7 +34,7 @@ class StreamedModel:
         for file in check_weights(folder):
             self.stored |= read_header(file)
         self.model = self._skeleton(dtype)
-        self._names = {module: name for name, module in self.model.named_modules()}
+        self._names: dict[nn.Module, str] = {module: name for name, module in self.model.named_modules()}
         mapping = get_model_conversion_mapping(self.model)
         dtype_now = self.model.dtype
         self._loading = LoadStateDictConfig(
