@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -23,14 +22,13 @@ from anymla.io.checkpoint import (
     load_tokenizer,
     parse_size,
 )
-from anymla.io.device import pick_device
+from anymla.io.device import machine_memory, pick_device
 from anymla.planning.plan import Plan, check_plan, explain, make_plan
 from anymla.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from anymla.conversion.sequence import Converted
     from anymla.conversion.step import LayerResult
     from anymla.evaluation.scores import Scores
     from anymla.io.streamed import StreamedModel
@@ -179,7 +177,7 @@ def convert(
     chosen = _chosen_plan(str(model), blueprint, recipe, settings)
     check_output(output, source, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
-    memory = _machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
+    memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
     check_weights(source)
     windows = _calibration(chosen.recipe, source, blueprint)
 
@@ -190,7 +188,7 @@ def convert(
 
     with process_group(pick_device(chosen.recipe.device)) as device:
         streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
-        claim(work, streamed, chosen, windows, shard_size, restart=restart)
+        claim(work, streamed, chosen, windows, restart=restart, anymla=__version__, max_shard_size=shard_size)
         with kept(work, len(blueprint.layers)):
             return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
 
@@ -285,10 +283,6 @@ class _Sizes:
     shard: int
 
 
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _convert(
     streamed: StreamedModel,
     blueprint: Blueprint,
@@ -303,10 +297,11 @@ def _convert(
     from anymla.calibration.parallel import rank, wait_for_all, world
     from anymla.conversion.checkpoint import write_checkpoint
     from anymla.conversion.sequence import Sequence
+    from anymla.evaluation.held_out import held_out_scores
 
     sequence = Sequence(streamed, blueprint.layers, plan.layers, plan.recipe, windows, work)
     converted = sequence.run(sizes.memory // world(), sizes.shard, progress)
-    before, after = _held_out_scores(streamed, converted)
+    before, after = held_out_scores(streamed, converted)
     results = [record.result for record in converted.records]
     report = Conversion(
         output=work.output,
@@ -323,22 +318,6 @@ def _convert(
         work.finish()
     wait_for_all()
     return report
-
-
-def _held_out_scores(streamed: StreamedModel, converted: Converted) -> tuple[Scores, Scores]:
-    from anymla.calibration.stream import decoder_layers, logits_of
-    from anymla.evaluation.scores import CacheSize, ScoreSums
-
-    before, after = ScoreSums(), ScoreSums()
-    with streamed.on_demand(decoder_layers(streamed.model)):
-        for original, hidden, ids in zip(converted.original, converted.converted, converted.windows, strict=True):
-            reference, ids = logits_of(streamed.model, original[None]), ids[None].to(streamed.device)
-            before.add(reference, ids, reference)
-            after.add(logits_of(streamed.model, hidden[None]), ids, reference)
-    cache_before = CacheSize.of([record.before for record in converted.records if record.before is not None])
-    cache_after = CacheSize.of([record.after for record in converted.records if record.after is not None])
-    device = streamed.device
-    return before.over_all_processes(device).scores(cache_before), after.over_all_processes(device).scores(cache_after)
 
 
 def _final_plan(plan: Plan, results: list[LayerResult | None]) -> Plan:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla import __version__
 from anymla.calibration.parallel import first_decides, rank, world
 from anymla.errors import AnymlaError, OutputError
 from anymla.io.checkpoint import check_space
@@ -22,8 +21,10 @@ from anymla.io.work import WorkFolder
 from anymla.planning.plan import Plan
 
 
-def fingerprint(source: StreamedModel, plan: Plan, windows: Tensor, max_shard_size: int) -> dict[str, Any]:
-    """All that the bytes of the output depend on. Reads every weight once, and finds it finite.
+def fingerprint(source: StreamedModel, plan: Plan, windows: Tensor) -> dict[str, Any]:
+    """What the new weights depend on. Reads every weight once, and finds it finite.
+
+    Files are hashed whole: the same read also looks for NaN, and a sampled hash would miss a changed tensor.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
@@ -33,10 +34,8 @@ def fingerprint(source: StreamedModel, plan: Plan, windows: Tensor, max_shard_si
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
         "plan": [layer if layer is None else layer.model_dump(mode="json") for layer in plan.layers],
-        "max_shard_size": max_shard_size,
         "device": torch.device(source.device).type,
         "processes": world(),
-        "anymla": __version__,
         "torch": torch.__version__,
         "calibration text": [hashlib.sha256(windows.numpy().tobytes()).hexdigest()],
         "source": [hashlib.sha256(config).hexdigest(), *([file.name, scan(file, plan.recipe.dtype)] for file in files)],
@@ -44,9 +43,11 @@ def fingerprint(source: StreamedModel, plan: Plan, windows: Tensor, max_shard_si
 
 
 def claim(
-    work: WorkFolder, source: StreamedModel, plan: Plan, windows: Tensor, max_shard_size: int, *, restart: bool
+    work: WorkFolder, source: StreamedModel, plan: Plan, windows: Tensor, *, restart: bool, **others: Any
 ) -> None:
     """Opens ``work`` for this conversion, in the first of all processes; all then know what is done.
+
+    ``others``: further things that must be the same to go on.
 
     Raises:
         CheckpointError: a weight is not finite.
@@ -54,7 +55,7 @@ def claim(
     """
     if rank() == 0:
         try:
-            work.open(fingerprint(source, plan, windows, max_shard_size), restart=restart)
+            work.open(others | fingerprint(source, plan, windows), restart=restart)
         except AnymlaError:
             raise
         except OSError as error:
@@ -96,6 +97,7 @@ def kept(work: WorkFolder, layers: int) -> Iterator[None]:
     finally:
         if rank() == 0 and not work.progress["layers"]:
             work.discard()
+        work.release()
 
 
 def _what_is_kept(work: WorkFolder, layers: int) -> str:

@@ -13,20 +13,21 @@ from typing import Any
 from anymla.errors import OutputError
 from anymla.io.safetensors import durable
 
-PROGRESS, MODEL, REPLACED = "progress.json", "model", "replaced"
+PROGRESS, STATE = "progress.json", ".work"
 
 
 class WorkFolder:
-    """``.OUT.partial`` beside OUT: progress.json, what it counts as done, and the new checkpoint in ``model``.
+    """``.OUT.partial`` beside OUT: the new checkpoint (``model``), and in it ``path``, what is needed to go on.
 
-    progress.json is replaced whole, after all that it counts is durable; a kill at any moment leaves a state to go on
-    from. Only one conversion at a time may hold the folder.
+    progress.json in ``path`` is replaced whole, after all that it counts is durable; a kill at any moment leaves a
+    state to go on from. Only one conversion at a time may hold the folder. The last step renames it to OUT.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
-        self.path = self.output.with_name(f".{output.name}.partial")
-        self.model = self.path / MODEL
+        self.model = self.output.with_name(f".{output.name}.partial")
+        self.path = self.model / STATE
+        self._replaced = self.output.with_name(f".{output.name}.replaced")
         self.progress: dict[str, Any] = {}
         self._lock: Any = None
 
@@ -36,23 +37,34 @@ class WorkFolder:
         Raises:
             OutputError: another conversion is at work there, or one with other settings was stopped there.
         """
-        self.made = [folder for folder in self.path.parents if not folder.exists()]  # the deepest first
+        self.made = [folder for folder in self.model.parents if not folder.exists()]  # the deepest first
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "w")  # noqa: SIM115  held until the end
+        self._lock = open(self.path / "lock", "w")  # noqa: SIM115  held until release
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OutputError(f"{self.output} is being written by another conversion: wait, or choose -o") from error
+        try:
+            self._take_up(fingerprint, restart)
+        except OutputError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Lets another conversion have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_up(self, fingerprint: dict[str, Any], restart: bool) -> None:
         self.progress = {} if restart else self._read()
         if self.progress.get("layers") and (other := _differing(self.progress["fingerprint"], fingerprint)):
             raise OutputError(
-                f"{self.path} holds a conversion that was stopped and had {other}: the command that began it goes on, "
+                f"{self.model} holds a conversion that was stopped and had {other}: the command that began it goes on, "
                 "--restart discards it"
             )
         if not self.progress.get("layers"):
             self._empty()
             self.progress = {"fingerprint": fingerprint, "layers": [], "shards": []}
-        self.model.mkdir(exist_ok=True)
 
     def commit(self, **changes: Any) -> None:
         """Counts as done what ``changes`` says, atomically."""
@@ -60,21 +72,23 @@ class WorkFolder:
         write_json(self.path / PROGRESS, self.progress)
 
     def finish(self) -> None:
-        """The new checkpoint takes the output's place, and the work folder is gone."""
+        """The new checkpoint takes the output's place; nothing else is left."""
         if os.path.lexists(self.output):
-            remove(self.path / REPLACED)
-            self.output.rename(self.path / REPLACED)
+            remove(self._replaced)
+            self.output.rename(self._replaced)
         try:
+            shutil.rmtree(self.path)
             self.model.rename(self.output)
         except OSError:
-            if os.path.lexists(self.path / REPLACED):
-                (self.path / REPLACED).rename(self.output)
+            if os.path.lexists(self._replaced):
+                self._replaced.rename(self.output)
             raise
-        shutil.rmtree(self.path, ignore_errors=True)
+        if os.path.lexists(self._replaced):
+            remove(self._replaced)
 
     def discard(self) -> None:
         """Removes the work folder, and the folders above that were made for it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self.model, ignore_errors=True)
         for folder in self.made:
             with suppress(OSError):  # not empty
                 folder.rmdir()
@@ -87,8 +101,8 @@ class WorkFolder:
             raise OutputError(f"{path} cannot be read ({error}): --restart discards it") from error
 
     def _empty(self) -> None:
-        for path in self.path.iterdir():
-            if path.name != "lock":
+        for path in [*self.model.iterdir(), *self.path.iterdir()]:
+            if path.name not in (STATE, "lock"):
                 remove(path)
 
 
@@ -118,10 +132,11 @@ def _differing(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first thing in which two fingerprints differ, in words; empty where they are the same."""
     for name in new:
         before, now = old.get(name), new[name]
+        if before == now:
+            continue
         if isinstance(before, dict) and isinstance(now, dict):
-            if inner := next((key for key in now | before if before.get(key) != now.get(key)), None):
-                before, now, name = before.get(inner), now.get(inner), f"{name} {inner}"
-        if before != now:
-            plain = all(isinstance(value, str | int | float | bool | None) for value in (before, now))
-            return f"{name} {before!s:.40} and not {now!s:.40}" if plain else f"another {name}"
+            inner = next(key for key in now | before if before.get(key) != now.get(key))
+            before, now, name = before.get(inner), now.get(inner), f"{name} {inner}"
+        plain = all(isinstance(value, str | int | float | bool | None) for value in (before, now))
+        return f"{name} {before!s:.40} and not {now!s:.40}" if plain else f"another {name}"
     return ""
