@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect as python_inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,6 +136,11 @@ def plan(
         out.print(f"Wrote {output}. Next: anymla convert {model} -o OUT --plan {output}")
 
 
+def _first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def _layer_bar() -> Iterator[pipeline.Progress]:
     """A progress bar on stderr, a step per layer; none where stderr is not a terminal."""
@@ -148,7 +154,13 @@ def _layer_bar() -> Iterator[pipeline.Progress]:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal or not _first_process(),
+    ) as bar:
         task = bar.add_task("reading", total=None)
 
         def progress(done: int, total: int, result: Any) -> None:
@@ -208,6 +220,8 @@ def convert(
             progress=progress,
             **device,
         )
+    if not _first_process():
+        return
     if conversion.plan.recipe.calibration is None:
         err.print(
             "note: calibrated on the bundled children's stories; --calibration with text like yours keeps more quality",

@@ -77,12 +77,12 @@ class Streams:
 
 @dataclass(frozen=True)
 class Converted:
-    """All layers' records, and this process's held-out windows [N,T] with the final hidden states, [N,T,D] each."""
+    """All layers' records; this process's windows [N,T], their final hidden states, and which are held out."""
 
     records: list[LayerRecord]
     windows: Tensor
-    original: Tensor
-    converted: Tensor
+    streams: Streams
+    held_out: slice
 
 
 def own_windows(windows: Tensor, split: Split) -> tuple[Tensor, Split]:
@@ -140,8 +140,7 @@ class Sequence:
             streams.drop_others(index + 1)
             if progress is not None and record.result is not None:
                 progress(index + 1, len(self.layers), record.result)
-        held_out = self.split.held_out
-        return Converted(self.records, self.windows[held_out], streams.original[held_out], streams.converted[held_out])
+        return Converted(self.records, self.windows, streams, self.split.held_out)
 
     def _begin(self, budget: Budget) -> Streams:
         done, shape = len(self.records), (len(self.windows), *self.hidden.shape[1:])

@@ -12,10 +12,15 @@ def held_out_scores(streamed: StreamedModel, converted: Converted) -> tuple[Scor
     """Scores of the original and of the converted model on the held-out windows of all processes."""
     before, after = ScoreSums(), ScoreSums()
     with streamed.on_demand(decoder_layers(streamed.model)):
-        for original, hidden, ids in zip(converted.original, converted.converted, converted.windows, strict=True):
-            reference, ids = logits_of(streamed.model, original[None]), ids[None].to(streamed.device)
+        pairs = zip(
+            converted.streams.original.split(1, converted.held_out),
+            converted.streams.converted.split(1, converted.held_out),
+            strict=True,
+        )
+        for (original, hidden), window in zip(pairs, converted.windows[converted.held_out], strict=True):
+            ids, reference = window[None].to(streamed.device), logits_of(streamed.model, original)
             before.add(reference, ids, reference)
-            after.add(logits_of(streamed.model, hidden[None]), ids, reference)
+            after.add(logits_of(streamed.model, hidden), ids, reference)
     cache_before = CacheSize.of([record.before for record in converted.records if record.before is not None])
     cache_after = CacheSize.of([record.after for record in converted.records if record.after is not None])
     device = streamed.device
