@@ -1,6 +1,6 @@
 """Peak memory of a conversion against the size of the checkpoint, each in a process of its own.
 
-    python benchmarks/streaming.py           about five minutes on two cores, 5 GB of disk
+    python benchmarks/streaming.py           about ten minutes on two cores, 5 GB of disk
 
 Random Llama-shaped float32 checkpoints of one width and more and more layers: 0.5, 1 and 2 GB. The peak must be flat:
 one layer, its statistics, the activations and what Python, torch and transformers take themselves.
@@ -33,7 +33,7 @@ SHAPE = {
     "max_position_embeddings": 2048,
 }
 LAYER_BYTES = 4 * (4 * 512 * 512 + 3 * 512 * 1408 + 2 * 512)
-SETTINGS = ["--kv-cache", "0.25", "--calibration-tokens", "2048", "--calibration-length", "128", "--device", "cpu"]
+SETTINGS = ["--kv-cache", "0.25", "--calibration-tokens", "1024", "--calibration-length", "128", "--device", "cpu"]
 FLAT = 1.15
 
 

@@ -18,6 +18,7 @@ from anymla.conversion.progress import check_room
 from anymla.conversion.shards import pack, write_layer, write_outside
 from anymla.conversion.step import LayerResult, LayerStep, Split
 from anymla.errors import TextError
+from anymla.io.device import give_back_memory
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.planning.plan import TYPICAL_ROPE_SHARE, LayerPlan
@@ -138,6 +139,7 @@ class Sequence:
             streams.save(index + 1)
             self._commit(record, max_shard_size)
             streams.drop_others(index + 1)
+            give_back_memory()
             if progress is not None and record.result is not None:
                 progress(index + 1, len(self.layers), record.result)
         return Converted(self.records, self.windows, streams, self.split.held_out)
@@ -193,7 +195,7 @@ class Sequence:
         self.layers[index](self.probes[probe].hidden, **arguments)
         cache = next(value for value in arguments.values() if isinstance(value, Cache)).layers[index]
         # per token that the layer holds: a sliding window may hold fewer than were run
-        tensors = (cache.keys, cache.values)
+        tensors, cache.keys, cache.values = (cache.keys, cache.values), None, None
         numbers = sum(tensor.numel() / tensor.shape[-2] for tensor in tensors)
         return numbers, sum(tensor.numel() * tensor.element_size() / tensor.shape[-2] for tensor in tensors)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 from anymla.errors import RecipeError
@@ -27,3 +28,9 @@ def pick_device(device: str) -> str:
 def machine_memory() -> int:
     """Bytes of memory in this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def give_back_memory() -> None:
+    """Hands freed memory back to the system, where the C library (glibc) would keep it in pieces."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

@@ -120,13 +120,14 @@ class StreamedModel:
         Raises:
             CheckpointError: a file of the source is gone or was cut.
         """
-        prefix = f"{self._names[module]}."
+        prefix, parts = f"{self._names[module]}.", list(module.modules())
         self._load(target for target in self._sources if target.startswith(prefix))
         self._to_device(module)
         try:
             yield
         finally:
-            unload(module)
+            for part in (*parts, *module.modules()):  # those that were replaced, too
+                unload(part, recurse=False)
 
     @contextmanager
     def on_demand(self, layers: Iterable[nn.Module]) -> Iterator[None]:
