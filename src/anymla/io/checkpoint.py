@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anymla.errors import CheckpointError, OutputError
+from anymla.io.work import remove
 
 CONFIG_FILES = ["config.json"]
 MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -213,18 +214,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         if os.path.lexists(old) and not os.path.lexists(output):
             old.rename(output)  # stopped between the two renames
-        _remove(old)
+        remove(old)
         for folder in made:
             with suppress(OSError):  # not empty: the output is there
                 folder.rmdir()
-
-
-def _remove(path: Path) -> None:
-    """Removes a folder, or a link to one, if it is there."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
