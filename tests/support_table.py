@@ -45,14 +45,15 @@ def page(rows: list[Row], failed: dict[str, str]) -> str:
     others = ", ".join(f"{name} ({real})" for name, real in sorted(aliases().items()))
     return f"""# Families
 
-Made by `make families` with transformers {transformers.__version__}: do not edit. A tiny random model of each family, with
-that family's features switched on, is converted at full budget; the errors are the largest differences between its
-logits and the original's, over a whole prompt, cached decoding and a left-padded batch. At half the budget each one
-runs, saves, reloads, and caches exactly the planned numbers. float64 is measured with the float32 casts inside
-transformers' models lifted (tests/precision.py): what remains is the algebra.
+Made by `make families` with transformers {transformers.__version__}: do not edit.
 
-{len({*FAMILIES} - {*failed})} families converted exactly; {len(REFUSED)} refused by name. Layers without softmax attention
-(state space, linear attention, convolutions) are kept as they are.
+A tiny random model of each family, with that family's features switched on, is converted at full budget; the errors are
+the largest differences between its logits and the original's, over a whole prompt, cached decoding and a left-padded
+batch. At half the budget each one runs, saves, reloads, and caches exactly the planned numbers. float64 is measured
+with the float32 casts inside transformers' models lifted (tests/precision.py): what remains is the algebra.
+
+{len({*FAMILIES} - {*failed})} families converted exactly; {len(REFUSED)} refused by name. Layers without softmax
+attention (state space, linear attention, convolutions) are kept as they are.
 
 | family | attention | layers converted | float64 error | float32 error |
 |---|---|---|---:|---:|

@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from anymla.conversion import checkpoint as writing
+from anymla.conversion import shards as writing
 from tests.bad_input_cases import (
     BUNDLED,
     CASES,
@@ -169,14 +169,14 @@ def test_an_output_folder_nobody_may_write_to(anymla, tmp_path):
     assert str(locked) in message_of(anymla([*arguments, "-o", str(locked / "out")]))
 
 
-def disk_fills_up(state, folder, **_):
+def disk_fills_up(path, tensors):
     """Writes the first part of the weights and then fails as a full disk does."""
-    (Path(folder) / "model.safetensors").write_bytes(100_000 * b"\0")
+    path.write_bytes(100_000 * b"\0")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def user_interrupts(state, folder, **_):
-    (Path(folder) / "model.safetensors").write_bytes(100_000 * b"\0")
+def user_interrupts(path, tensors):
+    path.write_bytes(100_000 * b"\0")
     raise KeyboardInterrupt
 
 
@@ -188,7 +188,7 @@ def disk_is_full(_):
 @pytest.mark.parametrize(
     ("place", "name", "failing", "words"),
     [
-        (writing, "save_torch_state_dict", disk_fills_up, "No space left on device"),
+        (writing, "write_tensors", disk_fills_up, "No space left on device"),
         (sys.modules["shutil"], "disk_usage", disk_is_full, "MiB"),
     ],
     ids=["while-writing", "before-writing"],
@@ -219,7 +219,7 @@ def test_overwrite_of_a_link_replaces_the_link(anymla, tmp_path):
 def test_disk_full_below_a_new_folder(anymla, tmp_path, monkeypatch):
     arguments = GOOD.prepare(tmp_path)
     before = tree(tmp_path)
-    monkeypatch.setattr(writing, "save_torch_state_dict", disk_fills_up)
+    monkeypatch.setattr(writing, "write_tensors", disk_fills_up)
     message_of(anymla([*arguments, "-o", str(tmp_path / "new" / "deep" / "out")]))
     assert tree(tmp_path) == before
 
@@ -227,9 +227,9 @@ def test_disk_full_below_a_new_folder(anymla, tmp_path, monkeypatch):
 def test_interrupted_while_writing(anymla, tmp_path, monkeypatch):
     arguments = GOOD.prepare(tmp_path)
     before = tree(tmp_path)
-    monkeypatch.setattr(writing, "save_torch_state_dict", user_interrupts)
+    monkeypatch.setattr(writing, "write_tensors", user_interrupts)
     run = anymla(arguments)
-    assert (run.code, run.err.strip()) == (130, "stopped")
+    assert (run.code, run.err.strip()) == (130, "stopped; nothing is left")
     assert tree(tmp_path) == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect as python_inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,6 +136,11 @@ def plan(
         out.print(f"Wrote {output}. Next: anymla convert {model} -o OUT --plan {output}")
 
 
+def _first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def _layer_bar() -> Iterator[pipeline.Progress]:
     """A progress bar on stderr, a step per layer; none where stderr is not a terminal."""
@@ -148,7 +154,13 @@ def _layer_bar() -> Iterator[pipeline.Progress]:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal or not _first_process(),
+    ) as bar:
         task = bar.add_task("reading", total=None)
 
         def progress(done: int, total: int, result: Any) -> None:
@@ -156,6 +168,16 @@ def _layer_bar() -> Iterator[pipeline.Progress]:
             bar.update(task, description=text, completed=done, total=total)
 
         yield progress
+
+
+@contextmanager
+def _how_to_go_on() -> Iterator[None]:
+    """Ends a stopped conversion with what it says about itself."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        sys.stderr.write("\n".join(getattr(stop, "__notes__", ["stopped"])) + "\n")
+        sys.exit(130)
 
 
 @app.command()
@@ -167,7 +189,18 @@ def convert(
     recipe: RecipeFile = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.yaml of `anymla plan`, instead of a recipe.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where a stopped conversion to the same folder left work.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration activations to hold in memory, as 8GB; the rest goes to files beside OUT. "
+            "[default: a quarter of the memory]",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert a model to multi-head latent attention."""
@@ -175,10 +208,20 @@ def convert(
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = Plan.read(plan) if plan is not None else _recipe(recipe, settings)
     device = settings if plan is not None else {}
-    with _layer_bar() as progress:
+    with _layer_bar() as progress, _how_to_go_on():
         conversion = pipeline.convert(
-            model, output, chosen, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress, **device
+            model,
+            output,
+            chosen,
+            overwrite=overwrite,
+            restart=restart,
+            max_shard_size=max_shard_size,
+            max_memory=max_memory,
+            progress=progress,
+            **device,
         )
+    if not _first_process():
+        return
     if conversion.plan.recipe.calibration is None:
         err.print(
             "note: calibrated on the bundled children's stories; --calibration with text like yours keeps more quality",

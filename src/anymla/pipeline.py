@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
@@ -12,27 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
 from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
-from anymla.architectures.families import FAMILIES
 from anymla.errors import CheckpointError, RecipeError, TextError, UnsupportedModelError
 from anymla.io.checkpoint import (
     check_output,
-    check_shard_size,
     check_weights,
     find_model,
     load_model,
     load_tokenizer,
-    new_folder,
+    parse_size,
 )
-from anymla.io.device import pick_device
+from anymla.io.device import machine_memory, pick_device
 from anymla.planning.plan import Plan, check_plan, explain, make_plan
 from anymla.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from anymla.conversion.sequence import Converted
     from anymla.conversion.step import LayerResult
-    from anymla.evaluation.scores import CacheSize, Scores
+    from anymla.evaluation.scores import Scores
+    from anymla.io.streamed import StreamedModel
+    from anymla.io.work import WorkFolder
 
 REDUCTIONS = (4, 8, 16)
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
@@ -140,7 +140,9 @@ def convert(
     recipe: Recipe | Plan | None = None,
     *,
     overwrite: bool = False,
+    restart: bool = False,
     max_shard_size: str = "5GB",
+    max_memory: str | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Conversion:
@@ -152,9 +154,16 @@ def convert(
             with ``trust_remote_code=True`` without it.
         recipe: settings to start from, or a plan of :func:`plan`.
         overwrite: replace ``output`` if it exists.
+        restart: discard what a stopped conversion to ``output`` left, instead of going on from there.
         max_shard_size: as in ``save_pretrained``.
-        progress: called after each layer with (layers done, layers, result).
+        max_memory: bytes of calibration activations to hold in memory, as "8GB"; the rest lies in files beside
+            ``output``. Default: a quarter of the machine's memory.
+        progress: called after each layer with (layers done, layers, result), and once before the first where a stopped
+            conversion goes on.
         settings: fields of :class:`~anymla.Recipe` that override the recipe, as ``kv_cache=0.25``.
+
+    What is done is kept in a folder beside ``output`` until all is; the same call goes on from there. Under torchrun
+    every process takes its part of the calibration windows, and the first one writes.
 
     Returns:
         The report, also written beside the weights with the recipe and the final plan.
@@ -167,31 +176,21 @@ def convert(
     blueprint = read_blueprint(read_config(source))
     chosen = _chosen_plan(str(model), blueprint, recipe, settings)
     check_output(output, source, overwrite=overwrite)
-    check_shard_size(max_shard_size)
+    shard_size = parse_size("--max-shard-size", max_shard_size)
+    memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
     check_weights(source)
     windows = _calibration(chosen.recipe, source, blueprint)
-    loaded = load_model(source, dtype=chosen.recipe.dtype, device=pick_device(chosen.recipe.device))
 
-    from anymla.conversion.checkpoint import write_checkpoint
-    from anymla.conversion.sequence import convert_layers
-    from anymla.evaluation.scores import measure_cache
+    from anymla.calibration.parallel import process_group
+    from anymla.conversion.progress import claim, kept
+    from anymla.io.streamed import StreamedModel
+    from anymla.io.work import WorkFolder
 
-    windows, cache_before = windows.to(loaded.device), measure_cache(loaded)
-    converted = convert_layers(loaded, blueprint, chosen, windows, progress)
-    before, after = _held_out_scores(loaded, converted, windows, cache_before)
-    with new_folder(output) as folder:
-        write_checkpoint(loaded, converted.attentions, source, folder, max_shard_size=max_shard_size)
-        report = Conversion(
-            output=output,
-            plan=_final_plan(chosen, converted.results),
-            layers=tuple(converted.results),
-            before=before,
-            after=after,
-            seconds=time.monotonic() - started,
-            peak_rss_bytes=peak_rss(),
-        )
-        _write_report(folder, report)
-    return report
+    with process_group(pick_device(chosen.recipe.device)) as device:
+        streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
+        claim(work, streamed, chosen, windows, restart=restart, anymla=__version__, max_shard_size=shard_size)
+        with kept(work, len(blueprint.layers)):
+            return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
 
 
 def evaluate(
@@ -276,34 +275,63 @@ def _check_vocabulary(windows: torch.Tensor, model: Any, text: str | Path) -> No
         raise TextError(f"{text}: the tokenizer gives id {largest} but the model has {model.config.vocab_size} tokens")
 
 
-def _held_out_scores(
-    model: Any, converted: Converted, windows: torch.Tensor, cache_before: CacheSize
-) -> tuple[Scores, Scores]:
-    from anymla.calibration.stream import logits_of
-    from anymla.evaluation.scores import ScoreSums, measure_cache
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of activations in memory, and of a shard."""
 
-    before, after = ScoreSums(), ScoreSums()
-    tuples = FAMILIES[model.config.model_type].layers_give_tuples
-    held_out = windows[len(windows) - len(converted.original) :]  # the last ones
-    for original, hidden, ids in zip(converted.original, converted.converted, held_out, strict=True):
-        reference = logits_of(model, original[None], tuples=tuples)
-        before.add(reference, ids[None], reference)
-        after.add(logits_of(model, hidden[None], tuples=tuples), ids[None], reference)
-    return before.scores(cache_before), after.scores(measure_cache(model))
+    memory: int
+    shard: int
 
 
-def _final_plan(plan: Plan, results: list[LayerResult]) -> Plan:
-    layers = list(plan.layers)
-    for result in results:
-        if (layer := layers[result.layer]) is not None:
-            update = {"rope_dims": result.rope_dims, "kv_rank": result.kv_rank, "rope_choices": ()}
-            layers[result.layer] = layer.model_copy(update=update)
-    return plan.model_copy(update={"layers": tuple(layers)})
+def _convert(
+    streamed: StreamedModel,
+    blueprint: Blueprint,
+    plan: Plan,
+    windows: torch.Tensor,
+    work: WorkFolder,
+    sizes: _Sizes,
+    progress: Progress | None,
+    started: float,
+) -> Conversion:
+    """Converts what ``work`` does not hold yet, scores it, and puts it in the output's place."""
+    from anymla.calibration.parallel import rank, wait_for_all, world
+    from anymla.conversion.checkpoint import write_checkpoint
+    from anymla.conversion.sequence import Sequence
+    from anymla.evaluation.held_out import held_out_scores
+
+    sequence = Sequence(streamed, blueprint, plan, windows, work)
+    converted = sequence.run(sizes.memory // world(), sizes.shard, progress)
+    before, after = held_out_scores(streamed, converted, tuples=sequence.family.layers_give_tuples)
+    results = [record.result for record in converted.records]
+    report = Conversion(
+        output=work.output,
+        plan=_final_plan(plan, results),
+        layers=tuple(result for result in results if result is not None),
+        before=before,
+        after=after,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss(),
+    )
+    if rank() == 0:
+        attentions = [record.attention for record in converted.records if record.attention is not None]
+        write_checkpoint(streamed, work, attentions, max_shard_size=sizes.shard)
+        _write_report(work.model, report)
+        work.finish()
+    wait_for_all()
+    return report
+
+
+def _final_plan(plan: Plan, results: list[LayerResult | None]) -> Plan:
+    layers = tuple(
+        layer
+        if layer is None or result is None
+        else layer.model_copy(update={"rope_dims": result.rope_dims, "kv_rank": result.kv_rank, "rope_choices": ()})
+        for layer, result in zip(plan.layers, results, strict=True)
+    )
+    return plan.model_copy(update={"layers": layers})
 
 
 def _write_report(folder: Path, report: Conversion) -> None:
-    import json
-
     from anymla.conversion.card import model_card
 
     (folder / "recipe.yaml").write_text(report.plan.recipe.to_yaml(), encoding="utf-8")

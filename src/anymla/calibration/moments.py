@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anymla.architectures.attention import AttentionWeights
+from anymla.calibration.parallel import all_sum, all_sum_number
 from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.heads import attention_weights, causal_mask
 
@@ -121,10 +122,12 @@ class MomentSums:
     def moments(self) -> Moments:
         """The means of all that was added; ends the sums, whose memory they take over."""
         over_tokens = ("gram", "mean", "query_gram", "rotation", "key_weight", "value_weight", "query_norm", "key_norm")
+        tokens = all_sum_number(self.tokens, self.gram.device)
         for name in over_tokens:
-            getattr(self, name).div_(self.tokens)
+            all_sum(getattr(self, name)).div_(tokens)
+        all_sum(self.received)
         for name in ("weighted_gram", "weighted_mean"):
-            getattr(self, name).div_(self.received.clamp_min(1e-300))
+            all_sum(getattr(self, name)).div_(self.received.clamp_min(1e-300))
         means = {name: getattr(self, name) for name in (*over_tokens, "weighted_gram", "weighted_mean")}
         return Moments(rope_scale=self.rope_scale, **means)
 

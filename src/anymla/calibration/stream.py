@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anymla.calibration.activations import Activations
 from anymla.errors import UnsupportedModelError
 
 SCORE_ELEMENTS = 1 << 22  # attention scores per batch; bounds the batch, and so the memory of its activations
@@ -32,6 +34,10 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers where anymla looks for it")
 
 
+class _Reached(Exception):
+    """Ends a run where enough is known."""
+
+
 @contextmanager
 def _layers_run(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
     """Lets every layer run ``forward(index, hidden_states, *args, **kwargs)`` instead of its own."""
@@ -45,58 +51,51 @@ def _layers_run(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """What a decoder layer is called with beside the hidden states, and whether it gives a tuple."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def batch(self, heads: int, length: int, *, shared: bool = True) -> int:
-        """Windows per batch such that their attention scores stay bounded; one where arguments belong to a window."""
-        return max(1, SCORE_ELEMENTS // (heads * length * length)) if shared else 1
-
-
-@dataclass(frozen=True)
 class LayerInputs:
-    """What the decoder hands to its layers: embedded windows [N,T,D] and each layer's other arguments."""
+    """What the decoder hands to its layers: embedded windows [B,T,D] and each layer's arguments, by name."""
 
     hidden: Tensor
-    calls: list[LayerCall]
+    arguments: list[dict[str, Any]]
+
+
+def batch_size(heads: int, length: int) -> int:
+    """Windows per batch such that their attention scores stay bounded."""
+    return max(1, SCORE_ELEMENTS // (heads * length * length))
 
 
 @torch.no_grad()
-def layer_inputs(model: Any, windows: Tensor, *, tuples: bool) -> LayerInputs:
-    """Embeds ``windows`` [N,T] and records the arguments (mask, rope tables) that each layer is called with.
+def layer_inputs(model: Any, ids: Tensor, *, tuples: bool, use_cache: bool = False) -> LayerInputs:
+    """Embeds windows ``ids`` [B,T] and records what each layer is called with: mask, rope tables, cache.
 
-    ``tuples``: whether layers of this family return tuples.
+    Runs no layer and nothing behind them. ``tuples``: whether layers of this family return tuples.
     """
-    calls: dict[int, LayerCall] = {}
+    layers = decoder_layers(model)
+    names = [list(inspect.signature(layer.forward).parameters)[1:] for layer in layers]  # after the hidden states
+    arguments: list[dict[str, Any]] = [{} for _ in layers]
     embedded: list[Tensor] = []
 
     def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls[index] = LayerCall(args, kwargs)
-        if index == 0:
-            embedded.append(hidden_states)
+        embedded.append(hidden_states)
+        arguments[index] = dict(zip(names[index], args, strict=False)) | kwargs
+        if index == len(layers) - 1:
+            raise _Reached
         return (hidden_states, None) if tuples else hidden_states
 
-    with _layers_run(decoder_layers(model), record):
-        for window in windows:
-            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
-    return LayerInputs(torch.cat(embedded), [calls[index] for index in range(len(calls))])
+    with _layers_run(layers, record), suppress(_Reached):
+        model.base_model(input_ids=ids, use_cache=use_cache)
+    return LayerInputs(embedded[0], arguments)
 
 
 @torch.no_grad()
 def logits_of(model: Any, hidden: Tensor, *, tuples: bool) -> Tensor:
     """Logits [B,T,V] of final hidden states [B,T,D]: the model's own last norm and head."""
     output = (hidden, None) if tuples else hidden
+    inputs: dict[str, Tensor] = {"inputs_embeds": hidden}  # whatever they are; their table need not be read
+    if model.get_input_embeddings().weight.shape[1] != hidden.shape[-1]:
+        inputs = {"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)}
     with _layers_run(decoder_layers(model), lambda index, *args, **kwargs: output):
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
-
-
-class _Reached(Exception):
-    """Ends a layer's run where its attention begins."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,9 @@ class AttentionStep:
 
 
 @torch.no_grad()
-def attention_inputs(layer: Any, attention: nn.Module, hidden: Tensor, call: LayerCall, batch: int) -> Iterator[Tensor]:
+def attention_inputs(
+    layer: Any, attention: nn.Module, hidden: Activations, arguments: dict[str, Any], batch: int
+) -> Iterator[Tensor]:
     """Yields per batch the attention module's input [B,T,D], and runs nothing behind it."""
     seen: list[Tensor] = []
 
@@ -122,14 +123,16 @@ def attention_inputs(layer: Any, attention: nn.Module, hidden: Tensor, call: Lay
     try:
         for part in hidden.split(batch):
             with suppress(_Reached):
-                layer(part, *call.args, **call.kwargs)
+                layer(part, **arguments)
             yield seen.pop()
     finally:
         hook.remove()
 
 
 @torch.no_grad()
-def run_layer(layer: Any, attention: nn.Module, hidden: Tensor, call: LayerCall, batch: int) -> Iterator[AttentionStep]:
+def run_layer(
+    layer: Any, attention: nn.Module, hidden: Activations, arguments: dict[str, Any], batch: int
+) -> Iterator[AttentionStep]:
     """Runs ``hidden`` [N,T,D] through a layer in batches."""
     seen: dict[str, Any] = {}
 
@@ -147,7 +150,7 @@ def run_layer(layer: Any, attention: nn.Module, hidden: Tensor, call: LayerCall,
     ]
     try:
         for part in hidden.split(batch):
-            output = first(layer(part, *call.args, **call.kwargs))
+            output = first(layer(part, **arguments))
             yield AttentionStep(seen["input"], seen["arguments"], seen["output"], output)
     finally:
         for hook in hooks:

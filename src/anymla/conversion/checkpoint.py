@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
-from torch import Tensor, nn
-
 from anymla.architectures.register import converted_class, register
-from anymla.io.checkpoint import check_space, copy_companions
+from anymla.calibration.stream import decoder_layers
+from anymla.conversion.shards import name_shards, pack, write_outside
+from anymla.io.checkpoint import copy_companions
+from anymla.io.streamed import StreamedModel
+from anymla.io.work import WorkFolder
 from anymla.modeling import modeling_anymla
-from anymla.modeling.latent_attention import LatentAttention
 
 
-def converted_config(model: Any, attentions: dict[str, tuple[LatentAttention, dict[str, Any]]]) -> Any:
-    """The config of the converted model: the original's fields, DeepSeek's names, each converted layer's features."""
+def converted_config(model: Any, layers: list[dict[str, Any]]) -> Any:
+    """The config of the converted ``model``: the original's fields, DeepSeek's names, each converted layer's features.
+
+    ``layers``: LatentAttention's arguments of each, and where in the model it is.
+    """
     register()
     model_class: Any = converted_class(type(model).__name__)
-    layers = [attention for attention, _ in attentions.values()]
-    rank, rope_dims = max(layer.kv_lora_rank for layer in layers), max(layer.qk_rope_head_dim for layer in layers)
-    head_dim = max(layer.head_dim for layer in layers)
+    rank, rope_dims, head_dim = (
+        max(layer[name] for layer in layers) for name in ("kv_lora_rank", "qk_rope_head_dim", "head_dim")
+    )
     fields = model.config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version"):
         fields.pop(name, None)
@@ -33,39 +35,24 @@ def converted_config(model: Any, attentions: dict[str, tuple[LatentAttention, di
         qk_nope_head_dim=head_dim,
         v_head_dim=head_dim,
         qk_head_dim=head_dim + rope_dims,
-        mla_layers=[
-            {"module": path, "kv_lora_rank": layer.kv_lora_rank, "qk_rope_head_dim": layer.qk_rope_head_dim} | features
-            for path, (layer, features) in attentions.items()
-        ],
+        mla_layers=layers,
     )
 
 
 def write_checkpoint(
-    model: nn.Module,
-    attentions: dict[str, tuple[LatentAttention, dict[str, Any]]],
-    source: Path,
-    folder: Path,
-    *,
-    max_shard_size: str,
+    source: StreamedModel, work: WorkFolder, attentions: list[dict[str, Any]], *, max_shard_size: int
 ) -> None:
-    """Writes weights, config, modelling files, tokenizer and generation settings of ``model`` into ``folder``."""
-    config = converted_config(model, attentions)
-    state = _owned_tensors(model)
-    check_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-    copy_companions(source, folder)
-    architecture = config.architectures[0]
+    """Completes ``work.model``: the last weights, config, modelling files, tokenizer and generation settings."""
+    config, layers = converted_config(source.model, attentions), decoder_layers(source.model)
+    write_outside(source, work, layers, behind=True)
+    pack(work, len(layers) + 2, max_shard_size, last=True)
+    shards = name_shards(work)
+    copy_companions(source.folder, work.model)
     module = modeling_anymla.__name__.rsplit(".", 1)[-1]
     config.auto_map = {
         "AutoConfig": f"{module}.{type(config).__name__}",
-        "AutoModelForCausalLM": f"{module}.{architecture}",
+        "AutoModelForCausalLM": f"{module}.{config.architectures[0]}",
     }
-    config.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
-        shutil.copymode(folder / "config.json", file)
-
-
-def _owned_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the names that the model ties to others."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    config.save_pretrained(work.model)
+    for shard in shards:
+        shutil.copymode(work.model / "config.json", shard)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymla.calibration.parallel import all_sum, all_sum_number
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean feature power that hold the weight to where it was
 
 
@@ -33,7 +35,7 @@ def normal_equations(batches: Iterable[tuple[Tensor, Tensor]]) -> NormalEquation
         x, e = features.flatten(0, -2).double(), error.flatten(0, -2).double()
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         gram, cross, total = gram.to(x.device) + x.T @ x, cross.to(x.device) + x.T @ e, total + e.square().sum().item()
-    return NormalEquations(gram, cross, total)
+    return NormalEquations(all_sum(gram), all_sum(cross), all_sum_number(total, gram.device))
 
 
 def best_change(fit: NormalEquations, choice: NormalEquations) -> Tensor | None:

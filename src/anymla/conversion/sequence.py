@@ -3,65 +3,225 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from anymla.architectures.blueprint import Blueprint
 from anymla.architectures.families import FAMILIES
-from anymla.calibration.stream import LayerCall, decoder_layers, first, layer_inputs
+from anymla.calibration.activations import Activations, Budget
+from anymla.calibration.parallel import from_first, rank, wait_for_all, world
+from anymla.calibration.stream import decoder_layers, first, layer_inputs
+from anymla.conversion.progress import check_room
+from anymla.conversion.shards import pack, write_layer, write_outside
 from anymla.conversion.step import LayerResult, LayerStep, Split
-from anymla.modeling.latent_attention import LatentAttention
+from anymla.errors import TextError
+from anymla.io.device import give_back_memory
+from anymla.io.streamed import StreamedModel
+from anymla.io.work import WorkFolder
 from anymla.planning.plan import TYPICAL_ROPE_SHARE, Plan
+
+PROBE_TOKENS = 8
+Progress = Callable[[int, int, LayerResult], None]  # (layers done, layers, the last one's result)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """A layer that is done: its result, its cache, (numbers, bytes) per token, before and after.
+
+    ``attention``: what the new config says of it: where in the model it is, its sizes and features (LatentAttention's
+    arguments). All are None for a layer that has no softmax attention and stays as it is.
+    """
+
+    result: LayerResult | None = None
+    attention: dict[str, Any] | None = None
+    before: tuple[float, float] | None = None
+    after: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> LayerRecord:
+        """The record that ``asdict`` took apart."""
+        if fields["result"] is None:
+            return cls()
+        return cls(
+            LayerResult(**fields["result"]), fields["attention"], tuple(fields["before"]), tuple(fields["after"])
+        )
+
+
+class Streams:
+    """The two streams of hidden states that move on layer by layer: the original's, and that of converted layers.
+
+    What they were behind each layer is saved before that layer counts as done, and goes once the next one does.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str, budget: Budget) -> None:
+        self.original = Activations(shape, dtype, device, budget, f"original-{rank()}")
+        self.converted = Activations(shape, dtype, device, budget, f"converted-{rank()}")
+        self.folder = budget.folder
+
+    def save(self, layers: int) -> None:
+        """Keeps both as they are behind ``layers`` layers."""
+        for stream in (self.original, self.converted):
+            stream.save(self.folder / f"{stream.name}-behind-{layers}")
+
+    def restore(self, layers: int) -> None:
+        """Takes both up behind ``layers`` layers."""
+        for stream in (self.original, self.converted):
+            stream.restore(self.folder / f"{stream.name}-behind-{layers}")
+
+    def drop_others(self, layers: int) -> None:
+        """Removes all that is saved but what lies behind ``layers`` layers."""
+        for stream in (self.original, self.converted):
+            for path in self.folder.glob(f"{stream.name}-behind-*"):
+                if path.name != f"{stream.name}-behind-{layers}":
+                    path.unlink()
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Final hidden states [N,T,D] of the held-out windows, original and converted; by layer, what was converted."""
+    """All layers' records; this process's windows [N,T], their final hidden states, and which are held out."""
 
-    original: Tensor
-    converted: Tensor
-    attentions: dict[str, tuple[LatentAttention, dict[str, Any]]]  # by path in the model: the module, its features
-    results: list[LayerResult]
+    records: list[LayerRecord]
+    windows: Tensor
+    streams: Streams
+    held_out: slice
 
 
-@torch.no_grad()
-def convert_layers(
-    model: Any,
-    blueprint: Blueprint,
-    plan: Plan,
-    windows: Tensor,
-    progress: Callable[[int, int, LayerResult], None] | None,
-) -> Converted:
-    """Replaces every softmax attention module of ``model`` in place; ``windows`` [N,T] are calibration tokens."""
-    family, split = FAMILIES[blueprint.model_type], Split.of(len(windows))
-    inputs = layer_inputs(model, windows, tuples=family.layers_give_tuples)
-    original, converted = inputs.hidden, inputs.hidden.clone()  # both move on layer by layer, in place
-    done, results = {}, []
-    share, layers = TYPICAL_ROPE_SHARE, decoder_layers(model)
-    names = {module: name for name, module in model.named_modules()}
-    for index, layer in enumerate(layers):
-        call, spec, layer_plan = inputs.calls[index], blueprint.layers[index], plan.layers[index]
-        if spec is None or layer_plan is None:
-            for hidden in (original, converted):
-                _run(layer, hidden, call, 1)
-            continue
-        step = LayerStep(layer, spec, family, model.config.get_text_config(), layer_plan, plan.recipe, split)
-        step.measure(call, index, original, converted)
-        attention, result = step.choose(index, share)
+def own_windows(windows: Tensor, split: Split) -> tuple[Tensor, Split]:
+    """This process's part of each kind of window; all processes' parts together are ``windows``.
+
+    Raises:
+        TextError: there are more processes than windows to choose on.
+    """
+    kinds = (split.fit, split.choice, split.held_out)
+    parts = [windows[kind][rank() :: world()] for kind in kinds]
+    if min(len(windows[kind]) for kind in kinds[:2]) < world():
+        raise TextError(
+            f"{world()} processes need {4 * world()} calibration windows and there are {len(windows)}: give more "
+            "--calibration-tokens or a shorter --calibration-length"
+        )
+    first, second = len(parts[0]), len(parts[0]) + len(parts[1])
+    return torch.cat(parts), Split(slice(0, first), slice(first, second), slice(second, second + len(parts[2])))
+
+
+class Sequence:
+    """One conversion, from its first layer or from where ``work`` says that it was stopped."""
+
+    def __init__(
+        self,
+        source: StreamedModel,
+        blueprint: Blueprint,
+        plan: Plan,
+        windows: Tensor,
+        work: WorkFolder,
+    ) -> None:
+        self.source, self.specs, self.work = source, blueprint.layers, work
+        self.plans, self.recipe = plan.layers, plan.recipe
+        self.family = FAMILIES[blueprint.model_type]
+        self.layers = decoder_layers(source.model)
+        self.windows, self.split = own_windows(windows, Split.of(len(windows)))
+        self.records = [LayerRecord.of(fields) for fields in work.progress["layers"]]
+        with source.on_demand(self.layers):
+            ids = self.windows[:1].to(source.device)
+            tuples = self.family.layers_give_tuples
+            inputs = layer_inputs(source.model, ids, tuples=tuples)
+            self.arguments, self.hidden = inputs.arguments, inputs.hidden
+            self.probes = [
+                layer_inputs(source.model, ids[:, :PROBE_TOKENS], tuples=tuples, use_cache=True) for _ in range(2)
+            ]
+
+    @torch.no_grad()
+    def run(self, memory: int, max_shard_size: int, progress: Progress | None) -> Converted:
+        """Converts the layers that are not yet done; activations beyond ``memory`` bytes go to files."""
+        streams = self._begin(Budget(memory, self.work.path))
+        if self.records and progress is not None and (last := self.records[-1].result) is not None:
+            progress(len(self.records), len(self.layers), last)
+        for index in range(len(self.records), len(self.layers)):
+            with self.source.layer(self.layers[index]):
+                record = self._convert(index, streams)
+                if rank() == 0:
+                    write_layer(self.source, self.work, self.layers[index], index)
+            streams.save(index + 1)
+            self._commit(record, max_shard_size)
+            streams.drop_others(index + 1)
+            give_back_memory()
+            if progress is not None and record.result is not None:
+                progress(index + 1, len(self.layers), record.result)
+        return Converted(self.records, self.windows, streams, self.split.held_out)
+
+    def _begin(self, budget: Budget) -> Streams:
+        done, shape = len(self.records), (len(self.windows), *self.hidden.shape[1:])
+        check_room(self.work, self.source, 4 * self.hidden.nbytes * shape[0])  # two streams, two generations each
+        streams = Streams(shape, self.hidden.dtype, self.source.device, budget)
+        if done:
+            streams.restore(done)
+            streams.drop_others(done)
+            return streams
+        with self.source.on_demand(self.layers):
+            for number, window in enumerate(self.windows):
+                ids = window[None].to(self.source.device)
+                hidden = layer_inputs(self.source.model, ids, tuples=self.family.layers_give_tuples).hidden
+                streams.original[number : number + 1] = streams.converted[number : number + 1] = hidden
+        streams.save(0)
+        streams.restore(0)
+        if rank() == 0:
+            write_outside(self.source, self.work, self.layers, behind=False)
+        return streams
+
+    def _convert(self, index: int, streams: Streams) -> LayerRecord:
+        layer, plan, spec, arguments = self.layers[index], self.plans[index], self.specs[index], self.arguments[index]
+        if plan is None or spec is None:
+            for stream in (streams.original, streams.converted):
+                _pass_through(layer, stream, arguments, 1)
+            return LayerRecord()
+        before = self._cached(index, 0)
+        config = self.source.model.config.get_text_config()
+        step = LayerStep(layer, spec, self.family, config, plan, self.recipe, arguments, self.split)
+        step.measure(index, streams.original, streams.converted)
+        attention, result = step.choose(index, self._near(index))
+        for tensor in attention.state_dict().values():
+            from_first(tensor)  # the algebra of another machine may differ in the last bit
         step.install(attention)
-        _run(layer, converted, call, step.batch)
-        done[f"{names[layer]}.{step.path}"] = (attention, step.source.features)
-        results.append(result)
-        share = result.rope_dims / layer_plan.cached_numbers  # the next layer's choice lies near this one's
-        if progress is not None:
-            progress(len(results), len(blueprint.attention_layers), result)
-    return Converted(original[split.held_out], converted[split.held_out], done, results)
+        _pass_through(layer, streams.converted, arguments, step.batch)
+        for room in (step.inputs, step.target):
+            room.close()
+        sizes = {"kv_lora_rank": result.kv_rank, "qk_rope_head_dim": result.rope_dims}
+        described = {"module": f"{self.source.name_of(layer)}.{step.path}"} | sizes | step.source.features
+        return LayerRecord(result, described, before, self._cached(index, 1))
+
+    def _near(self, index: int) -> float:
+        """The rope share of the last converted layer, near which this one's choice lies."""
+        for plan, record in zip(self.plans[:index][::-1], self.records[:index][::-1], strict=True):
+            if plan is not None and record.result is not None:
+                return record.result.rope_dims / plan.cached_numbers
+        return TYPICAL_ROPE_SHARE
+
+    def _cached(self, index: int, probe: int) -> tuple[float, float]:
+        """Numbers and bytes per token in the live cache after a few tokens ran through the layer as it now is."""
+        arguments = self.probes[probe].arguments[index]
+        self.layers[index](self.probes[probe].hidden, **arguments)
+        cache = next(value for value in arguments.values() if isinstance(value, Cache)).layers[index]
+        # per token that the layer holds: a sliding window may hold fewer than were run
+        tensors, cache.keys, cache.values = (cache.keys, cache.values), None, None
+        numbers = sum(tensor.numel() / tensor.shape[-2] for tensor in tensors)
+        return numbers, sum(tensor.numel() * tensor.element_size() / tensor.shape[-2] for tensor in tensors)
+
+    def _commit(self, record: LayerRecord, max_shard_size: int) -> None:
+        """Counts a layer as done, once every process has saved what lies behind it."""
+        self.records.append(record)
+        wait_for_all()
+        if rank() == 0:
+            self.work.commit(layers=[asdict(record) for record in self.records])
+            pack(self.work, len(self.records) + 1, max_shard_size)
+        wait_for_all()
 
 
-def _run(layer: Any, hidden: Tensor, call: LayerCall, batch: int) -> None:
-    """Moves ``hidden`` on to the states behind ``layer``, in place."""
-    for part in hidden.split(batch):
-        part.copy_(first(layer(part, *call.args, **call.kwargs)))
+def _pass_through(layer: Any, stream: Activations, arguments: dict[str, Any], batch: int) -> None:
+    """Moves ``stream`` on to the states behind ``layer``."""
+    done = 0
+    for hidden in stream.split(batch):
+        stream[done : done + len(hidden)] = first(layer(hidden, **arguments))
+        done += len(hidden)

@@ -14,8 +14,10 @@ from anymla.architectures.attention import read_attention
 from anymla.architectures.blueprint import AttentionSpec
 from anymla.architectures.families import Family
 from anymla.architectures.parts import attention_path
+from anymla.calibration.activations import Activations
 from anymla.calibration.moments import Moments, MomentSums
-from anymla.calibration.stream import LayerCall, attention_inputs, run_layer
+from anymla.calibration.parallel import all_sum_number
+from anymla.calibration.stream import attention_inputs, batch_size, run_layer
 from anymla.conversion.layer import build_attention, convert_layer
 from anymla.conversion.refit import refit_output
 from anymla.errors import CheckpointError, UnsupportedModelError
@@ -72,26 +74,27 @@ class LayerStep:
         config: Any,
         plan: LayerPlan,
         recipe: Recipe,
+        arguments: dict[str, Any],
         split: Split,
     ) -> None:
         self.layer, self.spec, self.family, self.config = layer, spec, family, config
-        self.plan, self.recipe, self.split = plan, recipe, split
+        self.plan, self.recipe, self.call, self.split = plan, recipe, arguments, split
         self.path = str(attention_path(layer))
         self.attention = layer.get_submodule(self.path)
         self.source = read_attention(self.attention, spec, family, config)
 
-    def measure(self, call: LayerCall, index: int, original: Tensor, converted: Tensor) -> None:
+    def measure(self, index: int, original: Activations, converted: Activations) -> None:
         """Collects moments on the original's activations, inputs below the converted layers, and targets.
 
         The target is what the original attention adds to the residual stream, plus what the converted layers below
         have lost of that stream by now. ``original`` moves on to the hidden states behind this layer, in place.
         """
-        self.batch = call.batch(self.spec.num_heads, original.shape[1], shared=self.family.batched)
+        self.batch = batch_size(self.spec.num_heads, original.shape[1]) if self.family.batched else 1
         sums, seen = MomentSums(self.source.weights), 0
         precision = torch.promote_types(original.dtype, torch.float32)  # for a difference of near-equal 16-bit numbers
-        self.target, self.inputs = torch.empty_like(original, dtype=precision), torch.empty_like(converted)
-        self.stream_power = 0.0
-        for step in run_layer(self.layer, self.attention, original, call, self.batch):
+        self.target, self.inputs = original.like(precision), converted.like(converted.dtype)
+        self.stream_power, finite = 0.0, True
+        for step in run_layer(self.layer, self.attention, original, self.call, self.batch):
             part = slice(seen, seen + len(step.inputs))
             fitted = step.inputs[: max(0, self.split.fit.stop - seen)]
             if len(fitted):
@@ -99,17 +102,19 @@ class LayerStep:
             stream = step.attended.to(precision) + (original[part] if self.family.plain_residual else 0)
             chosen = slice(*(max(0, bound - seen) for bound in (self.split.choice.start, self.split.choice.stop)))
             self.stream_power += stream[chosen].double().square().sum().item()
-            self.target[part] = stream - (converted[part] if self.family.plain_residual else 0)
+            self.target[part] = target = stream - (converted[part] if self.family.plain_residual else 0)
+            finite = finite and bool(target.isfinite().all())
             original[part] = step.output
             seen = part.stop
         self.arguments = step.arguments
+        self.stream_power = all_sum_number(self.stream_power, sums.gram.device)
         self.moments: Moments = sums.moments()
-        if not torch.isfinite(self.moments.weighted_gram).all() or not torch.isfinite(self.target).all():
+        if not torch.isfinite(self.moments.weighted_gram).all() or not finite:
             dtype = str(original.dtype).removeprefix("torch.")
             raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype float32 or bfloat16")
-        attended_inputs = attention_inputs(self.layer, self.attention, converted, call, self.batch)
-        for part, inputs in zip(self.inputs.split(self.batch), attended_inputs, strict=True):
-            part.copy_(inputs)
+        attended_inputs = attention_inputs(self.layer, self.attention, converted, self.call, self.batch)
+        for start, inputs in zip(range(0, len(converted), self.batch), attended_inputs, strict=True):
+            self.inputs[start : start + len(inputs)] = inputs
 
     def _add(self, sums: MomentSums, inputs: Tensor, arguments: dict[str, Any]) -> None:
         """Adds one batch's moments; what the family puts on scores comes as one additive mask."""
@@ -140,7 +145,8 @@ class LayerStep:
 
     def _error(self, attention: LatentAttention) -> float:
         """Squared loss of the layer's output on the choice windows."""
-        return sum(lost.double().square().sum().item() for _, lost in self._lost(attention, self.split.choice))
+        lost = sum(lost.double().square().sum().item() for _, lost in self._lost(attention, self.split.choice))
+        return all_sum_number(lost, attention.o_proj.weight.device)
 
     def _descend(self, near: float) -> LatentAttention:
         """The best split, found by walking downhill from the choice whose rope share is nearest to ``near``."""
@@ -179,7 +185,7 @@ class LayerStep:
         hook = attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
             for inputs, target in zip(
-                self.inputs[windows].split(self.batch), self.target[windows].split(self.batch), strict=True
+                self.inputs.split(self.batch, windows), self.target.split(self.batch, windows), strict=True
             ):
                 output, _ = attention(inputs, **self.arguments)
                 yield seen.pop(), target - output

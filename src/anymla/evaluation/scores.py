@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymla.calibration.parallel import all_sum
 from anymla.errors import CheckpointError
 
 CACHE_PROBE_TOKENS = 8
@@ -21,6 +22,12 @@ class CacheSize:
 
     numbers_per_layer: list[float]
     bytes: float
+
+    @classmethod
+    def of(cls, layers: list[tuple[float, float]]) -> CacheSize:
+        """The sizes of a model's ``layers``, (numbers, bytes) per token each."""
+        size = sum(layer[1] for layer in layers)
+        return cls(numbers_per_layer=[layer[0] for layer in layers], bytes=int(size) if size == int(size) else size)
 
     @property
     def numbers(self) -> float:
@@ -66,6 +73,15 @@ class ScoreSums:
                 self.kl += (log_q.exp() * (log_q - log_p)).sum().item()
                 self.agreed += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
 
+    def over_all_processes(self, device: str) -> ScoreSums:
+        """These sums and those of all other processes, which are then the same everywhere."""
+        names = ("tokens", "scored", "loss", "kl", "agreed", "compared")
+        sums = all_sum(torch.tensor([float(getattr(self, name)) for name in names], dtype=torch.float64, device=device))
+        self.tokens, self.scored = int(sums[0]), int(sums[1])
+        self.loss, self.kl, self.agreed = sums[2:5].tolist()
+        self.compared = bool(sums[5])
+        return self
+
     def scores(self, cache: CacheSize) -> Scores:
         """The means, with the cache's size.
 
@@ -91,9 +107,8 @@ def measure_cache(model: Any) -> CacheSize:
     layers = model(input_ids=ids, use_cache=True).past_key_values.layers
     tensors = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
     # per token that the layer holds: a sliding window may hold fewer than were run
-    numbers = [keys.numel() / keys.shape[-2] + values.numel() / values.shape[-2] for keys, values in tensors]
-    size = sum(tensor.numel() * tensor.element_size() / tensor.shape[-2] for pair in tensors for tensor in pair)
-    return CacheSize(numbers_per_layer=numbers, bytes=int(size) if size == int(size) else size)
+    per_token = [[(part.numel() / part.shape[-2], part.element_size()) for part in pair] for pair in tensors]
+    return CacheSize.of([(sum(n for n, _ in pair), sum(n * width for n, width in pair)) for pair in per_token])
 
 
 @torch.no_grad()

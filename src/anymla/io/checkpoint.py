@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anymla.errors import CheckpointError, OutputError
+from anymla.io.work import remove
 
 CONFIG_FILES = ["config.json"]
 MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -93,7 +94,7 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
     from transformers import AutoModelForCausalLM
 
     check_weights(folder)
-    _quiet_transformers()
+    quiet_transformers()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -102,10 +103,23 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
             output_loading_info=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported below, by name
-            experts_implementation="eager",  # grouped products of experts know no float64
+            **implementations(folder, dtype),
         )
     except Exception as error:  # configs, tensors and transformers' own checks raise anything
         raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
+    check_loading(folder, info)
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: tensor {name} holds NaN or infinity")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_loading(folder: Path, info: dict[str, Any]) -> None:
+    """Refuses a checkpoint whose tensors are not those of its model; ``info`` is transformers' account of loading it.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, has the wrong shape, or has no place in a layer.
+    """
     unused = [name for name in info["unexpected_keys"] if ".layers." in name]
     for kind, names in (
         ("has a tensor that its config has no place for:", unused),
@@ -115,18 +129,26 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
         if names:
             first = sorted(names, key=str)[0]
             raise CheckpointError(f"{folder} {kind} {first if isinstance(first, str) else first[0]}")
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder}: tensor {name} holds NaN or infinity")
-    return model.to(device).eval().requires_grad_(False)
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     """What is wrong is raised, in one line; warnings would only come between."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def implementations(folder: Path, dtype: str | None) -> dict[str, str]:
+    """Options of ``from_pretrained`` under which a model computes what it should.
+
+    Grouped products of experts know no float64, and before transformers 5.21 sdpa dropped soft-caps without a word.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= config.get("text_config") or {}
+    double = (dtype or config.get("dtype")) == "float64"
+    options = {"experts_implementation": "eager"} if double else {}
+    return options | ({"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {})
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -137,7 +159,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _quiet_transformers()
+    quiet_transformers()
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raise anything, bare Exception included
@@ -167,10 +189,16 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{output} cannot be made: {parent} is not a writable folder")
 
 
-def check_shard_size(size: str) -> None:
-    """Refuses a --max-shard-size that is not a positive number of KB, MB, GB or TB."""
-    if not re.fullmatch(r"\s*(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE):
-        raise OutputError(f"--max-shard-size {size} is not a size such as 500MB or 5GB")
+def parse_size(option: str, size: str) -> int:
+    """Bytes of a positive number of KB, MB, GB or TB.
+
+    Raises:
+        OutputError: it is none; names ``option``.
+    """
+    match = re.fullmatch(r"\s*(?=.*[1-9])(\d+(?:\.\d+)?)\s*([KMGT])B\s*", size, re.IGNORECASE)
+    if match is None:
+        raise OutputError(f"{option} {size} is not a size such as 500MB or 5GB")
+    return int(float(match[1]) * 1000 ** (" KMGT".index(match[2].upper())))
 
 
 @contextmanager
@@ -199,18 +227,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         if os.path.lexists(old) and not os.path.lexists(output):
             old.rename(output)  # stopped between the two renames
-        _remove(old)
+        remove(old)
         for folder in made:
             with suppress(OSError):  # not empty: the output is there
                 folder.rmdir()
-
-
-def _remove(path: Path) -> None:
-    """Removes a folder, or a link to one, if it is there."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -236,7 +256,7 @@ def copy_companions(source: Path, target: Path) -> None:
         if file.is_file() and not skip and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
         elif file.name == "additional_chat_templates" and file.is_dir():
-            shutil.copytree(file, target / file.name)
+            shutil.copytree(file, target / file.name, dirs_exist_ok=True)
     _pin_tokenizer(source, target)
 
 

@@ -1,6 +1,9 @@
-"""Where to compute."""
+"""Where to compute, and how much memory is there."""
 
 from __future__ import annotations
+
+import ctypes
+import os
 
 from anymla.errors import RecipeError
 
@@ -20,3 +23,14 @@ def pick_device(device: str) -> str:
     except Exception as error:  # each backend of torch has errors of its own
         raise RecipeError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]:.160}") from error
     return device
+
+
+def machine_memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def give_back_memory() -> None:
+    """Hands freed memory back to the system, where the C library (glibc) would keep it in pieces."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

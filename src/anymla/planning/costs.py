@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
+from anymla.io.device import machine_memory
 from anymla.recipe import Recipe
 
 CONTEXT = 4096  # cached tokens at which FLOPs per token are counted
@@ -43,21 +44,16 @@ def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int) -> 
     return LayerCost(projections + decoder + biases + channels, 2 * (projections + absorption + attention))
 
 
-def model_parameters(blueprint: Blueprint) -> int:
-    """Parameters of the original model: attention, a gated MLP of three matrices, norms and embeddings."""
-    hidden = blueprint.hidden_size
-    per_layer = sum(original_cost(spec, hidden).parameters for spec in blueprint.attention_layers.values())
-    mlp = len(blueprint.layers) * (3 * hidden * blueprint.intermediate_size + 2 * hidden)
-    embeddings = blueprint.vocab_size * hidden * (1 if blueprint.tied_embeddings else 2)
-    return per_layer + mlp + embeddings + hidden
-
-
 def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:
-    """Predicted peak bytes of a conversion: weights, one layer's statistics, calibration activations, the runtime."""
-    width = DTYPE_BYTES[recipe.dtype or blueprint.dtype]
+    """Predicted peak bytes of a conversion, however many layers there are.
+
+    One decoder layer and its statistics, or the output head and its logits; activations in memory; the runtime.
+    """
+    width, hidden = DTYPE_BYTES[recipe.dtype or blueprint.dtype], blueprint.hidden_size
     spec = max(blueprint.attention_layers.values(), key=lambda layer: layer.num_heads * layer.head_dim)
     values, queries = spec.cached_numbers, spec.num_heads * spec.head_dim
-    statistics = 8 * (12 * values**2 + 3 * queries * spec.head_dim + 6 * queries * blueprint.hidden_size)
-    activations = 6 * recipe.calibration_tokens * blueprint.hidden_size * width
-    logits = 4 * 4 * recipe.calibration_length * blueprint.vocab_size
-    return model_parameters(blueprint) * width + statistics + activations + logits + RUNTIME_BYTES
+    layer = 2 * width * (original_cost(spec, hidden).parameters + 3 * hidden * blueprint.intermediate_size)
+    statistics = 8 * (12 * values**2 + 3 * queries * spec.head_dim + 6 * queries * hidden)
+    head = blueprint.vocab_size * (2 * hidden * width + 4 * 4 * recipe.calibration_length)
+    activations = recipe.calibration_tokens * hidden * (3 * width + max(4, width))
+    return max(layer + statistics, head) + min(activations, machine_memory() // 4) + RUNTIME_BYTES

@@ -1,0 +1,30 @@
+"""What a conversion changed, on the calibration windows that it did not look at."""
+
+from __future__ import annotations
+
+from anymla.calibration.stream import decoder_layers, logits_of
+from anymla.conversion.sequence import Converted
+from anymla.evaluation.scores import CacheSize, Scores, ScoreSums
+from anymla.io.streamed import StreamedModel
+
+
+def held_out_scores(streamed: StreamedModel, converted: Converted, *, tuples: bool) -> tuple[Scores, Scores]:
+    """Scores of the original and of the converted model on the held-out windows of all processes.
+
+    ``tuples``: whether layers of this family return tuples.
+    """
+    before, after = ScoreSums(), ScoreSums()
+    with streamed.on_demand(decoder_layers(streamed.model)):
+        pairs = zip(
+            converted.streams.original.split(1, converted.held_out),
+            converted.streams.converted.split(1, converted.held_out),
+            strict=True,
+        )
+        for (original, hidden), window in zip(pairs, converted.windows[converted.held_out], strict=True):
+            ids, reference = window[None].to(streamed.device), logits_of(streamed.model, original, tuples=tuples)
+            before.add(reference, ids, reference)
+            after.add(logits_of(streamed.model, hidden, tuples=tuples), ids, reference)
+    cache_before = CacheSize.of([record.before for record in converted.records if record.before is not None])
+    cache_after = CacheSize.of([record.after for record in converted.records if record.after is not None])
+    device = streamed.device
+    return before.over_all_processes(device).scores(cache_before), after.over_all_processes(device).scores(cache_after)
