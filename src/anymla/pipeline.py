@@ -283,7 +283,7 @@ def _held_out_scores(
     from anymla.evaluation.scores import ScoreSums, measure_cache
 
     before, after = ScoreSums(), ScoreSums()
-    tuples = FAMILIES[model.config.model_type].layers_give_tuples
+    tuples = FAMILIES[model.config.get_text_config().model_type].layers_give_tuples
     held_out = windows[len(windows) - len(converted.original) :]  # the last ones
     for original, hidden, ids in zip(converted.original, converted.converted, held_out, strict=True):
         reference = logits_of(model, original[None], tuples=tuples)

@@ -26,7 +26,7 @@ class Family:
     rope_table: str = "halves"  # modeling/heads.py, rope_tables
     partial_rope: str | None = None  # config field: the part of a head that rope turns, a share or a number of dims
     all_layers_attend: bool = False  # beside whatever else they do: a list of layer types says nothing of attention
-    vision: bool = False  # a vision-language model: the text model's config is its text_config
+    inside: bool = False  # only inside a vision-language model (vision.py): never a checkpoint of its own
     optional_sliding_window: bool = False  # counts only with use_sliding_window, from layer max_window_layers on
     scaling: float | None = None  # of scores; None: the module's own
     temperature: str | None = None  # of queries by position: 'llama4' or 'ministral3'
@@ -41,6 +41,7 @@ class Family:
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _GLM = {"partial_rotary_factor": 0.5}
 _GPT = Family(rope=None, qkv_bias=True, output_bias=True)
+_QWEN2_VL = Family(inside=True, qkv_bias=True, output_bias=False, optional_sliding_window=True)
 _COHERE = Family(rope="interleaved", rope_table="repeated")
 _PARTIAL = Family(partial_rope="partial_rotary_factor")
 _POST_NORM = Family(plain_residual=False)
@@ -161,11 +162,15 @@ FAMILIES: dict[str, Family] = {
     "phi3": replace(_PARTIAL, qkv_bias=False, output_bias=False),
     "phimoe": Family(),
     "qwen2": Family(defaults=_QWEN, qkv_bias=True, output_bias=False, optional_sliding_window=True),
+    "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_moe": Family(defaults=_QWEN, qkv_bias="qkv_bias", output_bias=False, optional_sliding_window=True),
+    "qwen2_vl_text": _QWEN2_VL,
     "qwen3": Family(defaults=_QWEN | {"head_dim": 128}, qk_norm=True, optional_sliding_window=True),
     "qwen3_5_moe_text": replace(_PARTIAL, qk_norm=True),
     "qwen3_5_text": replace(_PARTIAL, qk_norm=True),
     "qwen3_moe": Family(qk_norm=True, optional_sliding_window=True),
+    "qwen3_vl_moe_text": Family(inside=True, qk_norm=True),
+    "qwen3_vl_text": Family(inside=True, qk_norm=True),
     "qwen3_next": replace(_PARTIAL, qk_norm=True),
     "seed_oss": Family(qkv_bias="attention_bias", output_bias="attention_out_bias"),
     "smollm3": Family(rope_layers="no_rope_layers"),
@@ -175,6 +180,8 @@ FAMILIES: dict[str, Family] = {
     "vaultgemma": _POST_NORM,
     "xglm": replace(_GPT, batched=False),
 }
+
+TEXT_ONLY_INSIDE = frozenset(name for name, family in FAMILIES.items() if family.inside)
 
 _ENCODER = "a bidirectional encoder with a causal head, not a decoder that serves text"
 _HALF = "the decoder half of an encoder-decoder, with cross-attention"

@@ -10,6 +10,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from anymla.architectures.register import converted_class, register
+from anymla.io.auto import auto_class
 from anymla.io.checkpoint import check_space, copy_companions
 from anymla.modeling import modeling_anymla
 from anymla.modeling.latent_attention import LatentAttention
@@ -58,7 +59,7 @@ def write_checkpoint(
     module = modeling_anymla.__name__.rsplit(".", 1)[-1]
     config.auto_map = {
         "AutoConfig": f"{module}.{type(config).__name__}",
-        "AutoModelForCausalLM": f"{module}.{architecture}",
+        auto_class(config.model_type).__name__: f"{module}.{architecture}",
     }
     config.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # safetensors writes them for the owner alone

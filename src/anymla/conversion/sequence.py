@@ -36,7 +36,7 @@ def convert_layers(
     progress: Callable[[int, int, LayerResult], None] | None,
 ) -> Converted:
     """Replaces every softmax attention module of ``model`` in place; ``windows`` [N,T] are calibration tokens."""
-    family, split = FAMILIES[blueprint.model_type], Split.of(len(windows))
+    family, split = FAMILIES[blueprint.text_model_type], Split.of(len(windows))
     inputs = layer_inputs(model, windows, tuples=family.layers_give_tuples)
     original, converted = inputs.hidden, inputs.hidden.clone()  # both move on layer by layer, in place
     done, results = {}, []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anymla.errors import CheckpointError, OutputError
+from anymla.io.auto import auto_class
 
 CONFIG_FILES = ["config.json"]
 MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -84,18 +85,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -> Any:
-    """The causal language model of ``folder``, ready to evaluate.
+    """The causal or vision-language model of ``folder``, ready to evaluate.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or holds NaN or infinity.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     check_weights(folder)
     _quiet_transformers()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(_model_type(folder)).from_pretrained(
             folder,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -119,6 +119,11 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: tensor {name} holds NaN or infinity")
     return model.to(device).eval().requires_grad_(False)
+
+
+def _model_type(folder: Path) -> str:
+    """What config.json calls the model."""
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
 
 
 def _quiet_transformers() -> None:
