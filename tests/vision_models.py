@@ -41,7 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, str]
         {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 4}
         | {"output_channels": 16, "mlp_dim": 48, "window_size": 4, "global_attn_indexes": [1]},
         {},
-        1,
+        16,
         "large",
     ),
     "idefics2": (

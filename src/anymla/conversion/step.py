@@ -124,6 +124,8 @@ class LayerStep:
         layer = SimpleNamespace(position_bias=None, local_window=None, config=self.config)
         vars(layer).update(features)
         mask = score_bias(mask, layer, inputs, inputs.shape[1], rest)
+        if mask is None and not getattr(self.attention, "is_causal", True):  # PaliGemma's, which sees all of a prompt
+            mask = inputs.new_zeros(1, 1, inputs.shape[1], inputs.shape[1])
         sums.add(*self.source.project(inputs), cos, sin, None if mask is None else additive_mask(mask, inputs.dtype))
 
     def choose(self, index: int, near: float) -> tuple[LatentAttention, LayerResult]:
