@@ -45,8 +45,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, str]
         "large",
     ),
     "idefics2": (
-        BY_ID | {"perceiver_config": {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 6,
-        "resampler_head_dim": 8, "num_key_value_heads": 3, "hidden_size": 48}},
+        BY_ID
+        | {
+            "perceiver_config": {
+                "resampler_n_latents": 4,
+                "resampler_depth": 1,
+                "resampler_n_heads": 6,
+                "resampler_head_dim": 8,
+                "num_key_value_heads": 3,
+                "hidden_size": 48,
+            }
+        },
         TOWER,
         {},
         4,
@@ -65,6 +74,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, str]
     "qwen3_vl_moe": (QWEN, QWEN_TOWER | DEEPSTACK, MROPE, 4, "grid"),
     "smolvlm": (BY_ID, TOWER, {}, 4, "several"),
 }
+# Other text models than a kind's usual one.
+TEXT_MODELS = [
+    ("aya_vision", "cohere"),
+    ("internvl", "qwen3"),
+    ("llava", "mistral"),
+    ("mistral3", "ministral3"),
+    ("paligemma", "gemma2"),
+]
 
 
 def tiny_vision_config(model_type: str, text_type: str | None = None) -> Any:

@@ -67,14 +67,16 @@ FAMILIES: dict[str, Family] = {
         output_bias=False,
     ),
     "cohere": replace(_COHERE, qk_norm="use_qk_norm"),
-    "cohere2": replace(_COHERE, rope_layers="sliding"),
+    "cohere2": replace(_COHERE, defaults={"sliding_window_pattern": 4}, rope_layers="sliding"),
     "cohere2_moe": replace(_COHERE, rope_layers="sliding"),
     "cwm": Family(),
     "dbrx": Family(qkv_bias=False, output_bias=False),
     "dots1": Family(qk_norm=True),
     "ernie4_5": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
     "ernie4_5_moe": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
-    "exaone4": Family(qk_norm=True, rope_layers="sliding", plain_residual=False),
+    "exaone4": Family(
+        defaults={"sliding_window_pattern": 4}, qk_norm=True, rope_layers="sliding", plain_residual=False
+    ),
     "exaone_moe": Family(qk_norm=True, rope_layers="sliding", plain_residual=False),
     "falcon": Family(
         defaults={"multi_query": True},
@@ -90,7 +92,7 @@ FAMILIES: dict[str, Family] = {
     "flint": Family(qk_norm=True, rope_layers="sliding"),
     "gemma": Family(),
     "gemma2": _POST_NORM,
-    "gemma3_text": Family(qk_norm=True, plain_residual=False),
+    "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
     "glm": replace(_PARTIAL, defaults=_GLM, rope="interleaved"),
     "glm4": replace(_PARTIAL, defaults=_GLM, rope="interleaved", plain_residual=False),
     "glm4_moe": replace(_PARTIAL, defaults=_GLM, qk_norm="use_qk_norm"),

@@ -30,6 +30,8 @@ def layer_type(config: Mapping[str, Any], index: int) -> str | None:
         return "attention" if index % period == config.get("attn_layer_offset", 0) else "mamba"
     if interval := config.get("full_attention_interval"):
         return "full_attention" if (index + 1) % interval == 0 else "linear_attention"
+    if isinstance(period := config.get("sliding_window_pattern"), int) and period > 0:
+        return "full_attention" if (index + 1) % period == 0 else "sliding_attention"
     return None
 
 
@@ -40,7 +42,8 @@ def attends(config: Mapping[str, Any], family: Family, index: int) -> bool:
 
 def has_rope(config: Mapping[str, Any], family: Family, index: int) -> bool:
     """Whether rope turns the queries and keys of layer ``index``."""
-    if family.rope is None or config.get("alibi") or config.get("position_embedding_type", "rope") != "rope":
+    positions = str(config.get("position_embedding_type", "rope"))  # Command R7B says 'rope_gptj'
+    if family.rope is None or config.get("alibi") or not positions.startswith("rope"):
         return False
     if family.rope_layers == "no_rope_layers":
         if layers := config.get("no_rope_layers"):
