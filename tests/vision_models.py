@@ -23,56 +23,84 @@ TOWER = {
     "image_size": SIDE,
     "patch_size": PATCH,
 }
-QWEN_TOWER = {"depth": 2, "num_heads": 4, "patch_size": PATCH, "hidden_size": 32, "intermediate_size": 48}
+CLIP, SIGLIP = TOWER | {"model_type": "clip_vision_model"}, TOWER | {"model_type": "siglip_vision_model"}
+PIXTRAL = TOWER | {"model_type": "pixtral", "head_dim": 8}
+SAM = {key: TOWER[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")} | {
+    **{"image_size": 64, "output_channels": 16, "mlp_dim": 48, "window_size": 4, "global_attn_indexes": [1]},
+}
+LLAMA4 = TOWER | {
+    **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32),
+    **{"intermediate_size": 128, "pixel_shuffle_ratio": 0.5},
+}
+DOCLING = TOWER | {"out_hidden_size": 48, "scale_factor": 2, "use_fine_route": False}
+PERCEIVER = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 6, "resampler_head_dim": 8} | {
+    **{"num_key_value_heads": 3, "hidden_size": 48},
+}
+QWEN_TOWER = {"depth": 2, "num_heads": 4, "patch_size": PATCH, "hidden_size": 32, "intermediate_size": 48} | {
+    "out_hidden_size": 48
+}
+GLM_TOWER = QWEN_TOWER | {"image_size": SIDE}
+DEEPSTACK = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
 QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}}
+PARTIAL_MROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
 BY_INDEX, BY_ID = {"image_token_index": IMAGE}, {"image_token_id": IMAGE}
-DEEPSTACK = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1], "out_hidden_size": 48}
 PINPOINTS = {"image_grid_pinpoints": [[SIDE, SIDE]]}
+OVIS = {"visual_indicator_token_ids": [490, 491, 492, 493, 494], "hidden_size": 48}
 
 # model_type: (the model's own settings, its vision tower's, its text model's, tokens per image, kind of image inputs)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, str]] = {
     "aria": (BY_INDEX | {"projector_patch_to_query_dict": {16: 8}}, TOWER, {}, 8, "plain"),
-    "aya_vision": (BY_INDEX, TOWER | {"model_type": "siglip_vision_model"}, {}, 4, "plain"),
+    "aya_vision": (BY_INDEX, SIGLIP, {}, 4, "plain"),
     "cohere2_vision": (BY_ID | {"alignment_intermediate_size": 64}, TOWER, {}, 4, "plain"),
+    "exaone4_5": (QWEN, QWEN_TOWER | {"window_size": 8, "num_key_value_heads": 2}, {}, 4, "grid"),
     "gemma3": (BY_INDEX | {"mm_tokens_per_image": 4}, TOWER, {}, 4, "bidirectional"),
-    "got_ocr2": (
-        BY_INDEX,
-        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 4}
-        | {"output_channels": 16, "mlp_dim": 48, "window_size": 4, "global_attn_indexes": [1]},
-        {},
-        16,
-        "large",
-    ),
-    "idefics2": (
-        BY_ID
-        | {
-            "perceiver_config": {
-                "resampler_n_latents": 4,
-                "resampler_depth": 1,
-                "resampler_n_heads": 6,
-                "resampler_head_dim": 8,
-                "num_key_value_heads": 3,
-                "hidden_size": 48,
-            }
-        },
-        TOWER,
-        {},
-        4,
-        "several",
-    ),
+    "glm46v": (QWEN, GLM_TOWER, PARTIAL_MROPE, 4, "grid"),
+    "glm4v": (QWEN, GLM_TOWER, PARTIAL_MROPE, 4, "grid"),
+    "glm4v_moe": (QWEN, GLM_TOWER, PARTIAL_MROPE, 4, "grid"),
+    "glm_ocr": (QWEN, GLM_TOWER, PARTIAL_MROPE, 4, "grid"),
+    "got_ocr2": (BY_INDEX, SAM, {}, 16, "large"),
+    "granite_docling": (BY_ID, DOCLING, {}, 4, "tiles"),
+    "idefics2": (BY_ID | {"perceiver_config": PERCEIVER}, TOWER, {}, 4, "several"),
     "idefics3": (BY_ID, TOWER, {}, 4, "several"),
     "internvl": (BY_ID, TOWER | {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}, {}, 4, "plain"),
-    "llava": (BY_INDEX, TOWER | {"model_type": "clip_vision_model"}, {}, 16, "plain"),
-    "llava_next": (BY_INDEX | PINPOINTS, TOWER | {"model_type": "clip_vision_model"}, {}, 36, "anyres"),
-    "llava_onevision": (BY_INDEX | PINPOINTS, TOWER | {"model_type": "siglip_vision_model"}, {}, 36, "anyres"),
-    "mistral3": (BY_INDEX, TOWER | {"model_type": "pixtral", "head_dim": 8}, {}, 4, "sized"),
-    "paligemma": (BY_INDEX | {"projection_dim": 48, "hidden_size": 48}, TOWER, {}, 16, "typed"),
-    "qwen2_5_vl": (QWEN, QWEN_TOWER | {"out_hidden_size": 48, "window_size": 8}, MROPE, 4, "grid"),
-    "qwen2_vl": (QWEN, QWEN_TOWER | {"embed_dim": 32, "hidden_size": 48}, MROPE, 4, "grid"),
+    "lfm2_vl": (BY_ID, TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model"}, {}, 4, "patches"),
+    "lighton_ocr": (BY_ID, PIXTRAL, {}, 4, "sized"),
+    "llama4": (BY_INDEX, LLAMA4, {}, 4, "plain"),
+    "llava": (BY_INDEX, CLIP, {}, 16, "plain"),
+    "llava_next": (BY_INDEX | PINPOINTS, CLIP, {}, 36, "anyres"),
+    "llava_next_video": (BY_INDEX | PINPOINTS | {"video_token_index": VIDEO}, CLIP, {}, 36, "anyres"),
+    "llava_onevision": (BY_INDEX | PINPOINTS, SIGLIP, {}, 36, "anyres"),
+    "mistral3": (BY_INDEX, PIXTRAL, {}, 4, "sized"),
+    "ovis2": (BY_ID | OVIS, TOWER | {"hidden_stride": 2}, {}, 4, "plain"),
+    "paddleocr_vl": (QWEN, TOWER, MROPE, 4, "squares"),
+    "paligemma": (BY_INDEX | {"projection_dim": 48, "hidden_size": 48}, TOWER, {}, 16, "prefix"),
+    "qwen2_5_vl": (QWEN, QWEN_TOWER | {"window_size": 8}, MROPE, 4, "grid"),
+    "qwen2_vl": (QWEN, {**QWEN_TOWER, "embed_dim": 32, "hidden_size": 48}, MROPE, 4, "grid"),
+    "qwen3_5": (QWEN, QWEN_TOWER | {"num_position_embeddings": 16}, {}, 4, "grid"),
+    "qwen3_5_moe": (QWEN, QWEN_TOWER | {"num_position_embeddings": 16}, {}, 4, "grid"),
     "qwen3_vl": (QWEN, QWEN_TOWER | DEEPSTACK, MROPE, 4, "grid"),
     "qwen3_vl_moe": (QWEN, QWEN_TOWER | DEEPSTACK, MROPE, 4, "grid"),
     "smolvlm": (BY_ID, TOWER, {}, 4, "several"),
+    "video_llama_3": (BY_ID | {"video_token_id": VIDEO}, TOWER, {}, 4, "merged"),
+    "vipllava": (BY_INDEX | {"vision_feature_layers": [-2, -1]}, CLIP, {}, 16, "plain"),
+}
+PLAIN, SIZES, GRID = (2, 3, SIDE, SIDE), [[SIDE, SIDE]] * 2, {"image_grid_thw": [[1, 4, 4]] * 2}
+# kind: (shape of pixel_values for two images, other image inputs)
+KINDS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "plain": (PLAIN, {}),
+    "bidirectional": (PLAIN, {}),
+    "prefix": (PLAIN, {}),
+    "large": ((2, 3, 64, 64), {}),
+    "sized": (PLAIN, {"image_sizes": SIZES}),
+    "anyres": ((2, 2, 3, SIDE, SIDE), {"image_sizes": SIZES}),
+    "several": ((2, 1, 3, SIDE, SIDE), {}),
+    "tiles": ((2, 1, 3, SIDE, SIDE), {"pixel_attention_mask": [[True]] * 2}),
+    "patches": ((2, 16, 48), {"spatial_shapes": [[4, 4]] * 2, "pixel_attention_mask": [[1] * 16] * 2}),
+    "grid": ((32, 96), GRID),
+    "squares": ((32, 3, PATCH, PATCH), GRID),
+    "merged": ((32, 48), GRID | {"image_merge_sizes": [2, 2]}),
 }
 # Other text models than a kind's usual one.
 TEXT_MODELS = [
@@ -105,16 +133,14 @@ def image_prompt(model_type: str, dtype: torch.dtype, seed: int = 0) -> dict[str
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, IMAGE, (2, LENGTH + count), generator=torch.Generator().manual_seed(1))
     ids[:, BEFORE : BEFORE + count] = IMAGE
-    side = 64 if kind == "large" else SIDE
-    shape = {"several": (2, 1, 3, side, side), "anyres": (2, 2, 3, side, side), "grid": (32, 3 * 2 * PATCH * PATCH)}
-    pixels = torch.randn(shape.get(kind, (2, 3, side, side)), generator=generator).to(dtype)
-    inputs = {"input_ids": ids, "pixel_values": pixels}
+    shape, others = KINDS[kind]
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(shape, generator=generator).to(dtype)}
+    inputs |= {name: torch.tensor(value) for name, value in others.items()}
     is_image = (ids == IMAGE).long()
-    if kind == "grid":
+    if "image_grid_thw" in others:
         ids[:, BEFORE - 1] = START
-        inputs |= {"image_grid_thw": torch.tensor([[1, 4, 4]] * 2), "mm_token_type_ids": is_image}
-    if kind in ("anyres", "sized"):
-        inputs["image_sizes"] = torch.tensor([[side, side]] * 2)
-    if kind in ("bidirectional", "typed"):
+    if {"image_grid_thw", "image_merge_sizes"} & others.keys() == {"image_grid_thw"}:
+        inputs["mm_token_type_ids"] = is_image
+    if kind in ("bidirectional", "prefix"):
         inputs["token_type_ids"] = is_image if kind == "bidirectional" else torch.zeros_like(ids)
     return inputs

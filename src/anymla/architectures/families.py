@@ -39,11 +39,15 @@ class Family:
 
 
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN_NEXT = {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
 _GLM = {"partial_rotary_factor": 0.5}
 _GPT = Family(rope=None, qkv_bias=True, output_bias=True)
 _QWEN2_VL = Family(inside=True, qkv_bias=True, output_bias=False, optional_sliding_window=True)
 _COHERE = Family(rope="interleaved", rope_table="repeated")
 _PARTIAL = Family(partial_rope="partial_rotary_factor")
+_GLM_VL = replace(
+    _PARTIAL, inside=True, rope="interleaved", rope_table="repeated", output_bias=False, plain_residual=False
+)
 _POST_NORM = Family(plain_residual=False)
 
 FAMILIES: dict[str, Family] = {
@@ -94,6 +98,9 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _POST_NORM,
     "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
     "glm": replace(_PARTIAL, defaults=_GLM, rope="interleaved"),
+    "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_GLM, qk_norm="use_qk_norm", output_bias=False),
+    "glm4v_text": replace(_GLM_VL, qkv_bias=True),
+    "glm_ocr_text": replace(_GLM_VL, qkv_bias=False),
     "glm4": replace(_PARTIAL, defaults=_GLM, rope="interleaved", plain_residual=False),
     "glm4_moe": replace(_PARTIAL, defaults=_GLM, qk_norm="use_qk_norm"),
     "gpt2": _GPT,
@@ -112,6 +119,7 @@ FAMILIES: dict[str, Family] = {
         output_bias=False,
     ),
     "granite": _POST_NORM,
+    "granite_docling_text": replace(_POST_NORM, inside=True),
     "granite_swa": _POST_NORM,
     "granitemoe": _POST_NORM,
     "granitemoe_swa": _POST_NORM,
@@ -132,6 +140,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": Family(qk_norm=True),
     "llama": Family(),
     "llama4_text": Family(
+        defaults={"use_qk_norm": True},
         rope="interleaved",
         rope_table="complex",
         rope_layers="no_rope_layers",
@@ -157,6 +166,7 @@ FAMILIES: dict[str, Family] = {
     "olmo_hybrid": Family(qk_norm=True, plain_residual=False),
     "olmoe": Family(qk_norm=True),
     "opt": replace(_GPT, qkv_bias="enable_bias", output_bias="enable_bias"),
+    "paddleocr_vl_text": Family(inside=True, qkv_bias="use_bias", output_bias="use_bias"),
     "persimmon": replace(
         _PARTIAL, defaults=_GLM, fused="grouped", qk_norm="qk_layernorm", qkv_bias=True, output_bias=True
     ),
@@ -168,12 +178,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(defaults=_QWEN, qkv_bias="qkv_bias", output_bias=False, optional_sliding_window=True),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen3": Family(defaults=_QWEN | {"head_dim": 128}, qk_norm=True, optional_sliding_window=True),
-    "qwen3_5_moe_text": replace(_PARTIAL, qk_norm=True),
-    "qwen3_5_text": replace(_PARTIAL, qk_norm=True),
+    "qwen3_5_moe_text": replace(_PARTIAL, defaults=_QWEN_NEXT, qk_norm=True),
+    "qwen3_5_text": replace(_PARTIAL, defaults=_QWEN_NEXT, qk_norm=True),
     "qwen3_moe": Family(qk_norm=True, optional_sliding_window=True),
     "qwen3_vl_moe_text": Family(inside=True, qk_norm=True),
     "qwen3_vl_text": Family(inside=True, qk_norm=True),
-    "qwen3_next": replace(_PARTIAL, qk_norm=True),
+    "qwen3_next": replace(_PARTIAL, defaults=_QWEN_NEXT, qk_norm=True),
     "seed_oss": Family(qkv_bias="attention_bias", output_bias="attention_out_bias"),
     "smollm3": Family(rope_layers="no_rope_layers"),
     "solar_open": _PARTIAL,
@@ -257,6 +267,7 @@ REFUSED: dict[str, str] = {
         ),
         _MLA,
     ),
+    "hunyuan_vl": "on images, rope turns the two dims of a pair by different angles",
     "openai-gpt": "transformers runs it without a KV cache",
     "recurrent_gemma": "its attention keeps a cache of its own, which transformers' caches do not hold",
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"), _NO_CACHE),
