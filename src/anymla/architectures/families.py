@@ -46,7 +46,7 @@ _QWEN2_VL = Family(inside=True, qkv_bias=True, output_bias=False, optional_slidi
 _COHERE = Family(rope="interleaved", rope_table="repeated")
 _PARTIAL = Family(partial_rope="partial_rotary_factor")
 _GLM_VL = replace(
-    _PARTIAL, inside=True, rope="interleaved", rope_table="repeated", output_bias=False, plain_residual=False
+    _PARTIAL, inside=True, rope="interleaved", rope_table="either", output_bias=False, plain_residual=False
 )
 _POST_NORM = Family(plain_residual=False)
 
@@ -98,7 +98,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _POST_NORM,
     "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
     "glm": replace(_PARTIAL, defaults=_GLM, rope="interleaved"),
-    "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_GLM, qk_norm="use_qk_norm", output_bias=False),
+    "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_GLM | {"attention_bias": True}, output_bias=False),
     "glm4v_text": replace(_GLM_VL, qkv_bias=True),
     "glm_ocr_text": replace(_GLM_VL, qkv_bias=False),
     "glm4": replace(_PARTIAL, defaults=_GLM, rope="interleaved", plain_residual=False),

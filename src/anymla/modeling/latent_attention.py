@@ -267,7 +267,9 @@ class LatentAttention(nn.Module):
         if position_ids is None and self.temperature is not None:
             seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
             position_ids = torch.arange(seen, seen + new, device=hidden_states.device)[None]
-        cos, sin = rope_tables(self.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states)
+        cos, sin = rope_tables(
+            self.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states, self.config
+        )
         query_nope, query_rope = self.queries(hidden_states, cos, sin, position_ids)
         latent, rope_key = self.compress(hidden_states, cos, sin)
         if cache is not None:
