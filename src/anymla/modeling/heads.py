@@ -46,9 +46,9 @@ def rope_tables(
     """Cos and sin [B or 1,1,T,P] out of what the family hands to its attention, in the dtype of ``like`` [B,T,D].
 
     ``kind``: 'halves' (cos, sin), each pair's once in the first P columns; 'repeated' (cos, sin), each twice in a row;
-    'backwards' the same as 'halves', turned the other way; 'either' one of the first two, as the release of transformers
-    has it; 'complex' e^{i t theta}; 'sinusoids' nothing but positions, base 10000; 'none' no rope at all. Tables of
-    M-RoPE may come one per axis, [axes,B,T,d] in halves: ``config`` says which pairs go by which axis.
+    'backwards' the same as 'halves', turned the other way; 'either' one of the first two, as the release of
+    transformers has it; 'complex' e^{i t theta}; 'sinusoids' nothing but positions, base 10000; 'none' no rope at all.
+    Tables of M-RoPE may come one per axis, [axes,B,T,d] in halves: ``config`` says which pairs go by which axis.
     """
     if kind == "none":
         empty = like.new_zeros(1, 1, like.shape[1], 0)
