@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -104,6 +105,18 @@ def test_generates_the_same_words_about_an_image(tmp_path, model_type):
         anymla.convert(source, tmp_path / "out", kv_cache=1.0, **FAST)
         expected = load(source).generate(**inputs, **options)
         assert torch.equal(load(tmp_path / "out").generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl"])
+def test_tied_embeddings_stay_tied(tmp_path, model_type):
+    source = save_model(tiny_vision_model(model_type, torch.float64, tied=True), tmp_path / "source")
+    inputs = image_prompt(model_type, torch.float64)
+    with Exact():
+        anymla.convert(source, tmp_path / "out", kv_cache=1.0, **FAST)
+        original, converted = load(source), load(tmp_path / "out")
+        assert converted.lm_head.weight is converted.get_input_embeddings().weight
+        assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+        assert (prefill(converted, inputs) - prefill(original, inputs)).abs().max() < TOLERANCE[torch.float64]
 
 
 def test_folder_says_what_it_is_and_keeps_the_processor(tmp_path):

@@ -112,17 +112,19 @@ TEXT_MODELS = [
 ]
 
 
-def tiny_vision_config(model_type: str, text_type: str | None = None) -> Any:
+def tiny_vision_config(model_type: str, text_type: str | None = None, *, tied: bool = False) -> Any:
     """The model's config, small, with its text model's features on."""
     own, tower, text, _, _ = CASES[model_type]
     text_config = tiny_config(text_type or VISION[model_type], **text).to_dict()
-    return CONFIG_MAPPING[model_type](text_config=text_config, vision_config=tower, tie_word_embeddings=False, **own)
+    return CONFIG_MAPPING[model_type](text_config=text_config, vision_config=tower, tie_word_embeddings=tied, **own)
 
 
-def tiny_vision_model(model_type: str, dtype: torch.dtype = torch.float64, text_type: str | None = None) -> Any:
+def tiny_vision_model(
+    model_type: str, dtype: torch.dtype = torch.float64, text_type: str | None = None, *, tied: bool = False
+) -> Any:
     """A random model whose weights, norms and biases are all far from their trivial start."""
     torch.manual_seed(0)
-    config = tiny_vision_config(model_type, text_type)
+    config = tiny_vision_config(model_type, text_type, tied=tied)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype, experts_implementation="eager")
     return randomise(model.eval())
 
