@@ -178,7 +178,11 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float64, **changes: A
     """A random model whose weights, norms, biases and sinks are all far from their trivial start."""
     torch.manual_seed(0)
     config = tiny_config(model_type, **changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
+    return randomise(AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval())
+
+
+def randomise(model: Any) -> Any:
+    """Moves every weight of a fresh model far from where it starts."""
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
         parameter.data = parameter.data + 0.3 * noise if parameter.dim() < 2 or "norm" in name else 0.25 * noise

@@ -25,23 +25,22 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 torch.set_num_threads(1)
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, ids, out, resaved = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+import transformers
+folder, inputs, out, resaved, auto = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
 assert "anymla" not in sys.modules
 with torch.no_grad():
-    ids = torch.load(ids, weights_only=True)
-    torch.save(model(input_ids=ids).logits, out)
-AutoTokenizer.from_pretrained(folder)
+    torch.save(model(**torch.load(inputs, weights_only=True)).logits, out)
+transformers.AutoTokenizer.from_pretrained(folder)
 model.save_pretrained(resaved)
 """
 
 
-def run_without_anymla(folder, tmp_path, ids):
+def run_without_anymla(folder, tmp_path, inputs, auto="AutoModelForCausalLM"):
     script = tmp_path / "load.py"
     script.write_text(WITHOUT_ANYMLA)
-    torch.save(ids, tmp_path / "ids.pt")
-    arguments = [folder, tmp_path / "ids.pt", tmp_path / "logits.pt", tmp_path / "resaved"]
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = [folder, tmp_path / "inputs.pt", tmp_path / "logits.pt", tmp_path / "resaved", auto]
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     result = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
@@ -78,7 +77,7 @@ def test_loads_without_anymla(tmp_path, family):
     anymla.convert(source, tmp_path / "out", kv_cache=0.5, **FAST)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     expected = logits(model, token_ids())
-    assert torch.equal(run_without_anymla(tmp_path / "out", tmp_path, token_ids()), expected)
+    assert torch.equal(run_without_anymla(tmp_path / "out", tmp_path, {"input_ids": token_ids()}), expected)
     resaved = AutoModelForCausalLM.from_pretrained(tmp_path / "resaved").eval()
     assert torch.equal(logits(resaved, token_ids()), expected)
     assert (tmp_path / "resaved" / "modeling_anymla.py").is_file()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from anymla import __version__
 from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
 from anymla.errors import CheckpointError, RecipeError, TextError, UnsupportedModelError
+from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
     check_output,
     check_weights,
@@ -62,6 +63,7 @@ class Inspection:
         shape = asdict(blueprint)
         return facts | {
             "layers": [None if layer is None else asdict(layer) for layer in blueprint.layers],
+            "vision": blueprint.has_vision,
             **{k: shape[k] for k in shape if k != "layers"},
         }
 
@@ -150,8 +152,8 @@ def convert(
 
     Args:
         model: a local checkpoint folder or a hub id; it is only read.
-        output: the folder to write; loads with ``AutoModelForCausalLM.from_pretrained`` after ``import anymla``, or
-            with ``trust_remote_code=True`` without it.
+        output: the folder to write; loads with ``AutoModelForCausalLM.from_pretrained`` (a vision-language model with
+            ``AutoModelForImageTextToText``) after ``import anymla``, or with ``trust_remote_code=True`` without it.
         recipe: settings to start from, or a plan of :func:`plan`.
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped conversion to ``output`` left, instead of going on from there.
@@ -224,6 +226,8 @@ def evaluate(
 
     folder = find_model(model)
     config = read_config(folder)
+    if isinstance(nested := config.get("text_config"), dict):  # a vision-language model
+        config = nested
     tokenizer = load_tokenizer(folder)
     ids = islice(tokenize(read_documents(text), tokenizer), tokens)
     context = config.get("max_position_embeddings", length)
@@ -234,9 +238,9 @@ def evaluate(
     loaded = load_model(folder, dtype=dtype, device=device)
     _check_vocabulary(windows, loaded, text)
     original = None if against is None else load_model(find_model(against), dtype=dtype, device=device)
-    if original is not None and original.config.vocab_size != loaded.config.vocab_size:
+    if original is not None and (theirs := _vocabulary(original)) != (ours := _vocabulary(loaded)):
         raise CheckpointError(
-            f"{against} has a vocabulary of {original.config.vocab_size} and {model} of {loaded.config.vocab_size}: "
+            f"{against} has a vocabulary of {theirs} and {model} of {ours}: "
             "--against must be the model it was converted from"
         )
     return score_model(loaded, windows, original)
@@ -271,8 +275,12 @@ def _calibration(recipe: Recipe, source: Path, blueprint: Blueprint) -> torch.Te
 
 
 def _check_vocabulary(windows: torch.Tensor, model: Any, text: str | Path) -> None:
-    if (largest := int(windows.max())) >= model.config.vocab_size:
-        raise TextError(f"{text}: the tokenizer gives id {largest} but the model has {model.config.vocab_size} tokens")
+    if (largest := int(windows.max())) >= (size := _vocabulary(model)):
+        raise TextError(f"{text}: the tokenizer gives id {largest} but the model has {size} tokens")
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
 
 
 @dataclass(frozen=True)
@@ -334,7 +342,8 @@ def _final_plan(plan: Plan, results: list[LayerResult | None]) -> Plan:
 def _write_report(folder: Path, report: Conversion) -> None:
     from anymla.conversion.card import model_card
 
+    auto = auto_class(read_config(folder)["model_type"]).__name__
     (folder / "recipe.yaml").write_text(report.plan.recipe.to_yaml(), encoding="utf-8")
     (folder / "plan.yaml").write_text(report.plan.to_yaml(), encoding="utf-8")
     (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(report.to_dict(), report.plan.model), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report.to_dict(), report.plan.model, auto), encoding="utf-8")

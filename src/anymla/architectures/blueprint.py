@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from anymla.architectures.families import FAMILIES, REFUSED, ROPE_TYPES, Family
+from anymla.architectures.families import FAMILIES, REFUSED, ROPE_TYPES, TEXT_ONLY_INSIDE, Family
 from anymla.architectures.layers import attends, has_rope, heads_of, layer_type, window_of
+from anymla.architectures.vision import VISION, text_config
 from anymla.errors import CheckpointError, UnsupportedModelError
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,6 +52,7 @@ class Blueprint:
     """The facts of one decoder model that planning and conversion need."""
 
     model_type: str
+    text_model_type: str  # whose attention it has: another one than model_type in a vision-language model
     hidden_size: int
     intermediate_size: int
     vocab_size: int
@@ -59,6 +61,11 @@ class Blueprint:
     dtype: str
     rope: RopeSpec | None
     layers: tuple[AttentionSpec | None, ...]  # None: a layer without softmax attention, which stays as it is
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether this is a vision-language model, of which the text model is converted."""
+        return self.model_type in VISION
 
     @property
     def attention_layers(self) -> dict[int, AttentionSpec]:
@@ -143,13 +150,26 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         return f"family '{model_type}' is an encoder-decoder; anymla converts decoder-only models"
     if not isinstance(model_type, str):
         return f"config.json: model_type must be a family's name, got {model_type!r:.40}"
-    if model_type in REFUSED:
-        return f"family '{model_type}' cannot be converted: {REFUSED[model_type]}"
-    if model_type not in FAMILIES:
-        return f"family '{model_type}' is not known to anymla; it knows {', '.join(FAMILIES)}"
+    if model_type in VISION:
+        text = text_config(config)
+        if text["model_type"] not in TEXT_ONLY_INSIDE and (reason := refusal(text)) is not None:
+            return f"the text model of '{model_type}': {reason}"
+    elif (reason := _family_refusal(model_type)) is not None:
+        return reason
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         return f"the weights are quantised ({method}): convert the unquantised checkpoint, then quantise the result"
+    return None
+
+
+def _family_refusal(model_type: str) -> str | None:
+    if model_type in REFUSED:
+        return f"family '{model_type}' cannot be converted: {REFUSED[model_type]}"
+    if model_type in TEXT_ONLY_INSIDE:
+        return f"family '{model_type}' is the text model of a vision-language model: give the whole model"
+    if model_type not in FAMILIES:
+        known = sorted({*FAMILIES} - TEXT_ONLY_INSIDE | {*VISION})
+        return f"family '{model_type}' is not known to anymla; it knows {', '.join(known)}"
     return None
 
 
@@ -161,20 +181,22 @@ def read_blueprint(config: Mapping[str, Any]) -> Blueprint:
     """
     if (reason := refusal(config)) is not None:
         raise UnsupportedModelError(reason)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    model_type, dtype = config["model_type"], config.get("dtype") or config.get("torch_dtype")
+    config = text_config(config) if model_type in VISION else config
     family = FAMILIES[config["model_type"]]
-    config = {**family.defaults, **(config.get("text_config") or {}), **config} if family.vision else config
     config = {**family.defaults, **config}
     if isinstance(types := config.get("layers_block_type") or config.get("hybrid_override_pattern"), list | str):
         config.setdefault("num_hidden_layers", len(types))
     fields = _fields(config)
+    dtype = str(dtype or config.get("dtype") or config.get("torch_dtype") or "float32")
     if dtype not in DTYPE_BYTES:
         raise UnsupportedModelError(f"config.json: dtype {dtype} is not one of {', '.join(DTYPE_BYTES)}")
     layers = tuple(_layer(fields, config, family, index) for index in range(fields.num_layers))
     if not any(layers):
         raise UnsupportedModelError("no layer of this model has softmax attention: there is no KV cache to shrink")
     return Blueprint(
-        model_type=fields.model_type,
+        model_type=model_type,
+        text_model_type=fields.model_type,
         hidden_size=fields.hidden_size,
         intermediate_size=fields.intermediate_size or 4 * fields.hidden_size,
         vocab_size=fields.vocab_size,
@@ -249,6 +271,7 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
     if settings and all(value is None or isinstance(value, dict) for value in settings.values()):
         settings = next((value for value in settings.values() if value), {})  # one for each type of layer
     rope_type = settings.get("rope_type", settings.get("type", "default"))
+    rope_type = "default" if rope_type == "mrope" else rope_type  # what Qwen2-VL called it: its tables are 3 in one
     theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(f"config.json: rope type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")

@@ -28,7 +28,7 @@ class Family:
     rope_table: str = "halves"  # modeling/heads.py, rope_tables
     partial_rope: str | None = None  # config field: the part of a head that rope turns, a share or a number of dims
     all_layers_attend: bool = False  # beside whatever else they do: a list of layer types says nothing of attention
-    vision: bool = False  # a vision-language model: the text model's config is its text_config
+    inside: bool = False  # only inside a vision-language model (vision.py): never a checkpoint of its own
     optional_sliding_window: bool = False  # counts only with use_sliding_window, from layer max_window_layers on
     scaling: float | None = None  # of scores; None: the module's own
     temperature: str | None = None  # of queries by position: 'llama4' or 'ministral3'
@@ -41,10 +41,15 @@ class Family:
 
 
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN_NEXT = {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
 _GLM = {"partial_rotary_factor": 0.5}
 _GPT = Family(rope=None, qkv_bias=True, output_bias=True)
+_QWEN2_VL = Family(inside=True, qkv_bias=True, output_bias=False, optional_sliding_window=True)
 _COHERE = Family(rope="interleaved", rope_table="repeated")
 _PARTIAL = Family(partial_rope="partial_rotary_factor")
+_GLM_VL = replace(
+    _PARTIAL, inside=True, rope="interleaved", rope_table="either", output_bias=False, plain_residual=False
+)
 _POST_NORM = Family(plain_residual=False)
 
 FAMILIES: dict[str, Family] = {
@@ -68,7 +73,7 @@ FAMILIES: dict[str, Family] = {
         output_bias=False,
     ),
     "cohere": replace(_COHERE, qk_norm="use_qk_norm"),
-    "cohere2": replace(_COHERE, rope_layers="sliding"),
+    "cohere2": replace(_COHERE, defaults={"sliding_window_pattern": 4}, rope_layers="sliding"),
     "cohere2_moe": replace(_COHERE, rope_layers="sliding-or-dense"),
     "cohere_compass_text": Family(),
     "cwm": Family(),
@@ -76,7 +81,9 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family(qk_norm=True),
     "ernie4_5": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
     "ernie4_5_moe": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
-    "exaone4": Family(qk_norm=True, rope_layers="sliding-or-all", plain_residual=False),
+    "exaone4": Family(
+        defaults={"sliding_window_pattern": 4}, qk_norm=True, rope_layers="sliding-or-all", plain_residual=False
+    ),
     "exaone_moe": Family(qk_norm=True, rope_layers="sliding-or-all", plain_residual=False),
     "falcon": Family(
         defaults={"multi_query": True},
@@ -92,8 +99,11 @@ FAMILIES: dict[str, Family] = {
     "flint": Family(qk_norm=True, rope_layers="sliding"),
     "gemma": Family(),
     "gemma2": _POST_NORM,
-    "gemma3_text": Family(qk_norm=True, plain_residual=False),
+    "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
     "glm": replace(_PARTIAL, defaults=_GLM, rope="interleaved"),
+    "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_GLM | {"attention_bias": True}, output_bias=False),
+    "glm4v_text": replace(_GLM_VL, qkv_bias=True),
+    "glm_ocr_text": replace(_GLM_VL, qkv_bias=False),
     "glm4": replace(_PARTIAL, defaults=_GLM, rope="interleaved", plain_residual=False),
     "glm4_moe": replace(_PARTIAL, defaults=_GLM, qk_norm="use_qk_norm"),
     "gpt2": _GPT,
@@ -112,6 +122,7 @@ FAMILIES: dict[str, Family] = {
         output_bias=False,
     ),
     "granite": _POST_NORM,
+    "granite_docling_text": replace(_POST_NORM, inside=True),
     "granite_swa": _POST_NORM,
     "granitemoe": _POST_NORM,
     "granitemoe_swa": _POST_NORM,
@@ -133,6 +144,7 @@ FAMILIES: dict[str, Family] = {
     "lfm3": Family(qk_norm=True),
     "llama": Family(),
     "llama4_text": Family(
+        defaults={"use_qk_norm": True},
         rope="interleaved",
         rope_table="complex",
         rope_layers="no_rope_layers",
@@ -158,6 +170,7 @@ FAMILIES: dict[str, Family] = {
     "olmo_hybrid": Family(qk_norm=True, plain_residual=False),
     "olmoe": Family(qk_norm=True),
     "opt": replace(_GPT, qkv_bias="enable_bias", output_bias="enable_bias"),
+    "paddleocr_vl_text": Family(inside=True, qkv_bias="use_bias", output_bias="use_bias"),
     "persimmon": replace(
         _PARTIAL, defaults=_GLM, fused="grouped", qk_norm="qk_layernorm", qkv_bias=True, output_bias=True
     ),
@@ -165,12 +178,16 @@ FAMILIES: dict[str, Family] = {
     "phi3": replace(_PARTIAL, qkv_bias=False, output_bias=False),
     "phimoe": Family(),
     "qwen2": Family(defaults=_QWEN, qkv_bias=True, output_bias=False, optional_sliding_window=True),
+    "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_moe": Family(defaults=_QWEN, qkv_bias="qkv_bias", output_bias=False, optional_sliding_window=True),
+    "qwen2_vl_text": _QWEN2_VL,
     "qwen3": Family(defaults=_QWEN | {"head_dim": 128}, qk_norm=True, optional_sliding_window=True),
-    "qwen3_5_moe_text": replace(_PARTIAL, qk_norm=True),
-    "qwen3_5_text": replace(_PARTIAL, qk_norm=True),
+    "qwen3_5_moe_text": replace(_PARTIAL, defaults=_QWEN_NEXT, qk_norm=True),
+    "qwen3_5_text": replace(_PARTIAL, defaults=_QWEN_NEXT, qk_norm=True),
     "qwen3_moe": Family(qk_norm=True, optional_sliding_window=True),
-    "qwen3_next": replace(_PARTIAL, qk_norm=True),
+    "qwen3_vl_moe_text": Family(inside=True, qk_norm=True),
+    "qwen3_vl_text": Family(inside=True, qk_norm=True),
+    "qwen3_next": replace(_PARTIAL, defaults=_QWEN_NEXT, qk_norm=True),
     "seed_oss": Family(qkv_bias="attention_bias", output_bias="attention_out_bias"),
     "smollm3": Family(rope_layers="no_rope_layers"),
     "solar_open": _PARTIAL,
@@ -179,6 +196,8 @@ FAMILIES: dict[str, Family] = {
     "vaultgemma": _POST_NORM,
     "xglm": replace(_GPT, batched=False),
 }
+
+TEXT_ONLY_INSIDE = frozenset(name for name, family in FAMILIES.items() if family.inside)
 
 _ENCODER = "a bidirectional encoder with a causal head, not a decoder that serves text"
 _HALF = "the decoder half of an encoder-decoder, with cross-attention"
@@ -277,6 +296,7 @@ REFUSED: dict[str, str] = {
     "mimo_v2_flash": "values are wider than keys",
     "mllama": "cross-attention layers on images between the text layers",
     "moshi": "projections of each codebook of their own",
+    "hunyuan_vl": "on images, rope turns the two dims of a pair by different angles",
     "openai-gpt": "transformers runs it without a KV cache",
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), "an indexer beside the keys chooses what is attended to"),
     "recurrent_gemma": "its attention keeps a cache of its own, which transformers' caches do not hold",

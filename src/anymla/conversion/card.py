@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
 
-def model_card(report: Mapping[str, Any], source: str) -> str:
-    """README.md of the output folder: what it is, how it was made, what was measured; ``report`` is conversion.json."""
+
+def model_card(report: Mapping[str, Any], source: str, auto: str) -> str:
+    """README.md of the output folder: what it is, how it was made, what was measured.
+
+    ``report`` is conversion.json; ``auto`` names the Auto class that loads the model.
+    """
     before, after, recipe = report["before"], report["after"], report["recipe"]
     base = f"base_model: {source}\n" if source.count("/") == 1 and not source.startswith((".", "/", "~")) else ""
     kept = after["cache_bytes_per_token"] / before["cache_bytes_per_token"]
@@ -18,7 +23,7 @@ def model_card(report: Mapping[str, Any], source: str) -> str:
     )
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {TASKS[auto]}
 tags: [anymla, multi-head-latent-attention, kv-cache]
 {base}---
 
@@ -38,8 +43,8 @@ Calibration text: {recipe["calibration"] or "the stories bundled with anymla"}. 
 
 ```python
 import anymla  # or: trust_remote_code=True below
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+model = {auto}.from_pretrained("THIS_FOLDER")
 ```
 """

@@ -8,6 +8,7 @@ from typing import Any
 from anymla.architectures.register import converted_class, register
 from anymla.calibration.stream import decoder_layers
 from anymla.conversion.shards import name_shards, pack, write_outside
+from anymla.io.auto import auto_class
 from anymla.io.checkpoint import copy_companions
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
@@ -51,7 +52,7 @@ def write_checkpoint(
     module = modeling_anymla.__name__.rsplit(".", 1)[-1]
     config.auto_map = {
         "AutoConfig": f"{module}.{type(config).__name__}",
-        "AutoModelForCausalLM": f"{module}.{config.architectures[0]}",
+        auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",
     }
     config.save_pretrained(work.model)
     for shard in shards:

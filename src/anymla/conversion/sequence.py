@@ -120,7 +120,7 @@ class Sequence:
     ) -> None:
         self.source, self.specs, self.work = source, blueprint.layers, work
         self.plans, self.recipe = plan.layers, plan.recipe
-        self.family = FAMILIES[blueprint.model_type]
+        self.family = FAMILIES[blueprint.text_model_type]
         self.layers = decoder_layers(source.model)
         self.windows, self.split = own_windows(windows, Split.of(len(windows)))
         self.records = [LayerRecord.of(fields) for fields in work.progress["layers"]]

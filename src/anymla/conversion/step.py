@@ -125,10 +125,12 @@ class LayerStep:
         pairs = self.spec.rope_pairs
         if isinstance(rope, tuple) and pairs and rope[0].shape[-1] not in (pairs, 2 * pairs):
             raise UnsupportedModelError(f"rope turns {rope[0].shape[-1]} dims of a head, config.json means {2 * pairs}")
-        cos, sin = rope_tables(features["rope_table"], self.spec.rope_pairs, rope, positions, inputs)
+        cos, sin = rope_tables(features["rope_table"], self.spec.rope_pairs, rope, positions, inputs, self.config)
         layer = SimpleNamespace(position_bias=None, local_window=None, config=self.config)
         vars(layer).update(features)
         mask = score_bias(mask, layer, inputs, inputs.shape[1], rest)
+        if mask is None and not getattr(self.attention, "is_causal", True):  # PaliGemma's, which sees all of a prompt
+            mask = inputs.new_zeros(1, 1, inputs.shape[1], inputs.shape[1])
         sums.add(*self.source.project(inputs), cos, sin, None if mask is None else additive_mask(mask, inputs.dtype))
 
     def choose(self, index: int, near: float) -> tuple[LatentAttention, LayerResult]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anymla.errors import CheckpointError, OutputError
+from anymla.io.auto import auto_class
 from anymla.io.work import remove
 
 CONFIG_FILES = ["config.json"]
@@ -85,18 +86,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -> Any:
-    """The causal language model of ``folder``, ready to evaluate.
+    """The causal or vision-language model of ``folder``, ready to evaluate.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or holds NaN or infinity.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     check_weights(folder)
     quiet_transformers()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(_model_type(folder)).from_pretrained(
             folder,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -129,6 +129,11 @@ def check_loading(folder: Path, info: dict[str, Any]) -> None:
         if names:
             first = sorted(names, key=str)[0]
             raise CheckpointError(f"{folder} {kind} {first if isinstance(first, str) else first[0]}")
+
+
+def _model_type(folder: Path) -> str:
+    """What config.json calls the model."""
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
 
 
 def quiet_transformers() -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
 
 from anymla.errors import CheckpointError
+from anymla.io.auto import auto_class
 from anymla.io.checkpoint import check_loading, check_weights, implementations, quiet_transformers
 from anymla.io.safetensors import Stored, read_header
 
@@ -52,7 +53,7 @@ class StreamedModel:
         try:
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
             with torch.device("meta"):
-                kind = type(AutoModelForCausalLM.from_config(config))
+                kind = type(auto_class(config.model_type).from_config(config))
             model, info = kind.from_pretrained(
                 None,
                 config=config,

@@ -41,13 +41,14 @@ def split_heads(
 
 
 def rope_tables(
-    kind: str, pairs: int, position_embeddings: Any, position_ids: Tensor | None, like: Tensor
+    kind: str, pairs: int, position_embeddings: Any, position_ids: Tensor | None, like: Tensor, config: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Cos and sin [B or 1,1,T,P] out of what the family hands to its attention, in the dtype of ``like`` [B,T,D].
 
     ``kind``: 'halves' (cos, sin), each pair's once in the first P columns; 'repeated' (cos, sin), each twice in a row;
-    'backwards' the same as 'halves', turned the other way; 'complex' e^{i t theta}; 'sinusoids' nothing but positions,
-    base 10000; 'none' no rope at all.
+    'backwards' the same as 'halves', turned the other way; 'either' one of the first two, as the release of
+    transformers has it; 'complex' e^{i t theta}; 'sinusoids' nothing but positions, base 10000; 'none' no rope at all.
+    Tables of M-RoPE may come one per axis, [axes,B,T,d] in halves: ``config`` says which pairs go by which axis.
     """
     if kind == "none":
         empty = like.new_zeros(1, 1, like.shape[1], 0)
@@ -61,10 +62,27 @@ def rope_tables(
         angles = position_ids[..., None].float() * frequencies
         cos, sin = angles.cos(), angles.sin()
     else:
-        step = 2 if kind == "repeated" else 1
-        cos, sin = (table[..., : pairs * step : step] for table in position_embeddings)
+        cos, sin = _pair_columns(kind, pairs, *position_embeddings)
+        if cos.dim() == 4:
+            sections = config.rope_parameters["mrope_section"]
+            cos, sin = (
+                torch.cat([part[i % len(part)] for i, part in enumerate(table.split(sections, -1))], -1)
+                for table in (cos, sin)
+            )
         sin = -sin if kind == "backwards" else sin
     return cos.unsqueeze(1).to(like.dtype), sin.unsqueeze(1).to(like.dtype)
+
+
+def _pair_columns(kind: str, pairs: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Each pair's column of tables [..., 2P] that hold it twice."""
+    halves = cos[..., :pairs], sin[..., :pairs]
+    if kind not in ("repeated", "either"):
+        return halves
+    repeated = cos[..., : 2 * pairs : 2], sin[..., : 2 * pairs : 2]
+    if kind == "repeated":
+        return repeated
+    is_repeated = (sin[..., : 2 * pairs : 2] == sin[..., 1 : 2 * pairs : 2]).all()  # stays on the device
+    return torch.where(is_repeated, repeated[0], halves[0]), torch.where(is_repeated, repeated[1], halves[1])
 
 
 def query_temperature(positions: Tensor, scale: float, offset: float, period: float) -> Tensor:

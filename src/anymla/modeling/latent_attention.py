@@ -121,7 +121,7 @@ class LatentAttention(nn.Module):
         adds_residual: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.is_causal = config, True
+        self.config, self.is_causal = config, bool(getattr(original, "is_causal", True))  # PaliGemma's is not
         self.layer_idx: int = original.layer_idx if hasattr(original, "layer_idx") else original.layer_id
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -244,7 +244,7 @@ class LatentAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float
     ) -> tuple[Tensor, Tensor]:
         """Soft-caps and sinks, which stock kernels do not have in common."""
-        if mask is None and query.shape[2] > 1:
+        if mask is None and query.shape[2] > 1 and self.is_causal:
             mask = causal_mask(query.shape[2], key.shape[2], self.sliding_window, query.device)
         mask = None if mask is None else additive_mask(mask, query.dtype)
         key, value = (states.repeat_interleave(self.num_key_value_groups, dim=1) for states in (key, value))
@@ -279,7 +279,9 @@ class LatentAttention(nn.Module):
         if position_ids is None and self.temperature is not None:
             seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
             position_ids = torch.arange(seen, seen + new, device=hidden_states.device)[None]
-        cos, sin = rope_tables(self.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states)
+        cos, sin = rope_tables(
+            self.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states, self.config
+        )
         query_nope, query_rope = self.queries(hidden_states, cos, sin, position_ids)
         latent, rope_key = self.compress(hidden_states, cos, sin)
         if cache is not None:

@@ -57,6 +57,7 @@ def inspection_table(inspection: Inspection) -> Group:
     kept, rotated = len(facts.layers) - len(attending), sum(layer.rope_pairs > 0 for layer in attending.values())
     rows = [
         ("family", facts.model_type),
+        *([("vision-language model", f"text model {facts.text_model_type}; vision stays as it is")] * facts.has_vision),
         ("can be converted", "yes"),
         ("layers", f"{len(facts.layers)}{f', {kept} without softmax attention stay as they are' if kept else ''}"),
         ("attention", f"{grouping}: {first.num_heads} heads, {first.num_kv_heads} KV heads, head_dim {first.head_dim}"),

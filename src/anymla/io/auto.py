@@ -1,0 +1,17 @@
+"""Which of transformers' Auto classes loads a model whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def auto_class(model_type: str) -> Any:
+    """The Auto class for models of ``model_type``, converted or not: vision-language models have one of their own.
+
+    As a causal language model, some of them would load without their vision tower.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    sees = model_type.removeprefix("anymla_") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
