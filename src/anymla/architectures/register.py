@@ -6,14 +6,10 @@ from typing import Any
 
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
 from anymla.architectures.vision import VISION
-from anymla.io.auto import auto_class
+from anymla.io.auto import auto_class, stock_class
 from anymla.modeling import modeling_anymla
 
 
@@ -24,11 +20,10 @@ def converted_class(architecture: str) -> Any:
 
 def register() -> None:
     """Registers every converted family; saving one of them also writes its modelling files beside the weights."""
-    architectures = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     for family in {*FAMILIES} - TEXT_ONLY_INSIDE | {*VISION}:
         if family not in CONFIG_MAPPING_NAMES:  # younger than the installed transformers
             continue
-        model, auto = converted_class(architectures[family]), auto_class(family)
+        model, auto = converted_class(stock_class(family).__name__), auto_class(family)
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         auto.register(model.config_class, model, exist_ok=True)
         model.config_class.register_for_auto_class()

@@ -205,7 +205,7 @@ class Sequence:
         self.layers[index](self.probes[probe].hidden, **arguments)
         cache = next(value for value in arguments.values() if isinstance(value, Cache)).layers[index]
         # per token that the layer holds: a sliding window may hold fewer than were run
-        tensors, cache.keys, cache.values = (cache.keys, cache.values), None, None
+        tensors = (cache.keys, cache.values)
         numbers = sum(tensor.numel() / tensor.shape[-2] for tensor in tensors)
         return numbers, sum(tensor.numel() * tensor.element_size() / tensor.shape[-2] for tensor in tensors)
 

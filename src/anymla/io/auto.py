@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 
+def stock_class(model_type: str) -> Any:
+    """The class of transformers for models of ``model_type``."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return getattr(transformers, names[model_type])
+
+
 def auto_class(model_type: str) -> Any:
     """The Auto class for models of ``model_type``, converted or not: vision-language models have one of their own.
 

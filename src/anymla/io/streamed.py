@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import LoadStateDictConfig
 
 from anymla.errors import CheckpointError
-from anymla.io.auto import auto_class
+from anymla.io.auto import stock_class
 from anymla.io.checkpoint import check_loading, check_weights, implementations, quiet_transformers
 from anymla.io.safetensors import Stored, read_header
 
@@ -52,9 +52,7 @@ class StreamedModel:
         quiet_transformers()
         try:
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
-            with torch.device("meta"):
-                kind = type(auto_class(config.model_type).from_config(config))
-            model, info = kind.from_pretrained(
+            model, info = stock_class(config.model_type).from_pretrained(
                 None,
                 config=config,
                 dtype=dtype or "auto",
