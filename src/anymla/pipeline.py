@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
-from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
+from anymla.architectures.blueprint import Blueprint, context_of, read_blueprint, read_config
 from anymla.architectures.families import FAMILIES
 from anymla.errors import CheckpointError, RecipeError, TextError, UnsupportedModelError
 from anymla.io.checkpoint import (
@@ -162,7 +163,7 @@ def convert(
     Raises:
         AnymlaError: one of its kinds, each one clear line.
     """
-    started, output = time.monotonic(), Path(output).expanduser()
+    started, output = time.monotonic(), Path(os.path.expanduser(output))
     source = find_model(model)
     blueprint = read_blueprint(read_config(source))
     chosen = _chosen_plan(str(model), blueprint, recipe, settings)
@@ -224,12 +225,9 @@ def evaluate(
     from anymla.evaluation.scores import score_model
 
     folder = find_model(model)
-    config = read_config(folder)
+    context = context_of(folder) or length
     tokenizer = load_tokenizer(folder)
     ids = islice(tokenize(read_documents(text), tokenizer), tokens)
-    context = config.get("max_position_embeddings", length)
-    if not isinstance(context, int) or context < 1:
-        raise CheckpointError(f"{folder}/config.json: max_position_embeddings must be positive, got {context!r:.40}")
     windows = token_windows(ids, min(length, context), text)
     device = pick_device(device)
     loaded = load_model(folder, dtype=dtype, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from anymla.architectures.blueprint import context_of
 from anymla.errors import RecipeError, TextError
 from anymla.io.checkpoint import find_model, load_model, load_tokenizer
 from anymla.io.device import pick_device
@@ -48,6 +49,7 @@ def stream_continuation(
         raise RecipeError(f"--temperature {temperature} is too small: give 0, or at least {LEAST_TEMPERATURE}")
 
     folder = find_model(model)
+    context_of(folder)  # refuses sizes that are none
     loaded, tokenizer = load_model(folder, dtype=dtype, device=pick_device(device)), load_tokenizer(folder)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

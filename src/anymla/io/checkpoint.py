@@ -11,7 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from anymla.errors import CheckpointError, OutputError
+from anymla.errors import CheckpointError, OutputError, shown
+from anymla.io.config import oversized, read_object
+from anymla.io.shards import check_amount, check_index, held_tensors, index_map
 
 CONFIG_FILES = ["config.json"]
 MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -24,7 +26,7 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
     Raises:
         CheckpointError: no such folder, or the hub does not have it or cannot be reached.
     """
-    path, name = Path(model).expanduser(), str(model)
+    path, name = Path(os.path.expanduser(model)), str(model)
     if os.path.exists(path):  # unlike Path.exists, False for names that no file system can hold
         return path
     if name.count("/") > 1 or name.startswith((".", "/", "~", "-")) or not name:
@@ -47,15 +49,10 @@ def check_weights(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: no safetensors, a shard is missing or truncated, or the index names a file outside the folder.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = _weight_files(folder)
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                weights.keys()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    held = held_tensors(files)
+    if (index := folder / INDEX).is_file() and files != [folder / "model.safetensors"]:
+        check_index(index, index_map(index), held)
     return files
 
 
@@ -64,16 +61,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():  # what transformers takes where there are both
         return [single]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if not names or not all(isinstance(name, str) for name in names):
-                raise ValueError("weight_map must give every tensor a file name")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
-        if outside := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(f"{index} names a file outside the folder: {outside[0]}")
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise CheckpointError(f"{folder} lacks the shard {missing[0]} that {INDEX} names")
+        names = sorted(set(index_map(index).values()))
+        if missing := [name for name in names if not os.path.isfile(folder / name)]:
+            raise CheckpointError(f"{folder} lacks the shard {shown(missing[0])} that {INDEX} names")
         return [folder / name for name in names]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
@@ -90,26 +80,34 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
         CheckpointError: a tensor is missing, has the wrong shape, or holds NaN or infinity.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_weights(folder)
+    if (reason := oversized(read_object(folder / "config.json"))) is not None:
+        raise CheckpointError(f"{folder}/{reason}")
+    held = held_tensors(check_weights(folder))
     _quiet_transformers()
+    _check_generation(folder)
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_amount(folder, config, held)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=True,
+            trust_remote_code=False,  # nor ask whether to
             ignore_mismatched_sizes=True,  # reported below, by name
             experts_implementation="eager",  # grouped products of experts know no float64
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # configs, tensors and transformers' own checks raise anything
         raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
-    unused = [name for name in info["unexpected_keys"] if ".layers." in name]
+    unused = [name for name in info["unexpected_keys"] if re.search(r"(^|\.)\d+\.", name)]  # of a layer
     for kind, names in (
         ("has a tensor that its config has no place for:", unused),
-        ("lacks the tensor", info["missing_keys"]),
+        ("lacks the tensor", info["missing_keys"] - (model.all_tied_weights_keys or {}).keys() or info["missing_keys"]),
         ("has a tensor of wrong shape:", info["mismatched_keys"]),
     ):
         if names:
@@ -119,6 +117,19 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: tensor {name} holds NaN or infinity")
     return model.to(device).eval().requires_grad_(False)
+
+
+def _check_generation(folder: Path) -> None:
+    """Refuses generation settings that transformers would leave out without a word."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if path.is_file():
+        settings = read_object(path)
+        try:
+            GenerationConfig.from_dict(settings)
+        except Exception as error:  # its checks raise anything
+            raise CheckpointError(f"{path} cannot be used: {' '.join(str(error).split()):.200}") from error
 
 
 def _quiet_transformers() -> None:
@@ -139,7 +150,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     _quiet_transformers()
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise anything, bare Exception included
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be loaded: {' '.join(str(error).split()):.200}"
