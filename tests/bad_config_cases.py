@@ -114,6 +114,11 @@ REFUSED_CONFIGS = [
         (CONFIG_FILE, "vision_config.hidden_size"),
         config(vision_config={"hidden_size": 10**12}),
     ),
+    Case("labels-billion", "", (CONFIG_FILE, "num_labels", "10000"), config(num_labels=10**9)),
+    Case(
+        "kernel-from-the-hub", "", (CONFIG_FILE, "'evil/kernel'", "not run"), config(_attn_implementation="evil/kernel")
+    ),
+    Case("kernel-in-parts", "", (CONFIG_FILE, "'evil/kernel'"), config(attn_implementation={"text": "evil/kernel"})),
     Case("dtype-list", "", (CONFIG_FILE, "dtype", "['float32']"), config(dtype=["float32"])),
     Case("dtype-long", "", (CONFIG_FILE, "dtype", "aaa"), config(dtype=5000 * "a")),
     Case("quantised-oddly", "", ("quantised", "unknown"), config(quantization_config="int4")),

@@ -1,5 +1,6 @@
 """Bad weight files and what lies beside them."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 import torch
@@ -215,6 +216,30 @@ FAMILY_WEIGHTS = [
     for family, field in LAYERS.items()
 ]
 
+BAD_GENERATION = [
+    {"eos_token_id": "y"},
+    {"max_length": "x", "bos_token_id": 1, "eos_token_id": ["2"]},
+    {"num_beams": 0},
+    {"max_new_tokens": -5},
+    {"top_k": "x", "do_sample": True},
+    {"repetition_penalty": "x"},
+    {"stop_strings": ["a"]},
+    {"max_time": "x"},
+    {"bad_words_ids": [["a"]]},
+    {"cache_implementation": "x"},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"watermarking_config": {"a": 1}},
+]
+GENERATION = [
+    Case(
+        f"generation-{next(iter(settings))}",
+        f"{GENERATE} Once",
+        ("{model}",),
+        file("model/generation_config.json", json.dumps(settings)),
+    )
+    for settings in BAD_GENERATION
+]
+
 TOKENIZER = ("{model}", "tokenizer")
 COMPANIONS = [
     Case(f"{name.split('.')[0]}-{kind}", command, words, file(f"model/{name}", content))
@@ -248,7 +273,7 @@ COMPANIONS = [
             "generation_config.json",
             CONVERT,
             ("{model}",),
-            {"cut": "{", "list": "[1]", "empty": "", "words": '{"max_length": "x", "eos_token_id": "y"}'},
+            {"cut": "{", "list": "[1]", "empty": ""},
         ),
     ]
     for kind, content in contents.items()
@@ -294,4 +319,5 @@ WEIGHTS = [
     *TENSORS,
     *FAMILY_WEIGHTS,
     *COMPANIONS,
+    *GENERATION,
 ]

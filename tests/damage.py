@@ -92,9 +92,9 @@ def filled(text: str, tmp: Path) -> str:
     return text.replace("{tmp}", str(tmp))
 
 
-def copy_model(target: Path) -> Path:
+def copy_model(target: Path, source: Path = BUNDLED) -> Path:
     """An undamaged copy of the bundled model."""
-    return Path(shutil.copytree(BUNDLED, target))
+    return Path(shutil.copytree(source, target))
 
 
 def file(name: str, content: bytes | str) -> Damage:
@@ -295,7 +295,7 @@ def single_file_and_index(tmp: Path) -> None:
     (tmp / "model" / "model.safetensors").write_bytes(b"broken")
 
 
-class _Trap:
+class Trap:
     """Whoever unpickles it makes a folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -308,13 +308,13 @@ class _Trap:
 def only_pickled(tmp: Path) -> None:
     """Pickled weights that leave a trace when they are loaded, and no others."""
     (tmp / "model" / "model.safetensors").unlink()
-    (tmp / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(_Trap(tmp / "loaded")))
+    (tmp / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp / "loaded")))
 
 
 def pickled_shard(tmp: Path) -> None:
     """An index that names a pickle which leaves a trace when it is loaded."""
     shards(x="b.bin")(tmp)
-    (tmp / "model" / "b.bin").write_bytes(pickle.dumps(_Trap(tmp / "loaded")))
+    (tmp / "model" / "b.bin").write_bytes(pickle.dumps(Trap(tmp / "loaded")))
 
 
 def silent_tokenizer(tmp: Path) -> None:

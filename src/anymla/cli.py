@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect as python_inspect
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -243,7 +244,8 @@ def generate(
 
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # file names may be no text
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == 130:  # typer makes Ctrl-C this code

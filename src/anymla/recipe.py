@@ -122,6 +122,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold names and values, as 'kv_cache: 0.25'")
-    if odd := next((name for name in content if not isinstance(name, str)), None):
-        raise RecipeError(f"{path}: {shown(odd)} is no name of a setting")
+    if odd := [name for name in content if not isinstance(name, str)]:
+        raise RecipeError(f"{path}: {shown(odd[0])} is no name of a setting")
     return content

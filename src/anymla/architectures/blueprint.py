@@ -13,7 +13,7 @@ from anymla.architectures.fields import Fields, read_fields
 from anymla.architectures.layers import attends, has_rope, heads_of, layer_type, window_of
 from anymla.architectures.positions import RopeSpec, read_rope, rope_pairs
 from anymla.errors import CheckpointError, UnsupportedModelError, shown
-from anymla.io.config import oversized, read_object
+from anymla.io.config import danger, read_object
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -104,7 +104,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         return (
             f"the weights are quantised ({method!s:.40}): convert the unquantised checkpoint, then quantise the result"
         )
-    return oversized(config)
+    return danger(config)
 
 
 def read_blueprint(config: Mapping[str, Any]) -> Blueprint:
@@ -146,8 +146,13 @@ def context_of(folder: Path) -> int | None:
     config = read_config(folder)
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type.removeprefix("anymla_")) if isinstance(model_type, str) else None
+    if family is None:
+        return None
+    config = _filled(config, family)
     try:
-        return None if family is None else read_fields(_filled(config, family)).max_position_embeddings
+        if family.rope is not None:
+            read_rope(config)
+        return read_fields(config).max_position_embeddings
     except UnsupportedModelError as error:
         raise CheckpointError(f"{folder}/{error}") from error
 

@@ -106,7 +106,8 @@ class LayerStep:
         self.moments: Moments = sums.moments()
         if not torch.isfinite(self.moments.weighted_gram).all() or not torch.isfinite(self.target).all():
             dtype = str(original.dtype).removeprefix("torch.")
-            raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype float32 or bfloat16")
+            wider = "float32 or bfloat16" if dtype == "float16" else "float64, or look for weights that are too large"
+            raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype {wider}")
         attended_inputs = attention_inputs(self.layer, self.attention, converted, call, self.batch)
         for part, inputs in zip(self.inputs.split(self.batch), attended_inputs, strict=True):
             part.copy_(inputs)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anymla.errors import CheckpointError, OutputError, shown
-from anymla.io.config import oversized, read_object
+from anymla.io.config import danger, read_object
 from anymla.io.shards import check_amount, check_index, held_tensors, index_map
 
 CONFIG_FILES = ["config.json"]
@@ -82,7 +82,7 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if (reason := oversized(read_object(folder / "config.json"))) is not None:
+    if (reason := danger(read_object(folder / "config.json"))) is not None:
         raise CheckpointError(f"{folder}/{reason}")
     held = held_tensors(check_weights(folder))
     _quiet_transformers()

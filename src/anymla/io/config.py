@@ -1,4 +1,4 @@
-"""Reads JSON objects that may be anything, and refuses sizes that no model has, before memory is taken for them."""
+"""Reads JSON objects that may be anything, and finds in a config what no loader should be given."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from anymla.errors import CheckpointError, shown
 
 MOST_BYTES = 64 << 20  # of a JSON file: the index of the largest models has a few
 MOST_LAYERS = 1000
-MOST_EXPERTS = 10_000
 MOST_SIZE = 1 << 24  # of any width, vocabulary or context
-
-_SIZES = re.compile(r"(layers?|heads?|experts|size|dim|embd|embed|inner|rank|positions|_embeddings|d_model|n_ctx)$")
+_SIZES = (  # of names of fields that end so
+    (re.compile(r"layers?$"), MOST_LAYERS),
+    (re.compile(r"(experts|labels)$"), 10_000),
+    (re.compile(r"(heads?|size|dim|embd|embed|inner|rank|positions|_embeddings|d_model|n_ctx)$"), MOST_SIZE),
+)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -37,23 +39,25 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def oversized(config: Mapping[str, Any]) -> str | None:
-    """Which size in a parsed config is larger than any model's, or None. Says nothing of values that are no integers.
+def danger(config: Mapping[str, Any]) -> str | None:
+    """What in a parsed config must not reach a loader, or None.
 
-    A loader would begin to make such a model, and only then find that its weights are not there.
+    A size larger than any model's: it would begin to make such a model, and only then find that its weights are not
+    there. Attention by a kernel from the hub, ``org/name``: it would fetch and run it.
     """
-    for name, value in _integers(config):
+    for name, value in _leaves(config):
         field = name.rpartition(".")[2]
-        most = MOST_LAYERS if field.endswith(("layers", "_layer")) else MOST_SIZE
-        most = MOST_EXPERTS if field.endswith("experts") else most
-        if _SIZES.search(field) and value > most:
+        most = next((most for pattern, most in _SIZES if pattern.search(field)), None)
+        if isinstance(value, int) and most is not None and value > most:
             return f"config.json: {name:.80} is {shown(value)}; no model has more than {most}"
+        if isinstance(value, str) and "implementation" in name and "/" in value:
+            return f"config.json: {name:.80} {shown(value)} is code from the hub, which anymla does not run"
     return None
 
 
-def _integers(config: Mapping[str, Any], prefix: str = "", depth: int = 3) -> Iterator[tuple[str, int]]:
+def _leaves(config: Mapping[str, Any], prefix: str = "", depth: int = 5) -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
-        if isinstance(value, int) and not isinstance(value, bool):
+        if not isinstance(value, Mapping):
             yield f"{prefix}{name}", value
-        elif isinstance(value, Mapping) and depth:
-            yield from _integers(value, f"{prefix}{name}.", depth - 1)
+        elif depth:
+            yield from _leaves(value, f"{prefix}{name}.", depth - 1)
