@@ -1,7 +1,26 @@
 """Bad config.json files."""
 
 import pickle
-from tests.damage import *
+
+from tests.damage import (
+    CONFIG_FILE,
+    CONVERT,
+    EVAL,
+    GENERATE,
+    INSPECT,
+    PLAN,
+    REMOVED,
+    Case,
+    all_of,
+    config,
+    file,
+    folder,
+    in_text,
+    link,
+    on_each,
+    remove,
+    sparse,
+)
 
 CONFIG_FILES = on_each(
     {"inspect": INSPECT, "plan": PLAN, "convert": CONVERT, "eval": f"{EVAL} {{valid}}", "generate": f"{GENERATE} Once"},

@@ -1,10 +1,26 @@
 """What can be wrong with anymla's input, and the table of all cases."""
 
-from tests.damage import *
-from tests.bad_config_cases import *
-from tests.bad_family_cases import *
-from tests.bad_weight_cases import *
-from tests.bad_yaml_cases import *
+from tests.bad_config_cases import CONFIG_FILES, REFUSED_CONFIGS, SIZES, SPIRAL
+from tests.bad_family_cases import FAMILY_CONFIGS
+from tests.bad_weight_cases import WEIGHTS
+from tests.bad_yaml_cases import PLANS, RECIPES
+from tests.damage import (
+    CONVERT,
+    EVAL,
+    GENERATE,
+    ON_TEXT,
+    PLAN,
+    ROW,
+    Case,
+    config,
+    file,
+    folder,
+    larger_vocabulary,
+    link,
+    on_each,
+    silent_tokenizer,
+    text,
+)
 
 MODEL_PLACES = [
     Case("folder-missing-inspect", "inspect {tmp}/nowhere", ("{tmp}/nowhere",)),

@@ -3,8 +3,46 @@
 import json
 from collections.abc import Callable
 from typing import Any
+
 import torch
-from tests.damage import *
+
+from tests.damage import (
+    CONVERT,
+    EVAL,
+    GENERATE,
+    INDEX_FILE,
+    MODEL_FILE,
+    NORM,
+    SHARD,
+    TRAIN,
+    UP_PROJ,
+    V_PROJ,
+    Case,
+    Damage,
+    all_of,
+    appended,
+    below,
+    config,
+    eager_tokenizer,
+    file,
+    flipped,
+    folder,
+    header,
+    index,
+    larger_vocabulary,
+    link,
+    number,
+    only_pickled,
+    pickled_shard,
+    remove,
+    row_less,
+    shards,
+    single_file_and_index,
+    tensors,
+    tiny,
+    truncated,
+    two_shards,
+)
 
 
 def entry(name: str, **changes: Any) -> Damage:

@@ -1,6 +1,6 @@
 """Bad recipes and plans."""
 
-from tests.damage import *
+from tests.damage import ON_PLAN, ON_RECIPE, PLAN, Case, file, folder, plan, planned_layer, recipe
 
 RECIPE_FILE, PLAN_FILE = "{tmp}/recipe.yaml", "{tmp}/plan.yaml"
 RECIPES = [

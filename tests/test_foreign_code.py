@@ -18,7 +18,12 @@ COMMANDS = {
     "eval": f"{EVAL} {{valid}}",
     "generate": f"{GENERATE} A",
 }
-EVIL = "import pathlib\npathlib.Path({marker!r}).mkdir(exist_ok=True)\nclass Evil: pass\nEvilConfig = EvilModel = generate = Evil\n"
+EVIL = """
+import pathlib
+pathlib.Path({marker!r}).mkdir(exist_ok=True)
+class Evil: pass
+EvilConfig = EvilModel = generate = Evil
+"""
 AUTO = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel", "AutoModel": "evil.EvilModel"}
 SLOW_AND_FAST = ["evil.Evil", "evil.Evil"]
 
