@@ -187,7 +187,8 @@ def plans(draw) -> dict[str, Any]:
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.sampled_from([content, content["recipe"], *content["layers"]]))
         place[draw(st.sampled_from(sorted(place)) | st.text(max_size=3))] = draw(VALUES | st.just(16) | st.just([2, 4]))
-        if not (isinstance(content.get("recipe"), dict) and isinstance(content.get("layers"), list)):
+        layers = content.get("layers")
+        if not isinstance(layers, list) or not all(isinstance(each, dict) for each in [content.get("recipe"), *layers]):
             break
     return content
 
