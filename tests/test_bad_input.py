@@ -14,20 +14,9 @@ import huggingface_hub.constants
 import pytest
 
 from anymla.conversion import shards as writing
-from tests.bad_input_cases import (
-    BUNDLED,
-    CASES,
-    CONVERT,
-    FAST,
-    GENERATE,
-    IMPOSSIBLE_BUDGETS,
-    PLAN,
-    REFUSED_CONFIGS,
-    ROW,
-    Case,
-    Run,
-    run_main,
-)
+from tests.bad_config_cases import REFUSED_CONFIGS
+from tests.bad_input_cases import CASES, IMPOSSIBLE_BUDGETS
+from tests.damage import BUNDLED, CONVERT, FAST, GENERATE, PLAN, ROW, Case, Run, run_main
 
 ANYMLA = Path(sys.executable).parent / "anymla"
 AS_SUBPROCESS = ("weights-cut-in-half", "budget-too-small", "tensor-missing", "tensor-shape", "eval-rope-unknown")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from anymla import cli, pipeline
 from anymla.errors import AnymlaError
 from anymla.recipe import Recipe
-from tests.bad_input_cases import BUNDLED, FAST, TRAIN, VALID, run_main
+from tests.damage import BUNDLED, FAST, TRAIN, VALID, run_main
 
 COMMANDS = ("demo", "inspect", "plan", "convert", "eval", "generate")
 SCORES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect as python_inspect
+import io
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from rich.console import Console
 from anymla import __version__, pipeline
 from anymla.errors import AnymlaError, RecipeError
 from anymla.planning.plan import Plan
-from anymla.recipe import DtypeName, Recipe, read_yaml
+from anymla.recipe import MOST, DtypeName, Recipe, read_yaml
 
 app = typer.Typer(
     name="anymla",
@@ -26,7 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+plain = functools.partial(Console, highlight=False, markup=False, emoji=False)  # file names may hold brackets
+out, err = plain(), plain(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A local checkpoint folder or a hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -245,8 +247,12 @@ def evaluate(
     model: Model,
     text: Annotated[str, typer.Option(help="Text file, .jsonl (field 'text') or hub data set name[:config[:split]].")],
     against: Annotated[str | None, typer.Option(help="The original model, for KL and top-1 agreement.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=256, help="Read at most this many tokens. Default: all.")] = None,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window (at most the model's context).")] = 1024,
+    tokens: Annotated[
+        int | None, typer.Option(min=256, max=MOST, help="Read at most this many tokens. Default: all.")
+    ] = None,
+    length: Annotated[
+        int, typer.Option(min=8, max=MOST, help="Tokens per window (at most the model's context).")
+    ] = 1024,
     device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -265,7 +271,7 @@ def evaluate(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to add at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")] = 0,
     device: Device = "auto",
@@ -281,6 +287,8 @@ def generate(
 
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == 130:  # typer makes Ctrl-C this code
@@ -304,5 +312,6 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    line = " ".join(message.split())
+    sys.stderr.write(f"error: {''.join(each if each.isprintable() else repr(each)[1:-1] for each in line)}\n")
     sys.exit(1)

@@ -1,5 +1,13 @@
 """The errors a user can meet. Each names what is wrong, where, and the option to change."""
 
+from __future__ import annotations
+
+import reprlib
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+_REPR.maxlevel = 3
+
 
 class AnymlaError(Exception):
     """Base of all errors that anymla raises on purpose; the command line prints them as one line."""
@@ -27,3 +35,8 @@ class TextError(AnymlaError, ValueError):
 
 class OutputError(AnymlaError, OSError):
     """The output folder exists or cannot be written."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: one short line of printable characters, however large or deep it is."""
+    return f"{_REPR.repr(value):.60}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
-from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
+from anymla.architectures.blueprint import Blueprint, context_of, read_blueprint, read_config
 from anymla.errors import CheckpointError, RecipeError, TextError, UnsupportedModelError
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
@@ -173,7 +174,7 @@ def convert(
     Raises:
         AnymlaError: one of its kinds, each one clear line.
     """
-    started, output = time.monotonic(), Path(output).expanduser()
+    started, output = time.monotonic(), Path(os.path.expanduser(output))
     source = find_model(model)
     blueprint = read_blueprint(read_config(source))
     chosen = _chosen_plan(str(model), blueprint, recipe, settings)
@@ -225,14 +226,9 @@ def evaluate(
     from anymla.evaluation.scores import score_model
 
     folder = find_model(model)
-    config = read_config(folder)
-    if isinstance(nested := config.get("text_config"), dict):  # a vision-language model
-        config = nested
+    context = context_of(folder) or length
     tokenizer = load_tokenizer(folder)
     ids = islice(tokenize(read_documents(text), tokenizer), tokens)
-    context = config.get("max_position_embeddings", length)
-    if not isinstance(context, int) or context < 1:
-        raise CheckpointError(f"{folder}/config.json: max_position_embeddings must be positive, got {context!r:.40}")
     windows = token_windows(ids, min(length, context), text)
     device = pick_device(device)
     loaded = load_model(folder, dtype=dtype, device=device)

@@ -9,7 +9,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from anymla.errors import RecipeError
+from anymla.errors import RecipeError, shown
+
+MOST_BYTES = 1 << 20  # of a recipe or plan: a plan of a thousand layers has a fifth of it
+MOST = 1 << 40  # of any number of tokens or dims
 
 Rope = Literal["channel-pca", "high", "low", "uniform", "two-norm"]
 FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened", "balanced-pca"]
@@ -26,11 +29,12 @@ class Recipe(BaseModel):
     rope_dims: int | None = Field(
         None,
         ge=0,
+        le=MOST,
         description="Rotated dims: per KV head for high/low/uniform/two-norm, in total (2K) for channel-pca. "
         "Default: chosen per layer on calibration text.",
     )
     kv_rank: int | None = Field(
-        None, ge=1, description="Latent rank per layer. Default: what the budget leaves beside the rope dims."
+        None, ge=1, le=MOST, description="Latent rank per layer. Default: what the budget leaves beside the rope dims."
     )
     factorization: FactorizationName = Field("output-aware", description="How the latent is found.")
     expected_rotation: bool = Field(
@@ -41,13 +45,15 @@ class Recipe(BaseModel):
         min_length=1,
         description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. Default: bundled stories.",
     )
-    calibration_tokens: int = Field(32768, ge=256, description="Tokens of calibration text to use.")
+    calibration_tokens: int = Field(32768, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
-        1024, ge=8, description="Tokens per calibration window (at most the model's context)."
+        1024, ge=8, le=MOST, description="Tokens per calibration window (at most the model's context)."
     )
-    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+    device: str = Field(
+        "auto", max_length=60, description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
+    )
     dtype: DtypeName | None = Field(None, description="Dtype to load and save in. Default: the checkpoint's.")
-    seed: int = Field(0, ge=0, description="Which pieces of the calibration text are drawn.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Which pieces of the calibration text are drawn.")
 
     @field_validator("calibration", mode="before")
     @classmethod
@@ -65,13 +71,37 @@ class Recipe(BaseModel):
             return cls.model_validate(settings)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            value = "" if first["type"] == "extra_forbidden" else f", got {first['input']!r:.60}"
-            raise RecipeError(f"{source}: {name}: {first['msg']}{value}") from error
+            value = "" if first["type"] == "extra_forbidden" else f", got {shown(first['input'])}"
+            raise RecipeError(f"{source}: {where(first['loc'])}: {first['msg']}{value}") from error
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every field spelled out."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def where(place: tuple[int | str, ...]) -> str:
+    """The place of a value in nested settings, as a.b.c, in printable characters."""
+    name = ".".join(str(part) for part in place)
+    return f"{name:.80}" if name.isprintable() else shown(name)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases, which can make a small file grow without end, and no name twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.value in names:
+                problem = f"{shown(key.value)} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -81,9 +111,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: missing, unreadable, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise RecipeError(f"{path} has more than {MOST_BYTES >> 20} MiB: too large for a recipe or a plan")
+        content = yaml.load(text.decode("utf-8-sig"), _Loader)
+    except RecipeError:
+        raise
+    except Exception as error:  # beside its own errors, PyYAML lets through what dates and numbers of no sense raise
+        raise RecipeError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold names and values, as 'kv_cache: 0.25'")
+    if odd := [name for name in content if not isinstance(name, str)]:
+        raise RecipeError(f"{path}: {shown(odd[0])} is no name of a setting")
     return content

@@ -1,4 +1,7 @@
-"""What kind each decoder layer is, by the several ways in which configs say it; knows no family."""
+"""What kind each decoder layer is, by the several ways in which configs say it; knows no family.
+
+The fields are of the kinds that fields.py says, wherever this is called.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anymla.architectures.families import Family
-from anymla.errors import UnsupportedModelError
+from anymla.errors import UnsupportedModelError, shown
 
 ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "global", "local")
 KEPT = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp", "linear", "short_conv")
@@ -23,11 +26,11 @@ def layer_type(config: Mapping[str, Any], index: int) -> str | None:
             return _known(_entry(types, index, name, cycle=name == "block_types"), name)
     for name in ("attn_layer_indices", "full_attn_idxs"):
         if (indices := config.get(name)) is not None:
-            return "attention" if isinstance(indices, Sequence) and index in indices else "mamba"
-    if isinstance(pattern := config.get("hybrid_override_pattern"), str):
-        return "attention" if pattern[index : index + 1] == "*" else "mamba"
+            return "attention" if index in indices else "mamba"
+    if (pattern := config.get("hybrid_override_pattern")) is not None:
+        return "attention" if _entry(pattern, index, "hybrid_override_pattern") == "*" else "mamba"
     if period := config.get("attn_layer_period"):
-        return "attention" if index % period == config.get("attn_layer_offset", 0) else "mamba"
+        return "attention" if index % period == (config.get("attn_layer_offset") or 0) else "mamba"
     if interval := config.get("full_attention_interval"):
         return "full_attention" if (index + 1) % interval == 0 else "linear_attention"
     pattern = config.get("sliding_window_pattern")  # of configs older than layer_types
@@ -56,7 +59,7 @@ def has_rope(config: Mapping[str, Any], family: Family, index: int) -> bool:
     if family.rope_layers == "no_rope_layers":
         if layers := config.get("no_rope_layers"):
             return bool(_entry(layers, index, "no_rope_layers"))
-        return (index + 1) % int(config.get("no_rope_layer_interval") or 4) != 0
+        return (index + 1) % (config.get("no_rope_layer_interval") or 4) != 0
     return family.rope_layers == "all" or _has_rope_by_type(config, family, index)
 
 
@@ -77,10 +80,7 @@ def heads_of(config: Mapping[str, Any], index: int) -> int | None:
     """Query heads of layer ``index``, where layers have different numbers of them."""
     if (heads := config.get("num_attention_heads_per_layer")) is None:
         return None
-    count = _entry(heads, index, "num_attention_heads_per_layer")
-    if not isinstance(count, int) or count < 1:
-        raise UnsupportedModelError(f"config.json: num_attention_heads_per_layer holds {count!r:.40}")
-    return count
+    return int(_entry(heads, index, "num_attention_heads_per_layer"))
 
 
 def window_of(window: int | None, config: Mapping[str, Any], family: Family, index: int) -> int | None:
@@ -90,19 +90,17 @@ def window_of(window: int | None, config: Mapping[str, Any], family: Family, ind
         if not config.get("use_sliding_window", False):
             return None
         if kind is None:
-            return window if index >= int(config.get("max_window_layers") or 0) else None
+            return window if index >= (config.get("max_window_layers") or 0) else None
     return window if kind in (None, "sliding_attention", "local") else None
 
 
-def _entry(values: Any, index: int, name: str, *, cycle: bool = False) -> Any:
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        raise UnsupportedModelError(f"config.json: {name} must be a list with an entry per layer, got {values!r:.40}")
-    if index >= len(values) and not cycle:
-        raise UnsupportedModelError(f"config.json: {name} has {len(values)} entries and no one for layer {index}")
+def _entry(values: Sequence[Any], index: int, name: str, *, cycle: bool = False) -> Any:
+    if not values or (index >= len(values) and not cycle):
+        raise UnsupportedModelError(f"config.json: {name} has {len(values)} entries and none for layer {index}")
     return values[index % len(values)]
 
 
 def _known(kind: Any, name: str) -> str:
     if kind not in (*ATTENDING, *KEPT):
-        raise UnsupportedModelError(f"config.json: {name}: a layer of type {kind!r:.40} is not known to anymla")
+        raise UnsupportedModelError(f"config.json: {name}: a layer of type {shown(kind)} is not known to anymla")
     return str(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator
 from importlib import resources
@@ -35,7 +36,7 @@ def read_documents(source: str | Path) -> list[str]:
     Raises:
         TextError: the source is missing, unreadable, or holds no text.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves users nobody knows
     if path.is_file():
         documents = _read_file(path)
     elif path.exists() or path.suffix in (".txt", ".jsonl", ".json") or path.is_absolute():

@@ -111,7 +111,8 @@ class LayerStep:
         self.moments: Moments = sums.moments()
         if not torch.isfinite(self.moments.weighted_gram).all() or not finite:
             dtype = str(original.dtype).removeprefix("torch.")
-            raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype float32 or bfloat16")
+            wider = "float32 or bfloat16" if dtype == "float16" else "float64, or look for weights that are too large"
+            raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype {wider}")
         attended_inputs = attention_inputs(self.layer, self.attention, converted, self.call, self.batch)
         for start, inputs in zip(range(0, len(converted), self.batch), attended_inputs, strict=True):
             self.inputs[start : start + len(inputs)] = inputs

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from anymla.errors import RecipeError, TextError
+from anymla.architectures.blueprint import context_of
+from anymla.errors import AnymlaError, CheckpointError, RecipeError, TextError
 from anymla.io.checkpoint import find_model, load_model, load_tokenizer
 from anymla.io.device import pick_device
 
@@ -48,8 +49,14 @@ def stream_continuation(
         raise RecipeError(f"--temperature {temperature} is too small: give 0, or at least {LEAST_TEMPERATURE}")
 
     folder = find_model(model)
+    context_of(folder)  # refuses sizes that are none
     loaded, tokenizer = load_model(folder, dtype=dtype, device=pick_device(device)), load_tokenizer(folder)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    continuation(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    try:
+        continuation(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    except AnymlaError:
+        raise
+    except (TypeError, ValueError, ImportError, LookupError, AttributeError) as error:  # by its generation_config.json
+        raise CheckpointError(f"{folder} cannot continue the prompt: {' '.join(str(error).split()):.200}") from error

@@ -6,13 +6,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from anymla.errors import CheckpointError, OutputError
+from anymla.errors import CheckpointError, OutputError, shown
 from anymla.io.auto import auto_class
+from anymla.io.config import danger, read_object
+from anymla.io.shards import check_amount, check_index, held_tensors, index_map
 from anymla.io.work import remove
 
 CONFIG_FILES = ["config.json"]
@@ -26,7 +28,7 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
     Raises:
         CheckpointError: no such folder, or the hub does not have it or cannot be reached.
     """
-    path, name = Path(model).expanduser(), str(model)
+    path, name = Path(os.path.expanduser(model)), str(model)
     if os.path.exists(path):  # unlike Path.exists, False for names that no file system can hold
         return path
     if name.count("/") > 1 or name.startswith((".", "/", "~", "-")) or not name:
@@ -49,15 +51,10 @@ def check_weights(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: no safetensors, a shard is missing or truncated, or the index names a file outside the folder.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = _weight_files(folder)
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                weights.keys()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    held = held_tensors(files)
+    if (index := folder / INDEX).is_file() and files != [folder / "model.safetensors"]:
+        check_index(index, index_map(index), held)
     return files
 
 
@@ -66,16 +63,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():  # what transformers takes where there are both
         return [single]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if not names or not all(isinstance(name, str) for name in names):
-                raise ValueError("weight_map must give every tensor a file name")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
-        if outside := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(f"{index} names a file outside the folder: {outside[0]}")
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise CheckpointError(f"{folder} lacks the shard {missing[0]} that {INDEX} names")
+        names = sorted(set(index_map(index).values()))
+        if missing := [name for name in names if not os.path.isfile(folder / name)]:
+            raise CheckpointError(f"{folder} lacks the shard {shown(missing[0])} that {INDEX} names")
         return [folder / name for name in names]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
@@ -93,37 +83,60 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
     """
     import torch
 
-    check_weights(folder)
+    config = safe_config(folder)
+    held = held_tensors(check_weights(folder))
     quiet_transformers()
+    _check_generation(folder)
     try:
-        model, info = auto_class(_model_type(folder)).from_pretrained(
+        check_amount(folder, config, held)
+        model, info = auto_class(config.model_type).from_pretrained(
             folder,
             dtype=dtype or "auto",
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=True,
+            trust_remote_code=False,  # nor ask whether to
             ignore_mismatched_sizes=True,  # reported below, by name
             **implementations(folder, dtype),
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # configs, tensors and transformers' own checks raise anything
         raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
-    check_loading(folder, info)
+    check_loading(folder, info, model.all_tied_weights_keys or {})
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: tensor {name} holds NaN or infinity")
     return model.to(device).eval().requires_grad_(False)
 
 
-def check_loading(folder: Path, info: dict[str, Any]) -> None:
+def safe_config(folder: Path) -> Any:
+    """The config of ``folder`` as transformers has it, once nothing in it was found that must not reach a loader.
+
+    Raises:
+        CheckpointError: it asks for code from the hub, means a size that no model has, or cannot be used.
+    """
+    from transformers import AutoConfig
+
+    if (reason := danger(read_object(folder / "config.json"))) is not None:
+        raise CheckpointError(f"{folder}/{reason}")
+    quiet_transformers()
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # configs and transformers' own checks raise anything
+        raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
+
+
+def check_loading(folder: Path, info: dict[str, Any], tied: Mapping[str, str]) -> None:
     """Refuses a checkpoint whose tensors are not those of its model; ``info`` is transformers' account of loading it.
 
     Raises:
         CheckpointError: names the first tensor that is missing, has the wrong shape, or has no place in a layer.
     """
-    unused = [name for name in info["unexpected_keys"] if ".layers." in name]
+    unused = [name for name in info["unexpected_keys"] if re.search(r"(^|\.)\d+\.", name)]  # of a layer
     for kind, names in (
         ("has a tensor that its config has no place for:", unused),
-        ("lacks the tensor", info["missing_keys"]),
+        ("lacks the tensor", info["missing_keys"] - tied.keys() or info["missing_keys"]),
         ("has a tensor of wrong shape:", info["mismatched_keys"]),
     ):
         if names:
@@ -131,9 +144,17 @@ def check_loading(folder: Path, info: dict[str, Any]) -> None:
             raise CheckpointError(f"{folder} {kind} {first if isinstance(first, str) else first[0]}")
 
 
-def _model_type(folder: Path) -> str:
-    """What config.json calls the model."""
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+def _check_generation(folder: Path) -> None:
+    """Refuses generation settings that transformers would leave out without a word."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if path.is_file():
+        settings = read_object(path)
+        try:
+            GenerationConfig.from_dict(settings)
+        except Exception as error:  # its checks raise anything
+            raise CheckpointError(f"{path} cannot be used: {' '.join(str(error).split()):.200}") from error
 
 
 def quiet_transformers() -> None:
@@ -166,7 +187,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     quiet_transformers()
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise anything, bare Exception included
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be loaded: {' '.join(str(error).split()):.200}"

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
 
 from anymla.errors import CheckpointError
 from anymla.io.auto import stock_class
-from anymla.io.checkpoint import check_loading, check_weights, implementations, quiet_transformers
+from anymla.io.checkpoint import check_loading, check_weights, implementations, safe_config
 from anymla.io.safetensors import Stored, read_header
+from anymla.io.shards import check_amount
 
 
 class StreamedModel:
@@ -49,9 +50,9 @@ class StreamedModel:
 
     def _skeleton(self, dtype: str | None) -> Any:
         """The model on the meta device, once every tensor in the files was found to have its place."""
-        quiet_transformers()
+        config = safe_config(self.folder)
         try:
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            check_amount(self.folder, config, {name: prod(tensor.shape) for name, tensor in self.stored.items()})
             model, info = stock_class(config.model_type).from_pretrained(
                 None,
                 config=config,
@@ -63,9 +64,11 @@ class StreamedModel:
                 ignore_mismatched_sizes=True,  # reported below, by name
             )
             self._fill_buffers(model)
+        except CheckpointError:
+            raise
         except Exception as error:  # configs, tensors and transformers' own checks raise anything
             raise CheckpointError(f"{self.folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
-        check_loading(self.folder, info)
+        check_loading(self.folder, info, model.all_tied_weights_keys or {})
         return model.eval().requires_grad_(False)
 
     def _fill_buffers(self, model: Any) -> None:

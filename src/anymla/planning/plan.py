@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.planning.costs import latent_cost, original_cost, peak_memory
-from anymla.recipe import Recipe, read_yaml
+from anymla.recipe import MOST, Recipe, read_yaml, where
 
 TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
 ROPE_SHARES = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried on calibration text
 
 
-EvenInt = Annotated[int, Field(ge=0, multiple_of=2)]
+EvenInt = Annotated[int, Field(ge=0, le=MOST, multiple_of=2)]
+Rank = Annotated[int, Field(gt=0, le=MOST)]
 
 
 class LayerPlan(BaseModel):
@@ -26,12 +27,12 @@ class LayerPlan(BaseModel):
     ``rope_dims`` is the total over kv heads. Where it is None, conversion chooses it among ``rope_choices``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    cached_numbers: PositiveInt
+    cached_numbers: Rank
     rope_dims: EvenInt | None
-    kv_rank: PositiveInt | None
-    rope_choices: tuple[EvenInt, ...] = ()
+    kv_rank: Rank | None
+    rope_choices: Annotated[tuple[EvenInt, ...], Field(strict=False)] = ()  # YAML has lists only
 
     @model_validator(mode="after")
     def _add_up(self) -> LayerPlan:
@@ -48,11 +49,13 @@ class LayerPlan(BaseModel):
 class Plan(BaseModel):
     """A recipe and what it means for every layer of one model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     model: str
     recipe: Recipe
-    layers: tuple[LayerPlan | None, ...]  # None: a layer without softmax attention, which stays as it is
+    layers: tuple[LayerPlan | None, ...] = Field(
+        strict=False
+    )  # None: a layer without softmax attention, which stays as it is
 
     def to_yaml(self) -> str:
         """The plan as YAML, for ``anymla convert --plan``."""
@@ -69,7 +72,7 @@ class Plan(BaseModel):
             return cls.model_validate(read_yaml(path))
         except ValidationError as error:
             first = error.errors()[0]
-            raise RecipeError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise RecipeError(f"{path}: {where(first['loc'])}: {first['msg']}") from error
 
 
 def make_plan(model: str, blueprint: Blueprint, recipe: Recipe) -> Plan:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from anymla.architectures.blueprint import AttentionSpec, RopeSpec
+    from anymla.architectures.blueprint import AttentionSpec
+    from anymla.architectures.positions import RopeSpec
     from anymla.evaluation.scores import Scores
     from anymla.pipeline import Conversion, Inspection
 
