@@ -50,6 +50,7 @@ oldest: .venv-oldest/made
 benchmarks: env
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/streaming.py
 
 clean:
 	rm -rf .venv .venv-oldest anymla-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

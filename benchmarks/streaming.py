@@ -33,7 +33,18 @@ SHAPE = {
     "max_position_embeddings": 2048,
 }
 LAYER_BYTES = 4 * (4 * 512 * 512 + 3 * 512 * 1408 + 2 * 512)
-SETTINGS = ["--kv-cache", "0.25", "--calibration-tokens", "1024", "--calibration-length", "128", "--device", "cpu"]
+SETTINGS = [
+    "--kv-cache",
+    "0.25",
+    "--rope-dims",
+    "64",
+    "--calibration-tokens",
+    "1024",
+    "--calibration-length",
+    "128",
+    "--device",
+    "cpu",
+]
 FLAT = 1.15
 
 
