@@ -12,7 +12,8 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from anymla.architectures.families import FAMILIES, REFUSED
+from anymla.architectures.families import FAMILIES, REFUSED, TEXT_ONLY_INSIDE
+from anymla.architectures.vision import VISION
 from tests.family_check import TOLERANCE, Row, check_family
 from tests.family_models import VARIANTS
 
@@ -23,6 +24,11 @@ def aliases() -> dict[str, str]:
     """Model types whose config calls itself by another one's name."""
     names = {name: CONFIG_MAPPING[name].model_type for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     return {name: real for name, real in names.items() if name != real and (real in FAMILIES or real in REFUSED)}
+
+
+def silent() -> set[str]:
+    """Model types of transformers' own list that are neither converted, nor refused, nor another name for one."""
+    return {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {*FAMILIES} - {*VISION} - {*REFUSED} - {*aliases()}
 
 
 def line(row: Row) -> str:
@@ -52,14 +58,15 @@ the largest differences between its logits and the original's, over a whole prom
 batch. At half the budget each one runs, saves, reloads, and caches exactly the planned numbers. float64 is measured
 with the float32 casts inside transformers' models lifted (tests/precision.py): what remains is the algebra.
 
-{len({*FAMILIES} - {*failed})} families converted exactly; {len(REFUSED)} refused by name. Layers without softmax
-attention (state space, linear attention, convolutions) are kept as they are.
+{len({*FAMILIES} - TEXT_ONLY_INSIDE - {*failed})} families are converted exactly, {len(REFUSED)} are refused by name.
+Layers without softmax attention (state space, linear attention, convolutions) are kept as they are.
 
 | family | attention | layers converted | float64 error | float32 error |
 |---|---|---|---:|---:|
 {families}
 
-Also: {others}.
+Also: {others}; and {len(VISION)} vision-language models, whose text model is converted inside the whole one
+([vision.md](vision.md), tests/test_vision.py): {", ".join(sorted(VISION))}.
 
 ## Refused
 
@@ -84,14 +91,12 @@ def main() -> int:
             except Exception as error:  # the run goes on and names all that failed
                 failed[name] = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         print(f"{name}: {failed.get(name, 'exact')}", flush=True)
-    silent = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {*FAMILIES} - {*REFUSED} - {*aliases()}
     TABLE.write_text(page(rows, failed), encoding="utf-8")
-    print(
-        f"\n{len(rows)} exact, {len(REFUSED)} refused, {len(failed)} failed, {len(silent)} passed over {sorted(silent)}"
-    )
+    left = sorted(silent())
+    print(f"\n{len(rows)} exact, {len(REFUSED)} refused, {len(failed)} failed, {len(left)} passed over {left}")
     for name, reason in sorted(REFUSED.items()):
         print(f"  {name}: {reason}")
-    return 1 if failed or silent else 0
+    return 1 if failed or left else 0
 
 
 if __name__ == "__main__":

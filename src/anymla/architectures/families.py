@@ -289,6 +289,10 @@ REFUSED: dict[str, str] = {
         ),
         "layers share their keys and values",
     ),
+    **dict.fromkeys(
+        ("emu3", "fuyu", "moss_transcribe_diarize", "phi4_multimodal"),
+        "a multi-modal model that anymla has no test of",
+    ),
     "gpt_neox_japanese": "its attention hands its output bias to the layer instead of adding it",
     "hrm_text": "layers run several times per token, each with a cache of its own",
     **dict.fromkeys(("inkling2_text", "inkling_text"), "keys and values pass a convolution over tokens"),

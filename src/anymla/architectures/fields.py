@@ -56,7 +56,7 @@ class Fields(BaseModel):
     attention_layers: Types | None = None
     mlp_layer_types: Types | None = None
     first_k_dense_replace: NonNegativeInt | None = None
-    sliding_window_pattern: PositiveInt | str | None = None
+    sliding_window_pattern: NonNegativeInt | str | None = None
     prefix_dense_sliding_window_pattern: PositiveInt | None = None
     hybrid_override_pattern: Annotated[str, Field(max_length=MOST_LAYERS)] | None = None
     attn_layer_indices: Indices | None = None

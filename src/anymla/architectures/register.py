@@ -1,25 +1,29 @@
-"""Makes transformers' Auto classes know the converted families."""
+"""Makes transformers' Auto classes know the converted families.
+
+Imports of transformers, direct or not, stand inside the functions: they run :func:`register` themselves.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
 from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
 from anymla.architectures.vision import VISION
 from anymla.io.auto import auto_class, stock_class
-from anymla.modeling import modeling_anymla
 
 
 def converted_class(architecture: str) -> Any:
     """The converted counterpart of the model class ``architecture`` of transformers."""
+    from anymla.modeling import modeling_anymla
+
     return getattr(modeling_anymla, modeling_anymla.PREFIX + architecture)
 
 
 def register() -> None:
     """Registers every converted family; saving one of them also writes its modelling files beside the weights."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     for family in {*FAMILIES} - TEXT_ONLY_INSIDE | {*VISION}:
         if family not in CONFIG_MAPPING_NAMES:  # younger than the installed transformers
             continue

@@ -78,7 +78,7 @@ def check_room(work: WorkFolder, source: StreamedModel, hidden_bytes: int) -> No
 def kept(work: WorkFolder, layers: int) -> Iterator[None]:
     """Keeps ``work`` when the block is stopped behind at least one of ``layers`` layers, and says how to go on.
 
-    Before that nothing is left. SIGTERM stops the block as Ctrl-C does.
+    Before that, and where the same command would fail again, nothing is left. SIGTERM stops the block as Ctrl-C does.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
@@ -90,6 +90,10 @@ def kept(work: WorkFolder, layers: int) -> Iterator[None]:
         stop.add_note(f"stopped{_what_is_kept(work, layers) or '; nothing is left'}")
         raise
     except AnymlaError as error:
+        if not isinstance(error.__cause__, OSError):
+            if rank() == 0:
+                work.discard()
+            raise
         raise type(error)(f"{error}{_what_is_kept(work, layers)}") from error
     except OSError as error:
         left = _what_is_kept(work, layers) or "; nothing was left there"

@@ -85,8 +85,6 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
 
     config = safe_config(folder)
     held = held_tensors(check_weights(folder))
-    quiet_transformers()
-    _check_generation(folder)
     try:
         check_amount(folder, config, held)
         model, info = auto_class(config.model_type).from_pretrained(
@@ -121,6 +119,7 @@ def safe_config(folder: Path) -> Any:
     if (reason := danger(read_object(folder / "config.json"))) is not None:
         raise CheckpointError(f"{folder}/{reason}")
     quiet_transformers()
+    _check_generation(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # configs and transformers' own checks raise anything

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from anymla.errors import CheckpointError
 from anymla.io.auto import stock_class
@@ -64,6 +64,7 @@ class StreamedModel:
                 ignore_mismatched_sizes=True,  # reported below, by name
             )
             self._fill_buffers(model)
+            _say_device(model, self.device)
         except CheckpointError:
             raise
         except Exception as error:  # configs, tensors and transformers' own checks raise anything
@@ -179,6 +180,16 @@ class StreamedModel:
                     part._parameters[name] = nn.Parameter(tensor.to(self.device), requires_grad=False)
                 else:
                     part._buffers[name] = tensor.to(self.device)
+
+
+def _say_device(model: nn.Module, device: str) -> None:
+    """Lets ``model.device``, where models put their inputs, be where weights will be and not where they are now."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = type(module)
+            module.__class__ = type(
+                kind.__name__, (kind,), {"device": torch.device(device), "__module__": kind.__module__}
+            )
 
 
 def unload(module: nn.Module, *, recurse: bool = True) -> None:
