@@ -9,7 +9,8 @@ import wrapt
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
-    from anymla.pipeline import Conversion, Inspection, convert, evaluate, explain_plan, inspect, plan
+    from anymla.outcomes import Conversion, Inspection
+    from anymla.pipeline import convert, evaluate, explain_plan, inspect, plan
     from anymla.planning.plan import Plan
     from anymla.recipe import Recipe
 
@@ -28,7 +29,13 @@ __all__ = [
     "plan",
 ]
 
-_HOMES = {"Plan": "anymla.planning.plan", "Recipe": "anymla.recipe", "Scores": "anymla.evaluation.scores"}
+_HOMES = {
+    "Conversion": "anymla.outcomes",
+    "Inspection": "anymla.outcomes",
+    "Plan": "anymla.planning.plan",
+    "Recipe": "anymla.recipe",
+    "Scores": "anymla.evaluation.scores",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from anymla.io.checkpoint import (
     parse_size,
 )
 from anymla.io.device import machine_memory, pick_device
+from anymla.outcomes import Conversion, Inspection
 from anymla.planning.plan import Plan, check_plan, explain, make_plan
 from anymla.recipe import Recipe
 
@@ -37,63 +38,7 @@ if TYPE_CHECKING:
     from anymla.io.streamed import StreamedModel
     from anymla.io.work import WorkFolder
 
-REDUCTIONS = (4, 8, 16)
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What a model is and what its cache costs; ``blueprint`` is None where ``supported`` is False."""
-
-    model: str
-    supported: bool
-    reason: str | None
-    blueprint: Blueprint | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts under their stable JSON names."""
-        facts: dict[str, Any] = {"model": self.model, "supported": self.supported, "reason": self.reason}
-        facts |= {"cache_numbers_per_token_per_layer": None, "cache_bytes_per_token": None}
-        if (blueprint := self.blueprint) is None:
-            return facts
-        facts["cache_numbers_per_token_per_layer"] = blueprint.cached_numbers
-        facts["cache_bytes_per_token"] = blueprint.cache_bytes
-        facts["cache_bytes_per_token_at"] = {f"{times}x": blueprint.cache_bytes / times for times in REDUCTIONS}
-        first = asdict(next(iter(blueprint.attention_layers.values())))
-        facts |= {"family": blueprint.model_type, "num_layers": len(blueprint.layers)}
-        facts |= {name: first[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
-        shape = asdict(blueprint)
-        return facts | {
-            "layers": [None if layer is None else asdict(layer) for layer in blueprint.layers],
-            "vision": blueprint.has_vision,
-            **{k: shape[k] for k in shape if k != "layers"},
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after."""
-
-    output: Path
-    plan: Plan
-    layers: tuple[LayerResult, ...]
-    before: Scores
-    after: Scores
-    seconds: float
-    peak_rss_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report under its stable JSON names."""
-        return {
-            "output": str(self.output),
-            "recipe": self.plan.recipe.model_dump(),
-            "layers": [asdict(layer) for layer in self.layers],
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-            "seconds": self.seconds,
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "anymla_version": __version__,
-        }
 
 
 def inspect(model: str | Path) -> Inspection:
@@ -319,6 +264,7 @@ def _convert(
         after=after,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
+        anymla_version=__version__,
     )
     if rank() == 0:
         attentions = [record.attention for record in converted.records if record.attention is not None]

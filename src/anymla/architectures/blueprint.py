@@ -193,9 +193,11 @@ def _layer(fields: Fields, config: Mapping[str, Any], family: Family, index: int
     heads = heads_of(config, index) or fields.num_heads
     shared = fields.multi_query and not fields.new_decoder_architecture
     kv_heads = 1 if shared else fields.num_kv_heads or heads
+    if fields.head_dim is None and fields.hidden_size % heads:
+        raise UnsupportedModelError(
+            f"config.json: hidden_size {fields.hidden_size} is not a multiple of num_attention_heads {heads}"
+        )
     head_dim = fields.head_dim or fields.hidden_size // heads
-    if not head_dim:
-        raise UnsupportedModelError(f"config.json: hidden_size {fields.hidden_size} leaves {heads} heads no dims")
     if heads % kv_heads:
         raise UnsupportedModelError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"

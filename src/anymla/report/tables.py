@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from anymla.architectures.blueprint import AttentionSpec
     from anymla.architectures.positions import RopeSpec
     from anymla.evaluation.scores import Scores
-    from anymla.pipeline import Conversion, Inspection
+    from anymla.outcomes import Conversion, Inspection
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
