@@ -224,6 +224,7 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
         "model": plan.model,
         "recipe": plan.recipe.model_dump(),
         "layers": layers,
+        "kept_layers": [index for index, layer in enumerate(plan.layers) if layer is None],
         "cache_bytes_per_token": {
             "before": blueprint.cache_bytes // DTYPE_BYTES[blueprint.dtype] * width,
             "after": sum(layer.cached_numbers for layer in plan.layers if layer) * width,

@@ -114,6 +114,10 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
         f"Cache per token: {size(cache['before'])} -> {size(cache['after'])}. "
         f"Predicted peak memory of the conversion: {size(costs['predicted_peak_bytes'])}.",
     ]
+    if costs["kept_layers"]:
+        notes.append(
+            f"Kept as they are, without softmax attention: layers {', '.join(map(str, costs['kept_layers']))}."
+        )
     if any(layer["chosen_on_calibration"] for layer in costs["layers"]):
         notes.append("~ marks a typical split; conversion chooses it per layer on calibration text.")
     return Group(table(costs["model"], columns, rows), *(Text(note) for note in notes))
@@ -133,18 +137,15 @@ def _short(value: float) -> str:
 
 
 def conversion_layers_table(conversion: Conversion) -> Table:
-    """Every layer: converted to what, at what loss."""
-    rows = [
-        (
-            layer.layer,
-            "converted",
-            layer.rope_dims,
-            layer.kv_rank,
-            layer.rope_dims + layer.kv_rank,
-            f"{layer.error:.2%}",
-        )
-        for layer in conversion.layers
-    ]
+    """Every layer: converted to what, at what loss; or kept, where it has no softmax attention."""
+    done = {layer.layer: layer for layer in conversion.layers}
+    rows: list[tuple[Any, ...]] = []
+    for index in range(len(conversion.plan.layers)):
+        if (layer := done.get(index)) is None:
+            rows.append((index, "none: kept", "", "", "", ""))
+        else:
+            cached = layer.rope_dims + layer.kv_rank
+            rows.append((index, "converted", layer.rope_dims, layer.kv_rank, cached, f"{layer.error:.2%}"))
     columns = ("layer", "attention", "2K", "r", "cached numbers", "error")
     return table(str(conversion.output), columns, rows)
 
