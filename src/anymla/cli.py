@@ -238,7 +238,8 @@ def convert(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
     out.print(
-        f"Wrote {output} in {conversion.seconds:.0f} s. Next: anymla eval {output} --against {model} --text YOUR.txt"
+        f"Wrote {output} in {conversion.seconds:.0f} s. Next: anymla eval {output} --against {model} --text YOUR.txt",
+        soft_wrap=True,
     )
 
 

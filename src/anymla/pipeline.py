@@ -122,7 +122,7 @@ def convert(
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
     source = find_model(model)
-    blueprint = read_blueprint(read_config(source))
+    blueprint = _full_blueprint(source)
     chosen = _chosen_plan(str(model), blueprint, recipe, settings)
     check_output(output, source, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
@@ -137,7 +137,7 @@ def convert(
 
     with process_group(pick_device(chosen.recipe.device)) as device:
         streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
-        claim(work, streamed, chosen, windows, restart=restart, anymla=__version__, max_shard_size=shard_size)
+        claim(work, streamed, chosen, windows, restart=restart, anymla=__version__, **{"--max-shard-size": shard_size})
         with kept(work, len(blueprint.layers)):
             return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
 
@@ -195,6 +195,14 @@ def peak_rss() -> int:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
+
+
+def _full_blueprint(source: Path) -> Blueprint:
+    """The facts of a model from its config, with transformers' own defaults in the place of fields that it lacks."""
+    from anymla.io.checkpoint import safe_config
+
+    read_blueprint(read_config(source))  # what is wrong with config.json is said in its own words
+    return read_blueprint(safe_config(source).to_dict())
 
 
 def _chosen_plan(model: str, blueprint: Blueprint, recipe: Recipe | Plan | None, settings: dict[str, Any]) -> Plan:

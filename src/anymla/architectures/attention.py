@@ -158,8 +158,8 @@ def module_features(
         "scaling": _scaling(attention, spec, family),
         "query_bias": True,
         "rope_table": family.rope_table if spec.rope_pairs else "none",
-        "clip": getattr(config, "clip_qkv", None) or getattr(getattr(config, "attn_config", None), "clip_qkv", None),
-        "softcap": getattr(attention, "attn_logit_softcapping", None),
+        "clip": _clip(config) if family.clip else None,
+        "softcap": config.attn_logit_softcapping if family.softcap else None,
         "sinks": True if sinks_of(attention) is not None else None,
         "gate": None if gate is None else len(gate),
         "gate_activation": family.gate_activation,
@@ -175,6 +175,11 @@ def module_features(
     if family.position_bias == "scaled-alibi" and spec.rope_pairs:
         features["position_bias"] = None
     return {name: value for name, value in features.items() if value is not None}
+
+
+def _clip(config: Any) -> float | None:
+    clip: float | None = getattr(getattr(config, "attn_config", config), "clip_qkv", None)
+    return clip
 
 
 def _scaling(attention: Any, spec: AttentionSpec, family: Family) -> float:

@@ -30,6 +30,8 @@ class Family:
     all_layers_attend: bool = False  # beside whatever else they do: a list of layer types says nothing of attention
     inside: bool = False  # only inside a vision-language model (vision.py): never a checkpoint of its own
     optional_sliding_window: bool = False  # counts only with use_sliding_window, from layer max_window_layers on
+    clip: bool = False  # queries, keys and values are clipped where the config has clip_qkv
+    softcap: bool = False  # scores are capped where the config has attn_logit_softcapping
     scaling: float | None = None  # of scores; None: the module's own
     temperature: str | None = None  # of queries by position: 'llama4' or 'ministral3'
     position_bias: str | None = None  # modeling/heads.py, score_bias
@@ -42,12 +44,12 @@ class Family:
 
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_NEXT = {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
-_GLM = {"partial_rotary_factor": 0.5}
+_HALF_ROPE = {"partial_rotary_factor": 0.5}
 _GPT = Family(rope=None, qkv_bias=True, output_bias=True)
 _QWEN2_VL = Family(inside=True, qkv_bias=True, output_bias=False, optional_sliding_window=True)
 _COHERE = Family(rope="interleaved", rope_table="repeated")
 _PARTIAL = Family(partial_rope="partial_rotary_factor")
-_GLM_VL = replace(
+_HALF_ROPE_VL = replace(
     _PARTIAL, inside=True, rope="interleaved", rope_table="either", output_bias=False, plain_residual=False
 )
 _POST_NORM = Family(plain_residual=False)
@@ -57,13 +59,14 @@ FAMILIES: dict[str, Family] = {
     "apertus": Family(qk_norm=True),
     "arcee": Family(),
     "aria_text": Family(),
-    "bamba": Family(partial_rope="partial_rotary_factor", layers_give_tuples=True),
+    "bamba": replace(_PARTIAL, defaults=_HALF_ROPE, layers_give_tuples=True),
     "biogpt": _GPT,
     "bitnet": Family(),
     "bloom": replace(
         _GPT, fused="grouped", position_bias="alibi", batched=False, layers_give_tuples=True, adds_residual=True
     ),
     "codegen": Family(
+        defaults={"rotary_dim": 64},
         fused="codegen",
         rope="interleaved",
         rope_table="sinusoids",
@@ -77,7 +80,7 @@ FAMILIES: dict[str, Family] = {
     "cohere2_moe": replace(_COHERE, rope_layers="sliding-or-dense"),
     "cohere_compass_text": Family(),
     "cwm": Family(),
-    "dbrx": Family(qkv_bias=False, output_bias=False),
+    "dbrx": Family(clip=True, qkv_bias=False, output_bias=False),
     "dots1": Family(qk_norm=True),
     "ernie4_5": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
     "ernie4_5_moe": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
@@ -98,14 +101,14 @@ FAMILIES: dict[str, Family] = {
     "flex_olmo": Family(qk_norm=True, plain_residual=False),
     "flint": Family(qk_norm=True, rope_layers="sliding"),
     "gemma": Family(),
-    "gemma2": _POST_NORM,
+    "gemma2": replace(_POST_NORM, softcap=True),
     "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
-    "glm": replace(_PARTIAL, defaults=_GLM, rope="interleaved"),
-    "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_GLM | {"attention_bias": True}, output_bias=False),
-    "glm4v_text": replace(_GLM_VL, qkv_bias=True),
-    "glm_ocr_text": replace(_GLM_VL, qkv_bias=False),
-    "glm4": replace(_PARTIAL, defaults=_GLM, rope="interleaved", plain_residual=False),
-    "glm4_moe": replace(_PARTIAL, defaults=_GLM, qk_norm="use_qk_norm"),
+    "glm": replace(_PARTIAL, defaults=_HALF_ROPE, rope="interleaved"),
+    "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_HALF_ROPE | {"attention_bias": True}, output_bias=False),
+    "glm4v_text": replace(_HALF_ROPE_VL, qkv_bias=True),
+    "glm_ocr_text": replace(_HALF_ROPE_VL, qkv_bias=False),
+    "glm4": replace(_PARTIAL, defaults=_HALF_ROPE, rope="interleaved", plain_residual=False),
+    "glm4_moe": replace(_PARTIAL, defaults=_HALF_ROPE, qk_norm="use_qk_norm"),
     "gpt2": _GPT,
     "gpt_bigcode": replace(_GPT, defaults={"multi_query": True}, fused="grouped"),
     "gpt_neo": replace(_GPT, qkv_bias=False, position_bias="window", scaling=1.0, layers_give_tuples=True),
@@ -114,6 +117,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_oss": Family(),
     "gptj": Family(
+        defaults={"rotary_dim": 64},
         rope="interleaved",
         rope_table="sinusoids",
         partial_rope="rotary_dim",
@@ -136,7 +140,7 @@ FAMILIES: dict[str, Family] = {
     "internlm3": Family(),
     "iquestcoder": Family(),
     "jais2": Family(),
-    "jamba": Family(rope=None),
+    "jamba": Family(defaults={"attn_layer_period": 8, "attn_layer_offset": 4}, rope=None),
     "kolibri1": Family(qk_norm=True),
     "laguna": replace(_PARTIAL, qk_norm=True, gate_activation="softplus"),
     "lfm2": Family(qk_norm=True),
@@ -160,21 +164,21 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family(),
     "modernbert-decoder": Family(),
-    "mpt": Family(rope=None, batched=False, position_bias="mpt", layers_give_tuples=True),
+    "mpt": Family(rope=None, clip=True, batched=False, position_bias="mpt", layers_give_tuples=True),
     "nanochat": Family(qk_norm=True, norm_after_rope=True, rope_table="backwards"),
-    "nemotron": _PARTIAL,
+    "nemotron": replace(_PARTIAL, defaults=_HALF_ROPE),
     "nemotron_h": Family(rope=None),
-    "olmo": Family(),
+    "olmo": Family(clip=True),
     "olmo2": Family(qk_norm=True, plain_residual=False),
     "olmo3": Family(qk_norm=True, plain_residual=False),
     "olmo_hybrid": Family(qk_norm=True, plain_residual=False),
-    "olmoe": Family(qk_norm=True),
+    "olmoe": Family(qk_norm=True, clip=True),
     "opt": replace(_GPT, qkv_bias="enable_bias", output_bias="enable_bias"),
     "paddleocr_vl_text": Family(inside=True, qkv_bias="use_bias", output_bias="use_bias"),
     "persimmon": replace(
-        _PARTIAL, defaults=_GLM, fused="grouped", qk_norm="qk_layernorm", qkv_bias=True, output_bias=True
+        _PARTIAL, defaults=_HALF_ROPE, fused="grouped", qk_norm="qk_layernorm", qkv_bias=True, output_bias=True
     ),
-    "phi": replace(_PARTIAL, defaults=_GLM, qk_norm="qk_layernorm", qkv_bias=True, output_bias=True),
+    "phi": replace(_PARTIAL, defaults=_HALF_ROPE, qk_norm="qk_layernorm", qkv_bias=True, output_bias=True),
     "phi3": replace(_PARTIAL, qkv_bias=False, output_bias=False),
     "phimoe": Family(),
     "qwen2": Family(defaults=_QWEN, qkv_bias=True, output_bias=False, optional_sliding_window=True),
@@ -193,7 +197,7 @@ FAMILIES: dict[str, Family] = {
     "solar_open": _PARTIAL,
     "stablelm": replace(_PARTIAL, defaults={"partial_rotary_factor": 0.25}, qk_norm="qk_layernorm"),
     "starcoder2": Family(qkv_bias="use_bias", output_bias="use_bias"),
-    "vaultgemma": _POST_NORM,
+    "vaultgemma": replace(_POST_NORM, softcap=True),
     "xglm": replace(_GPT, batched=False),
 }
 

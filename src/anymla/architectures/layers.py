@@ -50,8 +50,9 @@ def has_rope(config: Mapping[str, Any], family: Family, index: int) -> bool:
     Raises:
         UnsupportedModelError: it depends on the layer's type, and the config does not say that.
     """
-    named = str(config.get("position_embedding_type", "rope"))  # Command R7B says 'rope_gptj', for its order of dims
-    if family.rope is None or config.get("alibi") or not named.startswith("rope"):
+    if family.rope is None or (family.position_bias == "scaled-alibi" and config.get("alibi")):
+        return False
+    if "position_embedding_type" in family.defaults and config.get("position_embedding_type") != "rope":
         return False
     settings, kind = config.get("rope_parameters"), layer_type(config, index)
     if isinstance(settings, Mapping) and kind in settings and settings[kind] is None:

@@ -17,8 +17,8 @@ from anymla.architectures.parts import attention_path
 from anymla.calibration.activations import Activations
 from anymla.calibration.moments import Moments, MomentSums
 from anymla.calibration.parallel import all_sum_number
-from anymla.calibration.stream import attention_inputs, batch_size, run_layer
-from anymla.conversion.layer import build_attention, convert_layer
+from anymla.calibration.stream import AttentionStep, attention_inputs, batch_size, first, run_layer
+from anymla.conversion.layer import build_attention, convert_layer, whole_layer
 from anymla.conversion.refit import refit_output
 from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.factorization import FACTORIZATIONS
@@ -79,7 +79,9 @@ class LayerStep:
     ) -> None:
         self.layer, self.spec, self.family, self.config = layer, spec, family, config
         self.plan, self.recipe, self.call, self.split = plan, recipe, arguments, split
-        self.path = str(attention_path(layer))
+        if (path := attention_path(layer)) is None:
+            raise UnsupportedModelError(f"{type(layer).__name__} has no attention where its config means one")
+        self.path = path
         self.attention = layer.get_submodule(self.path)
         self.source = read_attention(self.attention, spec, family, config)
 
@@ -95,6 +97,8 @@ class LayerStep:
         self.target, self.inputs = original.like(precision), converted.like(converted.dtype)
         self.stream_power, finite = 0.0, True
         for step in run_layer(self.layer, self.attention, original, self.call, self.batch):
+            if not seen:
+                self._check(step, index)
             part = slice(seen, seen + len(step.inputs))
             fitted = step.inputs[: max(0, self.split.fit.stop - seen)]
             if len(fitted):
@@ -116,6 +120,18 @@ class LayerStep:
         attended_inputs = attention_inputs(self.layer, self.attention, converted, self.call, self.batch)
         for start, inputs in zip(range(0, len(converted), self.batch), attended_inputs, strict=True):
             self.inputs[start : start + len(inputs)] = inputs
+
+    def _check(self, step: AttentionStep, index: int) -> None:
+        """Refuses to convert what is not understood: at full budget a window's attention must be the original's."""
+        whole = build_attention(self.attention, self.source, whole_layer(self.source.weights), self.config)
+        arguments = {name: value for name, value in step.arguments.items() if name != "past_key_values"}
+        found, expected = first(whole(step.inputs[:1], **arguments)).double(), step.attended[:1].double()
+        off = ((found - expected).square().mean() / expected.square().mean().clamp_min(1e-300)).sqrt().item()
+        if off > (0.1 if step.inputs.dtype.itemsize == 2 else 1e-2):
+            raise UnsupportedModelError(
+                f"layer {index}: at full budget its attention is off by {off:.0%}; config.json must say what this "
+                "family's config leaves to defaults: load the model with transformers and save it again"
+            )
 
     def _add(self, sums: MomentSums, inputs: Tensor, arguments: dict[str, Any]) -> None:
         """Adds one batch's moments; what the family puts on scores comes as one additive mask."""

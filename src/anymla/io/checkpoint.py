@@ -20,6 +20,7 @@ from anymla.io.work import remove
 CONFIG_FILES = ["config.json"]
 MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 INDEX = "model.safetensors.index.json"
+OLD_BUFFERS = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias|causal_mask)$|\.inv_freq$")  # masks, not weights
 
 
 def find_model(model: str | Path, *, config_only: bool = False) -> Path:
@@ -95,7 +96,7 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
             local_files_only=True,
             trust_remote_code=False,  # nor ask whether to
             ignore_mismatched_sizes=True,  # reported below, by name
-            **implementations(folder, dtype),
+            **implementations(config, dtype),
         )
     except CheckpointError:
         raise
@@ -132,7 +133,9 @@ def check_loading(folder: Path, info: dict[str, Any], tied: Mapping[str, str]) -
     Raises:
         CheckpointError: names the first tensor that is missing, has the wrong shape, or has no place in a layer.
     """
-    unused = [name for name in info["unexpected_keys"] if re.search(r"(^|\.)\d+\.", name)]  # of a layer
+    unused = [
+        name for name in info["unexpected_keys"] if re.search(r"(^|\.)\d+\.", name) and not OLD_BUFFERS.search(name)
+    ]  # of a layer
     for kind, names in (
         ("has a tensor that its config has no place for:", unused),
         ("lacks the tensor", info["missing_keys"] - tied.keys() or info["missing_keys"]),
@@ -164,16 +167,15 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def implementations(folder: Path, dtype: str | None) -> dict[str, str]:
-    """Options of ``from_pretrained`` under which a model computes what it should.
+def implementations(config: Any, dtype: str | None) -> dict[str, str]:
+    """Options of ``from_pretrained`` under which the model of ``config`` computes what it should.
 
     Grouped products of experts know no float64, and before transformers 5.21 sdpa dropped soft-caps without a word.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= config.get("text_config") or {}
-    double = (dtype or config.get("dtype")) == "float64"
+    double = (dtype or str(config.dtype).removeprefix("torch.")) == "float64"
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     options = {"experts_implementation": "eager"} if double else {}
-    return options | ({"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {})
+    return options | ({"attn_implementation": "eager"} if capped else {})
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -60,7 +60,7 @@ class StreamedModel:
                 state_dict={name: tensor.meta() for name, tensor in self.stored.items()},
                 device_map={"": "meta"},
                 output_loading_info=True,
-                **implementations(self.folder, dtype),
+                **implementations(config, dtype),
                 ignore_mismatched_sizes=True,  # reported below, by name
             )
             self._fill_buffers(model)

@@ -124,7 +124,7 @@ def score_bias(
     if kind == "window":
         bias = causal_mask(hidden_states.shape[1], length, layer.local_window, hidden_states.device)
     elif kind == "alibi" or (kind == "scaled-alibi" and layer.config._attn_implementation == "eager"):
-        bias = alibi.unflatten(0, (-1, layer.num_heads)) * (layer.scaling if kind == "scaled-alibi" else 1.0)
+        bias = alibi.reshape(-1, layer.num_heads, *alibi.shape[-2:]) * (layer.scaling if kind == "scaled-alibi" else 1)
     elif kind == "mpt":
         bias, mask = bias[None, :, :, -length:], None if mask is None else ~mask
     if kind is None or bias is None:

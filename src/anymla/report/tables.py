@@ -94,8 +94,11 @@ def _yes(flag: bool) -> str:
 def plan_table(costs: Mapping[str, Any]) -> Group:
     """What `anymla plan` shows; a ~ marks a split that conversion will choose on calibration text."""
     rows = []
-    alike = groupby(costs["layers"], key=lambda layer: {name: layer[name] for name in layer if name != "layer"})
-    for layer, group in alike:
+    numbered = enumerate(costs["layers"])  # in a run of equal layers, index and position differ by the same
+    alike = groupby(numbered, key=lambda each: each[1] | {"layer": each[1]["layer"] - each[0]})
+    for _, pairs in alike:
+        group = [layer for _, layer in pairs]
+        layer = group[0]
         indices = [member["layer"] for member in group]
         about = "~" if layer["chosen_on_calibration"] else ""
         rows.append(

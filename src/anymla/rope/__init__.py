@@ -1,7 +1,7 @@
 """Choices of the rope channels, one file each."""
 
 from anymla.rope.channel_pca import ChannelPCA
-from anymla.rope.channels import Channels, RopeChoice, no_channels
+from anymla.rope.channels import Channels, RopeChoice, no_channels, per_head_channels
 from anymla.rope.high import High
 from anymla.rope.low import Low
 from anymla.rope.two_norm import TwoNorm
@@ -15,4 +15,4 @@ ROPE_CHOICES: dict[str, RopeChoice] = {
     "two-norm": TwoNorm(),
 }
 
-__all__ = ["ROPE_CHOICES", "Channels", "RopeChoice", "no_channels"]
+__all__ = ["ROPE_CHOICES", "Channels", "RopeChoice", "no_channels", "per_head_channels"]

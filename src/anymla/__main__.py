@@ -1,0 +1,5 @@
+"""``python -m anymla``: the command line."""
+
+from anymla.cli import main
+
+main()
