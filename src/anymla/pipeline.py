@@ -24,6 +24,7 @@ from anymla.io.checkpoint import (
     load_model,
     load_tokenizer,
     parse_size,
+    safe_config,
 )
 from anymla.io.device import machine_memory, pick_device
 from anymla.outcomes import Conversion, Inspection
@@ -122,12 +123,15 @@ def convert(
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
     source = find_model(model)
-    blueprint = _full_blueprint(source)
-    chosen = _chosen_plan(str(model), blueprint, recipe, settings)
+    read_blueprint(read_config(source))  # what is wrong with config.json is said in its own words
     check_output(output, source, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
     memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
     check_weights(source)
+    blueprint = read_blueprint(
+        safe_config(source).to_dict()
+    )  # with transformers' defaults where config.json says nothing
+    chosen = _chosen_plan(str(model), blueprint, recipe, settings)
     windows = _calibration(chosen.recipe, source, blueprint)
 
     from anymla.calibration.parallel import process_group
@@ -195,14 +199,6 @@ def peak_rss() -> int:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
-
-
-def _full_blueprint(source: Path) -> Blueprint:
-    """The facts of a model from its config, with transformers' own defaults in the place of fields that it lacks."""
-    from anymla.io.checkpoint import safe_config
-
-    read_blueprint(read_config(source))  # what is wrong with config.json is said in its own words
-    return read_blueprint(safe_config(source).to_dict())
 
 
 def _chosen_plan(model: str, blueprint: Blueprint, recipe: Recipe | Plan | None, settings: dict[str, Any]) -> Plan:
