@@ -88,7 +88,7 @@ def test_goes_on_at_the_next_layer(stopped, whole):
     [
         ({"kv_cache": 0.25}, "recipe kv_cache 0.5 and not 0.25"),
         ({"calibration_tokens": 2048}, "recipe calibration_tokens 1024"),
-        ({"max_shard_size": "1MB"}, "max_shard_size 250000"),
+        ({"max_shard_size": "1MB"}, "--max-shard-size 250000"),
     ],
 )
 def test_another_recipe_is_not_mixed_in(stopped, changes, word):

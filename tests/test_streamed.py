@@ -5,12 +5,19 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
+from anymla.calibration.stream import decoder_layers, layer_inputs
 from anymla.errors import CheckpointError
 from anymla.io.safetensors import read_header, scan, write_tensors
 from anymla.io.streamed import StreamedModel
+from tests.families import token_ids
+from tests.family_check import load
+from tests.family_models import SINCE, tiny_model
 
 LLAMA_NAMES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "vocab_size": 64}
 GQA = LLAMA_NAMES | {"num_key_value_heads": 2, "intermediate_size": 48}
@@ -41,6 +48,29 @@ def test_equals_the_model_loaded_whole(tmp_path, family, dtype):
         everything.enter_context(source.on_demand(layers))
         assert torch.equal(source.model(input_ids=ids).logits, whole(input_ids=ids).logits)
     assert all(parameter.is_meta for parameter in source.model.parameters())
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in TEXT_ONLY_INSIDE])
+def test_layers_get_what_they_get_in_the_model_loaded_whole(tmp_path, family):
+    """Embeddings, masks and rope tables: whatever a family's code looks at before weights are there."""
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"the installed transformers has no {family}")
+    if Version(transformers.__version__) < Version(since := SINCE.get(family, "5")):
+        pytest.skip(f"transformers runs {family} since {since}")
+    tiny_model(family, torch.float32).save_pretrained(tmp_path)
+    source, whole = StreamedModel(tmp_path, dtype=None, device="cpu"), load(tmp_path)
+    ids, tuples = token_ids(1, 24), FAMILIES[family].layers_give_tuples
+    freed = [torch.full((n, n), torch.nan) for n in (30, 100, 300) for _ in range(9)]  # what is read from it, shows
+    del freed
+    with source.on_demand(decoder_layers(source.model), embeddings=True):
+        found = layer_inputs(source.model, ids, tuples=tuples)
+    expected = layer_inputs(whole, ids, tuples=tuples)
+    assert torch.equal(found.hidden, expected.hidden)
+    for ours, theirs in zip(found.arguments, expected.arguments, strict=True):
+        for name, value in theirs.items():
+            pairs = zip(ours[name], value) if isinstance(value, tuple) else [(ours[name], value)]
+            for one, other in pairs:
+                assert one is None or not isinstance(other, torch.Tensor) or torch.equal(one, other)
 
 
 def test_files_round_trip(tmp_path):

@@ -124,7 +124,7 @@ class Sequence:
         self.layers = decoder_layers(source.model)
         self.windows, self.split = own_windows(windows, Split.of(len(windows)))
         self.records = [LayerRecord.of(fields) for fields in work.progress["layers"]]
-        with source.on_demand(self.layers):
+        with source.on_demand(self.layers, embeddings=True):
             ids = self.windows[:1].to(source.device)
             tuples = self.family.layers_give_tuples
             inputs = layer_inputs(source.model, ids, tuples=tuples)
@@ -160,7 +160,7 @@ class Sequence:
             streams.restore(done)
             streams.drop_others(done)
             return streams
-        with self.source.on_demand(self.layers):
+        with self.source.on_demand(self.layers, embeddings=True):
             for number, window in enumerate(self.windows):
                 ids = window[None].to(self.source.device)
                 hidden = layer_inputs(self.source.model, ids, tuples=self.family.layers_give_tuples).hidden

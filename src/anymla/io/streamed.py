@@ -134,12 +134,17 @@ class StreamedModel:
                 unload(part, recurse=False)
 
     @contextmanager
-    def on_demand(self, layers: Iterable[nn.Module]) -> Iterator[None]:
-        """Within the block, a module outside ``layers`` gets its weights when it first runs."""
+    def on_demand(self, layers: Iterable[nn.Module], *, embeddings: bool = False) -> Iterator[None]:
+        """Within the block, a module outside ``layers`` gets its weights when it first runs.
+
+        ``embeddings``: the input embeddings get theirs at once, for models that send tokens to where these weights are.
+        """
         inside = {module for layer in layers for module in layer.modules()}
         outside = [module for module in self.model.modules() if module not in inside]
         hooks = [module.register_forward_pre_hook(lambda module, _: self.fill(module)) for module in outside]
         try:
+            if embeddings:
+                self.fill(self.model.get_input_embeddings())
             yield
         finally:
             for hook in hooks:
