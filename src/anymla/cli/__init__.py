@@ -1,0 +1,63 @@
+"""The command line. Torch is imported inside the commands only, so that help and inspect answer at once."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from anymla import __version__
+from anymla.cli import convert, evaluate
+from anymla.cli.options import app, out
+from anymla.errors import AnymlaError
+
+__all__ = ["app", "convert", "evaluate", "main"]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"anymla {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Turn a trained Transformer into one with multi-head latent attention: the same model, a smaller KV cache."""
+
+
+def main() -> None:
+    """Entry point: user errors are one line on stderr and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if code == 130:  # typer makes Ctrl-C this code
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("stopped\n")
+        sys.exit(130)
+    except MemoryError as error:
+        _fail(f"out of memory ({error}); lower --calibration-tokens or --calibration-length")
+    except AnymlaError as error:
+        _fail(str(error))
+    except RuntimeError as error:  # torch's own out of memory
+        if "memory" not in str(error):
+            raise
+        _fail(f"{error!s:.200}; lower --calibration-tokens or --calibration-length, or give another --device")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what the option parser raises; typer has its own copy of click
+            raise
+        _fail(error.format_message())
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    sys.stderr.write(f"error: {''.join(each if each.isprintable() else repr(each)[1:-1] for each in line)}\n")
+    sys.exit(1)

@@ -1,0 +1,177 @@
+"""inspect, plan, convert, demo."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anymla import pipeline
+from anymla.cli.options import (
+    Json,
+    Model,
+    RecipeFile,
+    app,
+    chosen_recipe,
+    err,
+    first_process,
+    out,
+    print_json,
+    recipe_options,
+)
+from anymla.errors import RecipeError
+from anymla.planning.plan import Plan
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("anymla-demo"),
+    as_json: Json = False,
+) -> None:
+    """Convert the bundled model at several budgets, compare to the paper's method, and let it tell a story."""
+    from anymla.report.demo import run_demo
+
+    results = run_demo(output, None if as_json else out)
+    if as_json:
+        print_json(results)
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show what a model is, whether it can be converted, and what its cache costs. Reads its config alone."""
+    inspection = pipeline.inspect(model)
+    if as_json:
+        return print_json(inspection.to_dict())
+    from anymla.report.tables import inspection_table
+
+    out.print(inspection_table(inspection))
+
+
+@app.command()
+@recipe_options
+def plan(
+    model: Model,
+    settings: dict[str, Any],
+    recipe: RecipeFile = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this YAML file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Dry run: what every layer becomes and what it costs, from the config alone."""
+    planned = pipeline.plan(model, chosen_recipe(recipe, settings))
+    costs = pipeline.explain_plan(planned)
+    if output is not None:
+        try:
+            output.write_text(planned.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"--output {output} cannot be written: {error.strerror}") from error
+    if as_json:
+        return print_json(costs)
+    from anymla.report.tables import plan_table
+
+    out.print(plan_table(costs))
+    if output is not None:
+        out.print(f"Wrote {output}. Next: anymla convert {model} -o OUT --plan {output}")
+
+
+@contextmanager
+def _layer_bar() -> Iterator[pipeline.Progress]:
+    """A progress bar on stderr, a step per layer; none where stderr is not a terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal or not first_process(),
+    ) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def progress(done: int, total: int, result: Any) -> None:
+            text = f"layer {result.layer}: 2K={result.rope_dims} r={result.kv_rank}"
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield progress
+
+
+@contextmanager
+def _how_to_go_on() -> Iterator[None]:
+    """Ends a stopped conversion with what it says about itself."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        sys.stderr.write("\n".join(getattr(stop, "__notes__", ["stopped"])) + "\n")
+        sys.exit(130)
+
+
+@app.command()
+@recipe_options
+def convert(
+    model: Model,
+    settings: dict[str, Any],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the converted model to.")],
+    recipe: RecipeFile = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.yaml of `anymla plan`, instead of a recipe.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where a stopped conversion to the same folder left work.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration activations to hold in memory, as 8GB; the rest goes to files beside OUT. "
+            "[default: a quarter of the memory]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert a model to multi-head latent attention."""
+    if plan is not None and (recipe is not None or settings.keys() - {"device"}):
+        raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
+    chosen = Plan.read(plan) if plan is not None else chosen_recipe(recipe, settings)
+    device = settings if plan is not None else {}
+    with _layer_bar() as progress, _how_to_go_on():
+        conversion = pipeline.convert(
+            model,
+            output,
+            chosen,
+            overwrite=overwrite,
+            restart=restart,
+            max_shard_size=max_shard_size,
+            max_memory=max_memory,
+            progress=progress,
+            **device,
+        )
+    if not first_process():
+        return
+    if conversion.plan.recipe.calibration is None:
+        err.print(
+            "note: calibrated on the bundled children's stories; --calibration with text like yours keeps more quality",
+            soft_wrap=True,
+        )
+    if as_json:
+        return print_json(conversion.to_dict())
+    from anymla.report.tables import conversion_layers_table, scores_table
+
+    out.print(conversion_layers_table(conversion))
+    out.print(
+        scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
+    )
+    out.print(
+        f"Wrote {output} in {conversion.seconds:.0f} s. Next: anymla eval {output} --against {model} --text YOUR.txt",
+        soft_wrap=True,
+    )

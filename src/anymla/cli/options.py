@@ -1,0 +1,74 @@
+"""What several commands share: the app, the consoles, options, and how a recipe becomes options."""
+
+from __future__ import annotations
+
+import functools
+import inspect as python_inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from anymla.recipe import DtypeName, Recipe, read_yaml
+
+app = typer.Typer(
+    name="anymla",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+plain = functools.partial(Console, highlight=False, markup=False, emoji=False)  # file names may hold brackets
+out, err = plain(), plain(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A local checkpoint folder or a hub id.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A YAML file with any of these settings; options override it.")
+]
+Device = Annotated[str, typer.Option(help=Recipe.model_fields["device"].description)]
+Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype to run in. Default: the checkpoint's.")]
+
+
+def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives ``command`` an option per field of Recipe, and hands it the ones that were set as ``settings``."""
+
+    @functools.wraps(command)
+    def with_settings(**arguments: Any) -> None:
+        settings = {name: arguments.pop(name) for name in Recipe.model_fields}
+        command(**arguments, settings={name: value for name, value in settings.items() if value is not None})
+
+    own = python_inspect.signature(command, eval_str=True).parameters
+    parameters = [parameter for name, parameter in own.items() if name != "settings"]
+    for name, field in Recipe.model_fields.items():
+        default = "" if field.default is None else f" [default: {field.default}]"
+        option = typer.Option(help=f"{field.description}{default}", show_default=False)
+        annotation: Any = Annotated[Optional[field.annotation], option]  # noqa: UP045
+        kind = python_inspect.Parameter.KEYWORD_ONLY
+        parameters.append(python_inspect.Parameter(name, kind, default=None, annotation=annotation))
+    ordered = sorted(parameters, key=lambda parameter: parameter.default is not python_inspect.Parameter.empty)
+    keyword_only = [parameter.replace(kind=python_inspect.Parameter.KEYWORD_ONLY) for parameter in ordered]
+    with_settings.__signature__ = python_inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+    with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword_only}
+    return with_settings
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Prints ``content`` to stdout."""
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def chosen_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
+    """The recipe file's settings, overridden by the options."""
+    if path is None:
+        return Recipe.of(settings, "settings")
+    return Recipe.of(Recipe.of(read_yaml(path), str(path)).model_dump(exclude_unset=True) | settings, "settings")
+
+
+def first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
