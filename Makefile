@@ -13,7 +13,7 @@ env: .venv/made
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e .[data] --group dev
+	$(BIN)/pip install --quiet -c constraints.txt -e .[data,eval,tune] --group dev
 	touch $@
 
 demo: env
@@ -44,7 +44,7 @@ oldest: .venv-oldest/made
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --upgrade pip
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt torch
-	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data] --group dev
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data,eval,tune] --group dev
 	touch $@
 
 benchmarks: env
