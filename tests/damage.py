@@ -33,7 +33,7 @@ PLACES = {"model": "{tmp}/model", "out": "{tmp}/out", "train": str(TRAIN), "vali
 REMOVED = object()
 Damage = Callable[[Path], None]
 
-FAST = "--calibration-tokens 2048 --calibration-length 64"
+FAST = "--calibration-tokens 2048 --calibration-length 64 --reconstruction-steps 2"
 INSPECT, PLAN = "inspect {model}", "plan {model}"
 CONVERT = f"convert {{model}} -o {{out}} {FAST} --calibration {{train}}"
 ON_TEXT = f"convert {{model}} -o {{out}} {FAST} --calibration {{tmp}}/text"

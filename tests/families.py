@@ -39,7 +39,7 @@ SIZES = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-FAST = {"calibration_tokens": 1024, "calibration_length": 64}
+FAST = {"calibration_tokens": 1024, "calibration_length": 64, "reconstruction_steps": 2}
 
 # (id, family, what differs from SIZES)
 SHAPES: list[tuple[str, str, dict[str, Any]]] = [

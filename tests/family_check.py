@@ -17,7 +17,7 @@ from tests.families import save_model, token_ids
 from tests.family_models import tiny_model
 from tests.precision import Exact
 
-FAST = {"calibration_tokens": 512, "calibration_length": 32}
+FAST = {"calibration_tokens": 512, "calibration_length": 32, "reconstruction_steps": 2}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 PROMPT, LENGTH, PADDING = 30, 36, 7
 

@@ -20,7 +20,13 @@ import anymla.conversion.checkpoint
 import anymla.conversion.sequence
 import anymla.evaluation.held_out
 
-SETTINGS = {"kv_cache": 0.5, "calibration_tokens": 1024, "calibration_length": 64, "max_shard_size": "250KB"}
+SETTINGS = {
+    "kv_cache": 0.5,
+    "calibration_tokens": 1024,
+    "calibration_length": 64,
+    "max_shard_size": "250KB",
+    "reconstruction_steps": 2,
+}
 WRITES = os.O_WRONLY | os.O_RDWR
 CHANGING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 

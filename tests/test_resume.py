@@ -19,8 +19,16 @@ from anymla.io import work as work_files
 from anymla.report.demo import bundled_model
 from tests.families import make_model, save_model
 
-SETTINGS = {"kv_cache": 0.5, "calibration_tokens": 1024, "calibration_length": 64, "max_shard_size": "250KB"}
-COMMAND = "--kv-cache 0.5 --calibration-tokens 1024 --calibration-length 64 --max-shard-size 250KB"
+SETTINGS = {
+    "kv_cache": 0.5,
+    "calibration_tokens": 1024,
+    "calibration_length": 64,
+    "max_shard_size": "250KB",
+    "reconstruction_steps": 2,
+}
+COMMAND = (
+    "--kv-cache 0.5 --calibration-tokens 1024 --calibration-length 64 --max-shard-size 250KB --reconstruction-steps 2"
+)
 
 
 class Stop(Exception):

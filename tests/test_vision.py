@@ -22,7 +22,7 @@ from tests.precision import Exact
 from tests.test_checkpoint import run_without_anymla
 from tests.vision_models import CASES, TEXT_MODELS, image_prompt, tiny_vision_config, tiny_vision_model
 
-FAST = {"calibration_tokens": 512, "calibration_length": 32}
+FAST = {"calibration_tokens": 512, "calibration_length": 32, "reconstruction_steps": 2}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 STEPS = 6
 PER_TOKEN = ("input_ids", "token_type_ids", "mm_token_type_ids")

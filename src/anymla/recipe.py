@@ -40,6 +40,12 @@ class Recipe(BaseModel):
     expected_rotation: bool = Field(
         True, description="Replace dropped rotations by their expectation on calibration text (the paper: by 1)."
     )
+    reconstruction_steps: int = Field(
+        300,
+        ge=0,
+        le=1_000_000,
+        description="Gradient steps per layer against the original layer's output, after output-aware; 0 for none.",
+    )
     calibration: str | None = Field(
         None,
         min_length=1,

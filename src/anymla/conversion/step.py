@@ -19,6 +19,7 @@ from anymla.calibration.moments import Moments, MomentSums
 from anymla.calibration.parallel import all_sum_number
 from anymla.calibration.stream import AttentionStep, attention_inputs, batch_size, first, run_layer
 from anymla.conversion.layer import build_attention, convert_layer, whole_layer
+from anymla.conversion.reconstruct import Reconstruction
 from anymla.conversion.refit import refit_output
 from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.factorization import FACTORIZATIONS
@@ -155,6 +156,9 @@ class LayerStep:
         best = self._descend(near)
         if FACTORIZATIONS[self.recipe.factorization].refits_output:
             refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
+            if steps := self.recipe.reconstruction_steps:
+                reconstruction = Reconstruction(best, self.inputs, self.target, self.arguments, self.batch)
+                reconstruction.run(steps, self.split.fit, self.split.choice, self.recipe.seed)
         error = self._error(best) / max(self.stream_power, 1e-300)
         return best, LayerResult(layer=index, rope_dims=best.qk_rope_head_dim, kv_rank=best.kv_lora_rank, error=error)
 

@@ -1,0 +1,84 @@
+"""Gradient steps per layer: they pay on the trained model, touch nothing that is whole, and are the same everywhere."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import anymla
+from anymla.calibration.activations import Activations, Budget
+from anymla.conversion.reconstruct import Reconstruction
+from anymla.report.demo import bundled_model
+from tests.families import FAST, make_shape, save_model
+
+SETTINGS = {"calibration_tokens": 8192, "calibration_length": 128}
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_steps_pay_on_text_that_they_did_not_see(tmp_path):
+    kl = []
+    for steps in (0, 30):
+        report = anymla.convert(
+            bundled_model(), tmp_path / str(steps), kv_cache=0.125, reconstruction_steps=steps, **SETTINGS
+        )
+        kl.append(report.after.kl)
+    assert kl[1] < 0.85 * kl[0]
+
+
+def test_a_layer_that_lost_nothing_stays_as_it_is(tmp_path):
+    source = save_model("qwen3-gqa", tmp_path / "source")
+    for steps in (0, 3):
+        anymla.convert(source, tmp_path / str(steps), kv_cache=1.0, **FAST | {"reconstruction_steps": steps})
+    before, after = weights(tmp_path / "0"), weights(tmp_path / "3")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("shape", ["qwen3-gqa", "qwen2-gqa"])
+def test_the_dtype_stays_and_all_tensors_move(tmp_path, shape):
+    source = save_model(shape, tmp_path / "source")
+    for steps in (0, 8):
+        settings = FAST | {"reconstruction_steps": steps, "dtype": "bfloat16"}
+        anymla.convert(source, tmp_path / str(steps), kv_cache=0.5, **settings)
+    before, after = weights(tmp_path / "0"), weights(tmp_path / "8")
+    assert all(after[name].dtype == before[name].dtype for name in before)
+    moved = {name.rpartition("self_attn.")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert {"q_proj.weight", "kv_b_proj.weight", "o_proj.weight", "query_rotation", "channel_weight"} <= moved
+    assert not any("mlp" in name or "embed" in name for name in moved)
+
+
+def test_published_methods_take_no_steps(tmp_path):
+    source = save_model("llama-gqa", tmp_path / "source")
+    for steps in (0, 3):
+        settings = FAST | {"reconstruction_steps": steps, "factorization": "joint-svd"}
+        anymla.convert(source, tmp_path / str(steps), kv_cache=0.5, **settings)
+    before, after = weights(tmp_path / "0"), weights(tmp_path / "3")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def room(values, tmp_path):
+    activations = Activations(values.shape, values.dtype, "cpu", Budget(1 << 30, tmp_path))
+    activations[:] = values
+    return activations
+
+
+def test_processes_share_the_windows_of_each_step(tmp_path, monkeypatch):
+    """What two processes draw together is what one draws alone."""
+    attention = torch.nn.Linear(4, 4)
+    attention.query_rotation = attention.channel_weight = torch.zeros(0)
+    drawn = {}
+    for world in (1, 2):
+        for rank in range(world):
+            values = torch.zeros(12 // world, 512, 4)
+            monkeypatch.setattr("anymla.conversion.reconstruct.world", lambda world=world: world)
+            monkeypatch.setattr("anymla.conversion.reconstruct.rank", lambda rank=rank: rank)
+            monkeypatch.setattr(
+                "anymla.conversion.reconstruct.all_sum_number", lambda *_: 12
+            )
+            steps = Reconstruction(attention, room(values, tmp_path), room(values, tmp_path), {}, 1)
+            batches = steps._batches(slice(0, 12 // world), seed=3)
+            drawn[world, rank] = [[window * world + rank for window in next(batches)] for _ in range(9)]
+    together = [sorted(a + b) for a, b in zip(drawn[2, 0], drawn[2, 1])]
+    assert together == [sorted(step) for step in drawn[1, 0]]
+    assert {window for step in together for window in step} == set(range(12))
