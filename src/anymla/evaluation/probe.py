@@ -1,0 +1,163 @@
+"""What a model finds again in its context: a probe that needs no data, for every length and depth.
+
+Filler text with something planted at a depth, and asked for at the end:
+
+- copy: a row of random tokens; its repetition, each token given those before (induction, arXiv 2209.11895).
+- recall: a passage of a story; how much likelier its repetition is than where it was not planted.
+- needle: a magic word; how likely it is among eight words when it is asked for.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from anymla.calibration.text import bundled_text, first_tokens, read_documents
+from anymla.errors import RecipeError, TextError
+from anymla.evaluation.likelihood import Answer, Query, Questions
+from anymla.evaluation.measures import Measure
+
+SHORTEST, LENGTHS = 64, 4  # tokens; how many lengths, each half of the next
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # 0: at the beginning; 1: right before it is asked for
+TRIALS = 8
+PLANTED = 16  # tokens of a row or passage
+WORDS = ("apple", "bread", "candle", "door", "flower", "garden", "hat", "kite")
+NEEDLE, QUESTION = " The magic word is {}.", " The magic word is"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is planted, what is asked at the end, how many of its last tokens count, and among which."""
+
+    planted: list[int]
+    asked: list[int]
+    count: int
+    among: Sequence[int] | None = None
+
+
+Kinds = dict[str, list[Trial]]
+
+
+def probe_lengths(length: int) -> list[int]:
+    """Up to four lengths: ``length``, its half, ... and none below 64 tokens."""
+    return [length >> halvings for halvings in reversed(range(LENGTHS)) if length >> halvings >= SHORTEST]
+
+
+def probe_questions(tokenizer: Any, length: int) -> Questions:
+    """The questions for all lengths up to ``length`` tokens; the same ones for the same tokenizer.
+
+    Raises:
+        RecipeError: ``length`` is below 64 tokens.
+        TextError: the tokenizer makes too little of the bundled text, or does not tell the magic words apart.
+    """
+    if not (lengths := probe_lengths(length)):
+        raise RecipeError(f"--probe needs windows of {SHORTEST} tokens; --length or the model's context gives {length}")
+    filler = _encode(tokenizer, " ".join(read_documents(bundled_text("valid"))))
+    kinds: Kinds = {
+        "copy": _rows(tokenizer, filler),
+        "recall": _passages(tokenizer),
+        "needle": _needles(tokenizer),
+    }
+    begin = first_tokens(tokenizer)
+    cells = list(product(kinds, lengths, DEPTHS, range(TRIALS)))
+    queries = [_query(begin, filler, kinds[kind][trial], length, depth, trial) for kind, length, depth, trial in cells]
+    unplanted = [
+        _query(begin, filler, Trial([], trial.asked, trial.count), length, 0, index)
+        for length in lengths
+        for index, trial in enumerate(kinds["recall"])
+    ]
+    return Questions(queries + unplanted, lambda found: _measures(lengths, found))
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _query(begin: list[int], filler: list[int], trial: Trial, length: int, depth: float, index: int) -> Query:
+    """``length`` tokens: filler, what is planted at ``depth`` in it, more filler, what is asked."""
+    room = length - len(begin) - len(trial.planted) - len(trial.asked)
+    start = index * len(filler) // TRIALS
+    text = [filler[(start + place) % len(filler)] for place in range(room)]
+    before = round(depth * room)
+    ids = [*begin, *text[:before], *trial.planted, *text[before:], *trial.asked]
+    return Query(ids, len(ids) - trial.count, trial.among)
+
+
+def _rows(tokenizer: Any, filler: list[int]) -> list[Trial]:
+    """Random tokens, of those that the bundled text is made of."""
+    tokens = sorted(set(filler) - set(tokenizer.all_special_ids))
+    if len(tokens) < PLANTED:
+        raise TextError(f"--probe: the tokenizer makes only {len(tokens)} kinds of tokens of the bundled text")
+    rows = [random.Random(trial).sample(tokens, PLANTED) for trial in range(TRIALS)]
+    return [Trial(row, row, PLANTED - 1) for row in rows]
+
+
+def _passages(tokenizer: Any) -> list[Trial]:
+    """Passages of the bundled text that is no filler."""
+    ids = _encode(tokenizer, " ".join(read_documents(bundled_text("train"))[:TRIALS]))
+    starts = [trial * (len(ids) - PLANTED) // TRIALS for trial in range(TRIALS)]
+    passages = [ids[start : start + PLANTED] for start in starts]
+    return [Trial(passage, passage, PLANTED - 1) for passage in passages]
+
+
+def _needles(tokenizer: Any) -> list[Trial]:
+    """Each word in its turn; all are asked for up to where their tokens first differ."""
+    asked = [_encode(tokenizer, f"{QUESTION} {word}") for word in WORDS]
+    same = next((place for place, ids in enumerate(zip(*asked, strict=False)) if len(set(ids)) > 1), 0)
+    among = [ids[same] for ids in asked if len(ids) > same]
+    if len(set(among)) < len(WORDS):
+        raise TextError("--probe: the tokenizer does not tell its words apart by their first tokens")
+    return [
+        Trial(_encode(tokenizer, NEEDLE.format(word)), ids[: same + 1], 1, among)
+        for word, ids in zip(WORDS, asked, strict=True)
+    ]
+
+
+def _accuracy(answer: Answer) -> float:
+    return float(answer.likeliest.float().mean())
+
+
+def _probability(answer: Answer) -> float:
+    return float(answer.log_probs.exp().mean())
+
+
+def _log_prob(answer: Answer) -> float:
+    return float(answer.log_probs.mean())
+
+
+def _measures(lengths: list[int], found: list[Answer]) -> list[Measure]:
+    """Of each kind and metric the mean of all trials, then that of each length and depth."""
+    size = len(lengths) * len(DEPTHS) * TRIALS
+    copy, recall, needle, unplanted = (found[start : start + size] for start in range(0, 4 * size, size))
+    base = [_log_prob(answer) for answer in unplanted]
+    gains = [
+        _log_prob(answer) - base[index // (len(DEPTHS) * TRIALS) * TRIALS + index % TRIALS]
+        for index, answer in enumerate(recall)
+    ]
+    return [
+        *_grid("copy", "probability", [_probability(answer) for answer in copy], lengths),
+        *_grid("copy", "accuracy", [_accuracy(answer) for answer in copy], lengths),
+        *_grid("recall", "gain (nats per token)", gains, lengths),
+        *_grid("needle", "probability", [_probability(answer) for answer in needle], lengths),
+        *_grid("needle", "accuracy", [_accuracy(answer) for answer in needle], lengths),
+    ]
+
+
+def _grid(name: str, metric: str, outcomes: list[float], lengths: list[int]) -> list[Measure]:
+    cells = product(lengths, DEPTHS)
+    return [
+        Measure.mean(name, metric, outcomes),
+        *(
+            Measure.mean(
+                name,
+                metric,
+                outcomes[index * TRIALS : (index + 1) * TRIALS],
+                part_of=name,
+                facts={"length": length, "depth": depth},
+            )
+            for index, (length, depth) in enumerate(cells)
+        ),
+    ]
