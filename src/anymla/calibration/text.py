@@ -82,6 +82,8 @@ def _row(line: str, where: str, fields: tuple[str, ...]) -> tuple[str, ...]:
     for name in fields:
         if not isinstance(row, dict) or not isinstance(row.get(name), str):
             raise TextError(f"{where}: must be a JSON object whose field {name!r} is a string")
+        if any("\ud800" <= character <= "\udfff" for character in row[name]):
+            raise TextError(f"{where}: field {name!r} holds half a character (a lone surrogate)")
     return tuple(row[name] for name in fields)
 
 

@@ -51,7 +51,8 @@ def read_blimp(source: Path, limit: int | None) -> list[Paradigm]:
         if not pairs:
             raise TextError(f"{where}: no pairs of sentences in it")
         field = json.loads(next(line for line in text.split("\n") if line.strip())).get("field")
-        paradigms[stem] = Paradigm(stem, field if isinstance(field, str) else None, pairs[:limit])
+        field = field.replace("/", "_") if isinstance(field, str) else None  # the original has syntax/semantics once
+        paradigms[stem] = Paradigm(stem, field, pairs[:limit])
     if not paradigms:
         raise TextError(f"--blimp {source}: no .jsonl files in it")
     return [paradigms[name] for name in sorted(paradigms)]

@@ -2,8 +2,8 @@
 
 Filler text with something planted at a depth, and asked for at the end:
 
-- copy: a row of random tokens; its repetition, each token given those before (induction, arXiv 2209.11895).
-- recall: a passage of a story; how much likelier its repetition is than where it was not planted.
+- copy: a row of random tokens; when its first four come again, the other twelve (induction, arXiv 2209.11895).
+- recall: a passage of a story, in the same way; how much likelier it is than where it was not planted.
 - needle: a magic word; how likely it is among eight words when it is asked for.
 """
 
@@ -23,7 +23,7 @@ from anymla.evaluation.measures import Measure
 SHORTEST, LENGTHS = 64, 4  # tokens; how many lengths, each half of the next
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # 0: at the beginning; 1: right before it is asked for
 TRIALS = 8
-PLANTED = 16  # tokens of a row or passage
+PLANTED, GIVEN = 16, 4  # tokens of a row or passage; how many of its repetition are the cue, and not asked for
 WORDS = ("apple", "bread", "candle", "door", "flower", "garden", "hat", "kite")
 NEEDLE, QUESTION = " The magic word is {}.", " The magic word is"
 
@@ -36,9 +36,6 @@ class Trial:
     asked: list[int]
     count: int
     among: Sequence[int] | None = None
-
-
-Kinds = dict[str, list[Trial]]
 
 
 def probe_lengths(length: int) -> list[int]:
@@ -56,11 +53,8 @@ def probe_questions(tokenizer: Any, length: int) -> Questions:
     if not (lengths := probe_lengths(length)):
         raise RecipeError(f"--probe needs windows of {SHORTEST} tokens; --length or the model's context gives {length}")
     filler = _encode(tokenizer, " ".join(read_documents(bundled_text("valid"))))
-    kinds: Kinds = {
-        "copy": _rows(tokenizer, filler),
-        "recall": _passages(tokenizer),
-        "needle": _needles(tokenizer),
-    }
+    random_tokens = _kinds_of_tokens(tokenizer, filler)
+    kinds = {"copy": _rows(random_tokens), "recall": _passages(tokenizer), "needle": _needles(tokenizer)}
     begin = first_tokens(tokenizer)
     cells = list(product(kinds, lengths, DEPTHS, range(TRIALS)))
     queries = [_query(begin, filler, kinds[kind][trial], length, depth, trial) for kind, length, depth, trial in cells]
@@ -69,7 +63,7 @@ def probe_questions(tokenizer: Any, length: int) -> Questions:
         for length in lengths
         for index, trial in enumerate(kinds["recall"])
     ]
-    return Questions(queries + unplanted, lambda found: _measures(lengths, found))
+    return Questions(queries + unplanted, lambda found: _measures(lengths, 1 / len(random_tokens), found))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -86,13 +80,18 @@ def _query(begin: list[int], filler: list[int], trial: Trial, length: int, depth
     return Query(ids, len(ids) - trial.count, trial.among)
 
 
-def _rows(tokenizer: Any, filler: list[int]) -> list[Trial]:
-    """Random tokens, of those that the bundled text is made of."""
+def _kinds_of_tokens(tokenizer: Any, filler: list[int]) -> list[int]:
+    """What the bundled text is made of: tokens that the model has surely seen."""
     tokens = sorted(set(filler) - set(tokenizer.all_special_ids))
     if len(tokens) < PLANTED:
         raise TextError(f"--probe: the tokenizer makes only {len(tokens)} kinds of tokens of the bundled text")
+    return tokens
+
+
+def _rows(tokens: list[int]) -> list[Trial]:
+    """Random tokens, none twice in a row of them."""
     rows = [random.Random(trial).sample(tokens, PLANTED) for trial in range(TRIALS)]
-    return [Trial(row, row, PLANTED - 1) for row in rows]
+    return [Trial(row, row, PLANTED - GIVEN) for row in rows]
 
 
 def _passages(tokenizer: Any) -> list[Trial]:
@@ -100,7 +99,7 @@ def _passages(tokenizer: Any) -> list[Trial]:
     ids = _encode(tokenizer, " ".join(read_documents(bundled_text("train"))[:TRIALS]))
     starts = [trial * (len(ids) - PLANTED) // TRIALS for trial in range(TRIALS)]
     passages = [ids[start : start + PLANTED] for start in starts]
-    return [Trial(passage, passage, PLANTED - 1) for passage in passages]
+    return [Trial(passage, passage, PLANTED - GIVEN) for passage in passages]
 
 
 def _needles(tokenizer: Any) -> list[Trial]:
@@ -128,7 +127,7 @@ def _log_prob(answer: Answer) -> float:
     return float(answer.log_probs.mean())
 
 
-def _measures(lengths: list[int], found: list[Answer]) -> list[Measure]:
+def _measures(lengths: list[int], random_chance: float, found: list[Answer]) -> list[Measure]:
     """Of each kind and metric the mean of all trials, then that of each length and depth."""
     size = len(lengths) * len(DEPTHS) * TRIALS
     copy, recall, needle, unplanted = (found[start : start + size] for start in range(0, 4 * size, size))
@@ -137,27 +136,23 @@ def _measures(lengths: list[int], found: list[Answer]) -> list[Measure]:
         _log_prob(answer) - base[index // (len(DEPTHS) * TRIALS) * TRIALS + index % TRIALS]
         for index, answer in enumerate(recall)
     ]
+    word_chance = 1 / len(WORDS)
     return [
-        *_grid("copy", "probability", [_probability(answer) for answer in copy], lengths),
-        *_grid("copy", "accuracy", [_accuracy(answer) for answer in copy], lengths),
-        *_grid("recall", "gain (nats per token)", gains, lengths),
-        *_grid("needle", "probability", [_probability(answer) for answer in needle], lengths),
-        *_grid("needle", "accuracy", [_accuracy(answer) for answer in needle], lengths),
+        *_grid("copy", "probability", [_probability(answer) for answer in copy], lengths, random_chance),
+        *_grid("copy", "accuracy", [_accuracy(answer) for answer in copy], lengths, random_chance),
+        *_grid("recall", "gain (nats per token)", gains, lengths, 0),
+        *_grid("needle", "probability", [_probability(answer) for answer in needle], lengths, word_chance),
+        *_grid("needle", "accuracy", [_accuracy(answer) for answer in needle], lengths, word_chance),
     ]
 
 
-def _grid(name: str, metric: str, outcomes: list[float], lengths: list[int]) -> list[Measure]:
-    cells = product(lengths, DEPTHS)
+def _grid(name: str, metric: str, outcomes: list[float], lengths: list[int], chance: float) -> list[Measure]:
+    cells = [{"length": length, "depth": depth} for length, depth in product(lengths, DEPTHS)]
+    parts = [outcomes[index * TRIALS : (index + 1) * TRIALS] for index in range(len(cells))]
     return [
-        Measure.mean(name, metric, outcomes),
+        Measure.mean(name, metric, outcomes, facts={"chance": chance}),
         *(
-            Measure.mean(
-                name,
-                metric,
-                outcomes[index * TRIALS : (index + 1) * TRIALS],
-                part_of=name,
-                facts={"length": length, "depth": depth},
-            )
-            for index, (length, depth) in enumerate(cells)
+            Measure.mean(name, metric, part, part_of=name, facts={**cell, "chance": chance})
+            for part, cell in zip(parts, cells, strict=True)
         ),
     ]

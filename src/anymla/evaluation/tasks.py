@@ -77,6 +77,7 @@ class Tasks:
             if isinstance(error, MemoryError | RuntimeError) and "memory" in str(error):
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+            reason += "; its data must be fetched once where there is a network" * isinstance(error, ConnectionError)
             raise TextError(f"--tasks {','.join(self._names)}: lm-eval stopped with {reason}") from error
         return _measures(results)
 

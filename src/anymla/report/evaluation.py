@@ -49,11 +49,22 @@ def write_evaluation(output: Path, evaluation: Evaluation, command: str) -> None
 
 def probe_grids(rows: Sequence[Comparison]) -> dict[str, list[Comparison]]:
     """The probe's cells, by length and depth, of one metric per kind; under a title."""
-    grids: dict[str, list[Comparison]] = {}
-    for row in rows:
-        if row.model.part_of is not None and (row.model.name, row.model.metric) in SHOWN:
-            grids.setdefault(f"{row.model.name}: {row.model.metric}", []).append(row)
-    return grids
+    titles = {
+        (row.model.name, row.model.metric): _grid_title(row)
+        for row in rows
+        if row.model.part_of is None and (row.model.name, row.model.metric) in SHOWN
+    }
+    return {
+        title: [row for row in rows if row.model.part_of is not None and (row.model.name, row.model.metric) == which]
+        for which, title in titles.items()
+    }
+
+
+def _grid_title(whole: Comparison) -> str:
+    """What is shown, and whether the original can do it at all."""
+    able, chance = whole.original or whole.model, whole.model.facts["chance"]
+    note = " (not above chance: nothing to lose)" if able.value < 2 * chance or able.value <= 0 else ""
+    return f"{able.name}: {able.metric}, chance {chance:.2g}{note}"
 
 
 def evaluation_tables(evaluation: Evaluation) -> list[Table]:

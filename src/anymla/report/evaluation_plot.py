@@ -81,7 +81,8 @@ def _draw_grid(part: Any, title: str, cells: Sequence[Comparison]) -> None:
     maps = {"model": [cell.model.value for cell in cells]}
     if all(cell.original is not None for cell in cells):
         maps = {"original": [cell.original.value for cell in cells if cell.original is not None]} | maps
-    low, high = min(0.0, *(min(values) for values in maps.values())), max(max(values) for values in maps.values())
+    values = [value for each in maps.values() for value in each]
+    low, high = (min(0, *values), max(values)) if cells[0].model.metric.startswith("gain") else (0, 1)
     part.suptitle(title, x=0.01, ha="left")
     for axes, (name, values) in zip(part.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         table = [values[start : start + len(depths)] for start in range(0, len(values), len(depths))]
