@@ -63,7 +63,7 @@ def probe_grids(rows: Sequence[Comparison]) -> dict[str, list[Comparison]]:
 def _grid_title(whole: Comparison) -> str:
     """What is shown, and whether the original can do it at all."""
     able, chance = whole.original or whole.model, whole.model.facts["chance"]
-    note = " (not above chance: nothing to lose)" if able.value < 2 * chance or able.value <= 0 else ""
+    note = " (not above it)" if able.value < 2 * chance or able.value <= 0 else ""
     return f"{able.name}: {able.metric}, chance {chance:.2g}{note}"
 
 
@@ -83,25 +83,37 @@ def evaluation_tables(evaluation: Evaluation) -> list[Table]:
 
 def _comparison_table(title: str, rows: Sequence[Comparison]) -> Table:
     """Values with their standard errors; that of the difference is by item, which is smaller: both had the same."""
+    columns, lines = ["name", "metric"], [[row.model.name, row.model.metric] for row in rows]
+    if len({metric for _, metric in lines}) == 1:
+        title, columns, lines = f"{title}, {lines[0][1]}", ["name"], [[name] for name, _ in lines]
     if rows[0].original is None:
-        lines = [(row.model.name, row.model.metric, _value(row.model), _count(row)) for row in rows]
-        return table(title, ("name", "metric", "value", "items"), lines)
-    compared = [
-        (row.model.name, row.model.metric, _value(row.original), _value(row.model), _difference(row), _count(row))
-        for row in rows
-    ]
-    return table(title, ("name", "metric", "original", "model", "difference", "items"), compared)
+        columns += ["value", "items"]
+        lines = [[*line, _value(row.model), _count(row)] for line, row in zip(lines, rows, strict=True)]
+    else:
+        columns += ["original", "model", "difference", "items"]
+        lines = [
+            [*line, _value(row.original), _value(row.model), _difference(row), _count(row)]
+            for line, row in zip(lines, rows, strict=True)
+        ]
+    result = table(title, columns, lines)
+    for column in result.columns[1:]:
+        column.no_wrap = True  # long names give way
+    return result
 
 
 def _value(measure: Measure | None) -> str:
     if measure is None:
         return "-"
-    return f"{measure.value:.4g}" if measure.stderr is None else f"{measure.value:.4g} ± {measure.stderr:.2g}"
+    return _number(measure.value) + ("" if measure.stderr is None else f" ± {_number(measure.stderr)}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
 def _difference(row: Comparison) -> str:
-    error = "" if row.difference_stderr is None else f" ± {row.difference_stderr:.2g}"
-    return f"{row.difference:+.4f}{error}"
+    error = "" if row.difference_stderr is None else f" ± {_number(row.difference_stderr)}"
+    return f"{row.difference:+.3f}{error}"
 
 
 def _count(row: Comparison) -> str:
@@ -115,12 +127,14 @@ def _grid_table(title: str, cells: Sequence[Comparison]) -> Table:
         (cells[start].model.facts["length"], *(_cell(cell) for cell in cells[start : start + len(depths)]))
         for start in range(0, len(cells), len(depths))
     ]
-    compared = ", original → model (ratio)" if cells[0].original is not None else ""
+    compared = "\noriginal→model, and their ratio" if cells[0].original is not None else ""
     return table(f"Probe, {title}{compared}", ("length", *(f"depth {depth:g}" for depth in depths)), lines)
 
 
 def _cell(cell: Comparison) -> str:
-    if cell.original is None:
-        return f"{cell.model.value:.3f}"
-    ratio = "-" if cell.ratio is None else f"{cell.ratio:.2f}"
-    return f"{cell.original.value:.3f} → {cell.model.value:.3f} ({ratio})"
+    """A ratio only where the original is above chance by more than two standard errors."""
+    old, new = cell.original, cell.model
+    if old is None:
+        return f"{new.value:.2f}"
+    surely = cell.ratio is not None and old.value - old.facts["chance"] > 2 * (old.stderr or 0)
+    return f"{old.value:.2f}→{new.value:.2f}" + (f"\nx{cell.ratio:.2f}" if surely else "\n-")
