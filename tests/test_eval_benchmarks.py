@@ -102,8 +102,7 @@ def test_the_probe_is_of_the_lengths_and_depths_it_says():
     tokenizer = load_tokenizer(BUNDLED)
     questions = probe_questions(tokenizer, 256)
     assert {len(query.ids) for query in questions.queries} == {64, 128, 256}
-    per_length = (3 * len(DEPTHS) + 1) * TRIALS
-    assert len(questions.queries) == 3 * per_length
+    assert len(questions.queries) == 4 * 3 * len(DEPTHS) * TRIALS
     row = questions.queries[0].ids  # depth 0: right behind the BOS token, and again at the end
     assert row[1:17] == row[-16:]
     adjacent = questions.queries[(len(DEPTHS) - 1) * TRIALS].ids
@@ -123,8 +122,9 @@ def test_the_probe_sees_what_a_smaller_cache_loses(converted_folder):
     wanted = anymla.Benchmarks(probe=True)
     rows = anymla.evaluate(converted_folder, against=BUNDLED, benchmarks=wanted, length=128).benchmarks["probe"]
     recall = next(row for row in rows if row.model.name == "recall" and row.model.part_of is None)
-    assert recall.original.value > 0.2
-    assert recall.ratio < 0.8
+    assert recall.original.value > 0.1
+    assert recall.model.samples == TRIALS
+    assert recall.ratio < 0.5
     assert recall.difference < -2 * recall.difference_stderr
 
 

@@ -3,7 +3,7 @@
 Filler text with something planted at a depth, and asked for at the end:
 
 - copy: a row of random tokens; when its first four come again, the other twelve (induction, arXiv 2209.11895).
-- recall: a passage of a story, in the same way; how much likelier it is than where it was not planted.
+- recall: a passage of a story, in the same way; how much likelier it is than with another passage planted there.
 - needle: a magic word; how likely it is among eight words when it is asked for.
 """
 
@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from statistics import fmean
 from typing import Any
 
 from anymla.calibration.text import bundled_text, first_tokens, read_documents
@@ -54,16 +55,15 @@ def probe_questions(tokenizer: Any, length: int) -> Questions:
         raise RecipeError(f"--probe needs windows of {SHORTEST} tokens; --length or the model's context gives {length}")
     filler = _encode(tokenizer, " ".join(read_documents(bundled_text("valid"))))
     random_tokens = _kinds_of_tokens(tokenizer, filler)
-    kinds = {"copy": _rows(random_tokens), "recall": _passages(tokenizer), "needle": _needles(tokenizer)}
+    passages = _passages(tokenizer)
+    others = [Trial(passages[trial - 1].planted, own.asked, own.count) for trial, own in enumerate(passages)]
+    kinds = [_rows(random_tokens), passages, others, _needles(tokenizer)]
     begin = first_tokens(tokenizer)
-    cells = list(product(kinds, lengths, DEPTHS, range(TRIALS)))
-    queries = [_query(begin, filler, kinds[kind][trial], length, depth, trial) for kind, length, depth, trial in cells]
-    unplanted = [
-        _query(begin, filler, Trial([], trial.asked, trial.count), length, 0, index)
-        for length in lengths
-        for index, trial in enumerate(kinds["recall"])
+    queries = [
+        _query(begin, filler, trials[index], length, depth, index)
+        for trials, length, depth, index in product(kinds, lengths, DEPTHS, range(TRIALS))
     ]
-    return Questions(queries + unplanted, lambda found: _measures(lengths, 1 / len(random_tokens), found))
+    return Questions(queries, lambda found: _measures(lengths, 1 / len(random_tokens), found))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -130,12 +130,8 @@ def _log_prob(answer: Answer) -> float:
 def _measures(lengths: list[int], random_chance: float, found: list[Answer]) -> list[Measure]:
     """Of each kind and metric the mean of all trials, then that of each length and depth."""
     size = len(lengths) * len(DEPTHS) * TRIALS
-    copy, recall, needle, unplanted = (found[start : start + size] for start in range(0, 4 * size, size))
-    base = [_log_prob(answer) for answer in unplanted]
-    gains = [
-        _log_prob(answer) - base[index // (len(DEPTHS) * TRIALS) * TRIALS + index % TRIALS]
-        for index, answer in enumerate(recall)
-    ]
+    copy, recall, others, needle = (found[start : start + size] for start in range(0, 4 * size, size))
+    gains = [_log_prob(own) - _log_prob(other) for own, other in zip(recall, others, strict=True)]
     word_chance = 1 / len(WORDS)
     return [
         *_grid("copy", "probability", [_probability(answer) for answer in copy], lengths, random_chance),
@@ -149,8 +145,9 @@ def _measures(lengths: list[int], random_chance: float, found: list[Answer]) -> 
 def _grid(name: str, metric: str, outcomes: list[float], lengths: list[int], chance: float) -> list[Measure]:
     cells = [{"length": length, "depth": depth} for length, depth in product(lengths, DEPTHS)]
     parts = [outcomes[index * TRIALS : (index + 1) * TRIALS] for index in range(len(cells))]
+    by_trial = [fmean(outcomes[trial::TRIALS]) for trial in range(TRIALS)]  # its cells are not independent
     return [
-        Measure.mean(name, metric, outcomes, facts={"chance": chance}),
+        Measure.mean(name, metric, by_trial, facts={"chance": chance}),
         *(
             Measure.mean(name, metric, part, part_of=name, facts={**cell, "chance": chance})
             for part, cell in zip(parts, cells, strict=True)
