@@ -8,17 +8,24 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from anymla.evaluation.benchmarks import Benchmarks, Evaluation
+    from anymla.evaluation.evaluate import evaluate
+    from anymla.evaluation.measures import Comparison, Measure
     from anymla.evaluation.scores import Scores
     from anymla.outcomes import Conversion, Inspection
-    from anymla.pipeline import convert, evaluate, explain_plan, inspect, plan
+    from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.planning.plan import Plan
     from anymla.recipe import Recipe
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Benchmarks",
+    "Comparison",
     "Conversion",
+    "Evaluation",
     "Inspection",
+    "Measure",
     "Plan",
     "Recipe",
     "Scores",
@@ -30,11 +37,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Benchmarks": "anymla.evaluation.benchmarks",
+    "Comparison": "anymla.evaluation.measures",
     "Conversion": "anymla.outcomes",
+    "Evaluation": "anymla.evaluation.benchmarks",
     "Inspection": "anymla.outcomes",
+    "Measure": "anymla.evaluation.measures",
     "Plan": "anymla.planning.plan",
     "Recipe": "anymla.recipe",
     "Scores": "anymla.evaluation.scores",
+    "evaluate": "anymla.evaluation.evaluate",
 }
 
 

@@ -1,4 +1,4 @@
-"""The corridor: inspect, plan, convert and evaluate call the rooms in order."""
+"""The corridor: inspect, plan and convert call the rooms in order."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
-from anymla.architectures.blueprint import Blueprint, context_of, read_blueprint, read_config
-from anymla.errors import CheckpointError, RecipeError, TextError, UnsupportedModelError
+from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
+from anymla.errors import RecipeError, TextError, UnsupportedModelError
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
     check_output,
     check_weights,
     find_model,
-    load_model,
     load_tokenizer,
     parse_size,
     safe_config,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     import torch
 
     from anymla.conversion.step import LayerResult
-    from anymla.evaluation.scores import Scores
     from anymla.io.streamed import StreamedModel
     from anymla.io.work import WorkFolder
 
@@ -146,52 +144,6 @@ def convert(
             return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
 
 
-def evaluate(
-    model: str | Path,
-    text: str | Path,
-    against: str | Path | None = None,
-    *,
-    tokens: int | None = None,
-    length: int = 1024,
-    dtype: str | None = None,
-    device: str = "auto",
-) -> Scores:
-    """Perplexity of a model on a text, its KL and top-1 agreement to another, and its live cache's size.
-
-    Args:
-        model: a local folder or hub id, converted or not.
-        text: a text file, a .jsonl file or a hub data set, as for calibration; read in order, not sampled.
-        against: the original to compare to.
-        tokens: read at most this many tokens. Default: all.
-        length: tokens per window (at most the model's context).
-        dtype: dtype to run in. Default: the checkpoint's.
-        device: cpu, cuda, ...; auto takes a GPU where there is one.
-
-    Raises:
-        CheckpointError, TextError: as the message says.
-    """
-    from itertools import islice
-
-    from anymla.calibration.text import read_documents, token_windows, tokenize
-    from anymla.evaluation.scores import score_model
-
-    folder = find_model(model)
-    context = context_of(folder) or length
-    tokenizer = load_tokenizer(folder)
-    ids = islice(tokenize(read_documents(text), tokenizer), tokens)
-    windows = token_windows(ids, min(length, context), text)
-    device = pick_device(device)
-    loaded = load_model(folder, dtype=dtype, device=device)
-    _check_vocabulary(windows, loaded, text)
-    original = None if against is None else load_model(find_model(against), dtype=dtype, device=device)
-    if original is not None and (theirs := _vocabulary(original)) != (ours := _vocabulary(loaded)):
-        raise CheckpointError(
-            f"{against} has a vocabulary of {theirs} and {model} of {ours}: "
-            "--against must be the model it was converted from"
-        )
-    return score_model(loaded, windows, original)
-
-
 def peak_rss() -> int:
     """The most memory this process has held, in bytes."""
     with suppress(OSError):  # Linux; getrusage there begins with what the parent process held
@@ -221,15 +173,6 @@ def _calibration(recipe: Recipe, source: Path, blueprint: Blueprint) -> torch.Te
     if (largest := int(windows.max())) >= blueprint.vocab_size:
         raise TextError(f"{source}: its tokenizer gives id {largest} but the model has {blueprint.vocab_size} tokens")
     return windows
-
-
-def _check_vocabulary(windows: torch.Tensor, model: Any, text: str | Path) -> None:
-    if (largest := int(windows.max())) >= (size := _vocabulary(model)):
-        raise TextError(f"{text}: the tokenizer gives id {largest} but the model has {size} tokens")
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.config.get_text_config().vocab_size)
 
 
 @dataclass(frozen=True)

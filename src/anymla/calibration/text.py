@@ -53,7 +53,7 @@ def _read_file(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            return [_row_text(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+            return [text for (text,) in read_rows(content, f"text {path}", "text")]
     except UnicodeDecodeError as error:
         raise TextError(f"text {path} is not UTF-8 (byte {error.start})") from error
     except OSError as error:
@@ -61,14 +61,30 @@ def _read_file(path: Path) -> list[str]:
     return content.split(DOCUMENT_SEPARATOR)
 
 
-def _row_text(path: Path, number: int, line: str) -> str:
+def read_rows(content: str, source: str, *fields: str) -> list[tuple[str, ...]]:
+    """The strings under ``fields`` in each line of JSON of ``content``; ``source`` is how messages name it.
+
+    Raises:
+        TextError: a line is no JSON object, or a field is no string; names the line.
+    """
+    return [
+        _row(line, f"{source}, line {number}", fields)
+        for number, line in enumerate(content.split("\n"), 1)
+        if line.strip()
+    ]
+
+
+def _row(line: str, where: str, fields: tuple[str, ...]) -> tuple[str, ...]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise TextError(f"text {path}, line {number}: not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise TextError(f"text {path}, line {number}: must be a JSON object whose field 'text' is a string")
-    return str(row["text"])
+        raise TextError(f"{where}: not JSON ({error})") from error
+    for name in fields:
+        if not isinstance(row, dict) or not isinstance(row.get(name), str):
+            raise TextError(f"{where}: must be a JSON object whose field {name!r} is a string")
+        if any("\ud800" <= character <= "\udfff" for character in row[name]):
+            raise TextError(f"{where}: field {name!r} holds half a character (a lone surrogate)")
+    return tuple(row[name] for name in fields)
 
 
 def _read_dataset(name: str) -> list[str]:
@@ -84,10 +100,15 @@ def _read_dataset(name: str) -> list[str]:
         raise TextError(f"text {name} is neither a file nor a readable data set: {error!s:.200}") from error
 
 
+def first_tokens(tokenizer: Any) -> list[int]:
+    """The BOS token, with which text begins; nothing where the tokenizer has none, or says no to it."""
+    refused = tokenizer.init_kwargs.get("add_bos_token") is False  # as its own config says; the attribute has a default
+    return [] if refused or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
 def tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
     """Token ids of all documents in a row, each begun by the BOS token, but not where the tokenizer says no to it."""
-    refused = tokenizer.init_kwargs.get("add_bos_token") is False  # as its own config says; the attribute has a default
-    bos = [] if refused or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = first_tokens(tokenizer)
     for document in documents:
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if ids:

@@ -44,13 +44,14 @@ def main() -> None:
         sys.stderr.write("stopped\n")
         sys.exit(130)
     except MemoryError as error:
-        _fail(f"out of memory ({error}); lower --calibration-tokens or --calibration-length")
+        _fail(f"out of memory ({error}); lower --calibration-tokens, --calibration-length or --batch-size")
     except AnymlaError as error:
         _fail(str(error))
     except RuntimeError as error:  # torch's own out of memory
         if "memory" not in str(error):
             raise
-        _fail(f"{error!s:.200}; lower --calibration-tokens or --calibration-length, or give another --device")
+        options = "--calibration-tokens, --calibration-length or --batch-size"
+        _fail(f"{error!s:.200}; lower {options}, or give another --device")
     except Exception as error:
         if not hasattr(error, "format_message"):  # what the option parser raises; typer has its own copy of click
             raise

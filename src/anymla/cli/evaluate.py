@@ -2,38 +2,105 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from anymla import pipeline
 from anymla.cli.options import Device, Dtype, Json, Model, app, err, out, print_json
+from anymla.evaluation.benchmarks import Benchmarks, Evaluation
+from anymla.evaluation.evaluate import evaluate as run_evaluation
 from anymla.recipe import MOST
+
+
+def _help(name: str) -> Any:
+    """The option's help, which is that of the setting."""
+    return typer.Option(help=Benchmarks.model_fields[name].description, show_default=False)
+
+
+def _track(steps: Sequence[Any], text: str) -> Iterable[Any]:
+    """A progress bar on stderr over ``steps``; none where stderr is not a terminal."""
+    from rich.progress import track
+
+    return track(steps, text, console=err, transient=True, disable=not err.is_terminal)
 
 
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    text: Annotated[str, typer.Option(help="Text file, .jsonl (field 'text') or hub data set name[:config[:split]].")],
-    against: Annotated[str | None, typer.Option(help="The original model, for KL and top-1 agreement.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text file, .jsonl (field 'text') or hub data set name[:config[:split]].")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="The original model, to compare to.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=256, max=MOST, help="Read at most this many tokens. Default: all.")
+        int | None, typer.Option(min=256, max=MOST, help="Read at most this many tokens of the text. Default: all.")
     ] = None,
     length: Annotated[
-        int, typer.Option(min=8, max=MOST, help="Tokens per window (at most the model's context).")
+        int,
+        typer.Option(
+            min=8, max=MOST, help="Tokens per window of text, and of the longest probe (at most the model's context)."
+        ),
     ] = 1024,
+    tasks: Annotated[str, _help("tasks")] = "",
+    include_path: Annotated[Path | None, _help("include_path")] = None,
+    num_fewshot: Annotated[int | None, _help("num_fewshot")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help=Benchmarks.model_fields["probe"].description)] = False,
+    blimp: Annotated[Path | None, _help("blimp")] = None,
+    lambada: Annotated[Path | None, _help("lambada")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help=Benchmarks.model_fields["limit"].description)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help=Benchmarks.model_fields["batch_size"].description)] = 16,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for results.json and results.png.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity, KL to the original, top-1 agreement, and the live cache's bytes per token."""
-    with err.status("scoring"):
-        scores = pipeline.evaluate(model, text, against, tokens=tokens, length=length, dtype=dtype, device=device)
-    if as_json:
-        return print_json(scores.to_dict())
-    from anymla.report.tables import scores_table
+    """Measure perplexity, KL to the original and cache bytes on a text; lm-eval tasks; probes of the context."""
+    from anymla.report.evaluation import check_folder, evaluation_tables, write_evaluation
 
-    out.print(scores_table({str(model): scores}, f"On {text}"))
+    if output is not None:
+        check_folder(output)
+    benchmarks = Benchmarks(
+        tasks=tuple(name for name in (part.strip() for part in tasks.split(",")) if name),
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        probe=probe,
+        blimp=blimp,
+        lambada=lambada,
+        limit=limit,
+        batch_size=batch_size,
+    )
+    evaluation = run_evaluation(
+        model,
+        text,
+        against,
+        benchmarks=benchmarks,
+        tokens=tokens,
+        length=length,
+        dtype=dtype,
+        device=device,
+        track=_track,
+    )
+    command = shlex.join(["anymla", *sys.argv[1:]])
+    if output is not None:
+        write_evaluation(output, evaluation, command)
+    if as_json:
+        return print_json(_printed(evaluation, command))
+    for each in evaluation_tables(evaluation):
+        out.print(each)
+    if output is not None:
+        out.print(f"Wrote {output}/: {', '.join(sorted(path.name for path in output.iterdir()))}", soft_wrap=True)
+
+
+def _printed(evaluation: Evaluation, command: str) -> dict[str, Any]:
+    """A text alone gives its scores alone; where there is more, all of it and how it was made."""
+    if evaluation.scores is not None and not evaluation.benchmarks:
+        return evaluation.scores.to_dict()
+    return evaluation.to_dict() | {"command": command}
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,8 +113,8 @@ def measure_cache(model: Any) -> CacheSize:
 
 
 @torch.no_grad()
-def score_model(model: Any, windows: Tensor, original: Any = None) -> Scores:
-    """Scores ``model`` on ``windows`` [N,T] of tokens, against ``original`` where given."""
+def score_model(model: Any, windows: Iterable[Tensor], original: Any = None) -> Scores:
+    """Scores ``model`` on ``windows`` of tokens, [T] each, against ``original`` where given."""
     sums = ScoreSums()
     for window in windows:
         ids = window[None].to(model.device)

@@ -203,14 +203,19 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         )
     if output.resolve() in source.resolve().parents:
         raise OutputError(f"{output} holds the source checkpoint {source}: choose another -o")
-    if os.path.isfile(output):
-        raise OutputError(f"{output} is a file: choose another -o")
+    check_place(output)
     if os.path.lexists(output) and not overwrite:
         raise OutputError(f"{output} exists: choose another -o, or give --overwrite")
-    if len(os.fsencode(output.name)) > 200:  # the partial folder's name is longer, and a name has 255 bytes at most
-        raise OutputError(f"{output} cannot be made: its name is too long")
     if output.is_dir() and not output.is_symlink() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise OutputError(f"{output} holds no checkpoint, so --overwrite does not replace it: choose another -o")
+
+
+def check_place(output: Path) -> None:
+    """Refuses an output folder that is a file, has too long a name, or lies in an unwritable place."""
+    if os.path.isfile(output):
+        raise OutputError(f"{output} is a file: choose another -o")
+    if len(os.fsencode(output.name)) > 200:  # the partial folder's name is longer, and a name has 255 bytes at most
+        raise OutputError(f"{output} cannot be made: its name is too long")
     parent = next(folder for folder in output.absolute().parents if os.path.exists(folder))
     if not os.access(parent, os.W_OK) or not parent.is_dir():
         raise OutputError(f"{output} cannot be made: {parent} is not a writable folder")

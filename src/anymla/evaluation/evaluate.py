@@ -1,0 +1,143 @@
+"""`anymla eval`: perplexity on a text and benchmarks, of a model and of the original it was made from."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from anymla.architectures.blueprint import context_of
+from anymla.errors import CheckpointError, RecipeError, TextError
+from anymla.evaluation.benchmarks import Benchmarks, Evaluation, prepare
+from anymla.evaluation.measures import compare
+from anymla.io.checkpoint import find_model, load_model, load_tokenizer
+from anymla.io.device import pick_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anymla.evaluation.likelihood import Track
+    from anymla.evaluation.scores import Scores
+
+
+@overload
+def evaluate(
+    model: str | Path,
+    text: str | Path,
+    against: str | Path | None = None,
+    *,
+    tokens: int | None = None,
+    length: int = 1024,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> Scores: ...
+
+
+@overload
+def evaluate(
+    model: str | Path,
+    text: str | Path | None = None,
+    against: str | Path | None = None,
+    *,
+    benchmarks: Benchmarks,
+    tokens: int | None = None,
+    length: int = 1024,
+    dtype: str | None = None,
+    device: str = "auto",
+    track: Track | None = None,
+) -> Evaluation: ...
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path | None = None,
+    against: str | Path | None = None,
+    *,
+    benchmarks: Benchmarks | None = None,
+    tokens: int | None = None,
+    length: int = 1024,
+    dtype: str | None = None,
+    device: str = "auto",
+    track: Track | None = None,
+) -> Scores | Evaluation:
+    """Perplexity of a model on a text, its KL and top-1 agreement to another, and its live cache's size; benchmarks.
+
+    Args:
+        model: a local folder or hub id, converted or not.
+        text: a text file, a .jsonl file or a hub data set, as for calibration; read in order, not sampled.
+        against: the original to compare to.
+        benchmarks: what else to measure, with or without a text; what is returned then holds all of it.
+        tokens: read at most this many tokens of the text. Default: all.
+        length: tokens per window of the text, and of the longest probe (at most the model's context).
+        dtype: dtype to run in. Default: the checkpoint's.
+        device: cpu, cuda, ...; auto takes a GPU where there is one.
+        track: given steps and what they do, gives the steps again; to show how far it is.
+
+    Raises:
+        CheckpointError, RecipeError, TextError: as the message says.
+    """
+    if text is None and (benchmarks is None or not benchmarks.wanted):
+        raise RecipeError("nothing to evaluate: give --text, --tasks, --probe, --blimp or --lambada")
+    from anymla.evaluation.likelihood import untracked
+    from anymla.evaluation.scores import score_model
+
+    folder, track = find_model(model), track or untracked
+    context, tokenizer = context_of(folder), load_tokenizer(folder)
+    window = min(length, context or length)
+    wanted = benchmarks or Benchmarks()
+    prepared = prepare(wanted, tokenizer, context=context, length=window, track=track)
+    windows = None if text is None else _windows(text, tokenizer, tokens, window)
+    device = pick_device(device)
+    loaded = load_model(folder, dtype=dtype, device=device)
+    if windows is not None:
+        _check_vocabulary(windows, loaded, text)
+    original = None if against is None else load_model(find_model(against), dtype=dtype, device=device)
+    _check_original(loaded, original, model, against)
+    results = {
+        kind: compare(run(loaded, "model"), None if original is None else run(original, "original"))
+        for kind, run in prepared.items()
+    }
+    scores = None if windows is None else score_model(loaded, track(list(windows), "text"), original)
+    if benchmarks is None and scores is not None:
+        return scores
+    settings = {
+        "model": str(model),
+        "against": None if against is None else str(against),
+        "text": None if text is None else str(text),
+        "tokens": tokens,
+        "length": window,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": device,
+        **wanted.model_dump(mode="json"),
+    }
+    return Evaluation(scores=scores, benchmarks=results, settings=settings, versions=_versions(wanted))
+
+
+def _windows(text: str | Path, tokenizer: Any, tokens: int | None, length: int) -> Tensor:
+    from anymla.calibration.text import read_documents, token_windows, tokenize
+
+    return token_windows(islice(tokenize(read_documents(text), tokenizer), tokens), length, text)
+
+
+def _versions(wanted: Benchmarks) -> dict[str, str]:
+    names = ["anymla", "torch", "transformers", *(["lm-eval", "datasets"] if wanted.tasks else [])]
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _check_original(loaded: Any, original: Any, model: str | Path, against: str | Path | None) -> None:
+    if original is not None and (theirs := _vocabulary(original)) != (ours := _vocabulary(loaded)):
+        raise CheckpointError(
+            f"{against} has a vocabulary of {theirs} and {model} of {ours}: "
+            "--against must be the model it was converted from"
+        )
+
+
+def _check_vocabulary(windows: Tensor, model: Any, text: str | Path | None) -> None:
+    if (largest := int(windows.max())) >= (size := _vocabulary(model)):
+        raise TextError(f"{text}: the tokenizer gives id {largest} but the model has {size} tokens")
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)

@@ -1,0 +1,101 @@
+"""How likely a model finds given tokens: what BLiMP, LAMBADA and the probe are made of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymla.errors import CheckpointError, TextError
+from anymla.evaluation.measures import Measure
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]  # (steps, what they do): the steps, while a bar may show them
+
+
+def untracked(steps: Sequence[Any], text: str) -> Iterable[Any]:
+    """A :data:`Track` that shows nothing."""
+    return steps
+
+
+@dataclass(frozen=True)
+class Query:
+    """The tokens ``ids[start:]``, given those before; where ``among`` is given, it is all that can come."""
+
+    ids: Sequence[int]
+    start: int
+    among: Sequence[int] | None = None
+
+    def within(self, context: int | None) -> Query:
+        """The query without what lies further back than ``context`` tokens."""
+        cut = 0 if context is None else max(0, len(self.ids) - context)
+        return self if cut == 0 else Query(self.ids[cut:], max(1, self.start - cut), self.among)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """For each token asked for: its log-probability in nats [n], and whether it was the likeliest [n]."""
+
+    log_probs: Tensor
+    likeliest: Tensor
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What to ask a model, and what its answers, in the same order, measure."""
+
+    queries: Sequence[Query]
+    measures: Callable[[list[Answer]], list[Measure]]
+
+
+@torch.no_grad()
+def answers(
+    model: Any, queries: Sequence[Query], *, context: int | None, batch_size: int, track: Track, label: str
+) -> list[Answer]:
+    """The model's answer to each query, the longest first, in batches padded on the right, where no token looks.
+
+    Raises:
+        CheckpointError: a logit was NaN.
+        TextError: the tokenizer gave an id that the model does not have.
+    """
+    fitted = [query.within(context) for query in queries]
+    largest, size = max(max(query.ids) for query in fitted), int(model.config.get_text_config().vocab_size)
+    if largest >= size:
+        raise TextError(f"{label}: the tokenizer gives id {largest} but the model has {size} tokens")
+    order = sorted(range(len(fitted)), key=lambda index: -len(fitted[index].ids))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found: dict[int, Answer] = {}
+    for batch in track(batches, label):
+        found |= zip(batch, _answer(model, [fitted[index] for index in batch]), strict=True)
+    return [found[index] for index in range(len(fitted))]
+
+
+def _answer(model: Any, batch: Sequence[Query]) -> list[Answer]:
+    longest = len(batch[0].ids)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    for row, query in enumerate(batch):
+        ids[row, : len(query.ids)] = torch.tensor(query.ids)
+    needed = longest - min(query.start for query in batch) + 1
+    short = {"logits_to_keep": needed} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=ids.to(model.device), use_cache=False, **short).logits
+    before = longest - logits.shape[1]  # positions that were left out
+    return [
+        _of_row(logits[row, query.start - 1 - before : len(query.ids) - 1 - before], query)
+        for row, query in enumerate(batch)
+    ]
+
+
+def _of_row(logits: Tensor, query: Query) -> Answer:
+    """The answer from the logits [n,V] of the tokens before those asked for."""
+    targets = torch.tensor(query.ids[query.start :], device=logits.device)
+    if query.among is not None:
+        among = torch.tensor(query.among, device=logits.device)
+        logits, targets = logits[:, among], (targets[:, None] == among).long().argmax(-1)
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    if log_probs.isnan().any():
+        raise CheckpointError("the model gives NaN on this text: its dtype may overflow, give --dtype float32")
+    asked = log_probs.gather(-1, targets[:, None])[:, 0]
+    return Answer(asked.cpu(), (log_probs.argmax(-1) == targets).cpu())
