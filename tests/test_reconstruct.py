@@ -8,7 +8,7 @@ import anymla
 from anymla.calibration.activations import Activations, Budget
 from anymla.conversion.reconstruct import Reconstruction
 from anymla.report.demo import bundled_model
-from tests.families import FAST, make_shape, save_model
+from tests.families import FAST, make_model, save_model
 
 SETTINGS = {"calibration_tokens": 8192, "calibration_length": 128}
 
@@ -28,16 +28,16 @@ def test_steps_pay_on_text_that_they_did_not_see(tmp_path):
 
 
 def test_a_layer_that_lost_nothing_stays_as_it_is(tmp_path):
-    source = save_model("qwen3-gqa", tmp_path / "source")
+    source = save_model(make_model("qwen3"), tmp_path / "source")
     for steps in (0, 3):
         anymla.convert(source, tmp_path / str(steps), kv_cache=1.0, **FAST | {"reconstruction_steps": steps})
     before, after = weights(tmp_path / "0"), weights(tmp_path / "3")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("shape", ["qwen3-gqa", "qwen2-gqa"])
-def test_the_dtype_stays_and_all_tensors_move(tmp_path, shape):
-    source = save_model(shape, tmp_path / "source")
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_dtype_stays_and_all_tensors_move(tmp_path, family):
+    source = save_model(make_model(family), tmp_path / "source")
     for steps in (0, 8):
         settings = FAST | {"reconstruction_steps": steps, "dtype": "bfloat16"}
         anymla.convert(source, tmp_path / str(steps), kv_cache=0.5, **settings)
@@ -49,7 +49,7 @@ def test_the_dtype_stays_and_all_tensors_move(tmp_path, shape):
 
 
 def test_published_methods_take_no_steps(tmp_path):
-    source = save_model("llama-gqa", tmp_path / "source")
+    source = save_model(make_model("llama"), tmp_path / "source")
     for steps in (0, 3):
         settings = FAST | {"reconstruction_steps": steps, "factorization": "joint-svd"}
         anymla.convert(source, tmp_path / str(steps), kv_cache=0.5, **settings)
@@ -73,9 +73,7 @@ def test_processes_share_the_windows_of_each_step(tmp_path, monkeypatch):
             values = torch.zeros(12 // world, 512, 4)
             monkeypatch.setattr("anymla.conversion.reconstruct.world", lambda world=world: world)
             monkeypatch.setattr("anymla.conversion.reconstruct.rank", lambda rank=rank: rank)
-            monkeypatch.setattr(
-                "anymla.conversion.reconstruct.all_sum_number", lambda *_: 12
-            )
+            monkeypatch.setattr("anymla.conversion.reconstruct.all_sum_number", lambda *_: 12)
             steps = Reconstruction(attention, room(values, tmp_path), room(values, tmp_path), {}, 1)
             batches = steps._batches(slice(0, 12 // world), seed=3)
             drawn[world, rank] = [[window * world + rank for window in next(batches)] for _ in range(9)]
