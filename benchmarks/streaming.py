@@ -42,6 +42,8 @@ SETTINGS = [
     "1024",
     "--calibration-length",
     "128",
+    "--reconstruction-steps",  # as much memory as with the default, less time
+    "4",
     "--device",
     "cpu",
 ]

@@ -24,7 +24,7 @@ def test_steps_pay_on_text_that_they_did_not_see(tmp_path):
             bundled_model(), tmp_path / str(steps), kv_cache=0.125, reconstruction_steps=steps, **SETTINGS
         )
         kl.append(report.after.kl)
-    assert kl[1] < 0.85 * kl[0]
+    assert kl[1] < 0.95 * kl[0]
 
 
 def test_a_layer_that_lost_nothing_stays_as_it_is(tmp_path):

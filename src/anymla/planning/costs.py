@@ -54,6 +54,8 @@ def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:
     values, queries = spec.cached_numbers, spec.num_heads * spec.head_dim
     layer = 2 * width * (original_cost(spec, hidden).parameters + 3 * hidden * blueprint.intermediate_size)
     statistics = 8 * (12 * values**2 + 3 * queries * spec.head_dim + 6 * queries * hidden)
+    # a copy of the attention, its gradient and Adam's two moments, in float32 or finer
+    learned = 4 * max(4, width) * original_cost(spec, hidden).parameters * (recipe.reconstruction_steps > 0)
     head = blueprint.vocab_size * (2 * hidden * width + 4 * 4 * recipe.calibration_length)
     activations = recipe.calibration_tokens * hidden * (3 * width + max(4, width))
-    return max(layer + statistics, head) + min(activations, machine_memory() // 4) + RUNTIME_BYTES
+    return max(layer + max(statistics, learned), head) + min(activations, machine_memory() // 4) + RUNTIME_BYTES
