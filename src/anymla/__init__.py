@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from anymla.pipeline import convert, evaluate, explain_plan, inspect, plan
     from anymla.planning.plan import Plan
     from anymla.recipe import Recipe
+    from anymla.recovery import tune
+    from anymla.training.outcome import Recovery
+    from anymla.training.recipe import Tuning
 
 __version__ = "0.1.0"
 
@@ -21,12 +24,15 @@ __all__ = [
     "Inspection",
     "Plan",
     "Recipe",
+    "Recovery",
     "Scores",
+    "Tuning",
     "convert",
     "evaluate",
     "explain_plan",
     "inspect",
     "plan",
+    "tune",
 ]
 
 _HOMES = {
@@ -34,7 +40,10 @@ _HOMES = {
     "Inspection": "anymla.outcomes",
     "Plan": "anymla.planning.plan",
     "Recipe": "anymla.recipe",
+    "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
+    "Tuning": "anymla.training.recipe",
+    "tune": "anymla.recovery",
 }
 
 
