@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,6 @@ def training_arguments(tuning: Tuning, stage: Stage, folder: Path, *, device: st
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={
             "num_decay_steps": falling,
-            "num_stable_steps": stage.steps - warmup - falling,
             "decay_type": tuning.decay,
         },
         warmup_steps=warmup,
@@ -83,8 +83,6 @@ def training_arguments(tuning: Tuning, stage: Stage, folder: Path, *, device: st
         weight_decay=tuning.weight_decay,
         max_grad_norm=tuning.clip,
         bf16=mixed(tuning, device),
-        gradient_checkpointing=tuning.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps",
         eval_steps=tuning.eval_every or tenth,
         save_steps=tuning.save_every or tenth,
@@ -98,6 +96,7 @@ def training_arguments(tuning: Tuning, stage: Stage, folder: Path, *, device: st
         seed=tuning.seed,
         use_cpu=device == "cpu",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=tuning.train in ("norms", "all") and stage.name == LOGITS,  # experts may be
         dataloader_pin_memory=device != "cpu",
         disable_tqdm=True,
         **(sharded if tuning.parallel == "fsdp" else {}),
@@ -128,6 +127,9 @@ def run_stage(
     model = load_model(student, dtype="bfloat16" if tuning.precision == "bfloat16" else "float32")
     names = attention_names(model)
     always_expand(model)
+    if tuning.gradient_checkpointing:
+        newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     layerwise = stage.name == LAYERWISE
     pairs = AttentionPairs(teacher, model, names) if layerwise else None
     if tuning.train == "lora":
@@ -135,8 +137,6 @@ def run_stage(
         model = with_adapters(model, tuning)
     else:
         choose_learning(model, "attention" if layerwise else tuning.train)
-    if tuning.gradient_checkpointing and tuning.train == "lora":
-        model.enable_input_require_grads()
     if tuning.early_stop is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(tuning.early_stop)]
     trainer = TuneTrainer(
@@ -173,3 +173,5 @@ def save_tuned(student: Path, weights: dict[str, torch.Tensor], tuning: Tuning, 
     else:
         model.load_state_dict(weights)
     model.save_pretrained(output)
+    for file in output.glob("*.safetensors"):
+        shutil.copymode(output / "config.json", file)
