@@ -63,7 +63,9 @@ class Tuning(BaseModel):
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay.")
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     length: int = Field(1024, ge=8, le=MOST, description="Tokens per row (at most the model's context).")
-    batch: int = Field(8, ge=1, le=MOST, description="Rows per step, over all processes.")
+    batch: int | None = Field(
+        None, ge=1, le=MOST, description="Rows per step, over all processes. Default: what makes about 400 steps."
+    )
     micro_batch: int = Field(8, ge=1, le=MOST, description="Rows at once on one device, at most.")
     packing: bool = Field(True, description="Fill rows with several documents, none of which sees another.")
     precision: Precision | None = Field(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -22,6 +23,7 @@ from anymla.training.trainer import TuneTrainer
 
 LAYERWISE, LOGITS = "layerwise", "logits"
 RATE_TIMES_WIDTH = 0.2  # the default learning rate falls with the hidden size
+USUAL_STEPS = 400
 RECENT = 3  # checkpoints that stay: the one that counts, the one being written, the best
 
 
@@ -48,16 +50,15 @@ def make_stages(tuning: Tuning, length: int, processes: int) -> list[Stage]:
     Raises:
         RecipeError: the processes cannot share a step's rows.
     """
-    if tuning.batch % processes:
-        raise RecipeError(
-            f"--batch {tuning.batch} rows cannot be shared by {processes} processes: give a multiple of it"
-        )
-    own = tuning.batch // processes
+    batch = tuning.batch or processes * max(1, round(tuning.tokens / (length * USUAL_STEPS * processes)))
+    if batch % processes:
+        raise RecipeError(f"--batch {batch} rows cannot be shared by {processes} processes: give a multiple of it")
+    own = batch // processes
     micro = max(rows for rows in range(1, min(own, tuning.micro_batch) + 1) if own % rows == 0)
-    steps = max(1, tuning.tokens // (tuning.batch * length))
+    steps = max(1, tuning.tokens // (batch * length))
     first = round(steps * tuning.layerwise)
     parts = ((LAYERWISE, first), (LOGITS, steps - first))
-    shape = {"rows": tuning.batch, "length": length, "micro": micro, "accumulation": own // micro}
+    shape = {"rows": batch, "length": length, "micro": micro, "accumulation": own // micro}
     return [Stage(name=name, steps=part, **shape) for name, part in parts if part]
 
 
@@ -155,7 +156,8 @@ def run_stage(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(trainer.model_wrapped, options=whole)  # empty in all processes but the first
     if rank() == 0:
         save_tuned(student, weights, tuning, output)
     wait_for_all()

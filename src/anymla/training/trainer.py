@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import Trainer
 
+from anymla.calibration.stream import decoder_layers
 from anymla.evaluation.scores import ScoreSums
 from anymla.training.losses import kl_loss, layer_loss, next_token_loss
 from anymla.training.pairs import AttentionPairs
@@ -26,11 +29,25 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         super().__init__(eval_dataset=[{} for _ in windows], **options)
         self.tuning, self.windows, self.pairs = tuning, windows, pairs
         self.model_accepts_loss_kwargs = False  # the losses are means: over parts of a batch they are averaged
-        if self.is_fsdp_enabled:
-            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-            teacher = fsdp2_prepare_model(self.accelerator, teacher)
+        if self.is_fsdp_enabled and not isinstance(teacher, FSDPModule):  # an earlier stage has done it
+            for part in (*decoder_layers(teacher), teacher):
+                fully_shard(part)
         self.teacher = teacher
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As always, but each attention is sharded on its own, for in the layer-wise stage it learns on its own.
+
+        On CPUs, too, where accelerate of itself shards nothing.
+        """
+        if self.args.fsdp:
+            layers = {type(layer).__name__ for layer in decoder_layers(self._plain_model())}
+            self.args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(sorted({*layers, "LatentAttention"}))
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The stage's loss on a batch of rows."""
@@ -74,3 +91,6 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         self.log(metrics | {"original_perplexity": original.quality()[0]})
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _plain_model(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
