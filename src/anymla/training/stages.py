@@ -164,7 +164,7 @@ def run_stage(
     trainer.accelerator.free_memory()
 
 
-def save_tuned(student: Path, weights: dict[str, torch.Tensor], tuning: Tuning, output: Path) -> None:
+def save_tuned(student: Path, weights: dict[str, Any], tuning: Tuning, output: Path) -> None:
     """Writes the model at ``student`` with new ``weights`` to ``output``, in its own dtype, adapters merged."""
     model = load_model(student)
     if tuning.train == "lora":
