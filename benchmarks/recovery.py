@@ -2,8 +2,8 @@
 
 python benchmarks/recovery.py [MODEL ...] [--data TEXT] [--held-out TEXT] [--tokens 200000] [--kv-cache 0.125]
 
-Prints a table, and writes docs/images/recovery.png and recovery.json beside it. Points along a curve are of one run, whose
-learning rate falls to 0 at its end.
+Prints a table, and writes docs/images/recovery.png and recovery.json beside it. Points along a curve are of one
+run, whose learning rate falls to 0 at its end.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def main() -> None:
             models[Path(model).name] = curves_of(model, options, Path(scratch), console)
     for model, curves in models.items():
         rows = [
-            (name, *(f"{curve['points'][end][1]:.2f}" for end in (0, -1)), f"{curve['points'][-1][2]:.3f}")
-            + (f"{curve['gap_closed']:.1%}",)
+            (name, *(f"{curve['points'][end][1]:.2f}" for end in (0, -1)), f"{kl:.3f}", f"{curve['gap_closed']:.1%}")
             for name, curve in curves.items()
+            for kl in [curve["points"][-1][2]]
         ]
         title = f"{model} at {options.kv_cache:.4g} of its cache, {options.tokens:,} tokens"
         console.print(table(title, ("start: recipe", "before", "after", "KL", "gap closed"), rows))

@@ -36,7 +36,7 @@ class Tuning(BaseModel):
     eval_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens to score on.")
     tokens: int = Field(200_000, ge=256, le=MOST, description="Tokens to learn from, over all stages and processes.")
     layerwise: float = Field(
-        0.25,
+        0.1,
         ge=0,
         lt=1,
         description="Share of the tokens for the first stage: each layer learns the original's output.",
