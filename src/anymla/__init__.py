@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.planning.plan import Plan
     from anymla.recipe import Recipe
+    from anymla.recovery import tune
+    from anymla.training.outcome import Recovery
+    from anymla.training.recipe import Tuning
 
 __version__ = "0.1.0"
 
@@ -28,12 +31,15 @@ __all__ = [
     "Measure",
     "Plan",
     "Recipe",
+    "Recovery",
     "Scores",
+    "Tuning",
     "convert",
     "evaluate",
     "explain_plan",
     "inspect",
     "plan",
+    "tune",
 ]
 
 _HOMES = {
@@ -45,8 +51,11 @@ _HOMES = {
     "Measure": "anymla.evaluation.measures",
     "Plan": "anymla.planning.plan",
     "Recipe": "anymla.recipe",
+    "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
     "evaluate": "anymla.evaluation.evaluate",
+    "Tuning": "anymla.training.recipe",
+    "tune": "anymla.recovery",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from anymla.cli.options import (
     chosen_recipe,
     err,
     first_process,
+    how_to_go_on,
     out,
     print_json,
     recipe_options,
@@ -106,16 +106,6 @@ def _layer_bar() -> Iterator[pipeline.Progress]:
         yield progress
 
 
-@contextmanager
-def _how_to_go_on() -> Iterator[None]:
-    """Ends a stopped conversion with what it says about itself."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        sys.stderr.write("\n".join(getattr(stop, "__notes__", ["stopped"])) + "\n")
-        sys.exit(130)
-
-
 @app.command()
 @recipe_options
 def convert(
@@ -144,7 +134,7 @@ def convert(
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = Plan.read(plan) if plan is not None else chosen_recipe(recipe, settings)
     device = settings if plan is not None else {}
-    with _layer_bar() as progress, _how_to_go_on():
+    with _layer_bar() as progress, how_to_go_on():
         conversion = pipeline.convert(
             model,
             output,

@@ -7,11 +7,13 @@ import inspect as python_inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 
 from anymla.recipe import DtypeName, Recipe, read_yaml
@@ -34,17 +36,20 @@ Device = Annotated[str, typer.Option(help=Recipe.model_fields["device"].descript
 Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype to run in. Default: the checkpoint's.")]
 
 
-def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives ``command`` an option per field of Recipe, and hands it the ones that were set as ``settings``."""
+def options_of(recipe: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option per field of ``recipe``, and hands it the ones that were set as ``settings``."""
+    return functools.partial(_with_options, recipe)
 
+
+def _with_options(recipe: type[BaseModel], command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_settings(**arguments: Any) -> None:
-        settings = {name: arguments.pop(name) for name in Recipe.model_fields}
-        command(**arguments, settings={name: value for name, value in settings.items() if value is not None})
+        settings = {name: arguments.pop(name) for name in recipe.model_fields}
+        command(**arguments, settings={name: value for name, value in settings.items() if value not in (None, [])})
 
     own = python_inspect.signature(command, eval_str=True).parameters
     parameters = [parameter for name, parameter in own.items() if name != "settings"]
-    for name, field in Recipe.model_fields.items():
+    for name, field in recipe.model_fields.items():
         default = "" if field.default is None else f" [default: {field.default}]"
         option = typer.Option(help=f"{field.description}{default}", show_default=False)
         annotation: Any = Annotated[Optional[field.annotation], option]  # noqa: UP045
@@ -55,6 +60,9 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     with_settings.__signature__ = python_inspect.Signature(keyword_only)  # type: ignore[attr-defined]
     with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword_only}
     return with_settings
+
+
+recipe_options = options_of(Recipe)
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -72,3 +80,13 @@ def chosen_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
 def first_process() -> bool:
     """Whether this is the process that speaks, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def how_to_go_on() -> Iterator[None]:
+    """Ends what was stopped with what it says about itself."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        sys.stderr.write("\n".join(getattr(stop, "__notes__", ["stopped"])) + "\n")
+        sys.exit(130)

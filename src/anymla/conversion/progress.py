@@ -84,7 +84,7 @@ def kept(work: WorkFolder, layers: int) -> Iterator[None]:
         OutputError: the disk is full or the folder cannot be written.
     """
     try:
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             yield
     except KeyboardInterrupt as stop:
         stop.add_note(f"stopped{_what_is_kept(work, layers) or '; nothing is left'}")
@@ -111,7 +111,8 @@ def _what_is_kept(work: WorkFolder, layers: int) -> str:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
+    """Lets SIGTERM stop the block as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():  # only there are signals handled
         yield
         return

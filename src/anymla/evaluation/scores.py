@@ -83,17 +83,27 @@ class ScoreSums:
         self.compared = bool(sums[5])
         return self
 
-    def scores(self, cache: CacheSize) -> Scores:
-        """The means, with the cache's size.
+    def quality(self) -> tuple[float, float | None]:
+        """Perplexity, and KL in nats per token where there was something to compare to.
 
         Raises:
             CheckpointError: a logit was NaN.
         """
         if math.isnan(self.loss + self.kl):
             raise CheckpointError("the model gives NaN on this text: its dtype may overflow, give --dtype float32")
+        perplexity = math.exp(min(self.loss / self.scored, LARGEST_LOSS))
+        return perplexity, max(0.0, self.kl / self.scored) if self.compared else None
+
+    def scores(self, cache: CacheSize) -> Scores:
+        """The means, with the cache's size.
+
+        Raises:
+            CheckpointError: a logit was NaN.
+        """
+        perplexity, kl = self.quality()
         return Scores(
-            perplexity=math.exp(min(self.loss / self.scored, LARGEST_LOSS)),
-            kl=max(0.0, self.kl / self.scored) if self.compared else None,
+            perplexity=perplexity,
+            kl=kl,
             top1_agreement=self.agreed / self.scored if self.compared else None,
             cache_bytes_per_token=cache.bytes,
             cache_numbers_per_token_per_layer=cache.numbers,

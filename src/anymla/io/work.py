@@ -1,4 +1,4 @@
-"""The folder in which a conversion grows beside its output: what is done is kept there, and taken up again."""
+"""The folder in which a checkpoint grows beside its output: what is done is kept there, and taken up again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class WorkFolder:
     """``.OUT.partial`` beside OUT: the new checkpoint (``model``), and in it ``path``, what is needed to go on.
 
     progress.json in ``path`` is replaced whole, after all that it counts is durable; a kill at any moment leaves a
-    state to go on from. Only one conversion at a time may hold the folder. The last step renames it to OUT.
+    state to go on from. Only one process at a time may hold the folder. The last step renames it to OUT. ``kind`` names
+    the work in messages; what of it is done is listed under ``counted`` in progress.json.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, kind: str = "conversion", counted: str = "layers") -> None:
+        self.kind, self.counted = kind, counted
         self.output = output.absolute()
         self.model = self.output.with_name(f".{output.name}.partial")
         self.path = self.model / STATE
@@ -32,10 +34,10 @@ class WorkFolder:
         self._lock: Any = None
 
     def open(self, fingerprint: dict[str, Any], *, restart: bool) -> None:
-        """Begins, or goes on where a conversion with the same ``fingerprint`` was stopped.
+        """Begins, or goes on where work with the same ``fingerprint`` was stopped.
 
         Raises:
-            OutputError: another conversion is at work there, or one with other settings was stopped there.
+            OutputError: another process is at work there, or one with other settings was stopped there.
         """
         self.made = [folder for folder in self.model.parents if not folder.exists()]  # the deepest first
         self.path.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ class WorkFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise OutputError(f"{self.output} is being written by another conversion: wait, or choose -o") from error
+            raise OutputError(f"{self.output} is being written by another {self.kind}: wait, or choose -o") from error
         try:
             self._take_up(fingerprint, restart)
         except OutputError:
@@ -51,20 +53,20 @@ class WorkFolder:
             raise
 
     def release(self) -> None:
-        """Lets another conversion have the folder."""
+        """Lets another process have the folder."""
         if self._lock is not None:
             self._lock.close()
 
     def _take_up(self, fingerprint: dict[str, Any], restart: bool) -> None:
         self.progress = {} if restart else self._read()
-        if self.progress.get("layers") and (other := _differing(self.progress["fingerprint"], fingerprint)):
+        if self.progress.get(self.counted) and (other := _differing(self.progress["fingerprint"], fingerprint)):
             raise OutputError(
-                f"{self.model} holds a conversion that was stopped and had {other}: the command that began it goes on, "
-                "--restart discards it"
+                f"{self.model} holds a {self.kind} that was stopped and had {other}: the command that began it goes "
+                "on, --restart discards it"
             )
-        if not self.progress.get("layers"):
+        if not self.progress.get(self.counted):
             self._empty()
-            self.progress = {"fingerprint": fingerprint, "layers": [], "shards": []}
+            self.progress = {"fingerprint": fingerprint, self.counted: [], "shards": []}
 
     def commit(self, **changes: Any) -> None:
         """Counts as done what ``changes`` says, atomically."""

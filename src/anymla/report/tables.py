@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anymla.architectures.positions import RopeSpec
     from anymla.evaluation.scores import Scores
     from anymla.outcomes import Conversion, Inspection
+    from anymla.training.outcome import Recovery
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
@@ -169,3 +170,16 @@ def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
     ]
     columns = ("model", "perplexity", "KL", "top-1", "numbers", "per token", "tokens")
     return table(title, columns, rows)
+
+
+def recovery_table(report: Recovery) -> Table:
+    """Perplexity and KL to the original before and after tuning, on held-out text."""
+    rows = [
+        ("original", f"{report.original_perplexity:.3f}", "0.0000"),
+        *(
+            (name, f"{quality.perplexity:.3f}", f"{quality.kl:.4f}")
+            for name, quality in (("before", report.before), ("after", report.after))
+        ),
+    ]
+    title = f"After {report.tokens:,} tokens, {report.gap_closed:.1%} of the gap in log-perplexity closed"
+    return table(title, ("model", "perplexity", "KL"), rows)

@@ -1,0 +1,92 @@
+"""tune."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anymla.cli.options import Json, app, err, first_process, how_to_go_on, options_of, out, print_json
+from anymla.training.recipe import Tuning, read_tuning
+
+if TYPE_CHECKING:
+    from anymla.training.logs import Progress, TuneProgress
+
+
+@contextmanager
+def _step_bar() -> Iterator[Progress]:
+    """A progress bar on stderr, a step each, with tokens per second; none where stderr is not a terminal."""
+    import time
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = err.is_terminal and first_process()
+    with Progress(*columns, console=err, transient=True, disable=not shown) as bar:
+        task, begun = bar.add_task("reading", total=None), (0, time.monotonic())
+
+        def progress(now: TuneProgress) -> None:
+            nonlocal begun
+            if now.loss is None:
+                err.print(f"going on behind step {now.step} of {now.steps}; --restart begins anew")
+                begun = (now.tokens, time.monotonic())
+                return
+            rate = (now.tokens - begun[0]) / max(time.monotonic() - begun[1], 1e-9)
+            text = f"{now.stage}: loss {now.loss:.4f}, {rate:,.0f} tokens/s"
+            bar.update(task, description=text, completed=now.step, total=now.steps)
+
+        yield progress
+
+
+@app.command()
+@options_of(Tuning)
+def tune(
+    converted: Annotated[str, typer.Argument(help="A folder that anymla convert wrote.", show_default=False)],
+    settings: dict[str, Any],
+    teacher: Annotated[str, typer.Option(help="The original model, a local folder or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tuned model to.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="A YAML file with any of these settings, or the name of a recipe that comes with "
+            "anymla, as paper; options override it.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where a stopped tuning to the same folder left work.")
+    ] = False,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="tensorboard or trackio, beside metrics.jsonl; may be given twice.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a converted model until it gives what the original gave."""
+    base = {} if recipe is None else read_tuning(recipe).model_dump(exclude_unset=True)
+    chosen = Tuning.of(base | settings, "settings")
+    from anymla import recovery
+
+    with _step_bar() as progress, how_to_go_on():
+        report = recovery.tune(
+            converted,
+            output,
+            teacher=teacher,
+            recipe=chosen,
+            overwrite=overwrite,
+            restart=restart,
+            report_to=report_to,
+            progress=progress,
+        )
+    if not first_process():
+        return
+    if as_json:
+        return print_json(report.to_dict())
+    from anymla.report.tables import recovery_table
+
+    out.print(recovery_table(report))
+    next_command = f"anymla eval {output} --against {teacher} --text YOUR.txt"
+    out.print(f"Wrote {output} in {report.seconds:.0f} s. Next: {next_command}", soft_wrap=True)

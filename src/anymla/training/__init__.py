@@ -1,0 +1,1 @@
+"""Recovery: a converted model learns to give what the original gave."""

@@ -1,0 +1,26 @@
+"""What tuning adds to the model card."""
+
+from __future__ import annotations
+
+from anymla.training.outcome import Recovery
+
+HEADING = "\n## Tuned\n"
+
+
+def tuned_card(card: str, report: Recovery) -> str:
+    """The converted model's README.md, extended by what tuning did; that of an earlier tuning stays."""
+    tuning = report.tuning
+    rows = "\n".join(
+        f"| {name} | {quality.perplexity:.4g} | {quality.kl:.4g} |"
+        for name, quality in (("before", report.before), ("after", report.after))
+    )
+    return f"""{card.rstrip()}
+{HEADING}
+By anymla {report.anymla_version}, on {report.tokens:,} tokens of {", ".join(tuning.data or [])},
+`--train {tuning.train}`. All settings are in `tuning.yaml`, the course of it in `metrics.jsonl` and `loss.png`.
+On held-out text, where the original has a perplexity of {report.original_perplexity:.4g}:
+
+| | perplexity | KL to the original |
+|---|---:|---:|
+{rows}
+"""

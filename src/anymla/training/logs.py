@@ -1,0 +1,127 @@
+"""What a run leaves to look at: metrics.jsonl, the loss curve, and calls for a progress bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from anymla.io.work import WorkFolder
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneProgress:
+    """Where a run is: ``step`` of ``steps`` over all stages, tokens learned from, and the last loss."""
+
+    stage: str
+    step: int
+    steps: int
+    tokens: int
+    loss: float | None
+
+
+Progress = Callable[[TuneProgress], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one stage stands in the whole run: steps before it, of ``steps`` in all, and tokens per step."""
+
+    stage: str
+    before: int
+    steps: int
+    step_tokens: int
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]
+    """Appends a line to metrics.jsonl per step and per scoring, in the first process, and tells ``progress``."""
+
+    def __init__(self, folder: Path, place: Place, progress: Progress | None) -> None:
+        self.path, self.place, self.progress = folder / METRICS, place, progress
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Takes from ``logs`` what belongs there; transformers also logs a summary, which does not."""
+        logs, step = logs or {}, self.place.before + state.global_step
+        if not state.is_world_process_zero or not {"loss", "eval_kl"} & logs.keys():
+            return
+        names = ("loss", "learning_rate", "grad_norm", "eval_perplexity", "eval_kl", "original_perplexity")
+        line = {"stage": self.place.stage, "step": step, "tokens": step * self.place.step_tokens}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line | {name: float(logs[name]) for name in names if name in logs}) + "\n")
+        if self.progress is not None and "loss" in logs:
+            self.progress(TuneProgress(**line, steps=self.place.steps, loss=logs["loss"]))
+
+
+class Keep(TrainerCallback):  # type: ignore[misc]
+    """Scores at a stage's end, and counts a checkpoint in ``work`` once every process has written its part.
+
+    The checkpoint of the last step is not counted: what follows it is the stage's result.
+    """
+
+    def __init__(self, work: WorkFolder, stage: str) -> None:
+        self.work, self.stage = work, stage
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for scores behind the last step."""
+        control.should_evaluate |= state.global_step >= state.max_steps
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts the checkpoint."""
+        from anymla.calibration.parallel import rank, wait_for_all
+
+        wait_for_all()
+        if rank() == 0 and state.global_step < state.max_steps:
+            self.work.commit(checkpoints=[[self.stage, state.global_step]])
+        wait_for_all()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that was being written when the process was killed is left out."""
+    lines = []
+    if (path := folder / METRICS).is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Removes the lines behind ``step``, from where a stopped run goes on."""
+    kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
+    (folder / METRICS).write_text("".join(kept), encoding="utf-8")
+
+
+def loss_plot(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Draws the loss of every step and the held-out perplexity against tokens, to ``path`` (.png)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(7.2, 5.2), layout="constrained")
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        steps = [line for line in lines if line["stage"] == stage and "loss" in line]
+        above.plot([line["tokens"] for line in steps], [line["loss"] for line in steps], linewidth=1, label=stage)
+    scored = [line for line in lines if "eval_perplexity" in line]
+    tokens = [line["tokens"] for line in scored]
+    below.plot(tokens, [line["eval_perplexity"] for line in scored], marker="o", color="#0b6e4f", label="tuned")
+    original = [line["original_perplexity"] for line in scored]
+    below.plot(tokens, original, linestyle="--", color="#444444", linewidth=1, label="original")
+    above.set_ylabel("loss (log scale)")
+    below.set_ylabel("held-out perplexity (log scale)")
+    below.set_xlabel("tokens learned from")
+    for axes in (above, below):
+        axes.set_yscale("log")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,59 @@
+"""What a tuned model is to come near: the original's attention outputs, its logits, or the text itself.
+
+Every loss is a mean over rows of means over a row's tokens, so that it does not depend on how rows are shared out among
+processes and parts of a batch. Shapes: B rows, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def layer_loss(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """Mean over layers of the squared error of ``outputs`` [B,T,D], relative to the power of ``targets``.
+
+    ``weight`` [B,T]: 1 where a token counts, 0 at padding.
+    """
+    errors = []
+    for name, target in targets.items():
+        target = target.float()
+        difference = _row_means((outputs[name].float() - target).square().mean(-1), weight)
+        power = _row_means(target.square().mean(-1), weight)
+        errors.append((difference / power.clamp_min(torch.finfo(power.dtype).tiny)).mean())
+    return torch.stack(errors).mean()
+
+
+def kl_loss(logits: Tensor, reference: Tensor, weight: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """KL divergence of ``logits`` [B,T,V] from the ``reference``'s, times temperature squared, in nats per token.
+
+    The square keeps gradients of one size whatever the temperature (Hinton et al., arXiv 1503.02531). With ``top_k``,
+    the reference's k likeliest tokens count one by one and all others as one: a lower bound of the whole.
+    """
+    log_q = (reference.float() / temperature).log_softmax(-1)
+    log_p = (logits.float() / temperature).log_softmax(-1)
+    if top_k is not None and top_k < log_q.shape[-1]:
+        log_q, likeliest = log_q.topk(top_k, dim=-1)
+        log_p = log_p.gather(-1, likeliest)
+        log_q, log_p = (torch.cat([part, _rest(part)], dim=-1) for part in (log_q, log_p))
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return _row_means(kl, weight).mean() * temperature**2
+
+
+def _rest(log_p: Tensor) -> Tensor:
+    """Log of what the probabilities leave to 1, [..., 1]."""
+    left = 1 - log_p.exp().sum(-1, keepdim=True)
+    return left.clamp_min(torch.finfo(left.dtype).eps).log()
+
+
+def next_token_loss(logits: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy of ``logits`` [B,T,V] on the tokens ``ids`` [B,T] that follow, in nats; ``weight`` [B,T]."""
+    log_p = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return -_row_means(log_p, weight[:, 1:]).mean()
+
+
+def _row_means(values: Tensor, weight: Tensor) -> Tensor:
+    """Weighted means [B] of values [B,T]; 0 where no token counts."""
+    return (values * weight).sum(-1) / weight.sum(-1).clamp_min(1)

@@ -1,0 +1,59 @@
+"""Which weights learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from anymla.errors import RecipeError
+from anymla.training.recipe import Train, Tuning
+
+ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj")
+
+
+def attention_names(model: Any) -> list[str]:
+    """Where in ``model`` its converted attention modules are."""
+    return [layer["module"] for layer in model.config.mla_layers]
+
+
+def always_expand(model: Any) -> None:
+    """Lets attention rebuild keys and values: fused kernels hold no scores for the way back.
+
+    In latent space kv_b_proj is read as a weight, too, which an adapter around the module would not notice.
+    """
+    for name in attention_names(model):
+        model.get_submodule(name).absorbs = _never
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def choose_learning(model: Any, train: Train) -> None:
+    """Freezes everything but what ``train`` names."""
+    attention = tuple(f"{name}." for name in attention_names(model))
+    for path, module in model.named_modules():
+        norm = train == "norms" and "norm" in type(module).__name__.lower()
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(train == "all" or norm or f"{path}.{name}".startswith(attention))
+
+
+def with_adapters(model: Any, tuning: Tuning) -> Any:
+    """``model`` with LoRA (arXiv 2106.09685) around the projections of its converted attention, which alone learns.
+
+    Raises:
+        RecipeError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecipeError("--train lora needs peft: pip install 'anymla[tune]'") from error
+    targets = [
+        f"{name}.{part}"
+        for name in attention_names(model)
+        for part in ADAPTED
+        if isinstance(getattr(model.get_submodule(name), part, None), nn.Linear)
+    ]
+    config = LoraConfig(r=tuning.lora_rank, lora_alpha=2 * tuning.lora_rank, target_modules=targets, lora_dropout=0.0)
+    return get_peft_model(model, config)

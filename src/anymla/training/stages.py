@@ -1,0 +1,179 @@
+"""One stage of a run: a Trainer set up by the recipe, run from its start or its last checkpoint, its result saved."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from anymla.calibration.parallel import rank, wait_for_all
+from anymla.errors import RecipeError
+from anymla.io.checkpoint import load_model
+from anymla.training.data import Texts, collate, training_rows
+from anymla.training.pairs import AttentionPairs
+from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
+from anymla.training.recipe import Tuning
+from anymla.training.trainer import TuneTrainer
+
+LAYERWISE, LOGITS = "layerwise", "logits"
+RATE_TIMES_WIDTH = 0.2  # the default learning rate falls with the hidden size
+USUAL_STEPS = 400
+RECENT = 3  # checkpoints that stay: the one that counts, the one being written, the best
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """``steps`` of ``rows`` rows of ``length`` tokens each, shared out as ``micro`` rows at once per process."""
+
+    name: str
+    steps: int
+    rows: int
+    length: int
+    micro: int
+    accumulation: int
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one step, over all processes."""
+        return self.rows * self.length
+
+
+def make_stages(tuning: Tuning, length: int, processes: int) -> list[Stage]:
+    """The stages that ``tokens`` make, in rows of ``length`` tokens.
+
+    Raises:
+        RecipeError: the processes cannot share a step's rows.
+    """
+    batch = tuning.batch or processes * max(1, round(tuning.tokens / (length * USUAL_STEPS * processes)))
+    if batch % processes:
+        raise RecipeError(f"--batch {batch} rows cannot be shared by {processes} processes: give a multiple of it")
+    own = batch // processes
+    micro = max(rows for rows in range(1, min(own, tuning.micro_batch) + 1) if own % rows == 0)
+    steps = max(1, tuning.tokens // (batch * length))
+    first = round(steps * tuning.layerwise)
+    parts = ((LAYERWISE, first), (LOGITS, steps - first))
+    shape = {"rows": batch, "length": length, "micro": micro, "accumulation": own // micro}
+    return [Stage(name=name, steps=part, **shape) for name, part in parts if part]
+
+
+def training_arguments(tuning: Tuning, stage: Stage, folder: Path, *, device: str, hidden: int) -> TrainingArguments:
+    """The recipe in transformers' words."""
+    tenth = max(1, stage.steps // 10)
+    warmup = round(tuning.warmup * stage.steps)
+    falling = min(round(tuning.decay_share * stage.steps), stage.steps - warmup)
+    sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.micro,
+        gradient_accumulation_steps=stage.accumulation,
+        learning_rate=tuning.learning_rate or RATE_TIMES_WIDTH / hidden,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={
+            "num_decay_steps": falling,
+            "decay_type": tuning.decay,
+        },
+        warmup_steps=warmup,
+        adam_beta2=tuning.beta2,
+        weight_decay=tuning.weight_decay,
+        max_grad_norm=tuning.clip,
+        bf16=mixed(tuning, device),
+        eval_strategy="steps",
+        eval_steps=tuning.eval_every or tenth,
+        save_steps=tuning.save_every or tenth,
+        save_total_limit=RECENT,
+        load_best_model_at_end=tuning.early_stop is not None,
+        metric_for_best_model="eval_kl" if tuning.cross_entropy < 1 else "eval_perplexity",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        seed=tuning.seed,
+        use_cpu=device == "cpu",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=tuning.train in ("norms", "all") and stage.name == LOGITS,  # experts may be
+        dataloader_pin_memory=device != "cpu",
+        disable_tqdm=True,
+        **(sharded if tuning.parallel == "fsdp" else {}),
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
+    return arguments
+
+
+def mixed(tuning: Tuning, device: str) -> bool:
+    """Whether weights are in float32 and products in bfloat16."""
+    return tuning.precision == "mixed" or (tuning.precision is None and device != "cpu")
+
+
+def run_stage(
+    student: Path,
+    teacher: Any,
+    texts: Texts,
+    tokenizer: Any,
+    tuning: Tuning,
+    stage: Stage,
+    arguments: TrainingArguments,
+    *,
+    resume: Path | None,
+    callbacks: list[TrainerCallback],
+    output: Path,
+) -> None:
+    """Trains the model at ``student``, from checkpoint ``resume`` on where there is one, and saves it to ``output``."""
+    model = load_model(student, dtype="bfloat16" if tuning.precision == "bfloat16" else "float32")
+    names = attention_names(model)
+    always_expand(model)
+    if tuning.gradient_checkpointing:
+        newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    layerwise = stage.name == LAYERWISE
+    pairs = AttentionPairs(teacher, model, names) if layerwise else None
+    if tuning.train == "lora":
+        torch.manual_seed(tuning.seed)
+        model = with_adapters(model, tuning)
+    else:
+        choose_learning(model, "attention" if layerwise else tuning.train)
+    if tuning.early_stop is not None:
+        callbacks = [*callbacks, EarlyStoppingCallback(tuning.early_stop)]
+    trainer = TuneTrainer(
+        model=model,
+        teacher=teacher,
+        tuning=tuning,
+        windows=texts.held_out,
+        pairs=pairs,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=training_rows(
+            texts, tokenizer, length=stage.length, packing=tuning.packing, seed=tuning.seed + layerwise
+        ),
+        callbacks=callbacks,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(trainer.model_wrapped, options=whole)  # empty in all processes but the first
+    if rank() == 0:
+        save_tuned(student, weights, tuning, output)
+    wait_for_all()
+    trainer.accelerator.free_memory()
+
+
+def save_tuned(student: Path, weights: dict[str, Any], tuning: Tuning, output: Path) -> None:
+    """Writes the model at ``student`` with new ``weights`` to ``output``, in its own dtype, adapters merged."""
+    model = load_model(student)
+    if tuning.train == "lora":
+        dtype = model.dtype
+        adapted = with_adapters(load_model(student, dtype="float32"), tuning)
+        adapted.load_state_dict(weights)
+        model = adapted.merge_and_unload().to(dtype)
+    else:
+        model.load_state_dict(weights)
+    model.save_pretrained(output)
+    for file in output.glob("*.safetensors"):
+        shutil.copymode(output / "config.json", file)

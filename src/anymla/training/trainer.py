@@ -1,0 +1,96 @@
+"""transformers' Trainer with a teacher: the losses of both stages, and scores on held-out text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import Trainer
+
+from anymla.calibration.stream import decoder_layers
+from anymla.evaluation.scores import ScoreSums
+from anymla.training.losses import kl_loss, layer_loss, next_token_loss
+from anymla.training.pairs import AttentionPairs
+from anymla.training.recipe import Tuning
+
+
+class TuneTrainer(Trainer):  # type: ignore[misc]
+    """Trains towards ``teacher``; ``pairs`` of attention layers are set in the layer-wise stage only.
+
+    ``windows`` [N,T]: held-out text, which every process scores whole.
+    """
+
+    def __init__(
+        self, *, teacher: Any, tuning: Tuning, windows: Tensor, pairs: AttentionPairs | None, **options: Any
+    ) -> None:
+        super().__init__(eval_dataset=[{} for _ in windows], **options)
+        self.tuning, self.windows, self.pairs = tuning, windows, pairs
+        self.model_accepts_loss_kwargs = False  # the losses are means: over parts of a batch they are averaged
+        if self.is_fsdp_enabled and not isinstance(teacher, FSDPModule):  # an earlier stage has done it
+            for part in (*decoder_layers(teacher), teacher):
+                fully_shard(part)
+        self.teacher = teacher
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As always, but each attention is sharded on its own, for in the layer-wise stage it learns on its own.
+
+        On CPUs, too, where accelerate of itself shards nothing.
+        """
+        if self.args.fsdp:
+            layers = {type(layer).__name__ for layer in decoder_layers(self._plain_model())}
+            self.args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(sorted({*layers, "LatentAttention"}))
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The stage's loss on a batch of rows."""
+        weight = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).float()
+        if self.pairs is not None:
+            with self.pairs.hooked():
+                self._teach(inputs)
+                model(**inputs, use_cache=False)
+            return layer_loss(self.pairs.outputs, self.pairs.targets, weight)
+        share = self.tuning.cross_entropy
+        logits, loss = model(**inputs, use_cache=False).logits, torch.zeros((), device=weight.device)
+        if share > 0:
+            begins = inputs.get("position_ids")
+            told = weight if begins is None else (begins > 0).float()  # nothing tells how a document begins
+            loss = loss + share * next_token_loss(logits, inputs["input_ids"], told)
+        if share < 1:
+            reference = self._teach(inputs)
+            kl = kl_loss(logits, reference, weight, self.tuning.temperature, self.tuning.top_k)
+            loss = loss + (1 - share) * kl
+        return loss
+
+    @torch.no_grad()
+    def _teach(self, inputs: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self.teacher(**inputs, use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Perplexity and KL to the teacher on the held-out windows, as `anymla eval` has them."""
+        model, sums, original = self.model_wrapped, ScoreSums(), ScoreSums()
+        learning = model.training
+        model.eval()
+        for window in self.windows:
+            ids = window[None].to(self.args.device)
+            reference = self._teach({"input_ids": ids})
+            sums.add(model(input_ids=ids, use_cache=False).logits, ids, reference)
+            original.add(reference, ids, None)
+        model.train(learning)
+        perplexity, kl = sums.quality()
+        metrics = {"eval_perplexity": perplexity, "eval_kl": kl or 0.0}
+        self.log(metrics | {"original_perplexity": original.quality()[0]})
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _plain_model(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

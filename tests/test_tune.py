@@ -1,0 +1,296 @@
+"""Recovery training in this process: losses, packing, mixtures, adapters, recipes, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import anymla
+from anymla.architectures.blueprint import read_blueprint
+from anymla.errors import RecipeError
+from anymla.io.checkpoint import load_model, load_tokenizer
+from anymla.planning.plan import make_plan
+from anymla.recipe import Recipe
+from anymla.training.data import Source, Texts, packed_rows, padded_rows, read_texts, training_rows
+from anymla.training.losses import kl_loss, layer_loss, next_token_loss
+from anymla.training.packing import check_packing
+from anymla.training.pairs import AttentionPairs
+from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
+from anymla.training.recipe import Tuning, read_tuning, shipped_names, shipped_recipe
+from anymla.training.stages import make_stages, save_tuned
+from tests.damage import BUNDLED, TRAIN, VALID, Case, run_main
+from tests.families import FAST, logits, make_model, save_model, token_ids
+
+TINY = {"data": [str(TRAIN)], "length": 64, "eval_data": str(VALID), "eval_tokens": 256, "device": "cpu"}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MODELS = {  # of each shipped recipe's config.json: family, vocabulary, context, SIZES, head_dim
+    "HuggingFaceTB/SmolLM-135M": ("llama", 49152, 2048, 576, 1536, 30, 9, 3, 64),
+    "HuggingFaceTB/SmolLM-360M": ("llama", 49152, 2048, 960, 2560, 32, 15, 5, 64),
+    "HuggingFaceTB/SmolLM-1.7B": ("llama", 49152, 2048, 2048, 8192, 24, 32, 32, 64),
+    "meta-llama/Llama-2-7b-hf": ("llama", 32000, 4096, 4096, 11008, 32, 32, 32, 128),
+    "meta-llama/Llama-3.2-1B": ("llama", 128256, 131072, 2048, 8192, 16, 32, 8, 64),
+    "meta-llama/Llama-3.1-8B": ("llama", 128256, 131072, 4096, 14336, 32, 32, 8, 128),
+    "Qwen/Qwen3-0.6B-Base": ("qwen3", 151936, 32768, 1024, 3072, 28, 16, 8, 128),
+    "Qwen/Qwen3-8B-Base": ("qwen3", 151936, 32768, 4096, 12288, 36, 32, 8, 128),
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A tiny original and its conversion at half the cache."""
+    folder = tmp_path_factory.mktemp("pair")
+    source = save_model(make_model("llama", torch.float32), folder / "source")
+    anymla.convert(source, folder / "converted", kv_cache=0.5, **FAST)
+    return source, folder / "converted"
+
+
+def test_the_gap_closes_on_the_bundled_model(converted_folder, tmp_path):
+    seen = []
+    settings = TINY | {"length": 128, "tokens": 12_800, "batch": 2, "eval_every": 100, "eval_tokens": 2048}
+    settings |= {"learning_rate": 0.001, "layerwise": 0.1}
+    report = anymla.tune(converted_folder, tmp_path / "out", teacher=BUNDLED, progress=seen.append, **settings)
+    assert report.gap_closed > 0.1
+    assert report.after.kl < 0.9 * report.before.kl
+    assert (report.tokens, report.steps, len(seen)) == (12_800, 50, 50)
+    scores = anymla.evaluate(tmp_path / "out", VALID, against=BUNDLED, tokens=2048, length=128)
+    assert scores.perplexity == pytest.approx(report.after.perplexity, rel=1e-4)
+    assert scores.kl == pytest.approx(report.after.kl, rel=1e-3)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in converted_folder.iterdir()} | {
+        "tuning.json",
+        "tuning.yaml",
+        "metrics.jsonl",
+        "loss.png",
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (converted_folder, tmp_path / "out")
+    )
+    assert before == after
+    assert "## Tuned" in (tmp_path / "out" / "README.md").read_text()
+    assert read_tuning(tmp_path / "out" / "tuning.yaml") == report.tuning
+    old, new = (load_file(folder / "model.safetensors") for folder in (converted_folder, tmp_path / "out"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert all(".self_attn." in name for name in changed)
+
+
+def test_layerwise_loss_is_zero_at_full_budget(tmp_path):
+    source = make_model("qwen3", torch.float64, head_dim=8)
+    anymla.convert(save_model(source, tmp_path / "source"), tmp_path / "whole", kv_cache=1.0, **FAST)
+    whole = load_model(tmp_path / "whole")
+    always_expand(whole)
+    pairs, ids = AttentionPairs(source, whole, attention_names(whole)), token_ids()
+    with pairs.hooked(), torch.no_grad():
+        logits(source, ids)
+        logits(whole, ids)
+    assert len(pairs.targets) == 2
+    assert layer_loss(pairs.outputs, pairs.targets, torch.ones(ids.shape)) < 1e-12
+    pairs.outputs = {name: 0 * output for name, output in pairs.outputs.items()}
+    assert layer_loss(pairs.outputs, pairs.targets, torch.ones(ids.shape)) == pytest.approx(1)
+
+
+def test_layers_learn_apart_from_each_other(pair):
+    source, converted = (load_model(folder) for folder in pair)
+    choose_learning(converted, "attention")
+    pairs, ids = AttentionPairs(source, converted, attention_names(converted)), token_ids()
+    with pairs.hooked():
+        logits(source, ids)
+        logits_behind = converted(input_ids=ids, use_cache=False).logits
+    assert not logits_behind.requires_grad
+    pairs.outputs[attention_names(converted)[1]].sum().backward()
+    for name, parameter in converted.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("model.layers.1.self_attn.")
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_packed_documents_do_not_see_each_other(pair, expanded):
+    model = load_model(pair[1], dtype="float64")
+    if expanded:
+        always_expand(model)
+    documents = [token_ids(1, length)[0].tolist() for length in (9, 14, 17)]
+    rows = packed_rows(documents, 40)
+    packed = model(**{name: torch.tensor(value) for name, value in rows.items()}, use_cache=False).logits[0]
+    start = 0
+    for document in documents:
+        alone = logits(model, torch.tensor([document]))[0]
+        assert torch.allclose(packed[start : start + len(document)], alone, atol=1e-10)
+        start += len(document)
+    check_packing(model)
+
+
+def test_a_model_that_mixes_packed_documents_is_refused(monkeypatch):
+    model = make_model("llama")
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, position_ids=None, **inputs: forward(self, **inputs))
+    with pytest.raises(RecipeError, match="--no-packing"):
+        check_packing(model)
+
+
+def test_rows_are_cut_where_documents_and_rows_begin():
+    rows = packed_rows([[1, 5, 6], [1, 7], [1, 8, 9, 10]], 4)
+    assert rows == {"input_ids": [[1, 5, 6, 1], [7, 1, 8, 9]], "position_ids": [[0, 1, 2, 0], [0, 0, 1, 2]]}
+    padded = padded_rows([[1, 5, 6], [1, 7, 8, 9, 10]], 4)
+    assert padded["input_ids"] == [[1, 5, 6, 0], [1, 7, 8, 9], [10, 0, 0, 0]]
+    assert padded["attention_mask"] == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+
+
+def test_a_mixture_has_its_weights_in_tokens(tmp_path):
+    for name, size in (("short", 20), ("long", 400)):
+        lines = [json.dumps({"text": name[0] * size}) for _ in range(300)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    tokenizer = load_tokenizer(BUNDLED)
+    sources = [Source.of(f"{tmp_path}/short.jsonl@3"), Source.of(f"{tmp_path}/long.jsonl@1")]
+    texts = Texts(sources, torch.zeros(1, 1), [0, 0])
+    rows = training_rows(texts, tokenizer, length=32, packing=True, seed=1)
+    short = tokenizer("ssss", add_special_tokens=False)["input_ids"]
+    kinds = [len(set(row["input_ids"]) & set(short)) > 0 for row, _ in zip(rows, range(400), strict=False)]
+    assert 0.68 < sum(kinds) / len(kinds) < 0.82
+    again = training_rows(texts, tokenizer, length=32, packing=True, seed=1)
+    assert next(iter(again)) == next(iter(rows))
+
+
+def test_what_is_scored_on_is_not_learned_from(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{'abcdefghij'[i]} " * 60}) for i in range(10)))
+    tokenizer = load_tokenizer(BUNDLED)
+    texts = read_texts(Tuning(data=[str(tmp_path / "a.jsonl")], eval_tokens=256), tokenizer, 32)
+    rows = training_rows(texts, tokenizer, length=32, packing=True, seed=0)
+    learned = {token for row, _ in zip(rows, range(200), strict=False) for token in row["input_ids"]}
+    kept_apart = set(texts.held_out.flatten().tolist()) - {1}
+    assert texts.skipped[0] >= 2
+    assert len(kept_apart - learned) >= 2
+
+
+def test_losses():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(2, 2, 5, 7, generator=generator, dtype=torch.float64).unbind()
+    weight = torch.ones(2, 5)
+    log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    expected = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).mean()
+    assert kl_loss(ours, theirs, weight, 1.0, None) == pytest.approx(expected.item(), rel=1e-5)
+    assert kl_loss(theirs, theirs, weight, 2.0, 3).abs() < 1e-6
+    few = kl_loss(ours, theirs, weight, 1.0, 3)
+    assert 0 < few < expected
+    ids = torch.randint(7, (2, 5), generator=generator)
+    plain = torch.nn.functional.cross_entropy(ours[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert next_token_loss(ours, ids, weight) == pytest.approx(plain.item(), rel=1e-5)
+    weight[1] = 0
+    assert kl_loss(ours, theirs, weight, 1.0, None) == pytest.approx(
+        kl_loss(ours[:1], theirs[:1], weight[:1], 1.0, None).item() / 2, rel=1e-5
+    )
+
+
+def test_merged_adapters_give_the_same_logits(pair, tmp_path):
+    tuning = Tuning(train="lora", lora_rank=4)
+    base = load_model(pair[1], dtype="float32")
+    always_expand(base)
+    adapted = with_adapters(base, tuning)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    assert any("kv_b_proj.lora_A" in name for name, _ in adapted.named_parameters())
+    save_tuned(pair[1], adapted.state_dict(), tuning, tmp_path / "merged")
+    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), token_ids()
+    assert torch.allclose(logits(merged.eval(), ids), logits(adapted.eval(), ids), atol=2e-3, rtol=1e-4)
+    assert not torch.allclose(logits(merged, ids), logits(load_model(pair[1]), ids), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": "lora", "lora_rank": 2, "gradient_checkpointing": True, "layerwise": 0.5},
+        {"train": "all", "cross_entropy": 0.5, "top_k": 20, "temperature": 2.0, "packing": False, "layerwise": 0.0},
+        {"train": "norms", "precision": "bfloat16", "early_stop": 1, "eval_every": 1, "save_every": 1},
+    ],
+    ids=["lora", "all", "norms"],
+)
+def test_every_way_to_learn(pair, tmp_path, settings):
+    source, converted = pair
+    anymla.tune(converted, tmp_path / "out", teacher=source, **TINY | {"tokens": 512, "batch": 2} | settings)
+    old, new = (load_file(folder / "model.safetensors") for folder in (converted, tmp_path / "out"))
+    assert old.keys() == new.keys()
+    assert {tensor.dtype for tensor in new.values()} == {tensor.dtype for tensor in old.values()}
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert any("self_attn" in name for name in changed)
+    assert any("norm" in name for name in changed) == (settings["train"] in ("all", "norms"))
+    assert any("mlp" in name for name in changed) == (settings["train"] == "all")
+
+
+def test_a_step_is_shared_out():
+    stages = make_stages(Tuning(tokens=64_000, batch=12, micro_batch=4, layerwise=0.25), 64, 2)
+    assert [(stage.name, stage.steps) for stage in stages] == [("layerwise", 21), ("logits", 62)]
+    assert {(stage.micro, stage.accumulation, stage.step_tokens) for stage in stages} == {(3, 2, 768)}
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_shipped_recipes_can_be_planned(name):
+    recipe = shipped_recipe(name)
+    assert Tuning.of(recipe.tune.model_dump()) == recipe.tune
+    assert read_tuning(name) == recipe.tune
+    if recipe.model is None:
+        return
+    family, vocabulary, context, *sizes, head_dim = MODELS[recipe.model]
+    facts = {"model_type": family, "vocab_size": vocabulary, "max_position_embeddings": context, "head_dim": head_dim}
+    blueprint = read_blueprint(facts | dict(zip(SIZES, sizes)) | {"hidden_act": "silu", "dtype": "bfloat16"})
+    for share in recipe.kv_cache:
+        planned = make_plan(recipe.model, blueprint, Recipe.of(recipe.convert.model_dump() | {"kv_cache": share}))
+        assert len(planned.layers) == sizes[2]
+    assert sum(Source.of(text).share for text in recipe.tune.data) == pytest.approx(1)
+    assert make_stages(recipe.tune, recipe.tune.length, 8)
+
+
+TUNE = "tune {tmp}/converted --teacher {model} -o {out} --data {train} --tokens 512 --length 32 --eval-tokens 256"
+BAD = [
+    Case("no-data", TUNE.replace("--data {train}", ""), ("--data", "missing")),
+    Case("data-missing", f"{TUNE} --data {{tmp}}/no.txt", ("no.txt", "not a readable file")),
+    Case("data-share", f"{TUNE} --data {{train}}@0", ("@0", "above 0")),
+    Case("data-short", f"{TUNE} --eval-tokens 900000", ("--eval-tokens", "tokens")),
+    Case("not-converted", TUNE.replace("{tmp}/converted", "{model}"), ("not converted by anymla",)),
+    Case("teacher-missing", TUNE.replace("--teacher {model}", "--teacher {tmp}/no"), ("{tmp}/no",)),
+    Case("teacher-converted", TUNE.replace("--teacher {model}", "--teacher {tmp}/converted"), ("--teacher",)),
+    Case("output-is-source", TUNE.replace("{out}", "{tmp}/converted"), ("source checkpoint", "-o")),
+    Case("recipe-unknown", f"{TUNE} --recipe nothing", ("nothing", "paper")),
+    Case("recipe-typo", f"{TUNE} --recipe {{tmp}}/typo.yaml", ("typo.yaml", "tokenz")),
+    Case("train-unknown", f"{TUNE} --train heads", ("--train", "'heads'")),
+    Case("learning-rate", f"{TUNE} --learning-rate -1", ("learning-rate", "greater than 0")),
+    Case("early-stop-saves", f"{TUNE} --early-stop 2 --eval-every 3", ("save-every",)),
+    Case("report-to-unknown", f"{TUNE} --report-to paper", ("--report-to paper", "tensorboard")),
+    Case("device-unknown", f"{TUNE} --device nonsense", ("--device nonsense",)),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.id)
+def test_bad_input_is_one_line_and_nothing_is_written(case, converted_folder, tmp_path, monkeypatch, capfd):
+    arguments = case.prepare(tmp_path)
+    (tmp_path / "converted").symlink_to(converted_folder)
+    (tmp_path / "typo.yaml").write_text("tokenz: 5\n")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    run = run_main(arguments, monkeypatch, capfd)
+    assert (run.code, run.out, run.err.count("\n")) == (1, "", 1), run.err
+    assert run.err.startswith("error: ")
+    assert case.missing_words(tmp_path, run.err) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_out_of_memory_names_what_takes_less(pair, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 99 bytes")
+
+    monkeypatch.setattr("anymla.training.trainer.kl_loss", full)
+    with pytest.raises(RecipeError, match=r"--micro-batch 2 or --length 64.*--gradient-checkpointing.*--train lora"):
+        anymla.tune(pair[1], tmp_path / "out", teacher=pair[0], tokens=512, batch=2, layerwise=0.0, **TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_summary_and_tensorboard(pair, tmp_path, monkeypatch, capfd):
+    arguments = ["tune", str(pair[1]), "--teacher", str(pair[0]), "-o", str(tmp_path / "out"), "--tokens", "512"]
+    options = ["--data", str(TRAIN), "--length", "32", "--eval-tokens", "256", "--json", "--report-to", "tensorboard"]
+    run = run_main([*arguments, *options], monkeypatch, capfd)
+    assert (run.code, run.err) == (0, "")
+    report = json.loads(run.out)
+    assert {"before", "after", "gap_closed", "tokens", "seconds", "original_perplexity"} <= report.keys()
+    assert list((tmp_path / "out" / "runs").glob("events*"))
