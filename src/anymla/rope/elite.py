@@ -14,7 +14,7 @@ from anymla.rope.channels import Channels, per_head_channels
 
 @dataclass(frozen=True)
 class Elite:
-    """RoPElite, greedy: of every kv head, k times the pair whose rotation, put back, leaves the least mean |score error|.
+    """RoPElite: of every kv head, k times the pair whose rotation, put back, leaves the least mean |score error|.
 
     Scores are those before the softmax, of all query heads of the group, on ``Moments.sample``: up to 128 queries of
     up to four windows against all keys that they may look at. A pair that is not kept stays at its position 0, as in
