@@ -51,9 +51,12 @@ def shared_head(spec: AttentionSpec, numbers: int, factorization: str) -> list[S
 
 
 def care(spec: AttentionSpec, numbers: int) -> list[Settings]:
-    """TransMLA's layout with CARE's factorisation, one rank for all layers or water-filled ones."""
-    choices = product(shared_head(spec, numbers, "whitened"), ({}, {"filled": True}))
-    return [settings | ranks for settings, ranks in choices]
+    """TransMLA's layout with CARE's water-filled ranks; its whitening with and without TransMLA's balance of k and v.
+
+    Whitening by the inputs' covariance and principal components of the outputs are one and the same.
+    """
+    balanced, plain = (shared_head(spec, numbers, name) for name in ("balanced-pca", "whitened"))
+    return [settings | {"filled": True} for settings in balanced + plain]
 
 
 METHODS: dict[str, Method] = {
