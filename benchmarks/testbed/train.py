@@ -1,9 +1,9 @@
 """Pretrains a small decoder from scratch and saves it as an ordinary Hugging Face folder.
 
-    python benchmarks/testbed/train.py SHAPE -o OUT --text train.jsonl.xz --held-out valid.jsonl.xz --minutes 25
+    python benchmarks/testbed/train.py SHAPE -o OUT --text train.jsonl.xz --held-out valid.jsonl.xz
 
 SHAPE is ``mha``, ``gqa`` (Llamas) or ``qwen3`` (norms on queries and keys). The tokenizer is a byte-level BPE of the
-same text. Beside the weights lie ``train.jsonl``, a line per measurement, and ``training.json``: the command, tokens,
+same text. Beside the weights lie ``log.jsonl``, a line per measurement, and ``training.json``: the command, tokens,
 tokens per parameter, held-out loss, and the held-out cross-entropy of 1-, 2- and 3-gram models as a yardstick.
 """
 
@@ -30,7 +30,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 BOS = "<|bos|>"
 LENGTH = 512  # tokens of a training window
-HALVED = 0.6  # share of the time that is trained on half windows
+HALVED = 0.6  # share of the tokens that is trained in half windows
+TOKENS_PER_PARAMETER = 15
 CONTEXT = 2048
 COMMON: dict[str, Any] = {
     "hidden_size": 128,
@@ -123,17 +124,17 @@ def optimizers(model: Any) -> list[torch.optim.Optimizer]:
 
 
 def rate(done: float) -> float:
-    """The learning rate's factor after a share ``done`` of the time: 1 % warm-up, then down to nothing."""
+    """The learning rate's factor after a share ``done`` of the tokens: 1 % warm-up, then down to nothing."""
     return min(1.0, done / 0.01 + 0.05, 1.6 * (1 - done))
 
 
-def train(model: Any, ids: Tensor, held_out: Tensor, log: Path, minutes: float, batch: int) -> dict[str, Any]:
-    """Trains for ``minutes``; returns tokens, seconds and held-out loss."""
+def train(model: Any, ids: Tensor, held_out: Tensor, log: Path, goal: int, batch: int) -> dict[str, Any]:
+    """Trains on ``goal`` tokens; returns tokens, seconds and held-out loss."""
     parts, started, tokens = optimizers(model), time.perf_counter(), 0
     initial = [part.param_groups[0]["lr"] for part in parts]
     with log.open("w") as lines:
         for step, window in enumerate(batches(ids, batch, seed=0)):
-            done = (time.perf_counter() - started) / (60 * minutes)
+            done = tokens / goal
             if done >= 1:
                 break
             for part, lr in zip(parts, initial, strict=True):
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--held-out", type=Path, nargs="+", required=True)
-    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--tokens", type=int, help=f"to train on; default {TOKENS_PER_PARAMETER} per parameter")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {LENGTH} tokens in a step")
     options = parser.parse_args()
@@ -181,8 +182,9 @@ def main() -> None:
     ids, held_out = encode(texts, tokenizer), encode(documents(options.held_out), tokenizer)[: 256 * LENGTH]
     kind, heads = SHAPES[options.shape]
     model = AutoModelForCausalLM.from_config(kind(**COMMON, **heads, vocab_size=len(tokenizer)), dtype=torch.float32)
-    result = train(model, ids, held_out, options.out / "train.jsonl", options.minutes, options.batch)
     parameters = model.num_parameters()
+    goal = options.tokens or TOKENS_PER_PARAMETER * parameters
+    result = train(model, ids, held_out, options.out / "log.jsonl", goal, options.batch)
     result |= {
         "parameters": parameters,
         "tokens_per_parameter": result["tokens"] / parameters,
