@@ -53,9 +53,6 @@ def _principal_axes(moments: Moments, pairs: int, fold: int) -> Tensor:
     gram = moments.gram[: kv_heads * d, : kv_heads * d].view(kv_heads, d, kv_heads, d)
     shape = (kv_heads, 2, pairs // fold, fold)
     gram = gram[:, : 2 * pairs, :, : 2 * pairs].reshape(*shape, *shape)
-    both = (
-        gram.diagonal(dim1=2, dim2=6).diagonal(dim1=1, dim2=4).sum(-1)
-    )  # real and imaginary parts, [G,fold,G,fold,P/fold]
-    blocks = both.permute(4, 0, 1, 2, 3).reshape(pairs // fold, kv_heads * fold, kv_heads * fold)
+    blocks = torch.einsum("grcmhrcn->cgmhn", gram).flatten(3).flatten(1, 2)  # real and imaginary parts together
     vectors: Tensor = torch.linalg.eigh(blocks).eigenvectors.flip(-1)
     return vectors.view(pairs // fold, kv_heads, fold, -1)
