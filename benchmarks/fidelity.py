@@ -85,13 +85,18 @@ def convert_best(model: Path, out: Path, method: Method, budget: float, common: 
     candidates = method.settings(spec, int(spec.cached_numbers * budget + 1e-9))
     if not candidates:
         raise InfeasibleError("no number of rotated dims fits")
-    best = candidates[0]
-    if len(candidates) > 1:
+
+    def best_of(choices: list[Settings]) -> Settings:
+        if len(choices) == 1:
+            return choices[0]
         few, tried = common | {"calibration_tokens": CHOICE_TOKENS}, []
-        for settings in candidates:
+        for settings in choices:
             report = anymla.convert(model, out, planned(model, few | settings, budget), overwrite=True)
             tried.append(report.after.perplexity)
-        best = candidates[tried.index(min(tried))]
+        return choices[tried.index(min(tried))]
+
+    best = best_of(candidates)
+    best = best_of([best, *(best | changes for changes in method.changes)])
     anymla.convert(model, out, planned(model, common | best, budget), overwrite=True)
     return best
 

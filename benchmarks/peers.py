@@ -19,10 +19,12 @@ Settings = dict[str, Any]
 class Method:
     """A way to convert: ``settings`` of a layer's attention and its cached numbers gives what to choose among.
 
-    ``rebuilds``: CARE before partial rope, which is no conversion to anymla's layout.
+    ``changes`` are then tried on top of the best of them. ``rebuilds``: CARE before partial rope, which is no
+    conversion to anymla's layout.
     """
 
     settings: Callable[[AttentionSpec, int], list[Settings]]
+    changes: tuple[Settings, ...] = ()
     rebuilds: bool = False
 
 
@@ -32,12 +34,10 @@ def widths(spec: AttentionSpec, heads: int, numbers: int) -> list[int]:
     return [dims for dims in halves if dims >= 2 and heads * dims <= 0.8 * numbers][:2]
 
 
-def per_head(
-    spec: AttentionSpec, numbers: int, ropes: tuple[str, ...], factorizations: tuple[str, ...]
-) -> list[Settings]:
+def per_head(spec: AttentionSpec, numbers: int, ropes: tuple[str, ...], factorization: str) -> list[Settings]:
     """MHA2MLA's layout: every KV head keeps pairs of its own."""
-    choices = product(ropes, factorizations, widths(spec, spec.num_kv_heads, numbers))
-    return [PAPER | {"rope": rope, "rope_dims": dims, "factorization": name} for rope, name, dims in choices]
+    choices = product(ropes, widths(spec, spec.num_kv_heads, numbers))
+    return [PAPER | {"rope": rope, "rope_dims": dims, "factorization": factorization} for rope, dims in choices]
 
 
 def shared_head(spec: AttentionSpec, numbers: int, factorization: str) -> list[Settings]:
@@ -50,21 +50,19 @@ def shared_head(spec: AttentionSpec, numbers: int, factorization: str) -> list[S
     ]
 
 
-def care(spec: AttentionSpec, numbers: int) -> list[Settings]:
-    """TransMLA's layout with CARE's water-filled ranks; its whitening with and without TransMLA's balance of k and v.
-
-    Whitening by the inputs' covariance and principal components of the outputs are one and the same.
-    """
-    balanced, plain = (shared_head(spec, numbers, name) for name in ("balanced-pca", "whitened"))
-    return [settings | {"filled": True} for settings in balanced + plain]
-
-
+# Whitening by the inputs' covariance and principal components of the outputs are one and the same, so that CARE in
+# TransMLA's layout differs from TransMLA in its ranks and, without the balance of keys and values, in their weight.
+CARE: tuple[Settings, ...] = (
+    {"filled": True},
+    {"factorization": "whitened"},
+    {"factorization": "whitened", "filled": True},
+)
 METHODS: dict[str, Method] = {
     "anymla": Method(lambda spec, numbers: [{}]),
     "CARE without partial RoPE": Method(lambda spec, numbers: [{}], rebuilds=True),
-    "CARE via TransMLA": Method(care),
-    "TransMLA": Method(lambda spec, numbers: shared_head(spec, numbers, "balanced-pca")),
-    "SVD-LLM whitening, MHA2MLA's rope": Method(lambda *layer: per_head(*layer, MHA2MLA_ROPES, ("whitened",))),
-    "EliteKV": Method(lambda *layer: per_head(*layer, ("elite",), ("joint-svd",))),
-    "MHA2MLA": Method(lambda *layer: per_head(*layer, MHA2MLA_ROPES, ("joint-svd", "split-svd"))),
+    "CARE via TransMLA": Method(lambda *layer: shared_head(*layer, "balanced-pca"), CARE),
+    "TransMLA": Method(lambda *layer: shared_head(*layer, "balanced-pca")),
+    "SVD-LLM whitening, MHA2MLA's rope": Method(lambda *layer: per_head(*layer, MHA2MLA_ROPES, "whitened")),
+    "EliteKV": Method(lambda *layer: per_head(*layer, ("elite",), "joint-svd")),
+    "MHA2MLA": Method(lambda *layer: per_head(*layer, MHA2MLA_ROPES, "joint-svd"), ({"factorization": "split-svd"},)),
 }
