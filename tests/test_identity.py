@@ -42,7 +42,7 @@ def test_every_rope_scaling(tmp_path, family, rope):
 
 
 @pytest.mark.parametrize("factorization", ["output-aware", "joint-svd", "split-svd", "whitened", "balanced-pca"])
-@pytest.mark.parametrize("rope", list(ROPE_CHOICES))
+@pytest.mark.parametrize("rope", sorted(ROPE_CHOICES.keys() - {"freqfold-4", "freqfold-8", "freqfold-16"}))
 def test_every_method_is_exact_at_full_budget(tmp_path, rope, factorization):
     difference = largest_difference(
         tmp_path, "llama", torch.float64, {"head_dim": 8}, rope=rope, factorization=factorization
