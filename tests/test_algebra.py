@@ -14,6 +14,7 @@ from anymla.architectures.attention import AttentionWeights
 from anymla.calibration.moments import MomentSums, rotate, to_complex
 from anymla.conversion.refit import best_change, normal_equations
 from anymla.factorization import FACTORIZATIONS, LatentProblem
+from anymla.recipe import SHARED_ROPES
 from anymla.rope import ROPE_CHOICES, no_channels
 
 shapes = st.tuples(
@@ -73,14 +74,14 @@ def test_channels_and_remainder_give_back_every_key(shape, share, name):
     kv_heads, _, pairs, rest, _ = shape
     _, moments, (_, key, _, _) = layer(shape)
     d = 2 * pairs + rest
-    step = 1 if name == "channel-pca" else kv_heads
+    step = 1 if name in SHARED_ROPES else kv_heads
     rope_dims = 2 * step * round(share * kv_heads * pairs / step)
     channels = choose(name, moments, rope_dims)
     flat = key.transpose(1, 2).flatten(2)
     coded = to_complex(flat @ channels.encoder(pairs, d).T)
     parts = torch.zeros(*flat.shape[:2], kv_heads, pairs, dtype=torch.complex128)
     for j, frequency in enumerate(channels.index.tolist()):
-        parts[..., frequency] += coded[..., j, None] * channels.decode[j]
+        parts[..., frequency] += coded[..., j % len(channels), None] * channels.decode[j]
     carried = torch.cat([parts.real, parts.imag, parts.real.new_zeros(*parts.shape[:3], rest)], -1).flatten(2)
     remainder = channels.remainder(pairs, d)
     assert torch.allclose(carried + flat @ remainder.T, flat, atol=1e-9)
@@ -221,5 +222,7 @@ def test_streamed_moments_are_those_of_all_tokens_at_once():
         sums.add(query[part : part + 1], key[part : part + 1], value[part : part + 1], cos, sin, None)
     parts = sums.moments()
     for name, whole in vars(moments).items():
+        if name == "sample":  # of the first batch
+            continue
         streamed = getattr(parts, name)
         assert streamed == pytest.approx(whole) if isinstance(whole, float) else torch.allclose(streamed, whole)

@@ -14,7 +14,20 @@ from anymla.errors import RecipeError, shown
 MOST_BYTES = 1 << 20  # of a recipe or plan: a plan of a thousand layers has a fifth of it
 MOST = 1 << 40  # of any number of tokens or dims
 
-Rope = Literal["channel-pca", "high", "low", "uniform", "two-norm"]
+Rope = Literal[
+    "channel-pca",
+    "high",
+    "low",
+    "uniform",
+    "two-norm",
+    "elite",
+    "rorope",
+    "freqfold-2",
+    "freqfold-4",
+    "freqfold-8",
+    "freqfold-16",
+]
+SHARED_ROPES = ("channel-pca", "rorope", "freqfold-2", "freqfold-4", "freqfold-8", "freqfold-16")  # by all KV heads
 FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened", "balanced-pca"]
 DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -25,12 +38,16 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache to keep, 0 < x <= 1.")
-    rope: Rope = Field("channel-pca", description="Which rope channels stay rotated; the last four are MHA2MLA's.")
+    rope: Rope = Field(
+        "channel-pca",
+        description="Which rope channels stay rotated: anymla's channel-pca; high, low, uniform, two-norm of MHA2MLA; "
+        "elite of EliteKV; rorope and freqfold-N (N frequencies taken for equal) of TransMLA.",
+    )
     rope_dims: int | None = Field(
         None,
         ge=0,
         le=MOST,
-        description="Rotated dims: per KV head for high/low/uniform/two-norm, in total (2K) for channel-pca. "
+        description="Rotated dims: per KV head for high/low/uniform/two-norm/elite, in total (2K) for the others. "
         "Default: chosen per layer on calibration text.",
     )
     kv_rank: int | None = Field(

@@ -17,6 +17,31 @@ from anymla.calibration.parallel import all_sum, all_sum_number
 from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.heads import attention_weights, causal_mask
 
+SAMPLE_WINDOWS, SAMPLE_QUERIES = 4, 128  # of the first batch: what Sample holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Queries and keys of a few tokens, before rope, for methods that look at single scores.
+
+    query [S,H,R,d]: R evenly spaced tokens of S windows; key [S,G,T,d]; turn [R,T,P]: e^{i Delta theta_f} of every pair
+    of tokens; allowed [R,T]: whether the first may look at the second.
+    """
+
+    query: Tensor
+    key: Tensor
+    turn: Tensor
+    allowed: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, turn: Tensor, mask: Tensor) -> Sample:
+        """Takes it from a batch: query [B,H,T,d], key [B,G,T,d], turn [T,P] of unit length, additive mask."""
+        windows, length = min(SAMPLE_WINDOWS, len(query)), query.shape[2]
+        rows = torch.arange(0, length, max(1, windows * length // SAMPLE_QUERIES), device=query.device)
+        allowed = mask[0, 0].expand(length, length)[rows] > torch.finfo(mask.dtype).min / 2
+        relative = turn[rows, None] * turn.conj()
+        return cls(query=query[:windows, :, rows], key=key[:windows], turn=relative, allowed=allowed)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
@@ -26,7 +51,8 @@ class Moments:
     weighted by the attention it receives, sum_m a_mn^2. query_gram [H,d,d]: E[q q^T]. rotation [H,P] complex:
     E[e^{i Delta theta_f}] over the distances that head h attends to. rope_scale: the factor that rope itself puts on
     scores (1 but for yarn and longrope). key_weight, value_weight [H]: E_t sum_n a_tn^2 ||W_o (v_n - o_t)||^2 and
-    E_t sum_n a_tn^2. query_norm [H,P], key_norm [G,P]: mean 2-norm of each rope pair.
+    E_t sum_n a_tn^2. query_norm [H,P], key_norm [G,P]: mean 2-norm of each rope pair. sample: some of this process's
+    tokens as they are.
     """
 
     gram: Tensor
@@ -40,6 +66,7 @@ class Moments:
     value_weight: Tensor
     query_norm: Tensor
     key_norm: Tensor
+    sample: Sample
 
 
 class MomentSums:
@@ -60,6 +87,7 @@ class MomentSums:
         self.rotation = zeros(heads, pairs, dtype=torch.complex128)
         self.key_weight, self.value_weight = zeros(heads), zeros(heads)
         self.query_norm, self.key_norm = zeros(heads, pairs), zeros(kv_heads, pairs)
+        self.sample: Sample | None = None
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> None:
         """Adds a batch: query [B,H,T,d], key and value [B,G,T,d] before rope, cos and sin [1,1,T,P].
@@ -73,6 +101,8 @@ class MomentSums:
         turn = torch.complex(cos[0, 0].to(precision), sin[0, 0].to(precision))  # [T,P]
         if mask is None:
             mask = additive_mask(causal_mask(length, length, None, query.device), precision)
+        if self.sample is None:
+            self.sample = Sample.of(query, key, turn / turn.abs(), mask)
         received = query.new_zeros(batch, length)
         for head in range(kv_heads):  # one kv head at a time bounds memory to its [B,n,T,T] scores
             heads = slice(head * group, (head + 1) * group)
@@ -120,7 +150,13 @@ class MomentSums:
         self.rotation[heads] += (turn * mean_turn).sum(dim=(0, 2)).to(self.rotation.dtype)
 
     def moments(self) -> Moments:
-        """The means of all that was added; ends the sums, whose memory they take over."""
+        """The means of all that was added; ends the sums, whose memory they take over.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self.sample is None:
+            raise ValueError("moments of no tokens")
         over_tokens = ("gram", "mean", "query_gram", "rotation", "key_weight", "value_weight", "query_norm", "key_norm")
         tokens = all_sum_number(self.tokens, self.gram.device)
         for name in over_tokens:
@@ -129,7 +165,7 @@ class MomentSums:
         for name in ("weighted_gram", "weighted_mean"):
             all_sum(getattr(self, name)).div_(self.received.clamp_min(1e-300))
         means = {name: getattr(self, name) for name in (*over_tokens, "weighted_gram", "weighted_mean")}
-        return Moments(rope_scale=self.rope_scale, **means)
+        return Moments(rope_scale=self.rope_scale, sample=self.sample, **means)
 
 
 def to_complex(pairs: Tensor) -> Tensor:

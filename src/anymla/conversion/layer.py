@@ -110,7 +110,8 @@ def _encoders(source: SourceAttention, key_rows: Tensor, value_rows: Tensor, off
 def build_attention(original: Any, source: SourceAttention, layer: ConvertedLayer, config: Any) -> LatentAttention:
     """A LatentAttention in the original's dtype and device; float64 is cast here, once."""
     like = next(original.parameters())
-    sizes = {"kv_lora_rank": len(layer.latent.encoder), "qk_rope_head_dim": 2 * len(layer.channels.index)}
+    sizes = {"kv_lora_rank": len(layer.latent.encoder), "qk_rope_head_dim": 2 * len(layer.channels)}
+    sizes |= {"channel_fold": layer.channels.fold}
     with torch.device("meta"):
         attention = LatentAttention(original, config, **source.features | sizes)
     cast = {

@@ -189,6 +189,7 @@ class Sequence:
         for room in (step.inputs, step.target):
             room.close()
         sizes = {"kv_lora_rank": result.kv_rank, "qk_rope_head_dim": result.rope_dims}
+        sizes |= {"channel_fold": attention.channel_fold} if attention.channel_fold > 1 else {}
         described = {"module": f"{self.source.name_of(layer)}.{step.path}"} | sizes | step.source.features
         return LayerRecord(result, described, before, self._cached(index, 1))
 

@@ -69,6 +69,7 @@ class LatentAttention(nn.Module):
         kv_lora_rank, qk_rope_head_dim: r and R, what is cached.
         num_heads, num_kv_heads, head_dim: H, G, d.
         rope_pairs: P.
+        channel_fold: rope pairs of a head that one channel reads; it turns with the first one's frequency.
         scaling: of scores, before soft-cap and mask.
         query_bias: whether the query projection has a bias.
         rope_table: where cos and sin come from (heads.rope_tables).
@@ -103,6 +104,7 @@ class LatentAttention(nn.Module):
         head_dim: int,
         rope_pairs: int,
         scaling: float,
+        channel_fold: int = 1,
         query_bias: bool = False,
         rope_table: str = "halves",
         norms: tuple[str, str] | None = None,
@@ -138,11 +140,11 @@ class LatentAttention(nn.Module):
         self.output_norm = taken(original, output_norm)
         self._make_projections(config.hidden_size, query_bias, gate)
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
-        channels = qk_rope_head_dim // 2
+        self.channel_fold, reads = channel_fold, qk_rope_head_dim // 2 * channel_fold
         turn = torch.stack([torch.ones(num_heads, rope_pairs), torch.zeros(num_heads, rope_pairs)])
         self.register_buffer("query_rotation", turn)
-        self.register_buffer("channel_weight", torch.zeros(2, num_kv_heads, channels))
-        self.register_buffer("channel_index", torch.zeros(channels, dtype=torch.long))
+        self.register_buffer("channel_weight", torch.zeros(2, num_kv_heads, reads))
+        self.register_buffer("channel_index", torch.zeros(reads, dtype=torch.long))
         self.register_buffer("query_gain", torch.ones(head_dim) if query_gain else None)
 
     def _make_projections(self, hidden: int, query_bias: bool, gate: int) -> None:
@@ -162,6 +164,11 @@ class LatentAttention(nn.Module):
         self.gate_proj = nn.Linear(hidden, gate) if gate else None
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden)
 
+    @property
+    def turns(self) -> Tensor:
+        """The frequency [K] that each channel turns with."""
+        return self.channel_index[: self.qk_rope_head_dim // 2]
+
     def queries(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, positions: Any) -> tuple[Tensor, Tensor]:
         """Position-free query [B,H,T,d] (expected rotation applied) and rotated channel query [B,H,T,R]."""
         query = split_heads(
@@ -172,13 +179,16 @@ class LatentAttention(nn.Module):
         pairs, rest = query.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
         real, imag = self.query_rotation.unsqueeze(-2)
         query_nope = torch.cat([multiply_pairs(pairs, real, imag), rest], dim=-1)
-        index = self.channel_index
-        dims = torch.cat([index, index + self.rope_pairs])
-        channels = multiply_pairs(query[..., dims], cos[..., index], sin[..., index])
+        turns = self.turns.repeat(self.channel_fold)
+        dims = torch.cat([self.channel_index, self.channel_index + self.rope_pairs])
+        channels = multiply_pairs(query[..., dims], cos[..., turns], sin[..., turns])
         if self.query_gain is not None:
             channels = channels * self.query_gain[dims]
         weight = self.channel_weight.repeat_interleave(self.num_key_value_groups, dim=1).unsqueeze(-2)
-        return query_nope, multiply_pairs(channels, weight[0], weight[1])
+        channels = multiply_pairs(channels, weight[0], weight[1])
+        if self.channel_fold > 1:
+            channels = channels.unflatten(-1, (2, self.channel_fold, -1)).sum(-2).flatten(-2)
+        return query_nope, channels
 
     def compress(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """What the cache keeps of the new tokens: latent [B,1,T,r] and rotated rope key [B,1,T,R]."""
@@ -195,7 +205,7 @@ class LatentAttention(nn.Module):
                 value = split_heads(self.v_proj(hidden_states), self.head_dim, norm=self.v_norm, **options)
                 value = value.transpose(1, 2).flatten(2)
             latent = latent + self.v_a_proj(value)
-        rope_key = multiply_pairs(rope_key.unsqueeze(1), cos[..., self.channel_index], sin[..., self.channel_index])
+        rope_key = multiply_pairs(rope_key.unsqueeze(1), cos[..., self.turns], sin[..., self.turns])
         return latent.unsqueeze(1), rope_key
 
     def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:

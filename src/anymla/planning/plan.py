@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.planning.costs import latent_cost, original_cost, peak_memory
-from anymla.recipe import MOST, Recipe, read_yaml, where
+from anymla.recipe import MOST, SHARED_ROPES, Recipe, read_yaml, where
 
 TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
 ROPE_SHARES = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried on calibration text
@@ -117,7 +117,7 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
 
 def _rope_step(spec: AttentionSpec, recipe: Recipe) -> int:
     """Rope dims, as a total, come in pairs that all heads share or in pairs of every head."""
-    return 2 if recipe.rope == "channel-pca" else 2 * spec.num_kv_heads
+    return 2 if recipe.rope in SHARED_ROPES else 2 * spec.num_kv_heads
 
 
 def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
@@ -175,7 +175,7 @@ def _explicit_rope_dims(spec: AttentionSpec, recipe: Recipe) -> int | None:
     """The recipe's rope dims as a total over kv heads, checked; 0 where this layer has no rope."""
     if recipe.rope_dims is None or not spec.rope_pairs:
         return None if spec.rope_pairs else 0
-    shared = recipe.rope == "channel-pca"
+    shared = recipe.rope in SHARED_ROPES
     most = 2 * spec.rope_pairs * (spec.num_kv_heads if shared else 1)
     what = "in total" if shared else "per KV head"
     if recipe.rope_dims % 2:

@@ -2,8 +2,10 @@
 
 from anymla.rope.channel_pca import ChannelPCA
 from anymla.rope.channels import Channels, RopeChoice, no_channels, per_head_channels
+from anymla.rope.elite import Elite
 from anymla.rope.high import High
 from anymla.rope.low import Low
+from anymla.rope.rorope import RoRoPE
 from anymla.rope.two_norm import TwoNorm
 from anymla.rope.uniform import Uniform
 
@@ -13,6 +15,9 @@ ROPE_CHOICES: dict[str, RopeChoice] = {
     "low": Low(),
     "uniform": Uniform(),
     "two-norm": TwoNorm(),
+    "elite": Elite(),
+    "rorope": RoRoPE(),
+    **{f"freqfold-{fold}": RoRoPE(fold) for fold in (2, 4, 8, 16)},
 }
 
 __all__ = ["ROPE_CHOICES", "Channels", "RopeChoice", "no_channels", "per_head_channels"]

@@ -2,7 +2,8 @@
 
 Shapes: G kv heads of d dims, P rope pairs in each (the rest of a head is not rotated), K channels, H query heads.
 With z_f(t) in C^G the pair of frequency f of every kv head, channel j is s_j = sum_g encode[j,g] z_{f_j,g}, turns with
-theta_{f_j}, and gives kv head g back the part decode[j,g] s_j of its pair f_j.
+theta_{f_j}, and gives kv head g back the part decode[j,g] s_j of its pair f_j. A channel may be folded over m
+frequencies that are taken for equal (TransMLA): it then has m entries, j, j + K, .., and turns with the first one's.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from anymla.calibration.moments import Moments
 
 @dataclass(frozen=True)
 class Channels:
-    """K rope channels: index [K] of their frequencies, encode and decode [K,G] complex128."""
+    """K channels of ``fold`` entries each: index [fold K] of frequencies, encode and decode [fold K,G] complex128."""
 
     index: Tensor
     encode: Tensor
     decode: Tensor
+    fold: int = 1
+
+    def __len__(self) -> int:
+        return len(self.index) // self.fold
 
     def encoder(self, pairs: int, head_dim: int) -> Tensor:
         """The real matrix [2K, G d] that takes half-split keys of all kv heads to half-split channels."""
@@ -30,6 +35,7 @@ class Channels:
             len(self.index), self.encode.shape[1], pairs, dtype=self.encode.dtype, device=self.encode.device
         )
         matrix[torch.arange(len(self.index)), :, self.index] = self.encode
+        matrix = matrix.view(self.fold, len(self), *matrix.shape[1:]).sum(0)
         turned = _real_matrix(matrix.flatten(1), pairs).unflatten(1, (self.encode.shape[1], 2 * pairs))
         return torch.nn.functional.pad(turned, (0, head_dim - 2 * pairs)).flatten(1)
 
@@ -38,8 +44,10 @@ class Channels:
         kv_heads = self.encode.shape[1]
         matrix = torch.eye(kv_heads, dtype=self.encode.dtype, device=self.encode.device)[:, None, :, None]
         matrix = matrix * torch.eye(pairs, dtype=self.encode.dtype, device=self.encode.device)[None, :, None, :]
-        for frequency, encode, decode in zip(self.index.tolist(), self.encode, self.decode, strict=True):
-            matrix[:, frequency, :, frequency] -= decode[:, None] * encode[None, :]
+        index = self.index.tolist()
+        for written in range(len(index)):
+            for read in range(written % len(self), len(index), len(self)):  # entries of the same channel
+                matrix[:, index[written], :, index[read]] -= torch.outer(self.decode[written], self.encode[read])
         size = kv_heads * pairs
         turned = _real_matrix(matrix.reshape(size, size), pairs)  # rows: all real parts, then all imaginary parts
         turned = turned.view(2, kv_heads, pairs, kv_heads, 2 * pairs).transpose(0, 1).flatten(1, 2)  # [G,2P,G,2P]

@@ -1,0 +1,139 @@
+"""The page and the plot of the fidelity benchmark, from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+INTRODUCTION = """# Fidelity
+
+Made by `python benchmarks/fidelity.py`. All conversions are training-free. KL (nats per token) and top-1 agreement are
+to the original, on held-out text that neither calibration nor any choice of settings has seen. Bytes per token are read
+from the live cache; only those of CARE without partial RoPE are counted, as no cache here holds them: it rebuilds and
+rotates all keys at every step and cannot decode from the latent. A method with settings gets those that do best on
+calibration text that was not fitted on. Seconds are those of the whole row, the tries, the conversion and the scoring;
+peak memory is that of its process, most of which is Python, torch and transformers.
+"""
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _table(columns: list[str], lines: list[list[str]]) -> list[str]:
+    return [_line(columns), _line(["---"] + ["---:"] * (len(columns) - 1)), *map(_line, lines), ""]
+
+
+def _settings(row: Row) -> str:
+    chosen = {name: value for name, value in row.get("settings", {}).items() if name != "expected_rotation"}
+    return ", ".join("filled ranks" if name == "filled" else str(value) for name, value in chosen.items())
+
+
+def _quality(row: Row) -> list[str]:
+    if "infeasible" in row:
+        return ["-", "does not fit", "-", "-"]
+    kl = f"{row['kl']:.3f}"
+    return [f"{row['cache_bytes_per_token']:g}", _number(row["perplexity"]), kl, f"{row['top1_agreement']:.1%}"]
+
+
+def _cost(row: Row) -> list[str]:
+    if "infeasible" in row:
+        return ["-", "-"]
+    return [f"{row['seconds']:.0f}", f"{row['peak_rss_bytes'] >> 20} MiB"]
+
+
+def _protocol(row: Row) -> str:
+    used = row["protocol"]
+    return (
+        f"Calibration: {used['calibration_tokens']:,} tokens of {', '.join(used['text'])} in windows of "
+        f"{used['calibration_length']}. Scored: {row['original']['tokens']:,} tokens of {', '.join(used['held_out'])} "
+        f"in windows of {used['length']}. The original: perplexity {_number(row['original']['perplexity'])}, "
+        f"{row['original']['cache_bytes_per_token']:g} bytes per token."
+    )
+
+
+def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
+    """Writes all rows as tables, a section per model."""
+    lines, methods = [INTRODUCTION], list(methods)
+    if any("case" not in row for row in rows):
+        lines += ["![KL and perplexity against the cache kept](images/fidelity.png)", ""]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        compared = sorted(
+            (row for row in mine if "case" not in row), key=lambda row: (-row["budget"], methods.index(row["method"]))
+        )
+        lines += [f"## {model}", ""]
+        if scored := [row for row in compared if "original" in row]:
+            lines += [_protocol(scored[0]), ""]
+            columns = [
+                "cache kept",
+                "method",
+                "bytes",
+                "perplexity",
+                "KL",
+                "top-1",
+                "seconds",
+                "peak memory",
+                "settings",
+            ]
+            lines += _table(
+                columns,
+                [
+                    [f"{row['budget']:.4g}", row["method"], *_quality(row), *_cost(row), _settings(row)]
+                    for row in compared
+                ],
+            )
+        if varied := [row for row in mine if "case" in row]:
+            lines += [
+                "### What calibration does",
+                "",
+                f"The default method at {varied[0]['budget']:.4g} of the cache.",
+                "",
+            ]
+            columns = ["case", "bytes", "perplexity", "KL", "top-1", "original's perplexity"]
+            lines += _table(
+                columns, [[row["case"], *_quality(row), _number(row["original"]["perplexity"])] for row in varied]
+            )
+    path.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def plot(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
+    """KL and perplexity against the share of the bytes kept, a row of axes per model, a curve per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if "case" not in row and "infeasible" not in row]
+    models = list(dict.fromkeys(row["model"] for row in shown))
+    if not models:
+        return
+    figure, grid = pyplot.subplots(
+        len(models), 2, figsize=(10.5, 4.2 * len(models)), layout="constrained", squeeze=False
+    )
+    for model, pair in zip(models, grid, strict=True):
+        mine = [row for row in shown if row["model"] == model]
+        for axes, name in zip(pair, ("kl", "perplexity"), strict=True):
+            for number, method in enumerate(methods):
+                points = sorted(
+                    (100 * row["cache_bytes_per_token"] / row["original"]["cache_bytes_per_token"], row[name])
+                    for row in mine
+                    if row["method"] == method
+                )
+                if points:
+                    style = {"color": "#0b6e4f", "linewidth": 2.4} if not number else {"linewidth": 1.2, "alpha": 0.8}
+                    axes.plot(*zip(*points, strict=True), marker="os^DvPX"[number % 7], label=method, **style)
+            axes.set(xscale="log", yscale="log", xlabel="KV cache kept, % of the original's bytes", title=model)
+            axes.set_ylabel("KL to the original, nats per token" if name == "kl" else "perplexity")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.grid(alpha=0.25)
+        pair[1].axhline(mine[0]["original"]["perplexity"], color="#444444", linestyle="--", linewidth=1)
+        pair[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

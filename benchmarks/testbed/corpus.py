@@ -1,0 +1,24 @@
+"""Text of several domains, from .jsonl, .jsonl.xz or text files."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+
+from anymla.calibration.text import DOCUMENT_SEPARATOR
+
+
+def read_rows(path: Path) -> list[tuple[str, str]]:
+    """(domain, text) of every document; the domain is the field of that name, or empty."""
+    content = lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text("utf-8-sig")
+    if ".jsonl" in path.suffixes:
+        rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+        return [(row.get("domain", ""), row["text"].strip()) for row in rows]
+    return [("", text.strip()) for text in content.split(DOCUMENT_SEPARATOR) if text.strip()]
+
+
+def documents(paths: Iterable[Path], domain: str = "") -> list[str]:
+    """The documents of all files, of one domain where one is named."""
+    return [text for path in paths for kind, text in read_rows(path) if not domain or kind == domain]
