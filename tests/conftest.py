@@ -27,7 +27,9 @@ def original():
 def converted_folder(tmp_path_factory):
     """The bundled model at a quarter of its cache."""
     folder = tmp_path_factory.mktemp("converted") / "model"
-    anymla.convert(bundled_model(), folder, kv_cache=0.25, calibration_tokens=8192, calibration_length=128, reconstruction_steps=10)
+    anymla.convert(
+        bundled_model(), folder, kv_cache=0.25, calibration_tokens=8192, calibration_length=128, reconstruction_steps=10
+    )
     return folder
 
 
