@@ -18,7 +18,7 @@ from anymla.calibration.activations import Activations
 from anymla.calibration.parallel import all_sum, all_sum_number, rank, world
 from anymla.calibration.stream import first
 
-STEP_SIZE = 0.02  # of the first steps, as a share of a tensor's own size: one rate for models of all widths
+STEP_SIZE = 0.4  # over the root of the hidden size: the highest rate, as a share of a tensor's own size
 BATCH_TOKENS = 1024
 WARMUP, CHECKS = 20, 8  # steps until the full rate; how often the choice windows are looked at
 NOTHING_LOST = 1e-9  # share of the target's power below which a layer is as the original's
@@ -53,7 +53,13 @@ class Reconstruction:
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         windows = self._batches(fit, seed)
         for step in range(steps):
-            rate = STEP_SIZE * min(1.0, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
+            rate = (
+                STEP_SIZE
+                / math.sqrt(self.inputs.shape[2])
+                * min(1.0, (step + 1) / WARMUP)
+                * (1 + math.cos(math.pi * step / steps))
+                / 2
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["size"]
             optimizer.zero_grad(set_to_none=False)
