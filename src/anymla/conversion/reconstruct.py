@@ -53,13 +53,7 @@ class Reconstruction:
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         windows = self._batches(fit, seed)
         for step in range(steps):
-            rate = (
-                STEP_SIZE
-                / math.sqrt(self.inputs.shape[2])
-                * min(1.0, (step + 1) / WARMUP)
-                * (1 + math.cos(math.pi * step / steps))
-                / 2
-            )
+            rate = _rate(step, steps, self.inputs.shape[2])
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["size"]
             optimizer.zero_grad(set_to_none=False)
@@ -118,6 +112,11 @@ def _learned(attention: Any) -> dict[str, Tensor]:
     """The tensors that steps move."""
     named = dict(attention.named_parameters()) | {name: getattr(attention, name) for name in LEARNED_BUFFERS}
     return {name: tensor for name, tensor in named.items() if tensor.numel()}
+
+
+def _rate(step: int, steps: int, width: int) -> float:
+    """Share of a tensor's size that it moves in ``step``: warmed up, then a cosine to zero."""
+    return STEP_SIZE / math.sqrt(width) * min(1.0, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _size(tensor: Tensor) -> float:
