@@ -96,7 +96,7 @@ class Reconstruction:
         chosen = list(range(windows.start, windows.stop))
         parts = [chosen[start : start + self.batch] for start in range(0, len(chosen), self.batch)]
         error = sum(self._loss(part).item() for part in parts)
-        return all_sum_number(error, self.inputs.device) if math.isfinite(error) else math.inf
+        return all_sum_number(error if math.isfinite(error) else math.inf, self.inputs.device)
 
     def _power(self, windows: slice) -> float:
         power = sum(part.double().square().sum().item() for part in self.target.split(self.batch, windows))
