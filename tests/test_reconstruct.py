@@ -1,11 +1,15 @@
 """Gradient steps per layer: they pay on the trained model, touch nothing that is whole, and are the same everywhere."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 import anymla
+from anymla.architectures.blueprint import read_blueprint
 from anymla.calibration.activations import Activations, Budget
 from anymla.conversion.reconstruct import Reconstruction
+from anymla.planning.costs import reconstruction_steps
 from anymla.report.demo import bundled_model
 from tests.families import FAST, make_model, save_model
 
@@ -52,6 +56,17 @@ def test_published_methods_take_no_steps(tmp_path):
         anymla.convert(source, tmp_path / str(steps), kv_cache=0.5, **settings)
     before, after = weights(tmp_path / "0"), weights(tmp_path / "3")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "device", "steps"),
+    [(5, 64, "cpu", 300), (32, 4096, "cpu", 0), (32, 4096, "cuda", 300), (156, 512, "cpu", 29)],
+)
+def test_default_steps_take_about_ten_minutes(layers, hidden, device, steps):
+    heads = {"num_attention_heads": 8, "num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": 512}
+    blueprint = read_blueprint(LlamaConfig(**heads).to_dict())
+    assert reconstruction_steps(blueprint, anymla.Recipe(), device) == steps
+    assert reconstruction_steps(blueprint, anymla.Recipe(reconstruction_steps=7), device) == 7
 
 
 def room(values, tmp_path):

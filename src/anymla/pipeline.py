@@ -205,7 +205,7 @@ def _convert(
     results = [record.result for record in converted.records]
     report = Conversion(
         output=work.output,
-        plan=_final_plan(plan, results),
+        plan=_final_plan(plan, sequence.recipe, results),
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
@@ -222,14 +222,14 @@ def _convert(
     return report
 
 
-def _final_plan(plan: Plan, results: list[LayerResult | None]) -> Plan:
+def _final_plan(plan: Plan, recipe: Recipe, results: list[LayerResult | None]) -> Plan:
     layers = tuple(
         layer
         if layer is None or result is None
         else layer.model_copy(update={"rope_dims": result.rope_dims, "kv_rank": result.kv_rank, "rope_choices": ()})
         for layer, result in zip(plan.layers, results, strict=True)
     )
-    return plan.model_copy(update={"layers": layers})
+    return plan.model_copy(update={"layers": layers, "recipe": recipe})
 
 
 def _write_report(folder: Path, report: Conversion) -> None:

@@ -57,11 +57,12 @@ class Recipe(BaseModel):
     expected_rotation: bool = Field(
         True, description="Replace dropped rotations by their expectation on calibration text (the paper: by 1)."
     )
-    reconstruction_steps: int = Field(
-        300,
+    reconstruction_steps: int | None = Field(
+        None,
         ge=0,
         le=1_000_000,
-        description="Gradient steps per layer against the original layer's output, after output-aware; 0 for none.",
+        description="Gradient steps per layer against the original layer's output, after output-aware; 0 for none. "
+        "Default: 300, fewer where a large model would take more than about ten minutes for them.",
     )
     calibration: str | None = Field(
         None,

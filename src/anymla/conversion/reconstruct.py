@@ -17,10 +17,10 @@ from torch import Tensor
 from anymla.calibration.activations import Activations
 from anymla.calibration.parallel import all_sum, all_sum_number, rank, world
 from anymla.calibration.stream import first
+from anymla.planning.costs import STEP_TOKENS
 
 STEP_SIZE = 0.4  # over the root of the hidden size: the highest rate, as a share of a tensor's own size
-BATCH_TOKENS = 1024
-WARMUP, CHECKS = 20, 8  # steps until the full rate; how often the choice windows are looked at
+WARMUP, CHECKS = 20, 8  # steps until the full rate, at most; how often the choice windows are looked at
 NOTHING_LOST = 1e-9  # share of the target's power below which a layer is as the original's
 LEARNED_BUFFERS = ("query_rotation", "channel_weight")
 
@@ -67,7 +67,7 @@ class Reconstruction:
         """This process's part of each step's windows, which are drawn from those of all processes."""
         mine = fit.stop - fit.start
         total = int(all_sum_number(mine, self.inputs.device))
-        size = min(total, max(1, BATCH_TOKENS // self.inputs.shape[1]))
+        size = min(total, max(1, STEP_TOKENS // self.inputs.shape[1]))
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         while True:
@@ -116,7 +116,13 @@ def _learned(attention: Any) -> dict[str, Tensor]:
 
 def _rate(step: int, steps: int, width: int) -> float:
     """Share of a tensor's size that it moves in ``step``: warmed up, then a cosine to zero."""
-    return STEP_SIZE / math.sqrt(width) * min(1.0, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
+    return (
+        STEP_SIZE
+        / math.sqrt(width)
+        * min(1.0, (step + 1) / min(WARMUP, steps / 4))
+        * (1 + math.cos(math.pi * step / steps))
+        / 2
+    )
 
 
 def _size(tensor: Tensor) -> float:

@@ -22,6 +22,7 @@ from anymla.errors import TextError
 from anymla.io.device import give_back_memory
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
+from anymla.planning.costs import reconstruction_steps
 from anymla.planning.plan import TYPICAL_ROPE_SHARE, Plan
 
 PROBE_TOKENS = 8
@@ -119,7 +120,8 @@ class Sequence:
         work: WorkFolder,
     ) -> None:
         self.source, self.specs, self.work = source, blueprint.layers, work
-        self.plans, self.recipe = plan.layers, plan.recipe
+        steps = reconstruction_steps(blueprint, plan.recipe, torch.device(source.device).type)
+        self.plans, self.recipe = plan.layers, plan.recipe.model_copy(update={"reconstruction_steps": steps})
         self.family = FAMILIES[blueprint.text_model_type]
         self.layers = decoder_layers(source.model)
         self.windows, self.split = own_windows(windows, Split.of(len(windows)))

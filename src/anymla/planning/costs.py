@@ -9,6 +9,9 @@ from anymla.io.device import machine_memory
 from anymla.recipe import Recipe
 
 CONTEXT = 4096  # cached tokens at which FLOPs per token are counted
+STEP_TOKENS = 1024  # of one step of the reconstruction
+MOST_STEPS, FEWEST_STEPS = 300, 10  # of the default; below, they are not worth their time
+OPERATIONS = {"cpu": 3e13, "other": 3e16}  # about ten minutes of two cores, or of a GPU
 RUNTIME_BYTES = 500 << 20  # Python, torch and transformers themselves
 
 
@@ -44,6 +47,17 @@ def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int) -> 
     return LayerCost(projections + decoder + biases + channels, 2 * (projections + absorption + attention))
 
 
+def reconstruction_steps(blueprint: Blueprint, recipe: Recipe, device: str) -> int:
+    """Gradient steps per layer: the recipe's, or as many as are done in about ten minutes, at most 300."""
+    if recipe.reconstruction_steps is not None:
+        return recipe.reconstruction_steps
+    parameters = sum(
+        original_cost(spec, blueprint.hidden_size).parameters for spec in blueprint.attention_layers.values()
+    )
+    fitting = int(OPERATIONS["cpu" if device == "cpu" else "other"] / (6 * STEP_TOKENS * parameters))
+    return 0 if fitting < FEWEST_STEPS else min(fitting, MOST_STEPS)
+
+
 def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:
     """Predicted peak bytes of a conversion, however many layers there are.
 
@@ -55,7 +69,7 @@ def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:
     layer = 2 * width * (original_cost(spec, hidden).parameters + 3 * hidden * blueprint.intermediate_size)
     statistics = 8 * (12 * values**2 + 3 * queries * spec.head_dim + 6 * queries * hidden)
     # a copy of the attention, its gradient and Adam's two moments, in float32 or finer
-    learned = 4 * max(4, width) * original_cost(spec, hidden).parameters * (recipe.reconstruction_steps > 0)
+    learned = 4 * max(4, width) * original_cost(spec, hidden).parameters * (recipe.reconstruction_steps != 0)
     head = blueprint.vocab_size * (2 * hidden * width + 4 * 4 * recipe.calibration_length)
     activations = recipe.calibration_tokens * hidden * (3 * width + max(4, width))
     return max(layer + max(statistics, learned), head) + min(activations, machine_memory() // 4) + RUNTIME_BYTES
