@@ -17,6 +17,7 @@ from tests.families import FAST, make_model, save_model
 SETTINGS = {
     "data": [str(TRAIN)],
     "tokens": 1024,
+    "layerwise": 0.25,
     "length": 32,
     "batch": 4,
     "micro_batch": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -56,4 +57,6 @@ def with_adapters(model: Any, tuning: Tuning) -> Any:
         if isinstance(getattr(model.get_submodule(name), part, None), nn.Linear)
     ]
     config = LoraConfig(r=tuning.lora_rank, lora_alpha=2 * tuning.lora_rank, target_modules=targets, lora_dropout=0.0)
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it has since changed
+        return get_peft_model(model, config)

@@ -138,6 +138,7 @@ def run_stage(
         model = with_adapters(model, tuning)
     else:
         choose_learning(model, "attention" if layerwise else tuning.train)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if tuning.early_stop is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(tuning.early_stop)]
     trainer = TuneTrainer(
@@ -159,21 +160,24 @@ def run_stage(
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(trainer.model_wrapped, options=whole)  # empty in all processes but the first
     if rank() == 0:
-        save_tuned(student, weights, tuning, output)
+        save_tuned(student, {name: weights[name] for name in learning}, tuning, output)
     wait_for_all()
     trainer.accelerator.free_memory()
 
 
 def save_tuned(student: Path, weights: dict[str, Any], tuning: Tuning, output: Path) -> None:
-    """Writes the model at ``student`` with new ``weights`` to ``output``, in its own dtype, adapters merged."""
+    """Writes the model at ``student`` to ``output``, in its own dtype, with those ``weights`` that learned.
+
+    All others stay as they are, bit for bit; adapters are merged.
+    """
     model = load_model(student)
     if tuning.train == "lora":
         dtype = model.dtype
         adapted = with_adapters(load_model(student, dtype="float32"), tuning)
-        adapted.load_state_dict(weights)
+        adapted.load_state_dict(weights, strict=False)
         model = adapted.merge_and_unload().to(dtype)
     else:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, strict=False)
     model.save_pretrained(output)
     for file in output.glob("*.safetensors"):
         shutil.copymode(output / "config.json", file)

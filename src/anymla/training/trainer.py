@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,13 +50,18 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As always; in the layer-wise stage with both models hooked, also on the way back, which may compute twice."""
+        with nullcontext() if self.pairs is None else self.pairs.hooked():
+            loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
+
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The stage's loss on a batch of rows."""
         weight = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).float()
         if self.pairs is not None:
-            with self.pairs.hooked():
-                self._teach(inputs)
-                model(**inputs, use_cache=False)
+            self._teach(inputs)
+            model(**inputs, use_cache=False)
             return layer_loss(self.pairs.outputs, self.pairs.targets, weight)
         share = self.tuning.cross_entropy
         logits, loss = model(**inputs, use_cache=False).logits, torch.zeros((), device=weight.device)
