@@ -38,7 +38,7 @@ families: env
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.support_table
 
 oldest: .venv-oldest/made
-	.venv-oldest/bin/pytest -n 2
+	.venv-oldest/bin/pytest -n 2 -m "not slow"
 
 .venv-oldest/made: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

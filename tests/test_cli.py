@@ -34,6 +34,7 @@ OTHER_THAN_DEFAULT = {
     "kv_rank": 9,
     "factorization": "joint-svd",
     "expected_rotation": False,
+    "reconstruction_steps": 11,
     "calibration": "stories.txt",
     "calibration_tokens": 999,
     "calibration_length": 77,
