@@ -54,7 +54,7 @@ def lines_of(folder):
 def run(pair, folder, *ways, launch=()):
     arguments = [str(pair[1]), str(pair[0]), str(folder), json.dumps(SETTINGS), *ways]
     command = [sys.executable, *launch, "-m", "tests.tune_processes", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=ONE_THREAD)
 
 
 def assert_alike(lines, others):
