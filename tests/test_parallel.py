@@ -34,8 +34,8 @@ def test_two_processes_equal_one(tmp_path, family):
             torch.testing.assert_close(two[0][name], value, rtol=1e-10, atol=1e-12 * size)
     first, second = load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors")
     assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=1e-8)
+    for name in first:  # Adam also takes (small) steps where the gradient is rounding alone, as for key biases
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-4)
 
 
 def test_alone_everything_is_the_identity():

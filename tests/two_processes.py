@@ -25,4 +25,5 @@ def keep(sums):
 MomentSums.moments = keep
 model, output = sys.argv[1:]
 anymla.convert(model, output, kv_cache=0.5, device="cpu", **FAST)
-torch.save([vars(layer) for layer in seen], f"{output}-moments-{os.environ.get('RANK', '0')}.pt")
+tables = [{name: value for name, value in vars(layer).items() if name != "sample"} for layer in seen]
+torch.save(tables, f"{output}-moments-{os.environ.get('RANK', '0')}.pt")
