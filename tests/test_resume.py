@@ -183,9 +183,11 @@ def test_a_file_size_limit_behind_the_layers(tmp_path):
 def test_signals_keep_the_work_and_say_so(tmp_path, sent):
     command = [sys.executable, "-c", "from anymla.cli import main; main()", "convert", str(bundled_model()), "-o"]
     process = subprocess.Popen(
-        [*command, str(tmp_path / "out"), "--kv-cache", "0.5"], stderr=subprocess.PIPE, text=True
+        [*command, str(tmp_path / "out"), "--kv-cache", "0.5", "--reconstruction-steps", "10"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    progress, deadline = tmp_path / ".out.partial" / ".work" / "progress.json", time.monotonic() + 60
+    progress, deadline = tmp_path / ".out.partial" / ".work" / "progress.json", time.monotonic() + 120
     while not progress.is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(sent)

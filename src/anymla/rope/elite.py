@@ -48,10 +48,10 @@ def score_changes(moments: Moments, constant: Tensor, head: int) -> Tensor:
 def greedy(changes: Tensor, kept: int) -> Tensor:
     """Indices [kept] of rows of ``changes`` [P,N], each the one that leaves the least mean |sum of the others|."""
     left, free = changes.sum(0), torch.ones(len(changes), dtype=torch.bool, device=changes.device)
-    chosen = []
+    chosen: list[int] = []
     for _ in range(kept):
         errors = (left - changes).abs().mean(1).masked_fill(~free, torch.inf)
-        best = errors.argmin()
+        best = int(errors.argmin())
         chosen.append(best)
         left, free[best] = left - changes[best], False
-    return torch.stack(chosen)
+    return torch.tensor(chosen, dtype=torch.long, device=changes.device)
