@@ -24,6 +24,7 @@ def keep(sums):
 
 MomentSums.moments = keep
 model, output = sys.argv[1:]
-anymla.convert(model, output, kv_cache=0.5, device="cpu", **FAST)
+anymla.convert(model, output, kv_cache=0.5, device="cpu", **FAST | {"reconstruction_steps": 0})
+anymla.convert(model, f"{output}-stepped", kv_cache=0.5, device="cpu", **FAST)
 tables = [{name: value for name, value in vars(layer).items() if name != "sample"} for layer in seen]
 torch.save(tables, f"{output}-moments-{os.environ.get('RANK', '0')}.pt")

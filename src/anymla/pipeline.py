@@ -133,13 +133,14 @@ def convert(
     windows = _calibration(chosen.recipe, source, blueprint)
 
     from anymla.calibration.parallel import process_group
-    from anymla.conversion.progress import claim, kept
+    from anymla.conversion.progress import claim, fingerprint, kept
     from anymla.io.streamed import StreamedModel
     from anymla.io.work import WorkFolder
 
     with process_group(pick_device(chosen.recipe.device)) as device:
         streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
-        claim(work, streamed, chosen, windows, restart=restart, anymla=__version__, **{"--max-shard-size": shard_size})
+        same = {"anymla": __version__, "--max-shard-size": shard_size}
+        claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
         with kept(work, len(blueprint.layers)):
             return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
 

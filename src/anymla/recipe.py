@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -32,10 +32,34 @@ FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened"
 DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
 
-class Recipe(BaseModel):
-    """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
+class Settings(BaseModel):
+    """Settings in one frozen object; a wrong one is named with its place and value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], source: str = "recipe") -> Self:
+        """Checks ``settings``; the error names the field, its value and where it stood.
+
+        Raises:
+            RecipeError: an unknown field, or a value of the wrong kind or out of range.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            bare = first["type"] in ("extra_forbidden", "value_error")
+            value = "" if bare else f", got {shown(first['input'])}"
+            place = f"{where(first['loc'])}: " if first["loc"] else ""
+            raise RecipeError(f"{source}: {place}{first['msg'].removeprefix('Value error, ')}{value}") from error
+
+    def to_yaml(self) -> str:
+        """The settings as YAML, every field spelled out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+class Recipe(Settings):
+    """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
 
     kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache to keep, 0 < x <= 1.")
     rope: Rope = Field(
@@ -83,24 +107,6 @@ class Recipe(BaseModel):
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-    @classmethod
-    def of(cls, settings: dict[str, Any], source: str = "recipe") -> Recipe:
-        """Checks ``settings``; the error names the field, its value and where it stood.
-
-        Raises:
-            RecipeError: an unknown field, or a value of the wrong kind or out of range.
-        """
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            value = "" if first["type"] == "extra_forbidden" else f", got {shown(first['input'])}"
-            raise RecipeError(f"{source}: {where(first['loc'])}: {first['msg']}{value}") from error
-
-    def to_yaml(self) -> str:
-        """The recipe as YAML, every field spelled out."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 def where(place: tuple[int | str, ...]) -> str:

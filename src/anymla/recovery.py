@@ -15,13 +15,14 @@ from transformers import TrainerCallback
 from anymla import __version__
 from anymla.architectures.blueprint import context_of, read_config
 from anymla.calibration.parallel import process_group, rank, wait_for_all
+from anymla.conversion.progress import claim
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.io.checkpoint import check_output, copy_companions, find_model, load_model, load_tokenizer
 from anymla.io.device import pick_device
 from anymla.io.work import WorkFolder
 from anymla.training.card import tuned_card
 from anymla.training.data import Texts, read_texts
-from anymla.training.keep import claim, done_steps, kept
+from anymla.training.keep import done_steps, fingerprint, kept
 from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, loss_plot, read_metrics, rewind_metrics
 from anymla.training.outcome import Quality, Recovery
 from anymla.training.packing import check_packing
@@ -77,7 +78,7 @@ def tune(
     with process_group(pick_device(tuning.device)) as device:
         run = _Run(student, original, tuning, stages, texts, tokenizer, device.partition(":")[0])
         work = WorkFolder(place, kind="tuning", counted="checkpoints")
-        claim(work, student, original, tuning, restart=restart)
+        claim(work, lambda: fingerprint(student, original, tuning), restart=restart)
         with kept(work, stages, tuning):
             run.all_stages(work, progress, _reporters(report_to, work.model))
             report = _report(work, place, tuning, stages, started)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,20 +42,18 @@ def fingerprint(source: StreamedModel, plan: Plan, windows: Tensor) -> dict[str,
     }
 
 
-def claim(
-    work: WorkFolder, source: StreamedModel, plan: Plan, windows: Tensor, *, restart: bool, **others: Any
-) -> None:
-    """Opens ``work`` for this conversion, in the first of all processes; all then know what is done.
+def claim(work: WorkFolder, fingerprint: Callable[[], dict[str, Any]], *, restart: bool) -> None:
+    """Opens ``work`` in the first of all processes; all then know what is done.
 
-    ``others``: further things that must be the same to go on.
+    ``fingerprint``: gives what must be the same to go on.
 
     Raises:
         CheckpointError: a weight is not finite.
-        OutputError: the folder belongs to another conversion or cannot be written.
+        OutputError: the folder belongs to other work or cannot be written.
     """
     if rank() == 0:
         try:
-            work.open(others | fingerprint(source, plan, windows), restart=restart)
+            work.open(fingerprint(), restart=restart)
         except AnymlaError:
             raise
         except OSError as error:

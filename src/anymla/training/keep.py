@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from anymla.calibration.parallel import first_decides, rank, world
+from anymla.calibration.parallel import rank, world
 from anymla.conversion.progress import terminated_as_interrupted
 from anymla.errors import AnymlaError, OutputError, RecipeError
 from anymla.io.checkpoint import check_weights
@@ -46,22 +46,6 @@ def _text_hash(name: str) -> str:
         return name
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def claim(work: WorkFolder, converted: Path, teacher: Path, tuning: Tuning, *, restart: bool) -> None:
-    """Opens ``work`` for this tuning, in the first of all processes; all then know what is done.
-
-    Raises:
-        OutputError: the folder belongs to another tuning or cannot be written.
-    """
-    if rank() == 0:
-        try:
-            work.open(fingerprint(converted, teacher, tuning), restart=restart)
-        except AnymlaError:
-            raise
-        except OSError as error:
-            raise OutputError(f"{work.output} could not be written: {error}") from error
-    work.progress = first_decides(work.progress)
 
 
 def done_steps(work: WorkFolder, stages: list[Stage]) -> int:

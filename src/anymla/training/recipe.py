@@ -7,11 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from anymla.errors import RecipeError, shown
-from anymla.recipe import MOST, Recipe, read_yaml, where
+from anymla.recipe import MOST, Recipe, Settings, read_yaml
 
 Train = Literal["attention", "norms", "all", "lora"]
 Decay = Literal["cosine", "linear", "1-sqrt"]
@@ -19,10 +18,8 @@ Precision = Literal["float32", "mixed", "bfloat16"]
 Parallel = Literal["ddp", "fsdp"]
 
 
-class Tuning(BaseModel):
+class Tuning(Settings):
     """Settings of one recovery training. ``data`` and ``tokens`` matter to most users; all else has its default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     data: list[str] | None = Field(
         None,
@@ -103,34 +100,12 @@ class Tuning(BaseModel):
             raise ValueError("early_stop takes the best checkpoint that was scored: save_every must be eval_every")
         return self
 
-    @classmethod
-    def of(cls, settings: dict[str, Any], source: str = "recipe") -> Tuning:
-        """Checks ``settings``; the error names the field, its value and where it stood.
 
-        Raises:
-            RecipeError: an unknown field, or a value of the wrong kind or out of range.
-        """
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            bare = first["type"] in ("extra_forbidden", "value_error")
-            value = "" if bare else f", got {shown(first['input'])}"
-            place = f"{where(first['loc'])}: " if first["loc"] else ""
-            raise RecipeError(f"{source}: {place}{first['msg'].removeprefix('Value error, ')}{value}") from error
-
-    def to_yaml(self) -> str:
-        """The recipe as YAML, every field spelled out."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
-
-
-class ShippedRecipe(BaseModel):
+class ShippedRecipe(Settings):
     """A recipe for one model: how to convert it, to which shares of its cache, and how to tune what comes out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
     model: str | None = None
-    kv_cache: list[float] = []
+    kv_cache: list[float] = Field(default_factory=list)
     convert: Recipe = Field(default_factory=lambda: Recipe.of({}))
     tune: Tuning
 
