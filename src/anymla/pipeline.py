@@ -132,17 +132,17 @@ def convert(
     chosen = _chosen_plan(str(model), blueprint, recipe, settings)
     windows = _calibration(chosen.recipe, source, blueprint)
 
-    from anymla.calibration.parallel import process_group
+    from anymla.calibration.parallel import join_processes
     from anymla.conversion.progress import claim, fingerprint, kept
     from anymla.io.streamed import StreamedModel
     from anymla.io.work import WorkFolder
 
-    with process_group(pick_device(chosen.recipe.device)) as device:
-        streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
-        same = {"anymla": __version__, "--max-shard-size": shard_size}
-        claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
-        with kept(work, len(blueprint.layers)):
-            return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
+    device = join_processes(pick_device(chosen.recipe.device))
+    streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
+    same = {"anymla": __version__, "--max-shard-size": shard_size}
+    claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
+    with kept(work, len(blueprint.layers)):
+        return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
 
 
 def peak_rss() -> int:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from anymla import __version__
 from anymla.architectures.blueprint import context_of, read_config
-from anymla.calibration.parallel import process_group, rank, wait_for_all
+from anymla.calibration.parallel import join_processes, rank, wait_for_all
 from anymla.conversion.progress import claim
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.io.checkpoint import check_output, copy_companions, find_model, load_model, load_tokenizer
@@ -75,18 +75,18 @@ def tune(
     length = min(tuning.length, context_of(student) or tuning.length)
     stages = make_stages(tuning, length, int(os.environ.get("WORLD_SIZE", "1")))
     texts = read_texts(tuning, tokenizer, length)
-    with process_group(pick_device(tuning.device)) as device:
-        run = _Run(student, original, tuning, stages, texts, tokenizer, device.partition(":")[0])
-        work = WorkFolder(place, kind="tuning", counted="checkpoints")
-        claim(work, lambda: fingerprint(student, original, tuning), restart=restart)
-        with kept(work, stages, tuning):
-            run.all_stages(work, progress, _reporters(report_to, work.model))
-            report = _report(work, place, tuning, stages, started)
-            if rank() == 0:
-                copy_companions(student, work.model)
-                _write_report(work.model, student, report)
-                work.finish()
-            wait_for_all()
+    device = join_processes(pick_device(tuning.device))
+    run = _Run(student, original, tuning, stages, texts, tokenizer, device.partition(":")[0])
+    work = WorkFolder(place, kind="tuning", counted="checkpoints")
+    claim(work, lambda: fingerprint(student, original, tuning), restart=restart)
+    with kept(work, stages, tuning):
+        run.all_stages(work, progress, _reporters(report_to, work.model))
+        report = _report(work, place, tuning, stages, started)
+        if rank() == 0:
+            copy_companions(student, work.model)
+            _write_report(work.model, student, report)
+            work.finish()
+        wait_for_all()
     return report
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,20 +11,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@contextmanager
-def process_group(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun started, if it did; yields the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield device
-        return
+def join_processes(device: str) -> str:
+    """Joins the processes that torchrun started, if it did; returns the device of this one.
+
+    The group lives as long as the process: a second one under the same launch would find the first one's addresses.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield device
-    finally:
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(_leave)
+    return device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
