@@ -1,0 +1,1 @@
+"""Converted checkpoints in the formats of serving engines."""
