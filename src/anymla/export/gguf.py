@@ -124,7 +124,7 @@ def check_expressible(config: Mapping[str, Any]) -> None:
 
 
 def _add_settings(writer: GGUFWriter, config: Mapping[str, Any], name: str, dtype: GgufDtype) -> None:
-    """The keys that ``llama_model_deepseek2`` reads. It needs the last three, to hear of no query latent, no experts."""
+    """The keys that ``llama_model_deepseek2`` reads. The last three it needs: no query latent, no experts."""
     import gguf
 
     rank, rope_dims = config["kv_lora_rank"], config["qk_rope_head_dim"]
