@@ -12,7 +12,7 @@ import torch
 from gguf.quants import dequantize
 
 from anymla.errors import AnymlaError, CheckpointError, RecipeError, UnsupportedModelError
-from anymla.export.gguf import write_gguf
+from anymla.exports.gguf import write_gguf
 from anymla.io.checkpoint import load_tokenizer
 from anymla.report.demo import bundled_model
 from tests.deepseek_models import SHAPES, make_deepseek, save_deepseek

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anymla.export.gguf import write_gguf
+from anymla.exports.gguf import write_gguf
 from anymla.io.checkpoint import load_tokenizer
 from tests.deepseek_models import SHAPES, make_deepseek
 from tests.engines import llama

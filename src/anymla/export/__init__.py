@@ -1,1 +1,0 @@
-"""Converted checkpoints in the formats of serving engines."""
