@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anymla.evaluation.evaluate import evaluate
     from anymla.evaluation.measures import Comparison, Measure
     from anymla.evaluation.scores import Scores
+    from anymla.hub import Push, push
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.planning.plan import Plan
@@ -30,6 +31,7 @@ __all__ = [
     "Inspection",
     "Measure",
     "Plan",
+    "Push",
     "Recipe",
     "Recovery",
     "Scores",
@@ -39,6 +41,7 @@ __all__ = [
     "explain_plan",
     "inspect",
     "plan",
+    "push",
     "tune",
 ]
 
@@ -50,10 +53,12 @@ _HOMES = {
     "Inspection": "anymla.outcomes",
     "Measure": "anymla.evaluation.measures",
     "Plan": "anymla.planning.plan",
+    "Push": "anymla.hub",
     "Recipe": "anymla.recipe",
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
     "evaluate": "anymla.evaluation.evaluate",
+    "push": "anymla.hub",
     "Tuning": "anymla.training.recipe",
     "tune": "anymla.recovery",
 }

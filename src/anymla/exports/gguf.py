@@ -270,4 +270,5 @@ def _encoded(weight: _Weight, kind: GGMLQuantizationType) -> numpy.ndarray[Any, 
     largest = numpy.abs(numbers).max() / (127 if kind is Kind.Q8_0 else 1)
     if not numpy.isfinite(largest) or (kind in (Kind.F16, Kind.Q8_0) and largest > numpy.finfo(numpy.float16).max):
         raise CheckpointError(f"{weight.name} holds numbers that {kind.name} cannot: choose another --dtype")
-    return quantize(numbers, kind).view(numpy.uint8)
+    stored: numpy.ndarray[Any, Any] = quantize(numbers, kind).view(numpy.uint8)
+    return stored
