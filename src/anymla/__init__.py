@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anymla.evaluation.evaluate import evaluate
     from anymla.evaluation.measures import Comparison, Measure
     from anymla.evaluation.scores import Scores
+    from anymla.exports.export import Export, export
     from anymla.hub import Push, push
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
@@ -28,6 +29,7 @@ __all__ = [
     "Comparison",
     "Conversion",
     "Evaluation",
+    "Export",
     "Inspection",
     "Measure",
     "Plan",
@@ -39,6 +41,7 @@ __all__ = [
     "convert",
     "evaluate",
     "explain_plan",
+    "export",
     "inspect",
     "plan",
     "push",
@@ -50,6 +53,7 @@ _HOMES = {
     "Comparison": "anymla.evaluation.measures",
     "Conversion": "anymla.outcomes",
     "Evaluation": "anymla.evaluation.benchmarks",
+    "Export": "anymla.exports.export",
     "Inspection": "anymla.outcomes",
     "Measure": "anymla.evaluation.measures",
     "Plan": "anymla.planning.plan",
@@ -58,6 +62,7 @@ _HOMES = {
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
     "evaluate": "anymla.evaluation.evaluate",
+    "export": "anymla.exports.export",
     "push": "anymla.hub",
     "Tuning": "anymla.training.recipe",
     "tune": "anymla.recovery",
