@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymla.conversion.card import with_section
+from anymla.conversion.card import FILES, FOLDER, with_section
 from anymla.errors import CheckpointError, OutputError, RecipeError
 from anymla.io.checkpoint import check_weights
 from anymla.io.work import replace_text
 
-CARD, FOLDER, FILES = "README.md", "THIS_FOLDER", "Files"
+CARD = "README.md"
 REPORTS = ("export.json", "conversion.json")  # one of which a folder has that anymla wrote
 
 

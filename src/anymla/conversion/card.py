@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from anymla.recipe import Recipe
 
 TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
-USE = "Use"
+USE, FILES = "Use", "Files"  # sections that are written anew
+FOLDER = "THIS_FOLDER"  # the hub's name of it, once it has one
 BASE = "DeepSeek-V2 (multi-head latent attention)"
 PAPERS = {
     BASE: "2405.04434",
@@ -47,7 +49,7 @@ pipeline_tag: {TASKS[auto]}
 tags: [anymla, multi-head-latent-attention, kv-cache]
 {base}---
 
-# {source} with multi-head latent attention, {kept:.2%} of the KV cache
+# {source if base else Path(source).name} with multi-head latent attention, {kept:.2%} of the KV cache
 
 On {after["tokens"]:,} held-out tokens of calibration text:
 
@@ -72,10 +74,10 @@ The cache is measured from its tensors. Calibration text: {recipe["calibration"]
 import anymla  # or: trust_remote_code=True below
 from transformers import {auto}
 
-model = {auto}.from_pretrained("THIS_FOLDER")
+model = {auto}.from_pretrained("{FOLDER}")
 ```
 
-For vLLM, SGLang and llama.cpp: `anymla export THIS_FOLDER --to deepseek` (or `vllm`, `gguf`) `-o OUT`.
+For vLLM, SGLang and llama.cpp: `anymla export {FOLDER} --to deepseek` (or `vllm`, `gguf`) `-o OUT`.
 
 ## Limits
 
