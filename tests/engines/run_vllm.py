@@ -1,7 +1,8 @@
 """Runs vLLM on a model folder, as its environment's python: JSON on stdin, JSON after a marker on stdout.
 
 In: {"model", "dtype", "prompts": token ids of each, "tokens": how many to generate, "trust": bool, "length"}.
-Out: {"tokens", "logprobs", "backend", "cache_bytes_per_token", "layers", "anymla"}.
+Out: {"tokens", "logprobs" of these, "prompt_logprobs" of each prompt's tokens from its second on, "attention" and
+"backend": names, "cache_bytes_per_token" in all "layers", measured, "anymla": whether it could be imported}.
 """
 
 import json
@@ -22,15 +23,14 @@ os.environ |= {
 MARKER = "anymla-result:"
 
 
-def cache_bytes(model_runner):
-    """Bytes that one token takes in all layers together, from the cache tensors; and how many layers have one."""
-    block = model_runner.cache_config.block_size
-    caches = [cache for cache in model_runner.kv_caches if cache is not None]
-    per_token = 0
-    for cache in caches:
-        blocks = cache.shape[0]
-        per_token += cache.numel() * cache.element_size() / (blocks * block)
-    return per_token, len(caches)
+def cache_bytes(runner):
+    """Bytes that one token takes, in all layers together: those of a block of each cache tensor, by its tokens."""
+    return sum(cache[0].nbytes for cache in runner.kv_caches) / runner.cache_config.block_size
+
+
+def chosen(tokens, steps):
+    """The log probability of each token."""
+    return [step[token].logprob for token, step in zip(tokens, steps)]
 
 
 def main():
@@ -53,24 +53,21 @@ def main():
         attention_config={"backend": "CPU_MLA"},  # where a CPU has AMX, vLLM prefers a backend for bfloat16 alone
         compilation_config=rope,
     )
-    settings = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=1, ignore_eos=True)
+    settings = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=1, prompt_logprobs=1, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], settings, use_tqdm=False)
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     layers = runner.compilation_config.static_forward_context
-    per_token, cached = cache_bytes(runner)
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "logprobs": [
-            [step[token].logprob for token, step in zip(output.outputs[0].token_ids, output.outputs[0].logprobs)]
-            for output in outputs
-        ],
+        "logprobs": [chosen(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs],
+        "prompt_logprobs": [chosen(output.prompt_token_ids[1:], output.prompt_logprobs[1:]) for output in outputs],
         "attention": sorted({type(layer).__name__ for layer in layers.values()}),
         "backend": sorted({layer.attn_backend.get_name() for layer in layers.values()}),
-        "cache_bytes_per_token": per_token,
-        "layers": cached,
+        "cache_bytes_per_token": cache_bytes(runner),
+        "layers": len(runner.kv_caches),
         "anymla": find_spec("anymla") is not None,
     }
-    print(MARKER + json.dumps(result), flush=True)
+    sys.stdout.write(f"{MARKER}{json.dumps(result)}\n")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ class QueryHeads(nn.Module):
 class FusedAttention(nn.Module):
     """Nothing but latent attention: ``encoded`` is what its keys and values are linear in."""
 
-    def __init__(self, config: Any, layer_idx: int, queries: QueryHeads, query: int, encoded: int, scaling: float):
+    def __init__(
+        self, config: Any, layer_idx: int, queries: QueryHeads, query: int, encoded: int, scaling: float
+    ) -> None:
         super().__init__()
         self.config, self.layer_idx, self.scaling, self.is_causal = config, layer_idx, scaling, True
         self.num_heads, self.num_key_value_groups = config.num_attention_heads, 1

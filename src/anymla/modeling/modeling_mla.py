@@ -1,8 +1,8 @@
 """Models of transformers whose attention is multi-head latent attention as vLLM's transformers backend knows it.
 
-``MlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with FamilyAttention in every layer, and so for every other
-class: they are made when they are first asked for. With the files that it imports, a copy of this one travels with every
-vLLM export: vLLM and ``from_pretrained(folder, trust_remote_code=True)`` need nothing else.
+``MlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with FamilyAttention in every layer, and so for every
+other class: they are made when they are first asked for. With the files that it imports, a copy of this one travels
+with every vLLM export: vLLM and ``from_pretrained(folder, trust_remote_code=True)`` need nothing else.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+BIASED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "v_proj", "v_a_proj", "o_proj")
 NORMS = {"q_norm": "mla.query_heads.norm", "k_norm": "key_norm", "v_norm": "value_norm"}
 
 
@@ -35,17 +36,17 @@ class HeadShapes:
 def fused_tensors(
     layer: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: HeadShapes, exponent: int
 ) -> dict[str, Tensor]:
-    """The tensors of FamilyAttention, from those of LatentAttention whose arguments are ``layer``."""
+    """The tensors of FamilyAttention, from those of LatentAttention (float64) whose arguments are ``layer``."""
     heads, groups = layer["num_heads"], layer["num_heads"] // layer["num_kv_heads"]
-    weight = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    maps = query_maps(layer, weight, shapes)
-    made = _queries(layer, weight, maps) | _encoder(layer, weight, shapes)
+    weight = dict(tensors)
+    for name in BIASED:  # a layer may do without: vLLM's has them all
+        if f"{name}.weight" in weight:
+            weight.setdefault(f"{name}.bias", weight[f"{name}.weight"].new_zeros(len(weight[f"{name}.weight"])))
+    made = _queries(layer, weight, query_maps(layer, weight, shapes)) | _encoder(layer, weight, shapes)
     kv_b = weight["kv_b_proj.weight"].unflatten(0, (-1, 2, layer["head_dim"])).repeat_interleave(groups, 0)
     key, value = kv_b.unbind(1)  # [H,d,r] each
     rank = shapes.kv_lora_rank
-    kv_b = torch.cat(
-        [_grown(key, shapes.qk_nope_head_dim, rank), _grown(value, shapes.v_head_dim, rank)], dim=1
-    )
+    kv_b = torch.cat([_grown(key, shapes.qk_nope_head_dim, rank), _grown(value, shapes.v_head_dim, rank)], dim=1)
     output = weight["o_proj.weight"].unflatten(1, (heads, -1))
     made |= {
         "mla.kv_a_layernorm.weight": torch.full((rank,), 2.0**exponent, dtype=torch.float64),
@@ -55,7 +56,7 @@ def fused_tensors(
         "channel_select": _channel_select(layer, weight, shapes),
     }
     for old, new in NORMS.items():
-        made |= {f"{new}{name[len(old):]}": tensors[name] for name in tensors if name.startswith(f"{old}.")}
+        made |= {f"{new}{name[len(old) :]}": tensors[name] for name in tensors if name.startswith(f"{old}.")}
     return made
 
 

@@ -1,0 +1,78 @@
+"""A folder that anymla converted, read for export: its config, its layers' features, its tensors still in their files.
+
+Shapes in this room: D hidden, H query heads, G key/value heads, n = H/G, d head_dim, P rope pairs of a head, K channels
+that turn, R = 2K, r latent rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from anymla.errors import CheckpointError
+from anymla.io.checkpoint import check_weights, safe_config
+from anymla.io.safetensors import Stored, read_header
+
+PREFIX = "anymla_"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One converted attention: where in the model it is, and LatentAttention's arguments."""
+
+    index: int
+    module: str
+    features: Mapping[str, Any]
+
+    def size(self, name: str) -> int:
+        """One of the sizes among its features."""
+        return int(self.features[name])
+
+
+@dataclass(frozen=True)
+class Converted:
+    """``config``: the language model's, as a dict with all defaults; ``stored``: every tensor by its name."""
+
+    folder: Path
+    model_type: str
+    config: Mapping[str, Any]
+    layers: tuple[Layer, ...]
+    stored: Mapping[str, Stored]
+
+    def scaled(self, name: str, factor: float) -> Tensor:
+        """The tensor ``name`` times ``factor``, in its own dtype."""
+        tensor = self.stored[name].read()
+        return tensor if factor == 1 else tensor * factor
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, which is taken off, floating-point ones in float64."""
+        found = {name: stored.read() for name, stored in self.stored.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): tensor.double() if tensor.is_floating_point() else tensor
+            for name, tensor in found.items()
+        }
+
+
+def read_converted(folder: Path) -> Converted:
+    """Reads what ``anymla convert`` wrote.
+
+    Raises:
+        CheckpointError: not such a folder, or its files are missing or broken.
+    """
+    files = check_weights(folder)
+    config = safe_config(folder)
+    if not config.model_type.startswith(PREFIX):
+        raise CheckpointError(f"{folder} is no converted model: give a folder that anymla convert wrote")
+    stored: dict[str, Stored] = {}
+    for file in files:
+        stored |= read_header(file)
+    layers = tuple(
+        Layer(index, features["module"], {name: value for name, value in features.items() if name != "module"})
+        for index, features in enumerate(config.mla_layers)
+    )
+    model_type = config.model_type.removeprefix(PREFIX)
+    return Converted(folder, model_type, config.get_text_config().to_dict(), layers, stored)
