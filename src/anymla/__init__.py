@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anymla.evaluation.evaluate import evaluate
     from anymla.evaluation.measures import Comparison, Measure
     from anymla.evaluation.scores import Scores
+    from anymla.exports.export import Export, export
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.planning.plan import Plan
@@ -27,6 +28,7 @@ __all__ = [
     "Comparison",
     "Conversion",
     "Evaluation",
+    "Export",
     "Inspection",
     "Measure",
     "Plan",
@@ -37,6 +39,7 @@ __all__ = [
     "convert",
     "evaluate",
     "explain_plan",
+    "export",
     "inspect",
     "plan",
     "tune",
@@ -47,6 +50,7 @@ _HOMES = {
     "Comparison": "anymla.evaluation.measures",
     "Conversion": "anymla.outcomes",
     "Evaluation": "anymla.evaluation.benchmarks",
+    "Export": "anymla.exports.export",
     "Inspection": "anymla.outcomes",
     "Measure": "anymla.evaluation.measures",
     "Plan": "anymla.planning.plan",
@@ -54,6 +58,7 @@ _HOMES = {
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
     "evaluate": "anymla.evaluation.evaluate",
+    "export": "anymla.exports.export",
     "Tuning": "anymla.training.recipe",
     "tune": "anymla.recovery",
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anymla.architectures.block import other_block
 from anymla.architectures.families import FAMILIES, REFUSED, TEXT_ONLY_INSIDE, Family
 from anymla.architectures.fields import Fields, read_fields
 from anymla.architectures.layers import attends, has_rope, heads_of, layer_type, window_of
@@ -51,6 +52,7 @@ class Blueprint:
     tied_embeddings: bool
     dtype: str
     rope: RopeSpec | None
+    other_block: str | None  # what outside attention is not as in Llama (block.py)
     layers: tuple[AttentionSpec | None, ...]  # None: a layer without softmax attention, which stays as it is
 
     @property
@@ -153,6 +155,7 @@ def read_blueprint(config: Mapping[str, Any]) -> Blueprint:
         tied_embeddings=fields.tie_word_embeddings,
         dtype=dtype,
         rope=read_rope(config) if any(spec.rope_pairs for spec in layers if spec) else None,
+        other_block=other_block(fields.model_type, config),
         layers=layers,
     )
 

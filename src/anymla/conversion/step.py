@@ -27,8 +27,9 @@ from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.heads import rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.planning.plan import LayerPlan
+from anymla.planning.targets import LIMITS
 from anymla.recipe import Recipe
-from anymla.rope import ROPE_CHOICES
+from anymla.rope import ROPE_CHOICES, GridPCA
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class LayerStep:
             raise UnsupportedModelError(f"{type(layer).__name__} has no attention where its config means one")
         self.path = path
         self.attention = layer.get_submodule(self.path)
-        self.source = read_attention(self.attention, spec, family, config)
+        source = read_attention(self.attention, spec, family, config)
+        self.source = source if LIMITS[recipe.target].biases else source.without_biases()
 
     def measure(self, index: int, original: Activations, converted: Activations) -> None:
         """Collects moments on the original's activations, inputs below the converted layers, and targets.
@@ -162,9 +164,18 @@ class LayerStep:
         error = self._error(best) / max(self.stream_power, 1e-300)
         return best, LayerResult(layer=index, rope_dims=best.qk_rope_head_dim, kv_rank=best.kv_lora_rank, error=error)
 
+    def share_lost(self, rope_dims: int, rope_step: int | None) -> float:
+        """The error of :class:`LayerResult` that this split would have, before anything is fitted to it."""
+        return self._error(self._build(rope_dims, rope_step)) / max(self.stream_power, 1e-300)
+
     def install(self, attention: LatentAttention) -> None:
         """Puts the converted attention into the layer."""
         self.layer.set_submodule(self.path, attention)
+
+    def close(self) -> None:
+        """Gives the memory and files of this layer's activations back."""
+        for room in (self.inputs, self.target):
+            room.close()
 
     def _error(self, attention: LatentAttention) -> float:
         """Squared loss of the layer's output on the choice windows."""
@@ -175,13 +186,13 @@ class LayerStep:
         """The best split, found by walking downhill from the choice whose rope share is nearest to ``near``."""
         choices = self.plan.rope_choices if self.plan.rope_dims is None else (self.plan.rope_dims,)
         index = min(range(len(choices)), key=lambda i: abs(choices[i] - near * self.plan.cached_numbers))
-        best = self._build(choices[index])
+        best = self._build(choices[index], self.plan.rope_step)
         if len(choices) == 1:
             return best
         least = self._error(best)
         for ahead in (choices[:index][::-1], choices[index + 1 :]):
             for rope_dims in ahead:
-                candidate = self._build(rope_dims)
+                candidate = self._build(rope_dims, self.plan.rope_step)
                 if (error := self._error(candidate)) >= least:
                     break
                 best, least = candidate, error
@@ -189,12 +200,13 @@ class LayerStep:
                 break  # it went down on this side: the other one goes up
         return best
 
-    def _build(self, rope_dims: int) -> LatentAttention:
+    def _build(self, rope_dims: int, rope_step: int | None) -> LatentAttention:
+        rope = ROPE_CHOICES[self.recipe.rope] if rope_step is None else GridPCA(rope_step)
         rank = self.plan.cached_numbers - rope_dims if self.plan.kv_rank is None else self.plan.kv_rank
         converted = convert_layer(
             self.source.weights,
             self.moments,
-            ROPE_CHOICES[self.recipe.rope],
+            rope,
             FACTORIZATIONS[self.recipe.factorization],
             rope_dims=rope_dims,
             kv_rank=rank,

@@ -1,0 +1,20 @@
+"""What a decoder layer does outside its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anymla.architectures.families import FAMILIES
+
+
+def other_block(model_type: str, config: Mapping[str, Any]) -> str | None:
+    """What makes layers differ, outside attention, from DeepSeek's dense ones (which are Llama's); None for nothing."""
+    if not FAMILIES[model_type].plain_block:
+        return f"layers of family '{model_type}' are not DeepSeek's (RMSNorm, gated MLP) outside attention"
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        return f"its MLP has the activation {activation!s:.40}, DeepSeek's has silu"
+    for field in ("mlp_bias", "use_bias"):
+        if config.get(field):
+            return f"its MLP has biases ({field}), DeepSeek's has none"
+    return None

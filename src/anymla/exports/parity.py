@@ -1,0 +1,110 @@
+"""Whether an export is the converted model: logits and greedy tokens, both in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymla.errors import ParityError
+from anymla.io.checkpoint import load_model, load_tokenizer, safe_config
+
+PROMPTS = (
+    "Once upon a time, there was a little girl who",
+    "The capital of France is Paris, and the river that runs through it is",
+    "def add(a, b):\n    # the sum of two numbers\n    return",
+)
+NEW_TOKENS = 32
+# Largest difference of two logits, over their standard deviation. Both models run in float32; the export's weights, as
+# they are multiplied by factors, are rounded to their dtype once more.
+TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """An export beside the converted model.
+
+    ``logits``: largest difference over the standard deviation, on prompts and continuations. ``tokens``: of ``of``
+    greedy ones, those equal until sequences part; they may part only between logits nearer than twice the tolerance.
+    ``cached_numbers``: per token and layer, measured in the export's live cache.
+    """
+
+    engine: str
+    logits: float
+    tolerance: float
+    tokens: int
+    of: int
+    cached_numbers: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts under their stable JSON names."""
+        return asdict(self)
+
+
+def check_parity(converted: Path, folder: Path, prompts: Sequence[str] = PROMPTS) -> Parity:
+    """Compares the checkpoint in ``folder``, loaded by stock classes, with the converted model.
+
+    Raises:
+        ParityError: logits or tokens differ by more than the tolerance; says by how much.
+    """
+    tolerance = TOLERANCE[str(safe_config(folder).dtype).removeprefix("torch.")]
+    tokenizer = load_tokenizer(converted)
+    ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    original = load_model(converted, dtype="float32")
+    expected = [_continued(original, each) for each in ids]
+    scores = [_logits(original, tokens) for tokens in expected]
+    del original
+    export = load_model(folder, dtype="float32")
+    largest, equal = 0.0, 0
+    for prompt, tokens, score in zip(ids, expected, scores, strict=True):
+        spread, found = score.std().item(), _continued(export, prompt)
+        largest = max(largest, (_logits(export, tokens) - score).abs().max().item() / spread)
+        same = int((tokens == found).long().cumprod(1).sum()) - prompt.shape[1]
+        equal += same
+        if same < NEW_TOKENS:
+            place = prompt.shape[1] + same
+            margin = (score[place - 1].max() - score[place - 1, found[0, place]]).item() / spread
+            largest = max(largest, margin / 2)
+    if not largest <= tolerance:
+        raise ParityError(
+            f"the export is not the converted model: logits differ by {largest:.2g} of their standard deviation, where "
+            f"{tolerance:g} is allowed, and {equal} of {NEW_TOKENS * len(ids)} greedy tokens are the same; nothing was "
+            "written"
+        )
+    numbers = _cached_numbers(export, ids[0])
+    return Parity(
+        engine="transformers",
+        logits=largest,
+        tolerance=tolerance,
+        tokens=equal,
+        of=NEW_TOKENS * len(ids),
+        cached_numbers=numbers,
+    )
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.double()
+
+
+@torch.no_grad()
+def _continued(model: Any, ids: Tensor) -> Tensor:
+    """``ids`` [1,T] and the likeliest tokens behind it, decoded one by one with a cache."""
+    new, cache = ids, None
+    for _ in range(NEW_TOKENS):
+        output = model(input_ids=new, past_key_values=cache, use_cache=True)
+        cache, new = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, new], dim=1)
+    return ids
+
+
+@torch.no_grad()
+def _cached_numbers(model: Any, ids: Tensor) -> float:
+    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    held: int = sum(tensor.numel() for layer in layers for tensor in (layer.keys, layer.values))
+    return held / ids.shape[1] / len(layers)
