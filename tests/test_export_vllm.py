@@ -58,8 +58,8 @@ def assert_same(converted: Path, export: Path, tolerance: float = 1e-12) -> None
 def test_exact(name, converted, tmp_path):
     family, changes = FAMILIES[name]
     folder = converted(make_model(family, **changes))
-    shapes = write_vllm(folder, tmp_path / "export")
-    assert (shapes.kv_lora_rank, shapes.qk_rope_head_dim) == (512, 64)
+    sizes = write_vllm(folder, tmp_path / "export")
+    assert (sizes.rank, sizes.rope) == (512, 64)
     assert_same(folder, tmp_path / "export")
 
 
@@ -76,9 +76,9 @@ def test_padding(pad, converted, tmp_path):
     folder = converted(make_model("qwen3", head_dim=16))
     layers = json.loads((folder / "config.json").read_text())["mla_layers"]
     rank, rope = (max(layer[name] for layer in layers) for name in ("kv_lora_rank", "qk_rope_head_dim"))
-    shapes = write_vllm(folder, tmp_path / "export", pad=pad)
+    sizes = write_vllm(folder, tmp_path / "export", pad=pad)
     wanted = {"none": (rank, rope, 16, 16), "cuda": (rank, 64, 64, 128), "full": (512, 64, 64, 128)}[pad]
-    assert (shapes.kv_lora_rank, shapes.qk_rope_head_dim, shapes.qk_nope_head_dim, shapes.v_head_dim) == wanted
+    assert (sizes.rank, sizes.rope, sizes.nope, sizes.value) == wanted
     assert_same(folder, tmp_path / "export")
 
 
@@ -138,7 +138,7 @@ def test_refusals(name, converted, tmp_path):
 
 def test_too_wide_for_the_kernel(converted, tmp_path):
     folder = converted(make_model("llama", num_key_value_heads=6, head_dim=32), kv_cache=1.0)
-    with pytest.raises(InfeasibleError, match="--pad cpu has room for a rope dims of 64"):
+    with pytest.raises(InfeasibleError, match="--pad cpu has room for a rope of 64"):
         write_vllm(folder, tmp_path / "export")
     assert not (tmp_path / "export").exists()
     write_vllm(folder, tmp_path / "export", pad="none")

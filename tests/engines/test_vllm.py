@@ -96,10 +96,10 @@ def story(request, tmp_path_factory):
 
 
 def test_trained_model_is_fused(story, tmp_path):
-    shapes = write_vllm(story, tmp_path / "export")
+    sizes = write_vllm(story, tmp_path / "export")
     answer, log = compare(story, tmp_path / "export", story_prompts())
     assert "FusedAttention) -> MLAAttention" in log
-    assert shapes.cached == PADDED
+    assert sizes.rank + sizes.rope == PADDED
     assert answer["cache_bytes_per_token"] == 5 * 4 * PADDED and answer["layers"] == 5
 
 

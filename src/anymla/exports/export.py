@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anymla.errors import RecipeError
+from anymla.exports.padding import PADS
 from anymla.exports.parity import Parity, check_parity
 from anymla.io.checkpoint import check_output, find_model, new_folder
 from anymla.recipe import Target
@@ -49,15 +50,32 @@ def _deepseek(converted: Path, output: Path, dtype: str | None, pad: str | None)
         return check_parity(converted, folder)
 
 
+def _vllm(converted: Path, output: Path, dtype: str | None, pad: str | None) -> Parity:
+    from anymla.exports.vllm import load_fused, write_vllm
+
+    with new_folder(output) as folder:
+        write_vllm(converted, folder, pad=pad or "cpu", dtype=dtype)
+        return check_parity(converted, folder, load=load_fused)
+
+
 FORMATS: dict[Target, Format] = {
     "deepseek": Format(
         _deepseek,
         dtypes=("float32", "bfloat16"),
-        pads=("none", "cpu", "cuda", "full"),
+        pads=PADS,
         commands={
             "transformers": "transformers serve {output}",
             "vLLM": "vllm serve {output}",
             "SGLang": "python -m sglang.launch_server --model-path {output}",
+        },
+    ),
+    "vllm": Format(
+        _vllm,
+        dtypes=("float32", "bfloat16", "float16"),
+        pads=PADS,
+        commands={
+            "vLLM": "vllm serve {output} --trust-remote-code",
+            "transformers": "transformers serve {output} --trust-remote-code",
         },
     ),
 }
@@ -77,9 +95,11 @@ def export(
     Args:
         converted: a folder that ``anymla convert`` wrote, planned with the same ``target``.
         output: the folder to write.
-        to: deepseek: a stock DeepseekV3ForCausalLM checkpoint.
+        to: deepseek: a stock DeepseekV3ForCausalLM checkpoint; vllm: the family's own model with code that vLLM's
+            transformers backend runs with its latent attention.
         dtype: of the weights. Default: the converted model's.
-        pad: fill up with zeros, exactly, to sizes that kernels need: cpu, cuda or full (docs/exporting.md).
+        pad: fill up with zeros, exactly, to sizes that kernels need: cpu (the default of vllm), cuda, full or none
+            (docs/exporting.md).
         overwrite: replace ``output`` if it exists.
 
     Raises:

@@ -7,34 +7,20 @@ a prime, as the export has them: zeros fill what a layer does not have, which ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from anymla.exports.fold import Sizes
+
 BIASED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "v_proj", "v_a_proj", "o_proj")
 NORMS = {"q_norm": "mla.query_heads.norm", "k_norm": "key_norm", "v_norm": "value_norm"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadShapes:
-    """The sizes that all layers of an export share: r', R', and the widths of a head's position-free key and value."""
-
-    kv_lora_rank: int
-    qk_rope_head_dim: int
-    qk_nope_head_dim: int
-    v_head_dim: int
-
-    @property
-    def cached(self) -> int:
-        """Numbers per token and layer in the cache."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-
 def fused_tensors(
-    layer: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: HeadShapes, exponent: int
+    layer: Mapping[str, Any], tensors: Mapping[str, Tensor], sizes: Sizes, exponent: int
 ) -> dict[str, Tensor]:
     """The tensors of FamilyAttention, from those of LatentAttention (float64) whose arguments are ``layer``."""
     heads, groups = layer["num_heads"], layer["num_heads"] // layer["num_kv_heads"]
@@ -42,25 +28,25 @@ def fused_tensors(
     for name in BIASED:  # a layer may do without: vLLM's has them all
         if f"{name}.weight" in weight:
             weight.setdefault(f"{name}.bias", weight[f"{name}.weight"].new_zeros(len(weight[f"{name}.weight"])))
-    made = _queries(layer, weight, query_maps(layer, weight, shapes)) | _encoder(layer, weight, shapes)
+    made = _queries(layer, weight, query_maps(layer, weight, sizes)) | _encoder(layer, weight, sizes)
     kv_b = weight["kv_b_proj.weight"].unflatten(0, (-1, 2, layer["head_dim"])).repeat_interleave(groups, 0)
     key, value = kv_b.unbind(1)  # [H,d,r] each
-    rank = shapes.kv_lora_rank
-    kv_b = torch.cat([_grown(key, shapes.qk_nope_head_dim, rank), _grown(value, shapes.v_head_dim, rank)], dim=1)
+    rank = sizes.rank
+    kv_b = torch.cat([_grown(key, sizes.nope, rank), _grown(value, sizes.value, rank)], dim=1)
     output = weight["o_proj.weight"].unflatten(1, (heads, -1))
     made |= {
         "mla.kv_a_layernorm.weight": torch.full((rank,), 2.0**exponent, dtype=torch.float64),
         "mla.kv_b_proj.weight": kv_b.flatten(0, 1),
-        "mla.o_proj.weight": _grown(output, heads, shapes.v_head_dim).flatten(1),
+        "mla.o_proj.weight": _grown(output, heads, sizes.value).flatten(1),
         "mla.o_proj.bias": weight["o_proj.bias"],
-        "channel_select": _channel_select(layer, weight, shapes),
+        "channel_select": _channel_select(layer, weight, sizes),
     }
     for old, new in NORMS.items():
         made |= {f"{new}{name[len(old) :]}": tensors[name] for name in tensors if name.startswith(f"{old}.")}
     return made
 
 
-def query_maps(layer: Mapping[str, Any], weight: Mapping[str, Tensor], shapes: HeadShapes) -> Tensor:
+def query_maps(layer: Mapping[str, Any], weight: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
     """[H,N'+R',d]: from a head's query to what meets its position-free keys and what meets the channels.
 
     The first part applies the expected rotation. A channel's query is a sum of the pairs that it carries, times
@@ -72,7 +58,7 @@ def query_maps(layer: Mapping[str, Any], weight: Mapping[str, Tensor], shapes: H
     nope = torch.eye(d, dtype=torch.float64).repeat(heads, 1, 1)
     nope[:, p, p] = nope[:, p + pairs, p + pairs] = real
     nope[:, p, p + pairs], nope[:, p + pairs, p] = -imag, imag
-    index, half = weight["channel_index"], shapes.qk_rope_head_dim // 2
+    index, half = weight["channel_index"], sizes.rope // 2
     kept = layer["qk_rope_head_dim"] // 2
     real, imag = weight["channel_weight"].repeat_interleave(heads // layer["num_kv_heads"], dim=1)  # [H, reads]
     channels = torch.zeros(heads, 2 * half, d, dtype=torch.float64)
@@ -82,7 +68,7 @@ def query_maps(layer: Mapping[str, Any], weight: Mapping[str, Tensor], shapes: H
         channels[:, channel, pair + pairs] -= imag[:, read]
         channels[:, half + channel, pair] += imag[:, read]
         channels[:, half + channel, pair + pairs] += real[:, read]
-    return torch.cat([_grown(nope, shapes.qk_nope_head_dim, d), channels], dim=1)
+    return torch.cat([_grown(nope, sizes.nope, d), channels], dim=1)
 
 
 def _queries(layer: Mapping[str, Any], weight: Mapping[str, Tensor], maps: Tensor) -> dict[str, Tensor]:
@@ -100,7 +86,7 @@ def _queries(layer: Mapping[str, Any], weight: Mapping[str, Tensor], maps: Tenso
     }
 
 
-def _encoder(layer: Mapping[str, Any], weight: Mapping[str, Tensor], shapes: HeadShapes) -> dict[str, Tensor]:
+def _encoder(layer: Mapping[str, Any], weight: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
     """What makes latent and channels, rows and columns grown to the export's sizes."""
     made = {}
     if encodes_keys(layer):
@@ -112,9 +98,9 @@ def _encoder(layer: Mapping[str, Any], weight: Mapping[str, Tensor], shapes: Hea
             made |= {f"value_proj.{name}": weight[f"v_proj.{name}"] for name in ("weight", "bias")}
     else:
         rows, bias = weight["kv_a_proj_with_mqa.weight"], weight["kv_a_proj_with_mqa.bias"]
-    rank, half = layer["kv_lora_rank"], shapes.qk_rope_head_dim // 2
+    rank, half = layer["kv_lora_rank"], sizes.rope // 2
     rows = torch.cat([rows, bias[:, None]], dim=1)
-    latent, channels = _grown(rows[:rank], shapes.kv_lora_rank, rows.shape[1]), rows[rank:].unflatten(0, (2, -1))
+    latent, channels = _grown(rows[:rank], sizes.rank, rows.shape[1]), rows[rank:].unflatten(0, (2, -1))
     rows = torch.cat([latent, _grown(channels, half, rows.shape[1]).flatten(0, 1)])
     return made | {"mla.kv_a_proj_with_mqa.weight": rows[:, :-1], "mla.kv_a_proj_with_mqa.bias": rows[:, -1]}
 
@@ -134,9 +120,9 @@ def encodes_values(layer: Mapping[str, Any]) -> bool:
     return layer.get("value_norm") is not None or layer.get("clip") is not None
 
 
-def _channel_select(layer: Mapping[str, Any], weight: Mapping[str, Tensor], shapes: HeadShapes) -> Tensor:
+def _channel_select(layer: Mapping[str, Any], weight: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
     """[P,K']: a one where a channel turns with a pair's frequency."""
-    select = torch.zeros(layer["rope_pairs"], shapes.qk_rope_head_dim // 2, dtype=torch.float64)
+    select = torch.zeros(layer["rope_pairs"], sizes.rope // 2, dtype=torch.float64)
     turns = weight["channel_index"][: layer["qk_rope_head_dim"] // 2]
     select[turns, torch.arange(len(turns))] = 1.0
     return select

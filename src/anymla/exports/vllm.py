@@ -10,18 +10,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
+import transformers
 from torch import Tensor
 
-from anymla.errors import InfeasibleError, UnsupportedModelError
+from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, read_converted
-from anymla.exports.fused_layer import HeadShapes, encodes_keys, encodes_values, fused_tensors
+from anymla.exports.fold import Sizes
+from anymla.exports.fused_layer import encodes_keys, encodes_values, fused_tensors
+from anymla.exports.padding import padded
 from anymla.exports.weights import write_weights
-from anymla.io.checkpoint import copy_companions, safe_config
+from anymla.io.checkpoint import check_loading, copy_companions, safe_config
+from anymla.io.config import read_object
 from anymla.modeling import modeling_anymla, modeling_mla
 
-Pad = Literal["none", "cpu", "cuda", "full"]
 FILES = ("modeling_mla.py", "fused_attention.py", "heads.py", "absorbed.py")
 REFUSED = {
     "softcap": "a soft-cap on scores",
@@ -35,14 +39,15 @@ REFUSED = {
 }
 
 
-def write_vllm(converted: Path, folder: Path, *, pad: Pad = "cpu") -> HeadShapes:
-    """Writes the converted model of ``converted`` into ``folder``; returns the sizes that all its layers have.
+def write_vllm(converted: Path, folder: Path, *, pad: str = "cpu", dtype: str | None = None) -> Sizes:
+    """Writes the converted model of ``converted`` into ``folder``; returns the sizes that all layers have there.
 
     Args:
         converted: what ``anymla convert`` wrote.
         folder: where code, config, weights and tokenizer go; made if it is not there.
-        pad: with zeros, exactly, up to sizes that kernels need: 'cpu' rank 512 and rope 64, the only ones of vLLM's on
-            CPUs; 'cuda' rope 64, nope 64 or 128, value 128, for prefill on GPUs; 'full' both.
+        pad: with zeros, exactly, up to sizes that kernels need (padding.py). A layer that keeps less than another is
+            filled up to it in any case: vLLM has one size for all.
+        dtype: of the weights. Default: the converted model's.
 
     Raises:
         UnsupportedModelError: the model does something that vLLM's latent attention does not.
@@ -51,23 +56,36 @@ def write_vllm(converted: Path, folder: Path, *, pad: Pad = "cpu") -> HeadShapes
     """
     source, config = read_converted(converted), safe_config(converted)
     check_layers(source, config)
-    shapes = padded_shapes(source, pad)
-    exponent = 10 if str(config.dtype) == "torch.float16" else 20  # 2^20 is more than a float16 holds
+    names = ("kv_lora_rank", "qk_rope_head_dim", "head_dim", "head_dim")
+    sizes = padded(converted, Sizes(*(max(layer.size(name) for layer in source.layers) for name in names)), pad)
+    dtype = dtype or str(config.dtype).removeprefix("torch.")
+    exponent = 10 if dtype == "float16" else 20  # 2^20 is more than a float16 holds
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, _tensors(source, shapes, exponent))
+    write_weights(folder, _tensors(source, sizes, exponent, getattr(torch, dtype)))
     room = Path(modeling_mla.__file__).parent
     for name in FILES:
         shutil.copyfile(room / name, folder / name)
     copy_companions(converted, folder)
-    fused_config(config, shapes, exponent).save_pretrained(folder)
-    return shapes
+    fused_config(config, sizes, exponent, dtype).save_pretrained(folder)
+    return sizes
+
+
+def load_fused(folder: Path) -> Any:
+    """The model of ``folder`` in float32, by the classes that its code files are copies of.
+
+    Raises:
+        CheckpointError: tensors are missing, of wrong shape or too many.
+    """
+    architecture = read_object(folder / "config.json")["architectures"][0]
+    model, info = getattr(modeling_mla, architecture).from_pretrained(
+        folder, dtype="float32", use_safetensors=True, output_loading_info=True, local_files_only=True
+    )
+    check_loading(folder, info, model.all_tied_weights_keys or {})
+    return model.eval().requires_grad_(False)
 
 
 def check_layers(source: Converted, config: Any) -> None:
     """Refuses what vLLM's latent attention cannot do, in the name of the first layer that needs it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     if config.get_text_config() is not config:
         raise UnsupportedModelError(f"{source.folder} sees images; --to vllm writes models of text only")
     if isinstance(getattr(type(config), "head_dim", None), property):
@@ -75,7 +93,7 @@ def check_layers(source: Converted, config: Any) -> None:
             f"{source.folder}: vLLM reads the cache's width from head_dim, which a {source.model_type} config computes"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     for layer in source.layers:
         where = f"{source.folder}: layer {layer.index} has"
         window = model.get_submodule(layer.module).sliding_window
@@ -95,29 +113,8 @@ def check_layers(source: Converted, config: Any) -> None:
         )
 
 
-def padded_shapes(source: Converted, pad: Pad) -> HeadShapes:
-    """The sizes of the widest layer in each respect, grown to what ``pad`` asks for.
-
-    Raises:
-        InfeasibleError: they are larger than that.
-    """
-    names = ("kv_lora_rank", "qk_rope_head_dim", "head_dim")
-    rank, rope, width = (max(layer.size(name) for layer in source.layers) for name in names)
-    room = {"none": (rank, rope, width), "cpu": (512, 64, width), "cuda": (rank, 64, 128), "full": (512, 64, 128)}[pad]
-    for what, size, most in zip(("rank", "rope dims", "head"), (rank, rope, width), room, strict=True):
-        if size > most:
-            raise InfeasibleError(
-                f"{source.folder}: --pad {pad} has room for a {what} of {most} numbers, and a layer has {size}: "
-                "convert to a smaller cache, or give --pad none for engines without this limit"
-            )
-    nope = width if pad in ("none", "cpu") else 64 if width <= 64 else 128
-    return HeadShapes(kv_lora_rank=room[0], qk_rope_head_dim=room[1], qk_nope_head_dim=nope, v_head_dim=room[2])
-
-
-def fused_config(config: Any, shapes: HeadShapes, exponent: int) -> Any:
+def fused_config(config: Any, sizes: Sizes, exponent: int, dtype: str) -> Any:
     """The export's config: the converted one's fields under a model type of its own, DeepSeek's names for the sizes."""
-    import transformers
-
     stock = getattr(transformers, config.architectures[0].removeprefix(modeling_anymla.PREFIX))
     base = transformers.AutoModel._model_mapping[stock.config_class]
     module = FILES[0].removesuffix(".py")
@@ -128,12 +125,13 @@ def fused_config(config: Any, shapes: HeadShapes, exponent: int) -> Any:
     fields |= {
         "architectures": [modeling_mla.PREFIX + stock.__name__],
         "auto_map": {auto: f"{module}.{modeling_mla.PREFIX}{made.__name__}" for auto, made in names.items()},
+        "dtype": dtype,
         "stock_head_dim": getattr(config, "head_dim", None),
-        "head_dim": shapes.cached,  # where vLLM looks for the width of what is cached
-        "kv_lora_rank": shapes.kv_lora_rank,
-        "qk_rope_head_dim": shapes.qk_rope_head_dim,
-        "qk_nope_head_dim": shapes.qk_nope_head_dim,
-        "v_head_dim": shapes.v_head_dim,
+        "head_dim": sizes.rank + sizes.rope,  # where vLLM looks for the width of what is cached
+        "kv_lora_rank": sizes.rank,
+        "qk_rope_head_dim": sizes.rope,
+        "qk_nope_head_dim": sizes.nope,
+        "v_head_dim": sizes.value,
         "q_lora_rank": None,
         "latent_norm_exponent": exponent,
         "mla_layers": [
@@ -144,13 +142,13 @@ def fused_config(config: Any, shapes: HeadShapes, exponent: int) -> Any:
     return getattr(modeling_mla, modeling_mla.PREFIX + stock.config_class.__name__)(**fields)
 
 
-def _tensors(source: Converted, shapes: HeadShapes, exponent: int) -> Iterator[dict[str, Tensor]]:
-    """All weights: those outside attention one by one as they are, attention layer by layer, in its own dtype."""
+def _tensors(source: Converted, sizes: Sizes, exponent: int, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """All weights: those outside attention one by one as they are, attention layer by layer."""
     inside = tuple(f"{layer.module}." for layer in source.layers)
     for name, stored in source.stored.items():
         if not name.startswith(inside):
-            yield {name: stored.read()}
+            tensor = stored.read()
+            yield {name: tensor.to(dtype) if tensor.is_floating_point() else tensor}
     for layer, prefix in zip(source.layers, inside, strict=True):
-        dtype = source.stored[f"{prefix}kv_b_proj.weight"].meta().dtype
-        made = fused_tensors(layer.features, source.tensors(prefix), shapes, exponent)
+        made = fused_tensors(layer.features, source.tensors(prefix), sizes, exponent)
         yield {f"{prefix}{name}": tensor.to(dtype).contiguous() for name, tensor in made.items()}
