@@ -103,6 +103,18 @@ def test_trained_model_is_fused(story, tmp_path):
     assert answer["cache_bytes_per_token"] == 5 * 4 * PADDED and answer["layers"] == 5
 
 
+@pytest.mark.parametrize("budget", [0.5, 0.3125], ids=["50%", "31%"])
+def test_stock_deepseek(budget, tmp_path):
+    """The DeepSeek export by vLLM's own DeepSeek-V3: no code of ours in the folder either."""
+    converted, output = tmp_path / "converted", tmp_path / "export"
+    options = {"calibration_tokens": 16384, "reconstruction_steps": 0}
+    anymla.convert(bundled_model(), converted, kv_cache=budget, target="deepseek", **options)
+    done = anymla.export(converted, output, "deepseek", pad="cpu")
+    assert not list(output.glob("*.py"))
+    answer, _ = compare(converted, output, story_prompts(), trust=False)
+    assert answer["cache_bytes_per_token"] == 5 * 4 * PADDED == 5 * 4 * done.parity.cached_numbers
+
+
 FAMILIES = {
     "llama3": ("llama", {"rope_parameters": {"rope_theta": 10000.0, **ROPES["llama3"]}, "head_dim": 16}),
     "llama-yarn-bias": ("llama", {"rope_parameters": {"rope_theta": 10000.0, **ROPES["yarn"]}, "attention_bias": True}),
