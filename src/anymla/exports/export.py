@@ -13,6 +13,7 @@ from typing import Any, cast
 from anymla import __version__
 from anymla.errors import RecipeError
 from anymla.exports.card import export_card
+from anymla.exports.padding import PADS
 from anymla.exports.parity import Parity, check_parity
 from anymla.io.checkpoint import check_output, find_model, new_folder
 from anymla.io.config import read_object
@@ -54,6 +55,13 @@ def _deepseek(converted: Path, folder: Path, dtype: str | None, pad: str | None)
     return check_parity(converted, folder)
 
 
+def _vllm(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
+    from anymla.exports.vllm import load_fused, write_vllm
+
+    write_vllm(converted, folder, pad=pad or "cpu", dtype=dtype)
+    return check_parity(converted, folder, load=load_fused)
+
+
 def _gguf(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
     """By way of a DeepSeek checkpoint in float32, so that weights are rounded once."""
     from anymla.exports.deepseek import write_deepseek
@@ -84,11 +92,20 @@ FORMATS: dict[Target, Format] = {
     "deepseek": Format(
         _deepseek,
         dtypes=("float32", "bfloat16"),
-        pads=("none", "cpu", "cuda", "full"),
+        pads=PADS,
         commands={
             "transformers": "transformers serve {output}",
             "vLLM": "vllm serve {output}",
             "SGLang": "python -m sglang.launch_server --model-path {output}",
+        },
+    ),
+    "vllm": Format(
+        _vllm,
+        dtypes=("float32", "bfloat16", "float16"),
+        pads=PADS,
+        commands={
+            "vLLM": "vllm serve {output} --trust-remote-code",
+            "transformers": "transformers serve {output} --trust-remote-code",
         },
     ),
     "gguf": Format(
@@ -118,9 +135,12 @@ def export(
     Args:
         converted: a folder that ``anymla convert`` wrote, planned with the same ``target``.
         output: the folder to write.
-        to: deepseek: a stock DeepseekV3ForCausalLM checkpoint; gguf: a folder with one file for llama.cpp.
+        to: deepseek: a stock DeepseekV3ForCausalLM checkpoint; vllm: the family's own model with code that vLLM's
+            transformers backend runs with its latent attention; gguf: a folder with one file for
+            llama.cpp.
         dtype: of the weights. Default: the converted model's.
-        pad: fill up with zeros, exactly, to sizes that kernels need: cpu, cuda or full (docs/exporting.md).
+        pad: fill up with zeros, exactly, to sizes that kernels need: cpu (the default of vllm), cuda, full or none
+            (docs/exporting.md).
         overwrite: replace ``output`` if it exists.
 
     Raises:

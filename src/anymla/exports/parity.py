@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from anymla.errors import ParityError
-from anymla.io.checkpoint import load_model, load_tokenizer, safe_config
+from anymla.io.checkpoint import load_model, load_tokenizer
+from anymla.io.config import read_object
 
 PROMPTS = (
     "Once upon a time, there was a little girl who",
@@ -21,7 +22,7 @@ PROMPTS = (
 NEW_TOKENS = 32
 # Largest difference of two logits, over their standard deviation. Both models run in float32; the export's weights, as
 # they are multiplied by factors, are rounded to their dtype once more.
-TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
+TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +55,29 @@ class Answers:
     cached_numbers: float
 
 
-def check_parity(converted: Path, folder: Path, prompts: Sequence[str] = PROMPTS) -> Parity:
-    """Compares the checkpoint in ``folder``, loaded by stock classes, with the converted model.
+def load_stock(folder: Path) -> Any:
+    """The model of ``folder`` in float32, by transformers' own classes."""
+    return load_model(folder, dtype="float32")
+
+
+def check_parity(
+    converted: Path, folder: Path, prompts: Sequence[str] = PROMPTS, *, load: Callable[[Path], Any] = load_stock
+) -> Parity:
+    """Compares the checkpoint in ``folder``, loaded in float32 by ``load`` (stock classes), with the converted model.
 
     Raises:
         ParityError: logits or tokens differ by more than the tolerance; says by how much.
     """
 
     def answers(ids: list[Tensor], expected: list[Tensor]) -> Answers:
-        export = load_model(folder, dtype="float32")
+        export = load(folder)
         return Answers(
             [_logits(export, tokens) for tokens in expected],
             [_continued(export, each) for each in ids],
             _cached_numbers(export, ids[0]),
         )
 
-    tolerance = TOLERANCE[str(safe_config(folder).dtype).removeprefix("torch.")]
+    tolerance = TOLERANCE[read_object(folder / "config.json")["dtype"]]
     return compare(converted, "transformers", tolerance, answers, prompts)
 
 
@@ -94,7 +102,7 @@ def compare(
     """
     tokenizer = load_tokenizer(converted)
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
-    original = load_model(converted, dtype="float32")
+    original = load_stock(converted)
     expected = [_continued(original, each) for each in ids]
     scores = [_logits(original, tokens) for tokens in expected]
     del original
