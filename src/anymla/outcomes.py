@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymla.architectures.blueprint import Blueprint
 from anymla.planning.plan import Plan
+from anymla.planning.targets import verdicts
 
 if TYPE_CHECKING:
     from anymla.conversion.step import LayerResult
@@ -27,6 +28,11 @@ class Inspection:
     reason: str | None
     blueprint: Blueprint | None
 
+    @property
+    def targets(self) -> dict[str, tuple[str, str]]:
+        """Which serving engines can have it, under which plan, and why not (planning/targets.py); none unsupported."""
+        return {} if self.blueprint is None else verdicts(self.blueprint)
+
     def to_dict(self) -> dict[str, Any]:
         """The facts under their stable JSON names."""
         facts: dict[str, Any] = {"model": self.model, "supported": self.supported, "reason": self.reason}
@@ -43,6 +49,7 @@ class Inspection:
         return facts | {
             "layers": [None if layer is None else asdict(layer) for layer in blueprint.layers],
             "vision": blueprint.has_vision,
+            "targets": {name: dict(zip(("export", "why"), found, strict=True)) for name, found in self.targets.items()},
             **{k: shape[k] for k in shape if k != "layers"},
         }
 
