@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,4 +78,11 @@ class Conversion:
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "anymla_version": self.anymla_version,
+            "versions": versions(),
         }
+
+
+def versions() -> dict[str, str]:
+    """What results depend on, as it is installed here."""
+    packages = {name: version(name) for name in ("anymla", "torch", "transformers")}
+    return packages | {"python": platform.python_version()}

@@ -8,7 +8,7 @@ latent and one eps. What it cannot say is refused here; what it says otherwise i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from anymla.architectures.positions import read_rope
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import NORM_EPS, READ, Sizes, deepseek_attention
+from anymla.exports.padding import padded
 from anymla.exports.weights import write_weights
 from anymla.io.checkpoint import copy_companions
 from anymla.planning.targets import plain_pairs
@@ -89,8 +90,7 @@ def _shape(source: Converted, pad: str) -> DeepSeekShape:
     first = source.layers[0]
     d = first.size("head_dim")
     sizes = Sizes(first.size("kv_lora_rank"), first.size("qk_rope_head_dim"), d, d)
-    if pad != "none":
-        sizes = _padded(source, sizes, pad)
+    sizes = padded(source.folder, sizes, pad)
     return DeepSeekShape(sizes, _theta(source, first, sizes, grids.pop()[2]))
 
 
@@ -126,22 +126,6 @@ def _grid(source: Converted, layer: Layer) -> tuple[int, int, int]:
             f"{source.folder}: layer {layer.index}: its rope frequencies are no geometric series from 1: {CONVERT}"
         )
     return layer.size("kv_lora_rank"), rope, max(step, 1)
-
-
-def _padded(source: Converted, sizes: Sizes, pad: str) -> Sizes:
-    """The sizes, grown to what ``pad`` asks for."""
-    grown = replace(sizes, rope=64)
-    if pad in ("cpu", "full"):
-        grown = replace(grown, rank=512)
-    if pad in ("cuda", "full"):
-        grown = replace(grown, nope=64 if sizes.nope <= 64 else 128, value=128)
-    for name, size in asdict(sizes).items():
-        if size > asdict(grown)[name]:
-            raise UnsupportedModelError(
-                f"{source.folder}: --pad {pad} has room for a {name} of {asdict(grown)[name]} numbers, and it has "
-                f"{size}: leave --pad out"
-            )
-    return grown
 
 
 def _theta(source: Converted, layer: Layer, sizes: Sizes, step: int) -> float:
