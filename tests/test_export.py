@@ -46,6 +46,9 @@ OTHERS = [
     ("ernie4_5", {"use_bias": False}),
     ("helium", {}),
     ("glm", {"attention_bias": False}),
+    ("seed_oss", {"attention_bias": False, "attention_out_bias": False}),
+    ("smollm3", {"no_rope_layers": [1, 1], "use_sliding_window": False, "layer_types": ["full_attention"] * 2}),
+    ("ministral", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
 ]
 TARGET = {"kv_cache": 0.5, "target": "deepseek"}
 
