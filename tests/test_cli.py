@@ -17,7 +17,7 @@ from anymla.errors import AnymlaError
 from anymla.recipe import Recipe
 from tests.damage import BUNDLED, FAST, TRAIN, VALID, run_main
 
-COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate")
+COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate", "export")
 SCORES = {
     "perplexity",
     "kl",
@@ -29,6 +29,7 @@ SCORES = {
 LAYERS, NUMBERS, BYTES = 5, 64, 1280  # of the bundled model: cached numbers per token and layer, bytes per token
 OTHER_THAN_DEFAULT = {
     "kv_cache": 0.5,
+    "target": "vllm",
     "rope": "uniform",
     "rope_dims": 4,
     "kv_rank": 9,
@@ -99,7 +100,15 @@ def test_inspect_json(anymla):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["inspect", BUNDLED, "--json"], ["inspect", BUNDLED], ["plan", BUNDLED], ["--help"]]
+    "arguments",
+    [
+        ["inspect", BUNDLED, "--json"],
+        ["inspect", BUNDLED],
+        ["inspect", BUNDLED, "--targets"],
+        ["plan", BUNDLED],
+        ["plan", BUNDLED, "--target", "deepseek"],
+        ["--help"],
+    ],
 )
 def test_answers_at_once_without_torch(arguments):
     code = (

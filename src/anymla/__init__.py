@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anymla.evaluation.measures import Comparison, Measure
     from anymla.evaluation.scores import Scores
     from anymla.exports.export import Export, export
+    from anymla.hub import Push, push
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.planning.plan import Plan
@@ -32,6 +33,7 @@ __all__ = [
     "Inspection",
     "Measure",
     "Plan",
+    "Push",
     "Recipe",
     "Recovery",
     "Scores",
@@ -42,6 +44,7 @@ __all__ = [
     "export",
     "inspect",
     "plan",
+    "push",
     "tune",
 ]
 
@@ -54,11 +57,13 @@ _HOMES = {
     "Inspection": "anymla.outcomes",
     "Measure": "anymla.evaluation.measures",
     "Plan": "anymla.planning.plan",
+    "Push": "anymla.hub",
     "Recipe": "anymla.recipe",
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
+    "push": "anymla.hub",
     "Tuning": "anymla.training.recipe",
     "tune": "anymla.recovery",
 }

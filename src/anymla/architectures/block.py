@@ -1,4 +1,4 @@
-"""What a decoder layer does outside its attention."""
+"""What of a decoder layer the layouts of serving engines have no place for."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def other_block(model_type: str, config: Mapping[str, Any]) -> str | None:
         if config.get(field):
             return f"its MLP has biases ({field}), DeepSeek's has none"
     return None
+
+
+def beyond_latent(model_type: str, config: Mapping[str, Any], *, rope: bool) -> str | None:
+    """What of its attention no engine's latent attention does; None for nothing."""
+    family = FAMILIES[model_type]
+    found = {
+        "a soft-cap on scores": family.softcap and config.get("attn_logit_softcapping") is not None,
+        "a bias on scores by position": family.position_bias is not None and not rope,
+        "a query scale by position": family.temperature is not None,
+        "norms after rope": family.norm_after_rope,
+        "a residual stream inside attention": family.adds_residual,
+    }
+    return family.beyond or next((what for what, is_there in found.items() if is_there), None)

@@ -41,14 +41,18 @@ def demo(
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(
+    model: Model,
+    targets: Annotated[bool, typer.Option("--targets", help="Show which engines' layouts can hold it.")] = False,
+    as_json: Json = False,
+) -> None:
     """Show what a model is, whether it can be converted, and what its cache costs. Reads its config alone."""
     inspection = pipeline.inspect(model)
     if as_json:
         return print_json(inspection.to_dict())
-    from anymla.report.tables import inspection_table
+    from anymla.report.tables import inspection_table, targets_table
 
-    out.print(inspection_table(inspection))
+    out.print(targets_table(inspection) if targets and inspection.supported else inspection_table(inspection))
 
 
 @app.command()

@@ -6,7 +6,7 @@ that turn, R = 2K, r latent rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from anymla.io.checkpoint import check_weights, safe_config
 from anymla.io.safetensors import Stored, read_header
 
 PREFIX = "anymla_"
+REQUIRED = {
+    *("module", "kv_lora_rank", "qk_rope_head_dim", "num_heads", "num_kv_heads", "head_dim", "rope_pairs", "scaling"),
+    "rope_table",
+}
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,19 @@ class Converted:
     layers: tuple[Layer, ...]
     stored: Mapping[str, Stored]
 
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        if name not in self.stored:
+            raise CheckpointError(f"{self.folder} lacks the tensor {name}")
+        return self.stored[name].read()
+
     def scaled(self, name: str, factor: float) -> Tensor:
-        """The tensor ``name`` times ``factor``, in its own dtype."""
-        tensor = self.stored[name].read()
+        """The same times ``factor``, in its own dtype."""
+        tensor = self.tensor(name)
         return tensor if factor == 1 else tensor * factor
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -55,6 +69,11 @@ class Converted:
             name.removeprefix(prefix): tensor.double() if tensor.is_floating_point() else tensor
             for name, tensor in found.items()
         }
+
+    def attention(self, layer: Layer, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors ``names`` of a layer's attention, floating-point ones in float64."""
+        found = {name: self.tensor(f"{layer.module}.{name}") for name in names}
+        return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
 
 
 def read_converted(folder: Path) -> Converted:
@@ -70,9 +89,14 @@ def read_converted(folder: Path) -> Converted:
     stored: dict[str, Stored] = {}
     for file in files:
         stored |= read_header(file)
+    described = getattr(config, "mla_layers", None)
+    if not isinstance(described, list) or not all(
+        isinstance(layer, dict) and layer.keys() >= REQUIRED for layer in described
+    ):
+        raise CheckpointError(f"{folder}/config.json: mla_layers does not describe layers as anymla convert does")
     layers = tuple(
         Layer(index, features["module"], {name: value for name, value in features.items() if name != "module"})
-        for index, features in enumerate(config.mla_layers)
+        for index, features in enumerate(described)
     )
     model_type = config.model_type.removeprefix(PREFIX)
     return Converted(folder, model_type, config.get_text_config().to_dict(), layers, stored)

@@ -19,7 +19,7 @@ from anymla.architectures.block import other_block
 from anymla.architectures.positions import read_rope
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
-from anymla.exports.fold import NORM_EPS, Sizes, deepseek_attention
+from anymla.exports.fold import NORM_EPS, READ, Sizes, deepseek_attention
 from anymla.exports.padding import padded
 from anymla.exports.weights import write_weights
 from anymla.io.checkpoint import copy_companions
@@ -118,7 +118,7 @@ def _check_layer(source: Converted, layer: Layer) -> None:
 def _grid(source: Converted, layer: Layer) -> tuple[int, int, int]:
     """(rank, rope dims, step): channel i turns with the frequency of pair i * step."""
     rope = layer.size("qk_rope_head_dim")
-    turns = source.stored[f"{layer.module}.channel_index"].read()[: rope // 2].sort().values
+    turns = source.tensor(f"{layer.module}.channel_index")[: rope // 2].sort().values
     step = int(turns[-1]) // max(1, len(turns) - 1) if len(turns) else 0
     plain = plain_pairs(read_rope(source.config), layer.size("rope_pairs"))
     if not len(turns) or not turns.equal(torch.arange(len(turns)) * max(step, 1)) or turns[-1] >= plain:
@@ -154,7 +154,7 @@ def _tensors(source: Converted, shape: DeepSeekShape, stream: float, dtype: torc
     for layer in source.layers:
         prefix = f"model.layers.{layer.index}."
         norms = {name: source.scaled(f"{prefix}{name}", 1) for name in NORMS}
-        attention = source.tensors(f"{layer.module}.")
+        attention = source.attention(layer, READ)
         folded = deepseek_attention(attention, layer, shape.sizes, norms[NORMS[0]].double(), dtype)
         folded["o_proj.weight"] *= added
         made = norms | _mlp(source, f"{prefix}mlp.", added)

@@ -16,6 +16,10 @@ from anymla.exports.converted import Layer
 from anymla.modeling.heads import multiply_pairs
 
 NORM_EPS = 1e-6  # of the latent's norm: transformers has no other there
+READ = (  # tensors of LatentAttention that this takes
+    *("q_proj.weight", "kv_a_proj_with_mqa.weight", "kv_b_proj.weight", "o_proj.weight"),
+    *("query_rotation", "channel_weight", "channel_index"),
+)
 NEGLIGIBLE = 2.0**-24  # the most that the neutralised norm may change a latent, as a share of it
 
 
@@ -44,7 +48,7 @@ def deepseek_attention(
 ) -> dict[str, Tensor]:
     """The tensors of DeepseekV3Attention, float64.
 
-    ``tensors``: those of LatentAttention. ``norm`` [D]: weight of the norm before it, which bounds the latents.
+    ``tensors``: those of ``READ``. ``norm`` [D]: weight of the norm before it, which bounds the latents.
     ``dtype``: in which they will be stored.
     """
     turns = tensors["channel_index"][: layer.size("qk_rope_head_dim") // 2]

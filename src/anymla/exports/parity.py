@@ -1,4 +1,4 @@
-"""Whether an export is the converted model: logits and greedy tokens, both in transformers."""
+"""Whether an export is the converted model: logits and greedy tokens."""
 
 from __future__ import annotations
 
@@ -46,6 +46,15 @@ class Parity:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What an export gave: ``logits`` [T,V] on the converted model's sequences, its own ``sequences`` [1,T]."""
+
+    logits: list[Tensor]
+    sequences: list[Tensor]
+    cached_numbers: float
+
+
 def load_stock(folder: Path) -> Any:
     """The model of ``folder`` in float32, by transformers' own classes."""
     return load_model(folder, dtype="float32")
@@ -59,18 +68,49 @@ def check_parity(
     Raises:
         ParityError: logits or tokens differ by more than the tolerance; says by how much.
     """
+
+    def answers(ids: list[Tensor], expected: list[Tensor]) -> Answers:
+        export = load(folder)
+        return Answers(
+            [_logits(export, tokens) for tokens in expected],
+            [_continued(export, each) for each in ids],
+            _cached_numbers(export, ids[0]),
+        )
+
     tolerance = TOLERANCE[read_object(folder / "config.json")["dtype"]]
+    return compare(converted, "transformers", tolerance, answers, prompts)
+
+
+def compare(
+    converted: Path,
+    engine: str,
+    tolerance: float,
+    answers: Callable[[list[Tensor], list[Tensor]], Answers],
+    prompts: Sequence[str] = PROMPTS,
+) -> Parity:
+    """Holds what an engine answers to the converted model in transformers.
+
+    Args:
+        converted: what ``anymla convert`` wrote.
+        engine: its name.
+        tolerance: on logits, over their standard deviation.
+        answers: asks the engine, given the prompts [1,T] and the sequences that the converted model makes of them.
+        prompts: texts to begin with.
+
+    Raises:
+        ParityError: logits or tokens differ by more than the tolerance; says by how much.
+    """
     tokenizer = load_tokenizer(converted)
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     original = load_stock(converted)
     expected = [_continued(original, each) for each in ids]
     scores = [_logits(original, tokens) for tokens in expected]
     del original
-    export = load(folder)
+    given = answers(ids, expected)
     largest, equal = 0.0, 0
-    for prompt, tokens, score in zip(ids, expected, scores, strict=True):
-        spread, found = score.std().item(), _continued(export, prompt)
-        largest = max(largest, (_logits(export, tokens) - score).abs().max().item() / spread)
+    for number, (prompt, tokens, score) in enumerate(zip(ids, expected, scores, strict=True)):
+        spread, found = score.std().item(), given.sequences[number]
+        largest = max(largest, (given.logits[number] - score).abs().max().item() / spread)
         same = int((tokens == found).long().cumprod(1).sum()) - prompt.shape[1]
         equal += same
         if same < NEW_TOKENS:
@@ -83,14 +123,13 @@ def check_parity(
             f"{tolerance:g} is allowed, and {equal} of {NEW_TOKENS * len(ids)} greedy tokens are the same; nothing was "
             "written"
         )
-    numbers = _cached_numbers(export, ids[0])
     return Parity(
-        engine="transformers",
+        engine=engine,
         logits=largest,
         tolerance=tolerance,
         tokens=equal,
         of=NEW_TOKENS * len(ids),
-        cached_numbers=numbers,
+        cached_numbers=given.cached_numbers,
     )
 
 

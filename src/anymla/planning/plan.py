@@ -105,6 +105,7 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
     Raises:
         InfeasibleError: the number of layers or a layer's sizes do not fit.
     """
+    _check_target(plan, model, blueprint)
     if len(plan.layers) != len(blueprint.layers):
         raise InfeasibleError(f"the plan has {len(plan.layers)} layers and {model} has {len(blueprint.layers)}")
     for index, (layer, spec) in enumerate(zip(plan.layers, blueprint.layers, strict=True)):
@@ -122,6 +123,22 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
                     f"the plan's layer {index}: rope_dims {dims} and kv_rank {rank} do not fit {model}, "
                     f"which has {turned} in steps of {step}, and {2 * keys}"
                 )
+
+
+def _check_target(plan: Plan, model: str, blueprint: Blueprint) -> None:
+    """Refuses a plan that its own recipe's target cannot hold."""
+    target, layers = plan.recipe.target, [layer for layer in plan.layers if layer is not None]
+    most = None
+    if target is not None:
+        check_target(target, model, blueprint)
+        most = most_channels(target, plan.recipe.rope, blueprint)
+        if any(layer != layers[0] for layer in layers):
+            raise InfeasibleError(f"the plan's layers differ, and --target {target} needs one split for all")
+    for layer in layers:
+        widest = max(layer.rope_choices) if layer.rope_dims is None else layer.rope_dims
+        last = (widest // 2 - 1) * (layer.rope_step or 1)
+        if (layer.rope_step is not None and most is None) or (most is not None and not 0 <= last < most):
+            raise InfeasibleError(f"the plan's rope_step {layer.rope_step} and rope dims {widest} do not fit {model}")
 
 
 def _rope_step(spec: AttentionSpec, recipe: Recipe) -> int:

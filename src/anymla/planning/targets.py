@@ -46,26 +46,29 @@ def plain_pairs(rope: RopeSpec | None, pairs: int) -> int:
 
 def target_refusal(target: Target, blueprint: Blueprint) -> str | None:
     """Why no conversion of this model can be exported to ``target``, or None."""
-    limits, specs = LIMITS[target], list(blueprint.attention_layers.values())
-    if len(specs) < len(blueprint.layers):
-        return "some layers have no softmax attention"
-    if any(spec != specs[0] for spec in specs):
-        return "its attention layers differ in shape, rope or window"
+    specs = list(blueprint.attention_layers.values())
+    windows = [spec.sliding_window for spec in specs if spec.sliding_window is not None]
     if blueprint.has_vision:
         return "it is a vision-language model"
-    return _deepseek_refusal(specs[0], blueprint) if limits.grid else None
+    if len(specs) < len(blueprint.layers):
+        return "some layers have no softmax attention"
+    if windows and min(windows) < blueprint.max_position_embeddings:
+        return f"it has a sliding window of {min(windows)} tokens"
+    if blueprint.beyond is not None:
+        return f"it has {blueprint.beyond}"
+    if any(spec != specs[0] for spec in specs):
+        return "its layers differ in heads, rope or window"
+    return _deepseek_refusal(specs[0], blueprint) if LIMITS[target].grid else None
 
 
 def _deepseek_refusal(spec: AttentionSpec, blueprint: Blueprint) -> str | None:
     if blueprint.other_block is not None:
         return blueprint.other_block
     if spec.qk_norm:
-        return "it has norms on queries and keys, which DeepSeek's attention has not"
+        return "it has norms on queries and keys, DeepSeek's attention has none"
     if spec.qkv_bias or spec.output_bias:
         return "its attention has biases, DeepSeek's has none"
-    if spec.sliding_window is not None and spec.sliding_window < blueprint.max_position_embeddings:
-        return f"it has a sliding window of {spec.sliding_window} tokens, which DeepSeek's attention has not"
-    if blueprint.rope is None or not plain_pairs(blueprint.rope, spec.rope_pairs):
+    if not plain_pairs(blueprint.rope, spec.rope_pairs):
         kind = "no rope" if blueprint.rope is None else f"rope of type {blueprint.rope.rope_type}"
         return f"it has {kind}: no pair turns as in DeepSeek's plain rope"
     return None
@@ -84,18 +87,19 @@ def check_target(target: Target, model: str, blueprint: Blueprint) -> None:
 
 
 def verdicts(blueprint: Blueprint) -> dict[str, tuple[str, str]]:
-    """For each target (and transformers): 'exact', 'constrained' or 'impossible', and what that means."""
+    """For each target whether its export is 'exact' with any plan, 'constrained' to some or 'impossible', and why."""
     found = {"transformers": ("exact", "any plan")}
     for target in TARGETS:
-        limits = LIMITS[target]
         if (reason := target_refusal(target, blueprint)) is not None:
             found[target] = ("impossible", reason)
-            continue
-        needs = "one split for all layers"
-        if limits.grid:
+        elif LIMITS[target].grid:
             spec = next(iter(blueprint.attention_layers.values()))
-            needs += f", at most {plain_pairs(blueprint.rope, spec.rope_pairs)} rope channels on a grid, no biases"
-        found[target] = ("constrained", f"convert --target {target}: {needs}")
+            most = plain_pairs(blueprint.rope, spec.rope_pairs)
+            needs = f"one split for all layers, at most {most} rope channels on a grid, no biases"
+            found[target] = ("constrained", f"convert --target {target}: {needs}")
+        else:
+            needs = "layers are padded to the widest; with convert --target vllm they have one split"
+            found[target] = ("exact", f"any plan: {needs}")
     return found
 
 
