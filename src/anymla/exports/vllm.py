@@ -75,13 +75,29 @@ def load_fused(folder: Path) -> Any:
 
     Raises:
         CheckpointError: tensors are missing, of wrong shape or too many.
+        UnsupportedModelError: vLLM would make other logits of its hidden states.
     """
     architecture = read_object(folder / "config.json")["architectures"][0]
     model, info = getattr(modeling_mla, architecture).from_pretrained(
         folder, dtype="float32", use_safetensors=True, output_loading_info=True, local_files_only=True
     )
     check_loading(folder, info, model.all_tied_weights_keys or {})
-    return model.eval().requires_grad_(False)
+    _check_head(model.eval().requires_grad_(False))
+    return model
+
+
+def _check_head(model: Any) -> None:
+    """Refuses what vLLM loses: it runs the model without its head, and makes logits of lm_head and these two fields."""
+    ids = torch.arange(8)[None]
+    logits = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+    if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:
+        logits = (logits / cap).tanh() * cap
+    logits, expected = logits * getattr(model.config, "logit_scale", 1.0), model(ids).logits
+    if (logits - expected).abs().max() > 1e-4 * expected.std():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does more to its logits than vLLM, which projects the last hidden state and "
+            "heeds logit_scale and final_logit_softcapping"
+        )
 
 
 def check_layers(source: Converted, config: Any) -> None:
@@ -135,10 +151,13 @@ def fused_config(config: Any, sizes: Sizes, exponent: int, dtype: str) -> Any:
         "q_lora_rank": None,
         "latent_norm_exponent": exponent,
         "mla_layers": [
-            layer | {"encodes_keys": encodes_keys(layer), "encodes_values": encodes_values(layer)}
+            layer
+            | {"scaling": sizes.scale, "encodes_keys": encodes_keys(layer), "encodes_values": encodes_values(layer)}
             for layer in config.mla_layers
         ],
     }
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite's, which vLLM knows by another name
+        fields["logit_scale"] = 1 / divisor
     return getattr(modeling_mla, modeling_mla.PREFIX + stock.config_class.__name__)(**fields)
 
 
