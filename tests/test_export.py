@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 import anymla
@@ -152,7 +151,8 @@ def test_stories_give_the_same_tokens(stories):
     assert (stories.done.parity.tokens, stories.done.parity.of) == (96, 96)
     assert stories.done.parity.logits < 1e-4
     assert stories.done.parity.cached_numbers == 64 * stories.share
-    assert stories.done.bytes > (stories.export / "model.safetensors").stat().st_size
+    sizes = {file.name: file.stat().st_size for file in stories.export.iterdir()}
+    assert stories.done.bytes == sum(sizes.values()) - sizes["README.md"] - sizes["export.json"]
     assert difference(load(stories.converted), load(stories.export), length=400) < 1e-4
 
 
@@ -346,29 +346,6 @@ def test_refuses_what_is_not_converted(tmp_path):
     refused(AnymlaError, tmp_path, lambda: anymla.export(bundled(), tmp_path / "out", pad="x"), "--pad x")
 
 
-@pytest.mark.parametrize(
-    ("damage", "word"),
-    [
-        (lambda config: config | {"mla_layers": 7}, "mla_layers"),
-        (lambda config: config | {"mla_layers": [{"module": "model.layers.0.self_attn"}]}, "mla_layers"),
-        (lambda config: config | {"mla_layers": [*config["mla_layers"][:1], *config["mla_layers"]]}, "layer"),
-    ],
-)
-def test_refuses_a_damaged_folder(stories, tmp_path, damage, word):
-    shutil.copytree(stories.converted, tmp_path / "converted")
-    path = tmp_path / "converted" / "config.json"
-    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
-    refused(AnymlaError, tmp_path, lambda: anymla.export(tmp_path / "converted", tmp_path / "out"), word)
-
-
-def test_refuses_a_folder_without_a_tensor(stories, tmp_path):
-    shutil.copytree(stories.converted, tmp_path / "converted")
-    tensors = load_file(path := tmp_path / "converted" / "model.safetensors")
-    tensors.pop("model.layers.3.mlp.up_proj.weight")
-    save_file(tensors, path, metadata={"format": "pt"})
-    refused(CheckpointError, tmp_path, lambda: anymla.export(path.parent, tmp_path / "out"), "layers.3.mlp.up_proj")
-
-
 def test_refuses_float16_and_an_output_that_exists(stories, tmp_path):
     anymla.convert(bundled(), tmp_path / "half", **FAST | TARGET, dtype="float16")
     refused(UnsupportedModelError, tmp_path, lambda: anymla.export(tmp_path / "half", tmp_path / "out"), "bfloat16")
@@ -383,6 +360,10 @@ def test_refuses_to_call_a_wrong_export_done(stories, tmp_path, monkeypatch):
 
 def test_parity_sees_a_changed_weight(stories, tmp_path):
     """One projection of one layer, a tenth larger."""
+    import shutil
+
+    from safetensors.torch import save_file
+
     shutil.copytree(stories.export, tmp_path / "export")
     tensors = load_file(tmp_path / "export" / "model.safetensors")
     tensors["model.layers.2.self_attn.q_proj.weight"] *= 1.1

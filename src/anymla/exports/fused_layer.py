@@ -50,7 +50,8 @@ def query_maps(layer: Mapping[str, Any], weight: Mapping[str, Tensor], sizes: Si
     """[H,N'+R',d]: from a head's query to what meets its position-free keys and what meets the channels.
 
     The first part applies the expected rotation. A channel's query is a sum of the pairs that it carries, times
-    complex weights: multiplications that commute with rope, which comes after.
+    complex weights: multiplications that commute with rope, which comes after. Both hold the scale of scores, so that
+    what is left for engines is the usual one: vLLM's prefill takes one for all layers.
     """
     d, pairs, heads = layer["head_dim"], layer["rope_pairs"], layer["num_heads"]
     real, imag = weight["query_rotation"]
@@ -68,7 +69,7 @@ def query_maps(layer: Mapping[str, Any], weight: Mapping[str, Tensor], sizes: Si
         channels[:, channel, pair + pairs] -= imag[:, read]
         channels[:, half + channel, pair] += imag[:, read]
         channels[:, half + channel, pair + pairs] += real[:, read]
-    return torch.cat([_grown(nope, sizes.nope, d), channels], dim=1)
+    return torch.cat([_grown(nope, sizes.nope, d), channels], dim=1) * (float(layer["scaling"]) / sizes.scale)
 
 
 def _queries(layer: Mapping[str, Any], weight: Mapping[str, Tensor], maps: Tensor) -> dict[str, Tensor]:

@@ -26,13 +26,16 @@ class FusedModelMixin:
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        stock = copy.deepcopy(config)
+        stock, in_vllm = copy.deepcopy(config), config._attn_implementation == "vllm"
+        if in_vllm:  # some families look their attention up by this name, and have none of that
+            stock._attn_implementation = "eager"
         if config.stock_head_dim is None:
             del stock.head_dim
         else:
             stock.head_dim = config.stock_head_dim
         super().__init__(stock, *args, **kwargs)  # type: ignore[call-arg]
-        config._attn_implementation = stock._attn_implementation
+        if not in_vllm:
+            config._attn_implementation = stock._attn_implementation
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, PreTrainedModel):
                 module.config = config
