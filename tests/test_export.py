@@ -192,6 +192,12 @@ def test_bfloat16(stories, tmp_path):
     assert done.parity.logits < done.parity.tolerance == 0.1
 
 
+def test_float32_export_of_bfloat16_weights_rounds_nothing(tmp_path):
+    source = converted(tmp_path, make_model("llama", torch.bfloat16))
+    assert anymla.export(source, tmp_path / "export", dtype="float32").parity.logits < 1e-4
+    assert anymla.export(source, tmp_path / "same").parity.tolerance == 0.1
+
+
 def test_latent_norm_is_neutral_for_any_token(stories):
     """For inputs of the largest size a norm can give, the latent behind kv_a_layernorm is linear in them."""
     attention = load(stories.export, dtype="float64").model.layers[0].self_attn
