@@ -1,10 +1,11 @@
 # make demo   makes the environment, then converts the bundled model and shows the result
 # make test   lint, types, import order, tests
+# make test-engines  the exports in vLLM and llama.cpp; builds these once (minutes)
 # make families  converts a tiny model of every family and writes docs/families.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env demo test lint types imports pytest families oldest benchmarks clean
+.PHONY: env demo test lint types imports pytest test-engines families oldest benchmarks clean
 
 env: .venv/made
 
@@ -13,7 +14,7 @@ env: .venv/made
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e .[data,eval,tune] --group dev
+	$(BIN)/pip install --quiet -c constraints.txt -e .[data,eval,gguf,tune] --group dev
 	touch $@
 
 demo: env
@@ -34,17 +35,22 @@ imports: env
 pytest: env
 	$(BIN)/pytest -n 2
 
+# Each engine has an environment of its own, in the user's cache folder, and is built there once.
+test-engines: env
+	for script in tests/engines/install-*.sh; do PYTHON=$(PYTHON) $$script || exit 1; done
+	$(BIN)/pytest tests/engines -m engines
+
 families: env
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.support_table
 
 oldest: .venv-oldest/made
-	.venv-oldest/bin/pytest -n 2 -m "not slow"
+	.venv-oldest/bin/pytest -n 2 -m "not slow and not engines"
 
 .venv-oldest/made: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --upgrade pip
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt torch
-	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data,eval,tune] --group dev
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data,eval,gguf,tune] --group dev
 	touch $@
 
 benchmarks: env

@@ -17,7 +17,7 @@ from anymla.errors import AnymlaError
 from anymla.recipe import Recipe
 from tests.damage import BUNDLED, FAST, TRAIN, VALID, run_main
 
-COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate")
+COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate", "export", "push")
 SCORES = {
     "perplexity",
     "kl",
@@ -29,9 +29,11 @@ SCORES = {
 LAYERS, NUMBERS, BYTES = 5, 64, 1280  # of the bundled model: cached numbers per token and layer, bytes per token
 OTHER_THAN_DEFAULT = {
     "kv_cache": 0.5,
+    "target": "vllm",
     "rope": "uniform",
     "rope_dims": 4,
     "kv_rank": 9,
+    "static_qk_norm": True,
     "factorization": "joint-svd",
     "expected_rotation": False,
     "reconstruction_steps": 11,
@@ -99,7 +101,15 @@ def test_inspect_json(anymla):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["inspect", BUNDLED, "--json"], ["inspect", BUNDLED], ["plan", BUNDLED], ["--help"]]
+    "arguments",
+    [
+        ["inspect", BUNDLED, "--json"],
+        ["inspect", BUNDLED],
+        ["inspect", BUNDLED, "--targets"],
+        ["plan", BUNDLED],
+        ["plan", BUNDLED, "--target", "deepseek"],
+        ["--help"],
+    ],
 )
 def test_answers_at_once_without_torch(arguments):
     code = (
@@ -329,9 +339,10 @@ def test_every_setting_is_an_option_of_convert(name, monkeypatch, capfd, tmp_pat
 
 
 def test_every_setting_is_an_option_of_plan(anymla):
-    given = [part for name, value in OTHER_THAN_DEFAULT.items() for part in option(name, value)]
+    settings = OTHER_THAN_DEFAULT | {"static_qk_norm": False}  # which goes with another target only
+    given = [part for name, value in settings.items() for part in option(name, value)]
     chosen = json.loads(anymla("plan", BUNDLED, "--json", *given))["recipe"]
-    assert chosen == OTHER_THAN_DEFAULT
+    assert chosen == settings
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from anymla.evaluation.evaluate import evaluate
     from anymla.evaluation.measures import Comparison, Measure
     from anymla.evaluation.scores import Scores
+    from anymla.exports.export import Export, export
+    from anymla.hub import Push, push
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.planning.plan import Plan
@@ -27,9 +29,11 @@ __all__ = [
     "Comparison",
     "Conversion",
     "Evaluation",
+    "Export",
     "Inspection",
     "Measure",
     "Plan",
+    "Push",
     "Recipe",
     "Recovery",
     "Scores",
@@ -37,8 +41,10 @@ __all__ = [
     "convert",
     "evaluate",
     "explain_plan",
+    "export",
     "inspect",
     "plan",
+    "push",
     "tune",
 ]
 
@@ -47,13 +53,17 @@ _HOMES = {
     "Comparison": "anymla.evaluation.measures",
     "Conversion": "anymla.outcomes",
     "Evaluation": "anymla.evaluation.benchmarks",
+    "Export": "anymla.exports.export",
     "Inspection": "anymla.outcomes",
     "Measure": "anymla.evaluation.measures",
     "Plan": "anymla.planning.plan",
+    "Push": "anymla.hub",
     "Recipe": "anymla.recipe",
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
     "evaluate": "anymla.evaluation.evaluate",
+    "export": "anymla.exports.export",
+    "push": "anymla.hub",
     "Tuning": "anymla.training.recipe",
     "tune": "anymla.recovery",
 }

@@ -33,6 +33,10 @@ class TextError(AnymlaError, ValueError):
     """Calibration or evaluation text is missing, unreadable or too short."""
 
 
+class ParityError(AnymlaError, ValueError):
+    """An export does not compute what the converted model does."""
+
+
 class OutputError(AnymlaError, OSError):
     """The output folder exists or cannot be written."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla.architectures.blueprint import Blueprint
 from anymla.planning.plan import Plan
+from anymla.planning.targets import verdicts
 
 if TYPE_CHECKING:
     from anymla.conversion.step import LayerResult
@@ -25,6 +28,11 @@ class Inspection:
     reason: str | None
     blueprint: Blueprint | None
 
+    @property
+    def targets(self) -> dict[str, tuple[str, str]]:
+        """Which serving engines can have it, under which plan, and why not (planning/targets.py); none unsupported."""
+        return {} if self.blueprint is None else verdicts(self.blueprint)
+
     def to_dict(self) -> dict[str, Any]:
         """The facts under their stable JSON names."""
         facts: dict[str, Any] = {"model": self.model, "supported": self.supported, "reason": self.reason}
@@ -41,6 +49,7 @@ class Inspection:
         return facts | {
             "layers": [None if layer is None else asdict(layer) for layer in blueprint.layers],
             "vision": blueprint.has_vision,
+            "targets": {name: dict(zip(("export", "why"), found, strict=True)) for name, found in self.targets.items()},
             **{k: shape[k] for k in shape if k != "layers"},
         }
 
@@ -69,4 +78,11 @@ class Conversion:
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "anymla_version": self.anymla_version,
+            "versions": versions(),
         }
+
+
+def versions() -> dict[str, str]:
+    """What results depend on, as it is installed here."""
+    packages = {name: version(name) for name in ("anymla", "torch", "transformers")}
+    return packages | {"python": platform.python_version()}

@@ -206,7 +206,7 @@ def _convert(
     results = [record.result for record in converted.records]
     report = Conversion(
         output=work.output,
-        plan=_final_plan(plan, sequence.recipe, results),
+        plan=_final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results),
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,

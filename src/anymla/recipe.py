@@ -29,6 +29,8 @@ Rope = Literal[
 ]
 SHARED_ROPES = ("channel-pca", "rorope", "freqfold-2", "freqfold-4", "freqfold-8", "freqfold-16")  # by all KV heads
 FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened", "balanced-pca"]
+Target = Literal["deepseek", "vllm", "gguf"]
+TARGETS: tuple[Target, ...] = ("deepseek", "vllm", "gguf")
 DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
 
@@ -62,6 +64,11 @@ class Recipe(Settings):
     """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
 
     kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache to keep, 0 < x <= 1.")
+    target: Target | None = Field(
+        None,
+        description="Plan under the limits of this layout, so that `anymla export --to` it is exact: deepseek, vllm or "
+        "gguf. Default: no limits, for transformers.",
+    )
     rope: Rope = Field(
         "channel-pca",
         description="Which rope channels stay rotated: anymla's channel-pca; high, low, uniform, two-norm of MHA2MLA; "
@@ -76,6 +83,11 @@ class Recipe(Settings):
     )
     kv_rank: int | None = Field(
         None, ge=1, le=MOST, description="Latent rank per layer. Default: what the budget leaves beside the rope dims."
+    )
+    static_qk_norm: bool = Field(
+        False,
+        description="Let --target deepseek and gguf take models with norms on queries and keys: a fixed scale per "
+        "head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
     )
     factorization: FactorizationName = Field("output-aware", description="How the latent is found.")
     expected_rotation: bool = Field(

@@ -6,7 +6,7 @@ Heads are brought to one order of dims: [real parts of the rope pairs | imaginar
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from anymla.architectures.parts import (
     sinks_of,
 )
 from anymla.architectures.parts import norm_names as names_of_norms
+from anymla.errors import UnsupportedModelError
 from anymla.modeling.heads import query_temperature, split_heads
 
 
@@ -84,6 +85,18 @@ class SourceAttention:
             query = query * query_temperature(positions, **temperature).to(query.dtype)
         return query, key, value
 
+    def without_biases(self) -> SourceAttention:
+        """The same, for a layout that has none: the latent carries its mean, no projection has a constant.
+
+        Raises:
+            UnsupportedModelError: the attention itself has biases.
+        """
+        w = self.weights
+        if any(bias.any() for bias in (w.query_bias, w.key_bias, w.value_bias, w.output_bias)):
+            raise UnsupportedModelError("its attention has biases, the target's layout none: give --target vllm")
+        features = {name: value for name, value in self.features.items() if name != "query_bias"}
+        return SourceAttention(replace(w, centred=False), self.norms, features | {"bias": False})
+
     def _heads(self, hidden: Tensor, weight: Tensor, bias: Tensor, norm: str) -> Tensor:
         states = linear(hidden, weight.flatten(0, 1).to(hidden.dtype), bias.flatten().to(hidden.dtype))
         over = self.features.get("norm_over", "head")
@@ -124,7 +137,7 @@ def read_attention(attention: Any, spec: AttentionSpec, family: Family, config: 
         output_bias=output_bias,
         rope_pairs=spec.rope_pairs,
         scaling=features["scaling"],
-        key_gain=_gain_of(norms.get("k_norm"), key),
+        key_gain=gain_of(norms.get("k_norm"), key),
         key_norm=bool({"k_norm", "v_norm"} & norms.keys()) or "clip" in features,
         query_gain=gain,
         gate=None if gate is None else gate[:, :-1],
@@ -226,7 +239,7 @@ def _take_gains(norms: dict[str, nn.Module]) -> Tensor | None:
     return gain
 
 
-def _gain_of(norm: Any, key: Tensor) -> Tensor:
+def gain_of(norm: Any, key: Tensor) -> Tensor:
     """The key norm's weight as [G,d]; ones where it has none."""
     ones = key.new_ones(key.shape[:2])
     parameters = [] if norm is None else [value.detach().double() for value in norm.parameters()]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anymla.architectures.block import beyond_latent, other_block
 from anymla.architectures.families import FAMILIES, REFUSED, TEXT_ONLY_INSIDE, Family
 from anymla.architectures.fields import Fields, read_fields
 from anymla.architectures.layers import attends, has_rope, heads_of, layer_type, window_of
@@ -51,6 +52,8 @@ class Blueprint:
     tied_embeddings: bool
     dtype: str
     rope: RopeSpec | None
+    other_block: str | None  # what outside attention is not as in Llama (block.py)
+    beyond: str | None  # what of its attention no engine's latent attention does (block.py)
     layers: tuple[AttentionSpec | None, ...]  # None: a layer without softmax attention, which stays as it is
 
     @property
@@ -143,6 +146,7 @@ def read_blueprint(config: Mapping[str, Any]) -> Blueprint:
     layers = tuple(_layer(fields, config, family, index) for index in range(fields.num_layers))
     if not any(layers):
         raise UnsupportedModelError("no layer of this model has softmax attention: there is no KV cache to shrink")
+    rope = read_rope(config) if any(spec.rope_pairs for spec in layers if spec) else None
     return Blueprint(
         model_type=model_type,
         text_model_type=fields.model_type,
@@ -152,7 +156,9 @@ def read_blueprint(config: Mapping[str, Any]) -> Blueprint:
         max_position_embeddings=fields.max_position_embeddings,
         tied_embeddings=fields.tie_word_embeddings,
         dtype=dtype,
-        rope=read_rope(config) if any(spec.rope_pairs for spec in layers if spec) else None,
+        rope=rope,
+        other_block=other_block(fields.model_type, config),
+        beyond=beyond_latent(fields.model_type, config, rope=rope is not None),
         layers=layers,
     )
 

@@ -39,9 +39,12 @@ class Family:
     layers_give_tuples: bool = False  # decoder layers return (hidden states, ...)
     gate_activation: str | None = None  # of a gate on the heads' output; None: sigmoid
     adds_residual: bool = False  # the attention module itself adds the residual stream
+    beyond: str | None = None  # what its attention does that the latent attention of engines does not
+    plain_block: bool = False  # outside attention, Llama's: RMSNorms and a gated MLP (or its factors are config fields)
     plain_residual: bool = True  # the attention's output is added to the stream as it is: no norm or factor between
 
 
+_GATE, _SINKS = "a gate on the heads' output", "attention sinks"
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_NEXT = {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
 _HALF_ROPE = {"partial_rotary_factor": 0.5}
@@ -55,13 +58,13 @@ _HALF_ROPE_VL = replace(
 _POST_NORM = Family(plain_residual=False)
 
 FAMILIES: dict[str, Family] = {
-    "afmoe": Family(qk_norm=True, rope_layers="sliding", plain_residual=False),
+    "afmoe": Family(beyond=_GATE, qk_norm=True, rope_layers="sliding", plain_residual=False),
     "apertus": Family(qk_norm=True),
     "arcee": Family(),
     "aria_text": Family(),
     "bamba": replace(_PARTIAL, defaults=_HALF_ROPE, layers_give_tuples=True),
     "biogpt": _GPT,
-    "bitnet": Family(),
+    "bitnet": Family(beyond="a norm before the output projection"),
     "bloom": replace(
         _GPT, fused="grouped", position_bias="alibi", batched=False, layers_give_tuples=True, adds_residual=True
     ),
@@ -79,10 +82,10 @@ FAMILIES: dict[str, Family] = {
     "cohere2": replace(_COHERE, defaults={"sliding_window_pattern": 4}, rope_layers="sliding"),
     "cohere2_moe": replace(_COHERE, rope_layers="sliding-or-dense"),
     "cohere_compass_text": Family(),
-    "cwm": Family(),
+    "cwm": Family(plain_block=True),
     "dbrx": Family(clip=True, qkv_bias=False, output_bias=False),
     "dots1": Family(qk_norm=True),
-    "ernie4_5": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
+    "ernie4_5": Family(plain_block=True, rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
     "ernie4_5_moe": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
     "exaone4": Family(
         defaults={"sliding_window_pattern": 4}, qk_norm=True, rope_layers="sliding-or-all", plain_residual=False
@@ -99,11 +102,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon_h1": Family(all_layers_attend=True, plain_residual=False, layers_give_tuples=True),
     "flex_olmo": Family(qk_norm=True, plain_residual=False),
-    "flint": Family(qk_norm=True, rope_layers="sliding"),
+    "flint": Family(beyond=_SINKS, qk_norm=True, rope_layers="sliding"),
     "gemma": Family(),
     "gemma2": replace(_POST_NORM, softcap=True),
     "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
-    "glm": replace(_PARTIAL, defaults=_HALF_ROPE, rope="interleaved"),
+    "glm": replace(_PARTIAL, plain_block=True, defaults=_HALF_ROPE, rope="interleaved"),
     "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_HALF_ROPE | {"attention_bias": True}, output_bias=False),
     "glm4v_text": replace(_HALF_ROPE_VL, qkv_bias=True),
     "glm_ocr_text": replace(_HALF_ROPE_VL, qkv_bias=False),
@@ -115,7 +118,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         defaults={"rotary_pct": 0.25}, fused="grouped", partial_rope="rotary_pct", qkv_bias=True, output_bias=True
     ),
-    "gpt_oss": Family(),
+    "gpt_oss": Family(beyond=_SINKS),
     "gptj": Family(
         defaults={"rotary_dim": 64},
         rope="interleaved",
@@ -125,14 +128,14 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=False,
         output_bias=False,
     ),
-    "granite": _POST_NORM,
+    "granite": replace(_POST_NORM, plain_block=True),
     "granite_docling_text": replace(_POST_NORM, inside=True),
-    "granite_swa": _POST_NORM,
+    "granite_swa": replace(_POST_NORM, beyond=_SINKS),
     "granitemoe": _POST_NORM,
-    "granitemoe_swa": _POST_NORM,
+    "granitemoe_swa": replace(_POST_NORM, beyond=_SINKS),
     "granitemoehybrid": replace(_POST_NORM, defaults={"position_embedding_type": None}),
     "granitemoeshared": _POST_NORM,
-    "helium": Family(rope="interleaved"),
+    "helium": Family(plain_block=True, rope="interleaved"),
     "hunyuan_v1_dense": Family(qk_norm=True, norm_after_rope=True),
     "hunyuan_v1_moe": Family(qk_norm=True, norm_after_rope=True),
     "hy_v3": Family(qk_norm=True),
@@ -142,11 +145,11 @@ FAMILIES: dict[str, Family] = {
     "jais2": Family(),
     "jamba": Family(defaults={"attn_layer_period": 8, "attn_layer_offset": 4}, rope=None),
     "kolibri1": Family(qk_norm=True),
-    "laguna": replace(_PARTIAL, qk_norm=True, gate_activation="softplus"),
+    "laguna": replace(_PARTIAL, beyond=_GATE, qk_norm=True, gate_activation="softplus"),
     "lfm2": Family(qk_norm=True),
     "lfm2_moe": Family(qk_norm=True),
-    "lfm3": Family(qk_norm=True),
-    "llama": Family(),
+    "lfm3": Family(beyond=_GATE, qk_norm=True),
+    "llama": Family(plain_block=True),
     "llama4_text": Family(
         defaults={"use_qk_norm": True},
         rope="interleaved",
@@ -159,9 +162,9 @@ FAMILIES: dict[str, Family] = {
     "minimax": _POST_NORM,
     "minimax_m2": replace(_PARTIAL, qk_norm=True),
     "minimax_m3_vl_text": Family(qk_norm=True),
-    "ministral": Family(),
+    "ministral": Family(plain_block=True),
     "ministral3": Family(temperature="ministral3"),
-    "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "mistral": Family(plain_block=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family(),
     "modernbert-decoder": Family(),
     "mpt": Family(rope=None, clip=True, batched=False, position_bias="mpt", layers_give_tuples=True),
@@ -179,21 +182,21 @@ FAMILIES: dict[str, Family] = {
         _PARTIAL, defaults=_HALF_ROPE, fused="grouped", qk_norm="qk_layernorm", qkv_bias=True, output_bias=True
     ),
     "phi": replace(_PARTIAL, defaults=_HALF_ROPE, qk_norm="qk_layernorm", qkv_bias=True, output_bias=True),
-    "phi3": replace(_PARTIAL, qkv_bias=False, output_bias=False),
+    "phi3": replace(_PARTIAL, plain_block=True, qkv_bias=False, output_bias=False),
     "phimoe": Family(),
-    "qwen2": Family(defaults=_QWEN, qkv_bias=True, output_bias=False, optional_sliding_window=True),
+    "qwen2": Family(plain_block=True, defaults=_QWEN, qkv_bias=True, output_bias=False, optional_sliding_window=True),
     "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_moe": Family(defaults=_QWEN, qkv_bias="qkv_bias", output_bias=False, optional_sliding_window=True),
     "qwen2_vl_text": _QWEN2_VL,
-    "qwen3": Family(defaults=_QWEN | {"head_dim": 128}, qk_norm=True, optional_sliding_window=True),
-    "qwen3_5_moe_text": replace(_PARTIAL, defaults=_QWEN_NEXT, qk_norm=True),
-    "qwen3_5_text": replace(_PARTIAL, defaults=_QWEN_NEXT, qk_norm=True),
+    "qwen3": Family(plain_block=True, defaults=_QWEN | {"head_dim": 128}, qk_norm=True, optional_sliding_window=True),
+    "qwen3_5_moe_text": replace(_PARTIAL, beyond=_GATE, defaults=_QWEN_NEXT, qk_norm=True),
+    "qwen3_5_text": replace(_PARTIAL, beyond=_GATE, defaults=_QWEN_NEXT, qk_norm=True),
     "qwen3_moe": Family(qk_norm=True, optional_sliding_window=True),
     "qwen3_vl_moe_text": Family(inside=True, qk_norm=True),
     "qwen3_vl_text": Family(inside=True, qk_norm=True),
-    "qwen3_next": replace(_PARTIAL, defaults=_QWEN_NEXT, qk_norm=True),
-    "seed_oss": Family(qkv_bias="attention_bias", output_bias="attention_out_bias"),
-    "smollm3": Family(rope_layers="no_rope_layers"),
+    "qwen3_next": replace(_PARTIAL, beyond=_GATE, defaults=_QWEN_NEXT, qk_norm=True),
+    "seed_oss": Family(plain_block=True, qkv_bias="attention_bias", output_bias="attention_out_bias"),
+    "smollm3": Family(plain_block=True, rope_layers="no_rope_layers"),
     "solar_open": _PARTIAL,
     "stablelm": replace(_PARTIAL, defaults={"partial_rotary_factor": 0.25}, qk_norm="qk_layernorm"),
     "starcoder2": Family(qkv_bias="use_bias", output_bias="use_bias"),

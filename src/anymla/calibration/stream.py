@@ -161,3 +161,11 @@ def first(output: Any) -> Tensor:
     """The hidden states among what a module gives."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def pass_through(layer: Any, stream: Activations, arguments: dict[str, Any], batch: int) -> None:
+    """Moves ``stream`` on to the states behind ``layer``."""
+    done = 0
+    for hidden in stream.split(batch):
+        stream[done : done + len(hidden)] = first(layer(hidden, **arguments))
+        done += len(hidden)

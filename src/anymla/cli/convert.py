@@ -41,14 +41,18 @@ def demo(
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(
+    model: Model,
+    targets: Annotated[bool, typer.Option("--targets", help="Show which engines' layouts can hold it.")] = False,
+    as_json: Json = False,
+) -> None:
     """Show what a model is, whether it can be converted, and what its cache costs. Reads its config alone."""
     inspection = pipeline.inspect(model)
     if as_json:
         return print_json(inspection.to_dict())
-    from anymla.report.tables import inspection_table
+    from anymla.report.tables import inspection_table, targets_table
 
-    out.print(inspection_table(inspection))
+    out.print(targets_table(inspection) if targets and inspection.supported else inspection_table(inspection))
 
 
 @app.command()
@@ -151,6 +155,14 @@ def convert(
     if conversion.plan.recipe.calibration is None:
         err.print(
             "note: calibrated on the bundled children's stories; --calibration with text like yours keeps more quality",
+            soft_wrap=True,
+        )
+    lost = [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]
+    if lost:
+        err.print(
+            "note: fixed scales stand in for norms on queries and keys; at full budget that alone would lose "
+            f"{sum(lost) / len(lost):.2%} of the hidden states behind attention, {max(lost):.2%} in the worst layer; "
+            "the scores hold the loss of all",
             soft_wrap=True,
         )
     if as_json:

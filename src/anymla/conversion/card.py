@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from anymla.recipe import Recipe
+
 TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
+USE, FILES = "Use", "Files"  # sections that are written anew
+FOLDER = "THIS_FOLDER"  # the hub's name of it, once it has one
+BASE = "DeepSeek-V2 (multi-head latent attention)"
+PAPERS = {
+    BASE: "2405.04434",
+    "MHA2MLA": "2502.14837",
+    "EliteKV": "2503.01586",
+    "TransMLA": "2502.07864",
+    "SVD-LLM": "2403.07378",
+}
+SOURCES = {  # whose method a setting of the recipe is, where it is not anymla's own
+    **dict.fromkeys(("high", "low", "uniform", "two-norm", "joint-svd", "split-svd"), "MHA2MLA"),
+    "elite": "EliteKV",
+    **dict.fromkeys(("rorope", "freqfold-2", "freqfold-4", "freqfold-8", "freqfold-16", "balanced-pca"), "TransMLA"),
+    "whitened": "SVD-LLM",
+}
 
 
 def model_card(report: Mapping[str, Any], source: str, auto: str) -> str:
-    """README.md of the output folder: what it is, how it was made, what was measured.
+    """README.md of the output folder: what it is, how it was made, what was measured, how to use it, its limits.
 
     ``report`` is conversion.json; ``auto`` names the Auto class that loads the model.
     """
@@ -21,17 +42,14 @@ def model_card(report: Mapping[str, Any], source: str, auto: str) -> str:
         f"| {scores['cache_bytes_per_token']:g} |"
         for name, scores in (("original", before), ("converted", after))
     )
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"""---
 library_name: transformers
 pipeline_tag: {TASKS[auto]}
 tags: [anymla, multi-head-latent-attention, kv-cache]
 {base}---
 
-# {source} with multi-head latent attention, {kept:.2%} of the KV cache
-
-Converted by anymla {report["anymla_version"]} with
-`--kv-cache {recipe["kv_cache"]:g} --rope {recipe["rope"]} --factorization {recipe["factorization"]}`.
-All settings are in `recipe.yaml`, every layer's sizes in `plan.yaml`. The original's licence and limits apply.
+# {source if base else Path(source).name} with multi-head latent attention, {kept:.2%} of the KV cache
 
 On {after["tokens"]:,} held-out tokens of calibration text:
 
@@ -39,12 +57,64 @@ On {after["tokens"]:,} held-out tokens of calibration text:
 |---|---:|---:|---:|---:|
 {rows}
 
-Calibration text: {recipe["calibration"] or "the stories bundled with anymla"}. The cache is measured from its tensors.
+The cache is measured from its tensors. Calibration text: {recipe["calibration"] or "the stories bundled with anymla"}.
+
+## How it was made
+
+```sh
+{command(source, recipe)}
+```
+
+{_method(recipe)} All settings are in `recipe.yaml`, every layer's sizes in `plan.yaml`, all that was measured in
+`conversion.json`. Made with {versions}.
+
+## {USE}
 
 ```python
 import anymla  # or: trust_remote_code=True below
 from transformers import {auto}
 
-model = {auto}.from_pretrained("THIS_FOLDER")
+model = {auto}.from_pretrained("{FOLDER}")
 ```
+
+For vLLM, SGLang and llama.cpp: `anymla export {FOLDER} --to deepseek` (or `vllm`, `gguf`) `-o OUT`.
+
+## Limits
+
+- The original's licence and limits apply.
+- Quality was measured on text like the calibration text; on other text it may be lower.
+- Dropped rotations are right for distances within a calibration window, at most {recipe["calibration_length"]} tokens.
 """
+
+
+def command(source: str, recipe: Mapping[str, Any]) -> str:
+    """The command that makes the model again: what differs from the defaults, spelled out."""
+    words = ["anymla", "convert", source, "-o", "OUT"]
+    for name, field in Recipe.model_fields.items():
+        option, value = name.replace("_", "-"), recipe.get(name)
+        if isinstance(value, bool) and value != field.default:
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif name == "kv_cache" or value not in (field.default, None):
+            words += [f"--{option}", str(value)]
+    return shlex.join(words)
+
+
+def _method(recipe: Mapping[str, Any]) -> str:
+    used = [SOURCES.get(recipe[name]) for name in ("rope", "factorization")]
+    of = [f" ({name})" if name else "" for name in used]
+    papers = ", ".join(
+        f"[{name}](https://arxiv.org/abs/{PAPERS[name]})" for name in dict.fromkeys([BASE, *filter(None, used)])
+    )
+    return (
+        f"Rope channels by `{recipe['rope']}`{of[0]}, latent by `{recipe['factorization']}`{of[1]}; where no system is "
+        f"named, the method is anymla's own. Papers: {papers}."
+    )
+
+
+def with_section(card: str, heading: str, text: str) -> str:
+    """``card`` with ``text`` below ``## heading``: in place of what stood there, or at the end."""
+    section = f"## {heading}\n\n{text.strip()}\n"
+    found = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if found.search(card):
+        return found.sub(lambda _: f"{section}\n", card, count=1).rstrip() + "\n"
+    return f"{card.rstrip()}\n\n{section}"

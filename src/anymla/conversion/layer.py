@@ -73,7 +73,9 @@ def latent_tensors(source: SourceAttention, layer: ConvertedLayer) -> dict[str, 
     decoder = latent.decoder.view(2, kv_heads, d, -1).transpose(0, 1)  # per kv head: key rows, then value rows
     value_mean = latent.mean[size:].view(kv_heads, d).repeat_interleave(len(weights.query) // kv_heads, dim=0)
     weight = channels.decode.conj().T  # [G,K]
-    tensors = _encoders(source, key_rows, encoder[:, size:], latent.encoder @ latent.mean) | {
+    encoders = _encoders(source, key_rows, encoder[:, size:], latent.encoder @ latent.mean)
+    tensors: dict[str, Tensor | None] = {
+        **encoders,
         "q_proj.weight": weights.query.flatten(0, 1),
         "q_proj.bias": weights.query_bias.flatten(),
         "kv_b_proj.weight": decoder.reshape(2 * size, -1),
@@ -87,6 +89,8 @@ def latent_tensors(source: SourceAttention, layer: ConvertedLayer) -> dict[str, 
         "sinks": weights.sinks,
         "query_gain": weights.query_gain,
     }
+    if not source.features.get("bias", True):
+        tensors |= dict.fromkeys(("q_proj.bias", "kv_a_proj_with_mqa.bias", "o_proj.bias"))
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 

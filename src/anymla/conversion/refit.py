@@ -27,24 +27,25 @@ class NormalEquations:
         return self.error - 2 * (change * self.cross).sum().item() + (change * (self.gram @ change)).sum().item()
 
 
-def normal_equations(batches: Iterable[tuple[Tensor, Tensor]]) -> NormalEquations:
-    """Accumulates (features [..,F], error [..,D]) in float64; a constant feature is appended for the bias."""
+def normal_equations(batches: Iterable[tuple[Tensor, Tensor]], *, bias: bool = True) -> NormalEquations:
+    """Accumulates (features [..,F], error [..,D]) in float64; with ``bias``, a constant feature is appended for it."""
     gram = cross = torch.zeros(())
     total = 0.0
     for features, error in batches:
         x, e = features.flatten(0, -2).double(), error.flatten(0, -2).double()
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if bias else x
         gram, cross, total = gram.to(x.device) + x.T @ x, cross.to(x.device) + x.T @ e, total + e.square().sum().item()
     return NormalEquations(all_sum(gram), all_sum(cross), all_sum_number(total, gram.device))
 
 
-def best_change(fit: NormalEquations, choice: NormalEquations) -> Tensor | None:
-    """The ridge solution [F+1,D] of ``fit`` whose strength does best on ``choice``; None where none beats no change."""
-    power = fit.gram.diagonal()[:-1].mean()
+def best_change(fit: NormalEquations, choice: NormalEquations, *, bias: bool = True) -> Tensor | None:
+    """The ridge solution [F,D] of ``fit`` whose strength does best on ``choice``; None where none beats no change."""
+    last = -1 if bias else len(fit.gram)
+    power = fit.gram.diagonal()[:last].mean()
     if not power > 0:  # an attention that gives nothing
         return None
     penalty = torch.ones_like(fit.gram.diagonal()) * power
-    penalty[-1] = 0  # the bias is free
+    penalty[last:] = 0  # the bias is free
     best, best_error = None, choice.error
     for ridge in RIDGES:
         change = torch.linalg.lstsq(fit.gram + torch.diag(ridge * penalty), fit.cross).solution
@@ -61,9 +62,10 @@ def refit_output(
     The converted layer then makes up, as far as a linear map can, for what it and the converted layers below it lost:
     W_o moves by argmin ||X change - E||^2 + ridge ||change||^2, the ridge chosen on windows that were not fitted.
     """
-    change = best_change(normal_equations(batches(fit)), normal_equations(batches(choice)))
+    projection = attention.o_proj
+    inputs, bias = projection.in_features, projection.bias is not None
+    change = best_change(*(normal_equations(batches(part), bias=bias) for part in (fit, choice)), bias=bias)
     if change is not None:
-        projection = attention.o_proj
-        weight, bias = projection.weight.double() + change[:-1].T, projection.bias.double() + change[-1]
-        projection.weight.data.copy_(weight)
-        projection.bias.data.copy_(bias)
+        projection.weight.data.copy_(projection.weight.double() + change[:inputs].T)
+        if bias:
+            projection.bias.data.copy_(projection.bias.double() + change[inputs])

@@ -14,10 +14,11 @@ from anymla.architectures.blueprint import Blueprint
 from anymla.architectures.families import FAMILIES
 from anymla.calibration.activations import Activations, Budget
 from anymla.calibration.parallel import from_first, rank, wait_for_all, world
-from anymla.calibration.stream import decoder_layers, first, layer_inputs
+from anymla.calibration.stream import decoder_layers, layer_inputs, pass_through
 from anymla.conversion.progress import check_room
 from anymla.conversion.shards import pack, write_layer, write_outside
 from anymla.conversion.step import LayerResult, LayerStep, Split
+from anymla.conversion.survey import best_split, open_splits
 from anymla.errors import TextError
 from anymla.io.device import give_back_memory
 from anymla.io.streamed import StreamedModel
@@ -121,7 +122,8 @@ class Sequence:
     ) -> None:
         self.source, self.specs, self.work = source, blueprint.layers, work
         steps = reconstruction_steps(blueprint, plan.recipe, torch.device(source.device).type)
-        self.plans, self.recipe = plan.layers, plan.recipe.model_copy(update={"reconstruction_steps": steps})
+        self.blueprint, self.plans = blueprint, plan.layers
+        self.recipe = plan.recipe.model_copy(update={"reconstruction_steps": steps})
         self.family = FAMILIES[blueprint.text_model_type]
         self.layers = decoder_layers(source.model)
         self.windows, self.split = own_windows(windows, Split.of(len(windows)))
@@ -139,6 +141,7 @@ class Sequence:
     def run(self, memory: int, max_shard_size: int, progress: Progress | None) -> Converted:
         """Converts the layers that are not yet done; activations beyond ``memory`` bytes go to files."""
         streams = self._begin(Budget(memory, self.work.path))
+        self._agree(streams)
         if self.records and progress is not None and (last := self.records[-1].result) is not None:
             progress(len(self.records), len(self.layers), last)
         for index in range(len(self.records), len(self.layers)):
@@ -173,23 +176,43 @@ class Sequence:
             write_outside(self.source, self.work, self.layers, behind=False)
         return streams
 
-    def _convert(self, index: int, streams: Streams) -> LayerRecord:
-        layer, plan, spec, arguments = self.layers[index], self.plans[index], self.specs[index], self.arguments[index]
+    def _agree(self, streams: Streams) -> None:
+        """Gives all layers one split, where the target needs it."""
+        plan = next(plan for plan in self.plans if plan is not None)
+        if not (splits := open_splits(plan, self.recipe, self.blueprint)):
+            return
+        if (chosen := self.work.progress.get("split")) is None:
+            chosen = best_split(self, streams, splits)
+            if rank() == 0:
+                self.work.commit(split=chosen)
+        dims, step = chosen
+        agreed = {"rope_dims": dims, "kv_rank": plan.cached_numbers - dims, "rope_choices": (), "rope_step": step}
+        self.plans = tuple(layer and layer.model_copy(update=agreed) for layer in self.plans)
+
+    def step(self, index: int) -> LayerStep:
+        """The conversion of one layer, whose weights are there."""
+        plan, spec = self.plans[index], self.specs[index]
         if plan is None or spec is None:
+            raise ValueError(f"layer {index} has no softmax attention")
+        config = self.source.model.config.get_text_config()
+        arguments = self.arguments[index]
+        return LayerStep(self.layers[index], spec, self.family, config, plan, self.recipe, arguments, self.split)
+
+    def _convert(self, index: int, streams: Streams) -> LayerRecord:
+        layer, arguments = self.layers[index], self.arguments[index]
+        if self.plans[index] is None:
             for stream in (streams.original, streams.converted):
-                _pass_through(layer, stream, arguments, 1)
+                pass_through(layer, stream, arguments, 1)
             return LayerRecord()
         before = self._cached(index, 0)
-        config = self.source.model.config.get_text_config()
-        step = LayerStep(layer, spec, self.family, config, plan, self.recipe, arguments, self.split)
+        step = self.step(index)
         step.measure(index, streams.original, streams.converted)
         attention, result = step.choose(index, self._near(index))
         for tensor in attention.state_dict().values():
             from_first(tensor)  # the algebra of another machine may differ in the last bit
         step.install(attention)
-        _pass_through(layer, streams.converted, arguments, step.batch)
-        for room in (step.inputs, step.target):
-            room.close()
+        pass_through(layer, streams.converted, arguments, step.batch)
+        step.close()
         sizes = {"kv_lora_rank": result.kv_rank, "qk_rope_head_dim": result.rope_dims}
         sizes |= {"channel_fold": attention.channel_fold} if attention.channel_fold > 1 else {}
         described = {"module": f"{self.source.name_of(layer)}.{step.path}"} | sizes | step.source.features
@@ -220,11 +243,3 @@ class Sequence:
             self.work.commit(layers=[asdict(record) for record in self.records])
             pack(self.work, len(self.records) + 1, max_shard_size)
         wait_for_all()
-
-
-def _pass_through(layer: Any, stream: Activations, arguments: dict[str, Any], batch: int) -> None:
-    """Moves ``stream`` on to the states behind ``layer``."""
-    done = 0
-    for hidden in stream.split(batch):
-        stream[done : done + len(hidden)] = first(layer(hidden, **arguments))
-        done += len(hidden)

@@ -206,7 +206,8 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
     check_place(output)
     if os.path.lexists(output) and not overwrite:
         raise OutputError(f"{output} exists: choose another -o, or give --overwrite")
-    if output.is_dir() and not output.is_symlink() and any(output.iterdir()) and not (output / "config.json").is_file():
+    ours = any((output / name).is_file() for name in ("config.json", "export.json"))
+    if output.is_dir() and not output.is_symlink() and any(output.iterdir()) and not ours:
         raise OutputError(f"{output} holds no checkpoint, so --overwrite does not replace it: choose another -o")
 
 

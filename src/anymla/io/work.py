@@ -110,9 +110,14 @@ class WorkFolder:
 
 def write_json(path: Path, content: Any) -> None:
     """Replaces ``path`` by ``content``, whole or not at all."""
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces ``path`` by ``text``, whole or not at all."""
     partial = path.with_name(f"{path.name}.tmp")
     with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
+        file.write(text)
         durable(file)
     partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)

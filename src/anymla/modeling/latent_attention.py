@@ -71,7 +71,8 @@ class LatentAttention(nn.Module):
         rope_pairs: P.
         channel_fold: rope pairs of a head that one channel reads; it turns with the first one's frequency.
         scaling: of scores, before soft-cap and mask.
-        query_bias: whether the query projection has a bias.
+        query_bias: whether the query projection has a bias; bias: whether what makes the latent and the output
+            projection have one.
         rope_table: where cos and sin come from (heads.rope_tables).
         norms: names of the query and key norm in ``original``; norm_over: see heads.split_heads.
         value_norm: name of a norm of the values.
@@ -106,6 +107,7 @@ class LatentAttention(nn.Module):
         scaling: float,
         channel_fold: int = 1,
         query_bias: bool = False,
+        bias: bool = True,
         rope_table: str = "halves",
         norms: tuple[str, str] | None = None,
         norm_over: str = "head",
@@ -138,7 +140,7 @@ class LatentAttention(nn.Module):
         self.q_norm, self.k_norm = (taken(original, name) for name in norms or (None, None))
         self.v_norm = taken(original, value_norm)
         self.output_norm = taken(original, output_norm)
-        self._make_projections(config.hidden_size, query_bias, gate)
+        self._make_projections(config.hidden_size, query_bias, bias, gate)
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         self.channel_fold, reads = channel_fold, qk_rope_head_dim // 2 * channel_fold
         turn = torch.stack([torch.ones(num_heads, rope_pairs), torch.zeros(num_heads, rope_pairs)])
@@ -147,11 +149,11 @@ class LatentAttention(nn.Module):
         self.register_buffer("channel_index", torch.zeros(reads, dtype=torch.long))
         self.register_buffer("query_gain", torch.ones(head_dim) if query_gain else None)
 
-    def _make_projections(self, hidden: int, query_bias: bool, gate: int) -> None:
+    def _make_projections(self, hidden: int, query_bias: bool, bias: bool, gate: int) -> None:
         keys, cached = self.num_kv_heads * self.head_dim, self.kv_lora_rank + self.qk_rope_head_dim
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=query_bias)
         if self.k_norm is None and self.v_norm is None and self.clip is None:
-            self.kv_a_proj_with_mqa = nn.Linear(hidden, cached)
+            self.kv_a_proj_with_mqa = nn.Linear(hidden, cached, bias=bias)
         else:  # something not linear stands between x and the cache: encode the true keys and values
             self.k_proj = nn.Linear(hidden, keys)
             self.k_a_proj_with_mqa = nn.Linear(keys, cached, bias=False)
@@ -162,7 +164,7 @@ class LatentAttention(nn.Module):
                 self.v_a_proj = nn.Linear(keys, self.kv_lora_rank)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, 2 * keys, bias=False)
         self.gate_proj = nn.Linear(hidden, gate) if gate else None
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
 
     @property
     def turns(self) -> Tensor:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.planning.costs import latent_cost, original_cost, peak_memory
+from anymla.planning.targets import LIMITS, check_target, most_channels
 from anymla.recipe import MOST, SHARED_ROPES, Recipe, read_yaml, where
 
 TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
@@ -24,7 +25,8 @@ Rank = Annotated[int, Field(gt=0, le=MOST)]
 class LayerPlan(BaseModel):
     """One layer: cached numbers per token, and how they split into 2K rope dims and the latent rank.
 
-    ``rope_dims`` is the total over kv heads. Where it is None, conversion chooses it among ``rope_choices``.
+    ``rope_dims`` is the total over kv heads. Where it is None, conversion chooses it among ``rope_choices``; so also
+    ``rope_step``, where the recipe's target has a grid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -33,6 +35,7 @@ class LayerPlan(BaseModel):
     rope_dims: EvenInt | None
     kv_rank: Rank | None
     rope_choices: Annotated[tuple[EvenInt, ...], Field(strict=False)] = ()  # YAML has lists only
+    rope_step: Rank | None = None  # of a target whose channels lie on a grid: channel i turns as pair i * rope_step
 
     @model_validator(mode="after")
     def _add_up(self) -> LayerPlan:
@@ -80,12 +83,21 @@ def make_plan(model: str, blueprint: Blueprint, recipe: Recipe) -> Plan:
 
     Raises:
         InfeasibleError: the budget or an explicit size cannot be met; names what can.
+        UnsupportedModelError: the recipe's target cannot hold this model.
+        RecipeError: a setting has no meaning for the target.
     """
+    most = None
+    if recipe.static_qk_norm and not LIMITS[recipe.target].grid:
+        raise RecipeError("--static-qk-norm is for --target deepseek and gguf: others keep the norms as they are")
+    if recipe.target is not None:
+        check_target(recipe.target, model, blueprint, static_norms=recipe.static_qk_norm)
+        most = most_channels(recipe.target, recipe.rope, blueprint)
     return Plan(
         model=model,
         recipe=recipe,
         layers=tuple(
-            None if spec is None else _plan_layer(spec, recipe, index) for index, spec in enumerate(blueprint.layers)
+            None if spec is None else _plan_layer(spec, recipe, index, most)
+            for index, spec in enumerate(blueprint.layers)
         ),
     )
 
@@ -96,6 +108,7 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
     Raises:
         InfeasibleError: the number of layers or a layer's sizes do not fit.
     """
+    _check_target(plan, model, blueprint)
     if len(plan.layers) != len(blueprint.layers):
         raise InfeasibleError(f"the plan has {len(plan.layers)} layers and {model} has {len(blueprint.layers)}")
     for index, (layer, spec) in enumerate(zip(plan.layers, blueprint.layers, strict=True)):
@@ -115,16 +128,39 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
                 )
 
 
+def _check_target(plan: Plan, model: str, blueprint: Blueprint) -> None:
+    """Refuses a plan that its own recipe's target cannot hold."""
+    target, layers = plan.recipe.target, [layer for layer in plan.layers if layer is not None]
+    most = None
+    if target is not None:
+        check_target(target, model, blueprint, static_norms=plan.recipe.static_qk_norm)
+        most = most_channels(target, plan.recipe.rope, blueprint)
+        if any(layer != layers[0] for layer in layers):
+            raise InfeasibleError(f"the plan's layers differ, and --target {target} needs one split for all")
+    for layer in layers:
+        widest = max(layer.rope_choices) if layer.rope_dims is None else layer.rope_dims
+        last = (widest // 2 - 1) * (layer.rope_step or 1)
+        if (layer.rope_step is not None and most is None) or (most is not None and not 0 <= last < most):
+            raise InfeasibleError(f"the plan's rope_step {layer.rope_step} and rope dims {widest} do not fit {model}")
+
+
 def _rope_step(spec: AttentionSpec, recipe: Recipe) -> int:
     """Rope dims, as a total, come in pairs that all heads share or in pairs of every head."""
     return 2 if recipe.rope in SHARED_ROPES else 2 * spec.num_kv_heads
 
 
-def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
+def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int, most: int | None) -> LayerPlan:
+    """``most``: channels that the recipe's target can hold, where it has a limit."""
     keys = spec.num_kv_heads * spec.head_dim
     turned = 2 * spec.num_kv_heads * spec.rope_pairs  # the most rope dims there can be
+    turned = turned if most is None else min(turned, 2 * most)
     step = _rope_step(spec, recipe) if turned else 0
     rope_dims = _explicit_rope_dims(spec, recipe)
+    if rope_dims is not None and rope_dims > turned:
+        raise InfeasibleError(
+            f"--rope-dims {rope_dims} is too large for --target {recipe.target}: its rope frequencies are a series "
+            f"with one channel each, {turned} dims at most here"
+        )
     if recipe.kv_rank is not None and recipe.kv_rank > 2 * keys:
         raise InfeasibleError(
             f"--kv-rank {recipe.kv_rank} is more than layer {index} has: keys and values are {2 * keys} numbers"
@@ -152,14 +188,15 @@ def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int) -> LayerPlan:
     if rope_dims is not None:
         rank = min(cached - rope_dims, 2 * keys)
         return LayerPlan(cached_numbers=rope_dims + rank, rope_dims=rope_dims, kv_rank=rank)
-    return _free_split(cached, step, keys, turned)
+    whole = cached >= 2 * keys and turned == 2 * spec.num_kv_heads * spec.rope_pairs
+    return _free_split(cached, step, keys, turned, whole)
 
 
-def _free_split(cached: int, step: int, keys: int, turned: int) -> LayerPlan:
-    """Leaves the split to calibration; at full budget everything fits and nothing is left to choose."""
-    if cached >= 2 * keys or not turned:
+def _free_split(cached: int, step: int, keys: int, turned: int, whole: bool) -> LayerPlan:
+    """Leaves the split to calibration; with the ``whole`` budget everything fits and nothing is left to choose."""
+    if whole or not turned:
         cached = min(cached, 2 * keys)
-        rope_dims = turned if cached == 2 * keys else 0
+        rope_dims = turned if whole else 0
         return LayerPlan(cached_numbers=cached, rope_dims=rope_dims, kv_rank=cached - rope_dims)
     most = min(turned, (cached - 1) // step * step)
     shares = {round(cached * share / step) * step for share in ROPE_SHARES}

@@ -88,6 +88,16 @@ def inspection_table(inspection: Inspection) -> Group:
     )
 
 
+def targets_table(inspection: Inspection) -> Table:
+    """What `anymla inspect --targets` shows."""
+    result = table(inspection.model, ("target", "export", "because or with"), ())
+    for column in result.columns:
+        column.justify = "left"
+    for name, (verdict, why) in inspection.targets.items():
+        result.add_row(name, verdict, why)
+    return result
+
+
 def _yes(flag: bool) -> str:
     return "yes" if flag else "no"
 

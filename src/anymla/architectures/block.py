@@ -1,0 +1,33 @@
+"""What of a decoder layer the layouts of serving engines have no place for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anymla.architectures.families import FAMILIES
+
+
+def other_block(model_type: str, config: Mapping[str, Any]) -> str | None:
+    """What makes layers differ, outside attention, from DeepSeek's dense ones (which are Llama's); None for nothing."""
+    if not FAMILIES[model_type].plain_block:
+        return f"layers of family '{model_type}' are not DeepSeek's (RMSNorm, gated MLP) outside attention"
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        return f"its MLP has the activation {activation!s:.40}, DeepSeek's has silu"
+    for field in ("mlp_bias", "use_bias"):
+        if config.get(field):
+            return f"its MLP has biases ({field}), DeepSeek's has none"
+    return None
+
+
+def beyond_latent(model_type: str, config: Mapping[str, Any], *, rope: bool) -> str | None:
+    """What of its attention no engine's latent attention does; None for nothing."""
+    family = FAMILIES[model_type]
+    found = {
+        "a soft-cap on scores": family.softcap and config.get("attn_logit_softcapping") is not None,
+        "a bias on scores by position": family.position_bias is not None and not rope,
+        "a query scale by position": family.temperature is not None,
+        "norms after rope": family.norm_after_rope,
+        "a residual stream inside attention": family.adds_residual,
+    }
+    return family.beyond or next((what for what, is_there in found.items() if is_there), None)

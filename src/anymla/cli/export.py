@@ -1,0 +1,42 @@
+"""export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anymla.cli.options import Json, app, out, print_json
+from anymla.recipe import Target
+
+
+@app.command()
+def export(
+    converted: Annotated[str, typer.Argument(help="A folder that anymla convert wrote.", show_default=False)],
+    to: Annotated[Target, typer.Option("--to", help="Which layout to write.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder (or file) to write.", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the weights. Default: the converted model's.")] = None,
+    pad: Annotated[
+        str | None,
+        typer.Option(help="Fill up with zeros to sizes that kernels need: cpu, cuda or full (docs/exporting.md)."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a converted model for serving engines, and check that it gives the same logits and tokens."""
+    from anymla.exports.export import export as run_export
+
+    done = run_export(converted, output, to, dtype=dtype, pad=pad, overwrite=overwrite)
+    if as_json:
+        return print_json(done.to_dict())
+    found = done.parity
+    out.print(
+        f"Checked in {found.engine}: logits within {found.logits:.2g} of their standard deviation "
+        f"({found.tolerance:g} allowed), {found.tokens} of {found.of} greedy tokens equal; "
+        f"{found.cached_numbers:g} numbers per token and layer in the cache.",
+        soft_wrap=True,
+    )
+    out.print(f"Wrote {output} in {done.seconds:.0f} s. Serve it with one of:", soft_wrap=True)
+    for engine, command in done.commands.items():
+        out.print(f"  {engine + ':':<14}{command}", soft_wrap=True)

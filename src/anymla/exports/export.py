@@ -1,0 +1,174 @@
+"""anymla export: a folder or file for serving engines, checked against the converted model before it counts as done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from anymla import __version__
+from anymla.errors import RecipeError
+from anymla.exports.card import export_card
+from anymla.exports.padding import PADS
+from anymla.exports.parity import Parity, check_parity
+from anymla.io.checkpoint import check_output, find_model, new_folder
+from anymla.io.config import read_object
+from anymla.io.work import write_json
+from anymla.recipe import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was written, how it was found equal to the converted model, and the commands that serve it, per engine.
+
+    ``bytes``: of all files but the model card and this report.
+    """
+
+    output: Path
+    target: Target
+    parity: Parity
+    bytes: int
+    seconds: float
+    commands: dict[str, str]
+    anymla_version: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report under its stable JSON names."""
+        return vars(self) | {"output": str(self.output), "parity": self.parity.to_dict()}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one target is written, what its options may be, and how engines serve it."""
+
+    write: Callable[[Path, Path, str | None, str | None], Parity]  # converted model, new folder, dtype, padding
+    dtypes: tuple[str, ...]
+    pads: tuple[str, ...]
+    commands: dict[str, str]
+
+
+def _deepseek(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
+    from anymla.exports.deepseek import write_deepseek
+
+    write_deepseek(converted, folder, pad=pad or "none", dtype=dtype)
+    return check_parity(converted, folder)
+
+
+def _vllm(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
+    from anymla.exports.vllm import load_fused, write_vllm
+
+    write_vllm(converted, folder, pad=pad or "cpu", dtype=dtype)
+    return check_parity(converted, folder, load=load_fused)
+
+
+def _gguf(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
+    """By way of a DeepSeek checkpoint in float32, so that weights are rounded once."""
+    from anymla.exports.deepseek import write_deepseek
+    from anymla.exports.gguf import GgufDtype, write_gguf
+    from anymla.exports.llama import check_in_llama, llama_python
+
+    config = read_object(converted / "config.json")
+    kind = cast("GgufDtype", dtype or GGUF_DTYPES[str(config.get("dtype"))])
+    (deepseek := folder / "deepseek").mkdir()
+    write_deepseek(converted, deepseek, dtype="float32")
+    write_gguf(deepseek, folder / GGUF, dtype=kind)
+    if (python := llama_python()) is not None:
+        parity = check_in_llama(python, converted, folder / GGUF, dtype=kind, layers=config["num_hidden_layers"])
+    else:
+        parity = replace(check_parity(converted, deepseek), engine=f"transformers, as {NOT_RUN}")
+    for name in RECORDS:
+        if (deepseek / name).is_file():
+            (deepseek / name).rename(folder / name)
+    shutil.rmtree(deepseek)
+    return parity
+
+
+GGUF = "model.gguf"
+NOT_RUN = "a DeepSeek checkpoint (llama-cpp-python is not installed: the GGUF file itself was not run)"
+GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f32"}
+RECORDS = ("conversion.json", "recipe.yaml", "plan.yaml", "tuning.json", "tuning.yaml")
+FORMATS: dict[Target, Format] = {
+    "deepseek": Format(
+        _deepseek,
+        dtypes=("float32", "bfloat16"),
+        pads=PADS,
+        commands={
+            "transformers": "transformers serve {output}",
+            "vLLM": "vllm serve {output}",
+            "SGLang": "python -m sglang.launch_server --model-path {output}",
+        },
+    ),
+    "vllm": Format(
+        _vllm,
+        dtypes=("float32", "bfloat16", "float16"),
+        pads=PADS,
+        commands={
+            "vLLM": "vllm serve {output} --trust-remote-code",
+            "transformers": "transformers serve {output} --trust-remote-code",
+        },
+    ),
+    "gguf": Format(
+        _gguf,
+        dtypes=("f32", "f16", "bf16", "q8_0"),
+        pads=(),
+        commands={
+            "llama.cpp": f"llama-server -m {{output}}/{GGUF}",
+            "terminal": f"llama-cli -m {{output}}/{GGUF}",
+            "Python": f"python -m llama_cpp.server --model {{output}}/{GGUF}",
+        },
+    ),
+}
+
+
+def export(
+    converted: str | Path,
+    output: str | Path,
+    to: Target = "deepseek",
+    *,
+    dtype: str | None = None,
+    pad: str | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Writes a converted model in the format of serving engines.
+
+    Args:
+        converted: a folder that ``anymla convert`` wrote, planned with the same ``target``.
+        output: the folder to write.
+        to: deepseek: a stock DeepseekV3ForCausalLM checkpoint; vllm: the family's own model with code that vLLM's
+            transformers backend runs with its latent attention; gguf: a folder with one file for
+            llama.cpp.
+        dtype: of the weights. Default: the converted model's.
+        pad: fill up with zeros, exactly, to sizes that kernels need: cpu (the default of vllm), cuda, full or none
+            (docs/exporting.md).
+        overwrite: replace ``output`` if it exists.
+
+    Raises:
+        AnymlaError: one of its kinds, each one clear line; nothing is written then.
+    """
+    started, output = time.monotonic(), Path(os.path.expanduser(output))
+    if to not in FORMATS:
+        raise RecipeError(f"--to {to!s:.40} is not one of {', '.join(FORMATS)}")
+    target = FORMATS[to]
+    for option, value, known in (("--dtype", dtype, target.dtypes), ("--pad", pad, target.pads)):
+        if value is not None and value not in known:
+            raise RecipeError(f"{option} {value:.40} is not one of those of --to {to}: {', '.join(known) or 'none'}")
+    source = find_model(converted)
+    check_output(output, source, overwrite=overwrite)
+    with new_folder(output) as folder:
+        parity = target.write(source, folder, dtype, pad)
+        done = Export(
+            output=output,
+            target=to,
+            parity=parity,
+            bytes=sum(file.stat().st_size for file in folder.iterdir()),
+            seconds=time.monotonic() - started,
+            commands={engine: command.format(output=output) for engine, command in target.commands.items()},
+            anymla_version=__version__,
+        )
+        write_json(folder / "export.json", done.to_dict())
+        (folder / "README.md").write_text(export_card(source, done), encoding="utf-8")
+    return done

@@ -1,0 +1,157 @@
+"""Whether an export is the converted model: logits and greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymla.errors import ParityError
+from anymla.io.checkpoint import load_model, load_tokenizer
+from anymla.io.config import read_object
+
+PROMPTS = (
+    "Once upon a time, there was a little girl who",
+    "The capital of France is Paris, and the river that runs through it is",
+    "def add(a, b):\n    # the sum of two numbers\n    return",
+)
+NEW_TOKENS = 32
+# Largest difference of two logits, over their standard deviation. Both models run in float32; the export's weights, as
+# they are multiplied by factors, are rounded to their dtype once more.
+TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """An export beside the converted model.
+
+    ``logits``: largest difference over the standard deviation, on prompts and continuations. ``tokens``: of ``of``
+    greedy ones, those equal until sequences part; they may part only between logits nearer than twice the tolerance.
+    ``cached_numbers``: per token and layer, measured in the export's live cache.
+    """
+
+    engine: str
+    logits: float
+    tolerance: float
+    tokens: int
+    of: int
+    cached_numbers: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts under their stable JSON names."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an export gave: ``logits`` [T,V] on the converted model's sequences, its own ``sequences`` [1,T]."""
+
+    logits: list[Tensor]
+    sequences: list[Tensor]
+    cached_numbers: float
+
+
+def load_stock(folder: Path) -> Any:
+    """The model of ``folder`` in float32, by transformers' own classes."""
+    return load_model(folder, dtype="float32")
+
+
+def check_parity(
+    converted: Path, folder: Path, prompts: Sequence[str] = PROMPTS, *, load: Callable[[Path], Any] = load_stock
+) -> Parity:
+    """Compares the checkpoint in ``folder``, loaded in float32 by ``load`` (stock classes), with the converted model.
+
+    Raises:
+        ParityError: logits or tokens differ by more than the tolerance; says by how much.
+    """
+
+    def answers(ids: list[Tensor], expected: list[Tensor]) -> Answers:
+        export = load(folder)
+        return Answers(
+            [_logits(export, tokens) for tokens in expected],
+            [_continued(export, each) for each in ids],
+            _cached_numbers(export, ids[0]),
+        )
+
+    tolerance = TOLERANCE[read_object(folder / "config.json")["dtype"]]
+    return compare(converted, "transformers", tolerance, answers, prompts)
+
+
+def compare(
+    converted: Path,
+    engine: str,
+    tolerance: float,
+    answers: Callable[[list[Tensor], list[Tensor]], Answers],
+    prompts: Sequence[str] = PROMPTS,
+) -> Parity:
+    """Holds what an engine answers to the converted model in transformers.
+
+    Args:
+        converted: what ``anymla convert`` wrote.
+        engine: its name.
+        tolerance: on logits, over their standard deviation.
+        answers: asks the engine, given the prompts [1,T] and the sequences that the converted model makes of them.
+        prompts: texts to begin with.
+
+    Raises:
+        ParityError: logits or tokens differ by more than the tolerance; says by how much.
+    """
+    tokenizer = load_tokenizer(converted)
+    ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    original = load_stock(converted)
+    expected = [_continued(original, each) for each in ids]
+    scores = [_logits(original, tokens) for tokens in expected]
+    del original
+    given = answers(ids, expected)
+    largest, equal = 0.0, 0
+    for number, (prompt, tokens, score) in enumerate(zip(ids, expected, scores, strict=True)):
+        spread, found = score.std().item(), given.sequences[number]
+        largest = max(largest, (given.logits[number] - score).abs().max().item() / spread)
+        same = int((tokens == found).long().cumprod(1).sum()) - prompt.shape[1]
+        equal += same
+        if same < NEW_TOKENS:
+            place = prompt.shape[1] + same
+            margin = (score[place - 1].max() - score[place - 1, found[0, place]]).item() / spread
+            largest = max(largest, margin / 2)
+    if not largest <= tolerance:
+        raise ParityError(
+            f"the export is not the converted model: logits differ by {largest:.2g} of their standard deviation, where "
+            f"{tolerance:g} is allowed, and {equal} of {NEW_TOKENS * len(ids)} greedy tokens are the same; nothing was "
+            "written"
+        )
+    return Parity(
+        engine=engine,
+        logits=largest,
+        tolerance=tolerance,
+        tokens=equal,
+        of=NEW_TOKENS * len(ids),
+        cached_numbers=given.cached_numbers,
+    )
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.double()
+
+
+@torch.no_grad()
+def _continued(model: Any, ids: Tensor) -> Tensor:
+    """``ids`` [1,T] and the likeliest tokens behind it, decoded one by one with a cache."""
+    new, cache = ids, None
+    for _ in range(NEW_TOKENS):
+        output = model(input_ids=new, past_key_values=cache, use_cache=True)
+        cache, new = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, new], dim=1)
+    return ids
+
+
+@torch.no_grad()
+def _cached_numbers(model: Any, ids: Tensor) -> float:
+    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    held: int = sum(tensor.numel() for layer in layers for tensor in (layer.keys, layer.values))
+    return held / ids.shape[1] / len(layers)

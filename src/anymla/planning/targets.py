@@ -1,0 +1,133 @@
+"""What serving engines' layouts can hold, and which models fit into them; from the config alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from anymla.architectures.blueprint import AttentionSpec, Blueprint
+from anymla.architectures.positions import RopeSpec
+from anymla.errors import InfeasibleError, UnsupportedModelError
+from anymla.recipe import TARGETS, Target
+
+GRID_ROPE = "channel-pca"  # the rope choice that knows how to keep to a grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a conversion must keep to: one split for all layers; rope frequencies in a geometric series; no biases."""
+
+    uniform: bool = True
+    grid: bool = True
+    biases: bool = False
+
+
+FREE = Limits(uniform=False, grid=False, biases=True)
+LIMITS: dict[Target | None, Limits] = {
+    None: FREE,
+    "deepseek": Limits(),
+    "vllm": Limits(grid=False, biases=True),
+    "gguf": Limits(),  # made of the deepseek export
+}
+
+
+def plain_pairs(rope: RopeSpec | None, pairs: int) -> int:
+    """How many of the P rope pairs of a head, from the fastest on, turn with theta^(-i/P) at any context length.
+
+    llama3 scaling leaves pairs alone whose wavelength is below the original context over high_freq_factor.
+    """
+    if rope is None or rope.rope_type not in ("default", "llama3"):
+        return 0
+    if rope.rope_type == "default":
+        return pairs
+    longest = float(rope.settings["original_max_position_embeddings"]) / float(rope.settings["high_freq_factor"])
+    return sum(2 * math.pi * rope.theta ** (index / pairs) < longest for index in range(pairs))
+
+
+def target_refusal(target: Target, blueprint: Blueprint, *, static_norms: bool = False) -> str | None:
+    """Why no conversion of this model can be exported to ``target``, or None.
+
+    ``static_norms``: whether fixed scales may stand in for norms on queries and keys.
+    """
+    specs = list(blueprint.attention_layers.values())
+    windows = [spec.sliding_window for spec in specs if spec.sliding_window is not None]
+    if blueprint.has_vision:
+        return "it is a vision-language model"
+    if len(specs) < len(blueprint.layers):
+        return "some layers have no softmax attention"
+    if windows and min(windows) < blueprint.max_position_embeddings:
+        return f"it has a sliding window of {min(windows)} tokens"
+    if blueprint.beyond is not None:
+        return f"it has {blueprint.beyond}"
+    if any(spec != specs[0] for spec in specs):
+        return "its layers differ in heads, rope or window"
+    return _deepseek_refusal(specs[0], blueprint, static_norms) if LIMITS[target].grid else None
+
+
+def _deepseek_refusal(spec: AttentionSpec, blueprint: Blueprint, static_norms: bool) -> str | None:
+    if blueprint.other_block is not None:
+        return blueprint.other_block
+    if spec.qkv_bias or spec.output_bias:
+        return "its attention has biases, DeepSeek's has none"
+    if not plain_pairs(blueprint.rope, spec.rope_pairs):
+        kind = "no rope" if blueprint.rope is None else f"rope of type {blueprint.rope.rope_type}"
+        return f"it has {kind}: no pair turns as in DeepSeek's plain rope"
+    if spec.qk_norm and not static_norms:
+        return (
+            "it has norms on queries and keys, DeepSeek's attention has none (--static-qk-norm puts fixed scales in "
+            "their place, at a loss)"
+        )
+    return None
+
+
+def check_target(target: Target, model: str, blueprint: Blueprint, *, static_norms: bool) -> None:
+    """Refuses a target that this model cannot have; ``static_norms`` as in :func:`target_refusal`.
+
+    Raises:
+        UnsupportedModelError: why, and which target is left.
+    """
+    if (reason := target_refusal(target, blueprint, static_norms=static_norms)) is not None:
+        free = [other for other in TARGETS if target_refusal(other, blueprint) is None]
+        left = f"--target {free[0]} can hold it" if free else "it serves in transformers, without --target"
+        raise UnsupportedModelError(f"--target {target} cannot hold {model}: {reason}; {left}")
+
+
+def verdicts(blueprint: Blueprint) -> dict[str, tuple[str, str]]:
+    """For each target whether its export is 'exact' with any plan, 'constrained' to some or 'impossible', and why."""
+    found = {"transformers": ("exact", "any plan")}
+    for target in TARGETS:
+        if (reason := target_refusal(target, blueprint)) is not None:
+            found[target] = ("impossible", reason)
+        elif LIMITS[target].grid:
+            spec = next(iter(blueprint.attention_layers.values()))
+            most = plain_pairs(blueprint.rope, spec.rope_pairs)
+            needs = f"one split for all layers, at most {most} rope channels on a grid, no biases"
+            found[target] = ("constrained", f"convert --target {target}: {needs}")
+        else:
+            needs = "layers are padded to the widest; with convert --target vllm they have one split"
+            found[target] = ("exact", f"any plan: {needs}")
+    return found
+
+
+def most_channels(target: Target, rope: str, blueprint: Blueprint) -> int | None:
+    """Rope channels that the layout of ``target`` holds: one per plain frequency; None where it has no limit.
+
+    Raises:
+        InfeasibleError: the rope choice has channels that heads do not share.
+    """
+    if not LIMITS[target].grid:
+        return None
+    if rope != GRID_ROPE:
+        raise InfeasibleError(
+            f"--rope {rope} chooses channels that are no grid, which --target {target} needs: leave --rope out, or "
+            "give --target vllm"
+        )
+    spec = next(iter(blueprint.attention_layers.values()))
+    return plain_pairs(blueprint.rope, spec.rope_pairs)
+
+
+def grid_steps(rope_dims: int, most: int) -> tuple[int, ...]:
+    """Steps of a grid of R/2 channels over ``most`` frequencies: powers of two, and the widest that fits."""
+    channels = rope_dims // 2
+    widest = (most - 1) // (channels - 1) if channels > 1 else 1
+    return tuple(sorted({1 << power for power in range(widest.bit_length())} | {widest}))
