@@ -33,6 +33,7 @@ OTHER_THAN_DEFAULT = {
     "rope": "uniform",
     "rope_dims": 4,
     "kv_rank": 9,
+    "static_qk_norm": True,
     "factorization": "joint-svd",
     "expected_rotation": False,
     "reconstruction_steps": 11,

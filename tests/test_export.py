@@ -14,7 +14,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 import anymla
-from anymla.errors import AnymlaError, CheckpointError, InfeasibleError, OutputError, ParityError, UnsupportedModelError
+from anymla.architectures.attention import read_attention
+from anymla.architectures.blueprint import read_blueprint
+from anymla.architectures.families import FAMILIES
+from anymla.architectures.static_norm import with_static_norms
+from anymla.errors import (
+    AnymlaError,
+    CheckpointError,
+    InfeasibleError,
+    OutputError,
+    ParityError,
+    RecipeError,
+    UnsupportedModelError,
+)
 from anymla.exports import parity
 from anymla.exports.fold import channel_slots
 from tests.damage import run_main
@@ -48,7 +60,7 @@ OTHERS = [
     ("glm", {"attention_bias": False}),
     ("seed_oss", {"attention_bias": False, "attention_out_bias": False}),
     ("smollm3", {"no_rope_layers": [1, 1], "use_sliding_window": False, "layer_types": ["full_attention"] * 2}),
-    ("ministral", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    ("ministral", {"sliding_window": 256, "layer_types": ["full_attention"] * 2}),
 ]
 TARGET = {"kv_cache": 0.5, "target": "deepseek"}
 
@@ -215,6 +227,50 @@ def test_strided_channels(tmp_path):
         assert difference(load(tmp_path / "converted"), load(tmp_path / pad), length=200) < 1e-4
 
 
+def test_static_norms_are_another_model_and_say_so(tmp_path, monkeypatch, capfd):
+    source = save_model(make_model("qwen3", torch.float32, head_dim=16), tmp_path / "source")
+    options = "--kv-cache 0.5 --target deepseek --static-qk-norm --calibration-tokens 512 --calibration-length 32"
+    arguments = ["convert", str(source), "-o", str(tmp_path / "converted"), *options.split()]
+    done = run_main([*arguments, "--reconstruction-steps", "2"], monkeypatch, capfd)
+    assert done.code == 0
+    assert "fixed scales stand in for norms" in done.err
+    lost = [layer["norms_lost"] for layer in json.loads((tmp_path / "converted/conversion.json").read_text())["layers"]]
+    assert all(0.001 < each < 0.5 for each in lost)
+    assert anymla.export(tmp_path / "converted", tmp_path / "export").parity.logits < 1e-4
+
+
+def test_static_norms_lose_nothing_where_norms_do_nothing():
+    """Inputs whose queries and keys all have one size per head: the fixed scales are the norms."""
+    model = make_model("qwen3", head_dim=8, num_attention_heads=6)
+    attention, config = model.model.layers[0].self_attn, model.config
+    spec = read_blueprint(config.to_dict()).layers[0]
+    source = read_attention(attention, spec, FAMILIES["qwen3"], config)
+    inputs = torch.randn(1, 1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).repeat(2, 5, 1)
+    inputs[1] *= -1
+    static = with_static_norms(source, [inputs])
+    assert not static.norms
+    for found, expected in zip(static.project(inputs), source.project(inputs), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_goes_on_with_the_split_that_was_chosen(tmp_path):
+    """A conversion stopped behind its first layer looks at no split again, and ends in the same weights."""
+
+    def stop(done, *_):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    source = save_model(make_model("llama", torch.float32, head_dim=16), tmp_path / "source")
+    with pytest.raises(KeyboardInterrupt):
+        anymla.convert(source, tmp_path / "out", **FAST | TARGET, progress=stop)
+    kept = json.loads((tmp_path / ".out.partial/.work/progress.json").read_text())
+    assert len(kept["split"]) == 2
+    anymla.convert(source, tmp_path / "out", **FAST | TARGET)
+    anymla.convert(source, tmp_path / "whole", **FAST | TARGET)
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_shards(stories, tmp_path, monkeypatch):
     from anymla.exports import weights
 
@@ -257,6 +313,11 @@ def test_planning_refuses_what_deepseek_cannot_hold(tmp_path, family, changes, w
         word,
         left,
     )
+
+
+def test_static_norms_are_for_layouts_without_norms():
+    with pytest.raises(RecipeError, match="--static-qk-norm"):
+        anymla.plan(bundled(), static_qk_norm=True)
 
 
 @pytest.mark.parametrize("settings", [{"rope": "uniform"}, {"rope": "rorope"}, {"rope_dims": 10}])

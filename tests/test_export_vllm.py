@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import anymla
 from anymla.errors import CheckpointError, InfeasibleError, UnsupportedModelError
-from anymla.exports.vllm import write_vllm
+from anymla.exports.vllm import load_fused, write_vllm
 from tests.families import FAST, ROPES, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 
@@ -71,6 +71,23 @@ def test_other_families(name, converted, tmp_path):
     assert_same(folder, tmp_path / "export")
 
 
+def test_one_scale(converted, tmp_path):
+    """GPT-2's layers may have a scale of scores each; vLLM's prefill takes the first layer's for all."""
+    write_vllm(converted(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)), tmp_path / "gpt2")
+    assert {layer["scaling"] for layer in load(tmp_path / "gpt2").config.mla_layers} == {(8 + 64) ** -0.5}
+
+
+def test_factor_of_logits(converted, tmp_path):
+    """vLLM makes the logits itself, and knows a factor by one name only."""
+    folder = converted(tiny_model("granite", torch.float32, logits_scaling=8.0))
+    write_vllm(folder, tmp_path / "export")
+    assert load_fused(tmp_path / "export").config.logit_scale == 1 / 8
+    config = json.loads((tmp_path / "export" / "config.json").read_text()) | {"logit_scale": 1.0}
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="does more to its logits"):
+        load_fused(tmp_path / "export")
+
+
 @pytest.mark.parametrize("pad", ["none", "cuda", "full"])
 def test_padding(pad, converted, tmp_path):
     folder = converted(make_model("qwen3", head_dim=16))
@@ -124,6 +141,9 @@ REFUSED = {
     "mistral": "a window of 24 tokens",
     "gpt_oss": "sinks",
     "falcon": "head_dim",
+    "falcon_h1": "mix tokens beside attention",
+    "biogpt": "lm_head",
+    "jamba": "layers have latent attention",
 }
 
 

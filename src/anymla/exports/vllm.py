@@ -16,8 +16,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from anymla.architectures.families import FAMILIES
 from anymla.errors import UnsupportedModelError
-from anymla.exports.converted import Converted, read_converted
+from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import Sizes
 from anymla.exports.fused_layer import encodes_keys, encodes_values, fused_tensors
 from anymla.exports.padding import padded
@@ -55,7 +56,7 @@ def write_vllm(converted: Path, folder: Path, *, pad: str = "cpu", dtype: str | 
         CheckpointError: ``converted`` is no converted model, or broken.
     """
     source, config = read_converted(converted), safe_config(converted)
-    check_layers(source, config)
+    check_model(source, config)
     names = ("kv_lora_rank", "qk_rope_head_dim", "head_dim", "head_dim")
     sizes = padded(converted, Sizes(*(max(layer.size(name) for layer in source.layers) for name in names)), pad)
     dtype = dtype or str(config.dtype).removeprefix("torch.")
@@ -100,32 +101,40 @@ def _check_head(model: Any) -> None:
         )
 
 
-def check_layers(source: Converted, config: Any) -> None:
-    """Refuses what vLLM's latent attention cannot do, in the name of the first layer that needs it."""
+def check_model(source: Converted, config: Any) -> None:
+    """Refuses what vLLM's transformers backend, or its latent attention, cannot do."""
+    reason = None
     if config.get_text_config() is not config:
-        raise UnsupportedModelError(f"{source.folder} sees images; --to vllm writes models of text only")
-    if isinstance(getattr(type(config), "head_dim", None), property):
-        raise UnsupportedModelError(
-            f"{source.folder}: vLLM reads the cache's width from head_dim, which a {source.model_type} config computes"
-        )
+        reason = "it sees images; --to vllm writes models of text only"
+    elif isinstance(getattr(type(config), "head_dim", None), property):
+        reason = f"vLLM reads the cache's width from head_dim, which a {source.model_type} config computes itself"
+    elif FAMILIES[source.model_type].all_layers_attend:
+        reason = "its layers mix tokens beside attention too, and vLLM's transformers backend keeps no state of that"
+    elif len(source.layers) != config.num_hidden_layers:
+        share = f"{len(source.layers)} of {config.num_hidden_layers} layers"
+        reason = f"{share} have latent attention; vLLM wants it in all or in none"
+    if reason is not None:
+        raise UnsupportedModelError(f"{source.folder}: {reason}")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    for layer in source.layers:
-        where = f"{source.folder}: layer {layer.index} has"
-        window = model.get_submodule(layer.module).sliding_window
-        for feature, what in REFUSED.items():
-            if layer.features.get(feature):
-                raise UnsupportedModelError(f"{where} {what}, which vLLM's latent attention has not")
-        if window is not None and window < getattr(config, "max_position_embeddings", window + 1):
-            raise UnsupportedModelError(f"{where} a window of {window} tokens, which vLLM's latent attention has not")
-        if (heads := layer.size("num_heads")) != config.num_attention_heads:
-            raise UnsupportedModelError(
-                f"{where} {heads} query heads and not {config.num_attention_heads}; vLLM wants one number"
-            )
-    if len(source.layers) != config.num_hidden_layers:
+    if not hasattr(model, "lm_head"):
         raise UnsupportedModelError(
-            f"{source.folder}: {len(source.layers)} of {config.num_hidden_layers} layers have latent attention; vLLM "
-            "wants it in all or in none"
+            f"{source.folder}: its head is not called lm_head, the only one that vLLM looks for"
+        )
+    for layer in source.layers:
+        _check_layer(f"{source.folder}: layer {layer.index} has", layer, config, model)
+
+
+def _check_layer(where: str, layer: Layer, config: Any, model: Any) -> None:
+    for feature, what in REFUSED.items():
+        if layer.features.get(feature):
+            raise UnsupportedModelError(f"{where} {what}, which vLLM's latent attention has not")
+    window = model.get_submodule(layer.module).sliding_window
+    if window is not None and window < getattr(config, "max_position_embeddings", window + 1):
+        raise UnsupportedModelError(f"{where} a window of {window} tokens, which vLLM's latent attention has not")
+    if (heads := layer.size("num_heads")) != config.num_attention_heads:
+        raise UnsupportedModelError(
+            f"{where} {heads} query heads and not {config.num_attention_heads}; vLLM wants one number"
         )
 
 
