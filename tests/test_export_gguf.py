@@ -94,3 +94,11 @@ def test_a_deepseek_export_carries_a_card(planned, tmp_path):
     anymla.push(tmp_path / "out", "somebody/served", dry_run=True)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "vllm serve somebody/served" in card and card.count("## Files") == 1
+
+
+def test_without_the_package_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("anymla.exports.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("anymla.exports.deepseek.write_deepseek", lambda *args, **options: pytest.fail("begun"))
+    with pytest.raises(RecipeError, match=r"pip install 'anymla\[gguf\]'"):
+        anymla.export(bundled_model(), tmp_path / "out", "gguf")
+    assert not list(tmp_path.iterdir())

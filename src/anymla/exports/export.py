@@ -68,9 +68,10 @@ def _vllm(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> 
 def _gguf(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
     """By way of a DeepSeek checkpoint in float32, so that weights are rounded once."""
     from anymla.exports.deepseek import write_deepseek
-    from anymla.exports.gguf import GgufDtype, write_gguf
+    from anymla.exports.gguf import GgufDtype, require_gguf, write_gguf
     from anymla.exports.llama import check_in_llama, llama_python
 
+    require_gguf()
     config = read_object(converted / "config.json")
     kind = cast("GgufDtype", dtype or GGUF_DTYPES[str(config.get("dtype"))])
     (deepseek := folder / "deepseek").mkdir()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -78,10 +79,9 @@ def write_gguf(deepseek: Path, file: Path, *, dtype: GgufDtype) -> GgufFile:
     """
     if dtype not in get_args(GgufDtype):
         raise RecipeError(f"--dtype {dtype} is not one of {', '.join(get_args(GgufDtype))}")
-    try:
-        from gguf import GGUFWriter
-    except ImportError as error:
-        raise RecipeError("--to gguf needs the package gguf: pip install 'anymla[gguf]'") from error
+    require_gguf()
+    from gguf import GGUFWriter
+
     config, tokenizer = safe_config(deepseek).to_dict(), load_tokenizer(deepseek)
     check_expressible(config)
     unfinished = file.with_name(f".{file.name}.partial")
@@ -96,6 +96,16 @@ def write_gguf(deepseek: Path, file: Path, *, dtype: GgufDtype) -> GgufFile:
     finally:
         unfinished.unlink(missing_ok=True)
     return GgufFile(file=file, dtype=dtype, bytes=file.stat().st_size, kept_wider=kept)
+
+
+def require_gguf() -> None:
+    """Refuses to begin without the package that writes the file.
+
+    Raises:
+        RecipeError: the package ``gguf`` is missing.
+    """
+    if find_spec("gguf") is None:
+        raise RecipeError("--to gguf needs the package gguf: pip install 'anymla[gguf]'")
 
 
 def check_expressible(config: Mapping[str, Any]) -> None:
