@@ -17,7 +17,7 @@ from anymla.errors import AnymlaError
 from anymla.recipe import Recipe
 from tests.damage import BUNDLED, FAST, TRAIN, VALID, run_main
 
-COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate", "export")
+COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate", "export", "push")
 SCORES = {
     "perplexity",
     "kl",
@@ -33,6 +33,7 @@ OTHER_THAN_DEFAULT = {
     "rope": "uniform",
     "rope_dims": 4,
     "kv_rank": 9,
+    "static_qk_norm": True,
     "factorization": "joint-svd",
     "expected_rotation": False,
     "reconstruction_steps": 11,
@@ -338,9 +339,10 @@ def test_every_setting_is_an_option_of_convert(name, monkeypatch, capfd, tmp_pat
 
 
 def test_every_setting_is_an_option_of_plan(anymla):
-    given = [part for name, value in OTHER_THAN_DEFAULT.items() for part in option(name, value)]
+    settings = OTHER_THAN_DEFAULT | {"static_qk_norm": False}  # which goes with another target only
+    given = [part for name, value in settings.items() for part in option(name, value)]
     chosen = json.loads(anymla("plan", BUNDLED, "--json", *given))["recipe"]
-    assert chosen == OTHER_THAN_DEFAULT
+    assert chosen == settings
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

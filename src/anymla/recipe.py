@@ -84,6 +84,11 @@ class Recipe(Settings):
     kv_rank: int | None = Field(
         None, ge=1, le=MOST, description="Latent rank per layer. Default: what the budget leaves beside the rope dims."
     )
+    static_qk_norm: bool = Field(
+        False,
+        description="Let --target deepseek and gguf take models with norms on queries and keys: a fixed scale per "
+        "head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
+    )
     factorization: FactorizationName = Field("output-aware", description="How the latent is found.")
     expected_rotation: bool = Field(
         True, description="Replace dropped rotations by their expectation on calibration text (the paper: by 1)."

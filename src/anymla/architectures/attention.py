@@ -137,7 +137,7 @@ def read_attention(attention: Any, spec: AttentionSpec, family: Family, config: 
         output_bias=output_bias,
         rope_pairs=spec.rope_pairs,
         scaling=features["scaling"],
-        key_gain=_gain_of(norms.get("k_norm"), key),
+        key_gain=gain_of(norms.get("k_norm"), key),
         key_norm=bool({"k_norm", "v_norm"} & norms.keys()) or "clip" in features,
         query_gain=gain,
         gate=None if gate is None else gate[:, :-1],
@@ -239,7 +239,7 @@ def _take_gains(norms: dict[str, nn.Module]) -> Tensor | None:
     return gain
 
 
-def _gain_of(norm: Any, key: Tensor) -> Tensor:
+def gain_of(norm: Any, key: Tensor) -> Tensor:
     """The key norm's weight as [G,d]; ones where it has none."""
     ones = key.new_ones(key.shape[:2])
     parameters = [] if norm is None else [value.detach().double() for value in norm.parameters()]

@@ -157,6 +157,14 @@ def convert(
             "note: calibrated on the bundled children's stories; --calibration with text like yours keeps more quality",
             soft_wrap=True,
         )
+    lost = [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]
+    if lost:
+        err.print(
+            "note: fixed scales stand in for norms on queries and keys; at full budget that alone would lose "
+            f"{sum(lost) / len(lost):.2%} of the hidden states behind attention, {max(lost):.2%} in the worst layer; "
+            "the scores hold the loss of all",
+            soft_wrap=True,
+        )
     if as_json:
         return print_json(conversion.to_dict())
     from anymla.report.tables import conversion_layers_table, scores_table

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.architectures.attention import read_attention
+from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.architectures.blueprint import AttentionSpec
 from anymla.architectures.families import Family
 from anymla.architectures.parts import attention_path
+from anymla.architectures.static_norm import with_static_norms
 from anymla.calibration.activations import Activations
 from anymla.calibration.moments import Moments, MomentSums
 from anymla.calibration.parallel import all_sum_number
@@ -53,13 +54,15 @@ class LayerResult:
     """What became of one layer.
 
     ``error``: squared loss of the hidden states behind its attention, converted layers below included, over their
-    squared size, on choice windows.
+    squared size, on choice windows. ``norms_lost``: the part that fixed scales in place of norms on queries and keys
+    would lose alone.
     """
 
     layer: int
     rope_dims: int
     kv_rank: int
     error: float
+    norms_lost: float | None = None
 
 
 class LayerStep:
@@ -85,8 +88,9 @@ class LayerStep:
             raise UnsupportedModelError(f"{type(layer).__name__} has no attention where its config means one")
         self.path = path
         self.attention = layer.get_submodule(self.path)
-        source = read_attention(self.attention, spec, family, config)
-        self.source = source if LIMITS[recipe.target].biases else source.without_biases()
+        self.read = read_attention(self.attention, spec, family, config)
+        self.source = self.read if LIMITS[recipe.target].biases else self.read.without_biases()
+        self.static_norms = recipe.static_qk_norm and spec.qk_norm
 
     def measure(self, index: int, original: Activations, converted: Activations) -> None:
         """Collects moments on the original's activations, inputs below the converted layers, and targets.
@@ -95,10 +99,12 @@ class LayerStep:
         have lost of that stream by now. ``original`` moves on to the hidden states behind this layer, in place.
         """
         self.batch = batch_size(self.spec.num_heads, original.shape[1]) if self.family.batched else 1
+        if self.static_norms:
+            self._take_static_norms(original)
         sums, seen = MomentSums(self.source.weights), 0
         precision = torch.promote_types(original.dtype, torch.float32)  # for a difference of near-equal 16-bit numbers
         self.target, self.inputs = original.like(precision), converted.like(converted.dtype)
-        self.stream_power, finite = 0.0, True
+        self.stream_power, self.norms_lost, finite = 0.0, 0.0, True
         for step in run_layer(self.layer, self.attention, original, self.call, self.batch):
             if not seen:
                 self._check(step, index)
@@ -109,6 +115,8 @@ class LayerStep:
             stream = step.attended.to(precision) + (original[part] if self.family.plain_residual else 0)
             chosen = slice(*(max(0, bound - seen) for bound in (self.split.choice.start, self.split.choice.stop)))
             self.stream_power += stream[chosen].double().square().sum().item()
+            if self.static_norms:
+                self._add_norms_lost(step, chosen)
             self.target[part] = target = stream - (converted[part] if self.family.plain_residual else 0)
             finite = finite and bool(target.isfinite().all())
             original[part] = step.output
@@ -116,17 +124,30 @@ class LayerStep:
         self.arguments = step.arguments
         self.stream_power = all_sum_number(self.stream_power, sums.gram.device)
         self.moments: Moments = sums.moments()
-        if not torch.isfinite(self.moments.weighted_gram).all() or not finite:
-            dtype = str(original.dtype).removeprefix("torch.")
+        self._check_finite(finite and bool(self.moments.weighted_gram.isfinite().all()), original.dtype, index)
+        self._take_inputs(converted)
+
+    def _check_finite(self, finite: bool, of: torch.dtype, index: int) -> None:
+        if not finite:
+            dtype = str(of).removeprefix("torch.")
             wider = "float32 or bfloat16" if dtype == "float16" else "float64, or look for weights that are too large"
             raise CheckpointError(f"activations overflow in {dtype} at layer {index}: give --dtype {wider}")
+
+    def _take_static_norms(self, original: Activations) -> None:
+        """Puts fixed scales in the place of norms on queries and keys, as the windows to fit on have them."""
+        parts = attention_inputs(self.layer, self.attention, original, self.call, self.batch)
+        fitted = (part for number, part in enumerate(parts) if number * self.batch < self.split.fit.stop)
+        self.source = with_static_norms(self.source, fitted)
+
+    def _take_inputs(self, converted: Activations) -> None:
+        """Keeps what the attention reads below the converted layers."""
         attended_inputs = attention_inputs(self.layer, self.attention, converted, self.call, self.batch)
         for start, inputs in zip(range(0, len(converted), self.batch), attended_inputs, strict=True):
             self.inputs[start : start + len(inputs)] = inputs
 
     def _check(self, step: AttentionStep, index: int) -> None:
         """Refuses to convert what is not understood: at full budget a window's attention must be the original's."""
-        whole = build_attention(self.attention, self.source, whole_layer(self.source.weights), self.config)
+        whole = self._whole(self.read)
         arguments = {name: value for name, value in step.arguments.items() if name != "past_key_values"}
         found, expected = first(whole(step.inputs[:1], **arguments)).double(), step.attended[:1].double()
         off = ((found - expected).square().mean() / expected.square().mean().clamp_min(1e-300)).sqrt().item()
@@ -135,6 +156,17 @@ class LayerStep:
                 f"layer {index}: at full budget its attention is off by {off:.0%}; config.json must say what this "
                 "family's config leaves to defaults: load the model with transformers and save it again"
             )
+
+    def _add_norms_lost(self, step: AttentionStep, chosen: slice) -> None:
+        """Adds the squared loss of a batch's output that static norms make at full budget."""
+        if len(inputs := step.inputs[chosen]):
+            arguments = {name: value for name, value in step.arguments.items() if name != "past_key_values"}
+            lost = first(self._whole(self.source)(inputs, **arguments)).double() - step.attended[chosen].double()
+            self.norms_lost += lost.square().sum().item()
+
+    def _whole(self, source: SourceAttention) -> LatentAttention:
+        """The attention at full budget."""
+        return build_attention(self.attention, source, whole_layer(source.weights), self.config)
 
     def _add(self, sums: MomentSums, inputs: Tensor, arguments: dict[str, Any]) -> None:
         """Adds one batch's moments; what the family puts on scores comes as one additive mask."""
@@ -162,7 +194,9 @@ class LayerStep:
                 reconstruction = Reconstruction(best, self.inputs, self.target, self.arguments, self.batch)
                 reconstruction.run(steps, self.split.fit, self.split.choice, self.recipe.seed)
         error = self._error(best) / max(self.stream_power, 1e-300)
-        return best, LayerResult(layer=index, rope_dims=best.qk_rope_head_dim, kv_rank=best.kv_lora_rank, error=error)
+        sizes = {"rope_dims": best.qk_rope_head_dim, "kv_rank": best.kv_lora_rank}
+        lost = all_sum_number(self.norms_lost, best.o_proj.weight.device) / max(self.stream_power, 1e-300)
+        return best, LayerResult(layer=index, **sizes, error=error, norms_lost=lost if self.static_norms else None)
 
     def share_lost(self, rope_dims: int, rope_step: int | None) -> float:
         """The error of :class:`LayerResult` that this split would have, before anything is fitted to it."""

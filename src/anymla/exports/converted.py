@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anymla.errors import CheckpointError
@@ -58,9 +59,9 @@ class Converted:
         return self.stored[name].read()
 
     def scaled(self, name: str, factor: float) -> Tensor:
-        """The same times ``factor``, in its own dtype."""
+        """The same times ``factor``, which is then in float32 or finer."""
         tensor = self.tensor(name)
-        return tensor if factor == 1 else tensor * factor
+        return tensor if factor == 1 else tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with ``prefix``, which is taken off, floating-point ones in float64."""

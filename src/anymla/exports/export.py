@@ -23,7 +23,10 @@ from anymla.recipe import Target
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What was written, how it was found equal to the converted model, and the commands that serve it, per engine."""
+    """What was written, how it was found equal to the converted model, and the commands that serve it, per engine.
+
+    ``bytes``: of all files but the model card and this report.
+    """
 
     output: Path
     target: Target

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.planning.costs import latent_cost, original_cost, peak_memory
-from anymla.planning.targets import check_target, most_channels
+from anymla.planning.targets import LIMITS, check_target, most_channels
 from anymla.recipe import MOST, SHARED_ROPES, Recipe, read_yaml, where
 
 TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
@@ -84,10 +84,13 @@ def make_plan(model: str, blueprint: Blueprint, recipe: Recipe) -> Plan:
     Raises:
         InfeasibleError: the budget or an explicit size cannot be met; names what can.
         UnsupportedModelError: the recipe's target cannot hold this model.
+        RecipeError: a setting has no meaning for the target.
     """
     most = None
+    if recipe.static_qk_norm and not LIMITS[recipe.target].grid:
+        raise RecipeError("--static-qk-norm is for --target deepseek and gguf: others keep the norms as they are")
     if recipe.target is not None:
-        check_target(recipe.target, model, blueprint)
+        check_target(recipe.target, model, blueprint, static_norms=recipe.static_qk_norm)
         most = most_channels(recipe.target, recipe.rope, blueprint)
     return Plan(
         model=model,
@@ -130,7 +133,7 @@ def _check_target(plan: Plan, model: str, blueprint: Blueprint) -> None:
     target, layers = plan.recipe.target, [layer for layer in plan.layers if layer is not None]
     most = None
     if target is not None:
-        check_target(target, model, blueprint)
+        check_target(target, model, blueprint, static_norms=plan.recipe.static_qk_norm)
         most = most_channels(target, plan.recipe.rope, blueprint)
         if any(layer != layers[0] for layer in layers):
             raise InfeasibleError(f"the plan's layers differ, and --target {target} needs one split for all")

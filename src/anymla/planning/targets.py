@@ -44,8 +44,11 @@ def plain_pairs(rope: RopeSpec | None, pairs: int) -> int:
     return sum(2 * math.pi * rope.theta ** (index / pairs) < longest for index in range(pairs))
 
 
-def target_refusal(target: Target, blueprint: Blueprint) -> str | None:
-    """Why no conversion of this model can be exported to ``target``, or None."""
+def target_refusal(target: Target, blueprint: Blueprint, *, static_norms: bool = False) -> str | None:
+    """Why no conversion of this model can be exported to ``target``, or None.
+
+    ``static_norms``: whether fixed scales may stand in for norms on queries and keys.
+    """
     specs = list(blueprint.attention_layers.values())
     windows = [spec.sliding_window for spec in specs if spec.sliding_window is not None]
     if blueprint.has_vision:
@@ -58,29 +61,32 @@ def target_refusal(target: Target, blueprint: Blueprint) -> str | None:
         return f"it has {blueprint.beyond}"
     if any(spec != specs[0] for spec in specs):
         return "its layers differ in heads, rope or window"
-    return _deepseek_refusal(specs[0], blueprint) if LIMITS[target].grid else None
+    return _deepseek_refusal(specs[0], blueprint, static_norms) if LIMITS[target].grid else None
 
 
-def _deepseek_refusal(spec: AttentionSpec, blueprint: Blueprint) -> str | None:
+def _deepseek_refusal(spec: AttentionSpec, blueprint: Blueprint, static_norms: bool) -> str | None:
     if blueprint.other_block is not None:
         return blueprint.other_block
-    if spec.qk_norm:
-        return "it has norms on queries and keys, DeepSeek's attention has none"
     if spec.qkv_bias or spec.output_bias:
         return "its attention has biases, DeepSeek's has none"
     if not plain_pairs(blueprint.rope, spec.rope_pairs):
         kind = "no rope" if blueprint.rope is None else f"rope of type {blueprint.rope.rope_type}"
         return f"it has {kind}: no pair turns as in DeepSeek's plain rope"
+    if spec.qk_norm and not static_norms:
+        return (
+            "it has norms on queries and keys, DeepSeek's attention has none (--static-qk-norm puts fixed scales in "
+            "their place, at a loss)"
+        )
     return None
 
 
-def check_target(target: Target, model: str, blueprint: Blueprint) -> None:
-    """Refuses a target that this model cannot have.
+def check_target(target: Target, model: str, blueprint: Blueprint, *, static_norms: bool) -> None:
+    """Refuses a target that this model cannot have; ``static_norms`` as in :func:`target_refusal`.
 
     Raises:
         UnsupportedModelError: why, and which target is left.
     """
-    if (reason := target_refusal(target, blueprint)) is not None:
+    if (reason := target_refusal(target, blueprint, static_norms=static_norms)) is not None:
         free = [other for other in TARGETS if target_refusal(other, blueprint) is None]
         left = f"--target {free[0]} can hold it" if free else "it serves in transformers, without --target"
         raise UnsupportedModelError(f"--target {target} cannot hold {model}: {reason}; {left}")

@@ -1,0 +1,96 @@
+"""anymla export --to gguf from end to end, where llama.cpp is not installed; tests/engines has the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import gguf
+import pytest
+
+import anymla
+from anymla.errors import RecipeError, UnsupportedModelError
+from anymla.exports import llama
+from anymla.report.demo import bundled_model
+from tests.damage import run_main
+from tests.families import FAST
+
+
+@pytest.fixture(autouse=True)
+def no_llama_cpp(monkeypatch):
+    monkeypatch.setattr(llama, "llama_python", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The bundled model, converted under the limits of GGUF."""
+    folder = tmp_path_factory.mktemp("planned") / "model"
+    anymla.convert(bundled_model(), folder, kv_cache=0.5, target="gguf", **FAST)
+    return folder
+
+
+def test_the_folder_holds_file_card_and_records(planned, tmp_path):
+    done = anymla.export(planned, tmp_path / "out", "gguf")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"model.gguf", "README.md", "export.json", "conversion.json", "recipe.yaml", "plan.yaml"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    kinds = {each.tensor_type.name for each in reader.tensors}
+    assert kinds == {"F32"}  # the dtype of the bundled model
+    assert "the GGUF file itself was not run" in done.parity.engine
+    assert done.parity.tokens == done.parity.of
+    assert json.loads((tmp_path / "out" / "export.json").read_text()) == done.to_dict()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: gguf" in card
+    assert "llama-server -m model.gguf" in card
+    assert "import anymla" not in card  # how the converted model is used
+    assert f"{done.parity.of} of {done.parity.of} greedy tokens equal" in card
+
+
+def test_an_earlier_export_is_replaced_when_asked(planned, tmp_path):
+    anymla.export(planned, tmp_path / "out", "gguf", dtype="f16")
+    with pytest.raises(anymla.errors.OutputError, match="exists"):
+        anymla.export(planned, tmp_path / "out", "gguf", dtype="q8_0")
+    before = (tmp_path / "out" / "model.gguf").stat().st_size
+    anymla.export(planned, tmp_path / "out", "gguf", dtype="q8_0", overwrite=True)
+    assert (tmp_path / "out" / "model.gguf").stat().st_size < before
+
+
+def test_refused_exports_leave_nothing(converted_folder, planned, tmp_path):
+    with pytest.raises(UnsupportedModelError, match="--target deepseek"):
+        anymla.export(converted_folder, tmp_path / "out", "gguf")  # planned without a target
+    (tmp_path / "words").mkdir()
+    shutil.copytree(planned, tmp_path / "words", dirs_exist_ok=True)
+    spec = json.loads((tmp_path / "words" / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "words" / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UnsupportedModelError, match="Lowercase"):
+        anymla.export(tmp_path / "words", tmp_path / "out", "gguf")
+    with pytest.raises(RecipeError, match="q4_0"):
+        anymla.export(planned, tmp_path / "out", "gguf", dtype="q4_0")
+    with pytest.raises(RecipeError, match="--pad"):
+        anymla.export(planned, tmp_path / "out", "gguf", pad="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["words"]
+
+
+def test_command_line_and_push(planned, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "out"
+    run = run_main(["export", str(planned), "--to", "gguf", "-o", str(out), "--dtype", "bf16"], monkeypatch, capfd)
+    assert run.code == 0
+    assert f"llama-server -m {out}/model.gguf" in run.out and f"llama-cli -m {out}/model.gguf" in run.out
+    run = run_main(["push", str(out), "somebody/small", "--dry-run", "--json"], monkeypatch, capfd)
+    pushed = json.loads(run.out)
+    assert pushed["url"] is None and pushed["files"]["model.gguf"] == (out / "model.gguf").stat().st_size
+    assert "## Files" in (out / "README.md").read_text()
+
+
+def test_a_deepseek_export_carries_a_card(planned, tmp_path):
+    anymla.push(planned, "somebody/converted", dry_run=True)
+    done = anymla.export(planned, tmp_path / "out", "deepseek")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm serve THIS_FOLDER" in card and "import anymla" not in card
+    assert "## Files" not in card  # those of the converted model
+    assert f"{done.parity.cached_numbers:g} numbers per token and layer" in card
+    anymla.push(tmp_path / "out", "somebody/served", dry_run=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm serve somebody/served" in card and card.count("## Files") == 1
