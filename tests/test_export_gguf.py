@@ -52,7 +52,8 @@ def test_an_earlier_export_is_replaced_when_asked(planned, tmp_path):
     with pytest.raises(anymla.errors.OutputError, match="exists"):
         anymla.export(planned, tmp_path / "out", "gguf", dtype="q8_0")
     before = (tmp_path / "out" / "model.gguf").stat().st_size
-    anymla.export(planned, tmp_path / "out", "gguf", dtype="q8_0", overwrite=True)
+    done = anymla.export(planned, tmp_path / "out", "gguf", dtype="q8_0", overwrite=True)
+    assert done.commands["llama.cpp"].endswith("/model.gguf --no-repack")
     assert (tmp_path / "out" / "model.gguf").stat().st_size < before
 
 
@@ -88,12 +89,12 @@ def test_a_deepseek_export_carries_a_card(planned, tmp_path):
     anymla.push(planned, "somebody/converted", dry_run=True)
     done = anymla.export(planned, tmp_path / "out", "deepseek")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "vllm serve THIS_FOLDER" in card and "import anymla" not in card
+    assert "api_server --model THIS_FOLDER" in card and "import anymla" not in card
     assert "## Files" not in card  # those of the converted model
     assert f"{done.parity.cached_numbers:g} numbers per token and layer" in card
     anymla.push(tmp_path / "out", "somebody/served", dry_run=True)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "vllm serve somebody/served" in card and card.count("## Files") == 1
+    assert "api_server --model somebody/served" in card and card.count("## Files") == 1
 
 
 def test_without_the_package_nothing_is_begun(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def export(
         return print_json(done.to_dict())
     found = done.parity
     out.print(
-        f"Checked in {found.engine}: logits within {found.logits:.2g} of their standard deviation "
+        f"Checked in {found.engine}: {found.compared} within {found.difference:.2g} of the logits' standard deviation "
         f"({found.tolerance:g} allowed), {found.tokens} of {found.of} greedy tokens equal; "
         f"{found.cached_numbers:g} numbers per token and layer in the cache.",
         soft_wrap=True,

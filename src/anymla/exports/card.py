@@ -31,7 +31,8 @@ def export_card(converted: Path, done: Export) -> str:
     found = done.parity
     check = (
         f"This is {KINDS[done.target]}, exported by anymla {done.anymla_version}. Compared with the converted model in "
-        f"{found.engine}: logits within {found.logits:.2g} of their standard deviation ({found.tolerance:g} allowed), "
+        f"{found.engine}: {found.compared} within {found.difference:.2g} of the logits' standard deviation "
+        f"({found.tolerance:g} allowed), "
         f"{found.tokens} of {found.of} greedy tokens equal, {found.cached_numbers:g} numbers per token and layer in "
         "the cache. All figures are in `export.json`."
     )

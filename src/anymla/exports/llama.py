@@ -67,7 +67,7 @@ def check_in_llama(python: Path, converted: Path, file: Path, *, dtype: str, lay
         found, _ = ask_llama(python, file, [ids[0].tolist() for ids in prompts], new=new)
         before, after, steps = found["bytes"][0]
         return Answers(
-            logits=[torch.from_numpy(rows).double() for rows in forced],
+            scores=[torch.from_numpy(rows).double() for rows in forced],
             sequences=[
                 torch.cat([ids, torch.tensor([own])], dim=1) for ids, own in zip(prompts, found["tokens"], strict=True)
             ],

@@ -20,22 +20,25 @@ PROMPTS = (
     "def add(a, b):\n    # the sum of two numbers\n    return",
 )
 NEW_TOKENS = 32
-# Largest difference of two logits, over their standard deviation. Both models run in float32; the export's weights, as
-# they are multiplied by factors, are rounded to their dtype once more.
+# Largest difference of two logits (or log probabilities), over the logits' standard deviation. Both models run in
+# float32; the export's weights, as they are multiplied by factors, are rounded to their dtype once more.
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+LOGITS, LOG_PROBABILITIES = "logits", "log probabilities of given tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
     """An export beside the converted model.
 
-    ``logits``: largest difference over the standard deviation, on prompts and continuations. ``tokens``: of ``of``
-    greedy ones, those equal until sequences part; they may part only between logits nearer than twice the tolerance.
-    ``cached_numbers``: per token and layer, measured in the export's live cache.
+    ``compared``: logits, or log probabilities of given tokens where an engine has no more. ``difference``: the largest
+    of these on prompts and continuations, over the logits' standard deviation. ``tokens``: of ``of`` greedy ones, those
+    equal until sequences part; they may part only between logits nearer than twice the tolerance. ``cached_numbers``:
+    per token and layer, measured in the export's live cache.
     """
 
     engine: str
-    logits: float
+    compared: str
+    difference: float
     tolerance: float
     tokens: int
     of: int
@@ -48,11 +51,16 @@ class Parity:
 
 @dataclass(frozen=True)
 class Answers:
-    """What an export gave: ``logits`` [T,V] on the converted model's sequences, its own ``sequences`` [1,T]."""
+    """What an export gave: ``scores`` of the converted model's sequences, its own ``sequences`` [1,T].
 
-    logits: list[Tensor]
+    Scores are logits [T,V] or, with ``compared`` LOG_PROBABILITIES, those of each sequence's tokens from its second on
+    [T-1].
+    """
+
+    scores: list[Tensor]
     sequences: list[Tensor]
     cached_numbers: float
+    compared: str = LOGITS
 
 
 def load_stock(folder: Path) -> Any:
@@ -93,12 +101,12 @@ def compare(
     Args:
         converted: what ``anymla convert`` wrote.
         engine: its name.
-        tolerance: on logits, over their standard deviation.
+        tolerance: on logits or log probabilities, over the logits' standard deviation.
         answers: asks the engine, given the prompts [1,T] and the sequences that the converted model makes of them.
         prompts: texts to begin with.
 
     Raises:
-        ParityError: logits or tokens differ by more than the tolerance; says by how much.
+        ParityError: scores or tokens differ by more than the tolerance; says by how much.
     """
     tokenizer = load_tokenizer(converted)
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
@@ -107,25 +115,28 @@ def compare(
     scores = [_logits(original, tokens) for tokens in expected]
     del original
     given = answers(ids, expected)
-    largest, equal = 0.0, 0
+    differences, equal = [], 0
     for number, (prompt, tokens, score) in enumerate(zip(ids, expected, scores, strict=True)):
-        spread, found = score.std().item(), given.sequences[number]
-        largest = max(largest, (given.logits[number] - score).abs().max().item() / spread)
+        spread, found = score.std(), given.sequences[number]
+        own = score if given.compared == LOGITS else _log_probabilities(score, tokens)
+        differences.append((given.scores[number] - own).abs().max() / spread)
         same = int((tokens == found).long().cumprod(1).sum()) - prompt.shape[1]
         equal += same
         if same < NEW_TOKENS:
             place = prompt.shape[1] + same
-            margin = (score[place - 1].max() - score[place - 1, found[0, place]]).item() / spread
-            largest = max(largest, margin / 2)
+            margin = score[place - 1].max() - score[place - 1, found[0, place]]
+            differences.append(margin / spread / 2)
+    largest = torch.stack(differences).max().item()  # NaN where one is
     if not largest <= tolerance:
         raise ParityError(
-            f"the export is not the converted model: logits differ by {largest:.2g} of their standard deviation, where "
-            f"{tolerance:g} is allowed, and {equal} of {NEW_TOKENS * len(ids)} greedy tokens are the same; nothing was "
-            "written"
+            f"the export in {engine} is not the converted model: {given.compared} differ by {largest:.2g} of the "
+            f"logits' standard deviation, where {tolerance:g} is allowed, and {equal} of {NEW_TOKENS * len(ids)} "
+            "greedy tokens are the same; nothing was written"
         )
     return Parity(
         engine=engine,
-        logits=largest,
+        compared=given.compared,
+        difference=largest,
         tolerance=tolerance,
         tokens=equal,
         of=NEW_TOKENS * len(ids),
@@ -137,6 +148,11 @@ def compare(
 def _logits(model: Any, ids: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     return logits.double()
+
+
+def _log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of the tokens of ``ids`` [1,T] from the second on, [T-1]."""
+    return logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
 
 
 @torch.no_grad()
