@@ -58,6 +58,29 @@ def _protocol(row: Row) -> str:
     )
 
 
+def _against_peers(compared: list[Row]) -> list[list[str]]:
+    """Per budget: our KL beside that of the best method that can decode from its latent, and of CARE's that cannot."""
+    lines = []
+    for budget in dict.fromkeys(row["budget"] for row in compared):
+        found = {row["method"]: row for row in compared if row["budget"] == budget and "kl" in row}
+        ours, rebuilt = found.pop("anymla", None), found.pop("CARE without partial RoPE", None)
+        if ours is None or not found:
+            continue
+        best = min(found.values(), key=lambda row: row["kl"])
+        more = ours["perplexity"] / ours["original"]["perplexity"] - 1
+        lines.append(
+            [
+                f"{budget:.4g}",
+                f"{ours['kl']:.3f}",
+                f"{best['kl']:.3f} ({best['method']})",
+                f"{ours['kl'] / best['kl']:.2f}",
+                "-" if rebuilt is None else f"{rebuilt['kl']:.3f}",
+                f"{more:+.1%}",
+            ]
+        )
+    return lines
+
+
 def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
     """Writes all rows as tables, a section per model."""
     lines, methods = [INTRODUCTION], list(methods)
@@ -89,6 +112,8 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
                     for row in compared
                 ],
             )
+            columns = ["cache kept", "KL", "best peer that absorbs", "ratio", "CARE without partial RoPE", "perplexity"]
+            lines += ["Against the best of them:", "", *_table(columns, _against_peers(scored))]
         if varied := [row for row in mine if "case" in row]:
             lines += [
                 "### What calibration does",
