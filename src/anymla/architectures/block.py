@@ -27,7 +27,6 @@ def beyond_latent(model_type: str, config: Mapping[str, Any], *, rope: bool) -> 
         "a soft-cap on scores": family.softcap and config.get("attn_logit_softcapping") is not None,
         "a bias on scores by position": family.position_bias is not None and not rope,
         "a query scale by position": family.temperature is not None,
-        "norms after rope": family.norm_after_rope,
         "a residual stream inside attention": family.adds_residual,
     }
     return family.beyond or next((what for what, is_there in found.items() if is_there), None)

@@ -44,7 +44,7 @@ class Family:
     plain_residual: bool = True  # the attention's output is added to the stream as it is: no norm or factor between
 
 
-_GATE, _SINKS = "a gate on the heads' output", "attention sinks"
+_GATE, _SINKS, _GAIN = "a gate on the heads' output", "attention sinks", "norms with a weight after rope"
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_NEXT = {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
 _HALF_ROPE = {"partial_rotary_factor": 0.5}
@@ -136,8 +136,8 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": replace(_POST_NORM, defaults={"position_embedding_type": None}),
     "granitemoeshared": _POST_NORM,
     "helium": Family(plain_block=True, rope="interleaved"),
-    "hunyuan_v1_dense": Family(qk_norm=True, norm_after_rope=True),
-    "hunyuan_v1_moe": Family(qk_norm=True, norm_after_rope=True),
+    "hunyuan_v1_dense": Family(beyond=_GAIN, qk_norm=True, norm_after_rope=True),
+    "hunyuan_v1_moe": Family(beyond=_GAIN, qk_norm=True, norm_after_rope=True),
     "hy_v3": Family(qk_norm=True),
     "hyperclovax": _POST_NORM,
     "internlm3": Family(),
