@@ -54,7 +54,8 @@ class AttentionPairs:
 
     def _replace_input(self, name: str) -> Any:
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = self.inputs[name]
+            own = args[0] if args else kwargs["hidden_states"]
+            given = self.inputs[name].to(own.dtype)  # the original may be in 16 bits
             return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
 
         return replace
