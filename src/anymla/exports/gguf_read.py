@@ -61,9 +61,11 @@ def _rounding(numbers: Tensor, kind: str) -> Tensor:
     """The most by which a tensor type changes each number."""
     size = numbers.abs()
     if kind == "Q8_0":  # to half a step, of which 127 make a block's largest number; and the step to float16
-        largest = size.unflatten(-1, (-1, BLOCK)).amax(-1, keepdim=True).expand(*size.shape[:-1], -1, BLOCK).flatten(-2)
+        largest: Tensor = size.unflatten(-1, (-1, BLOCK)).amax(-1).repeat_interleave(BLOCK, dim=-1)
         return largest * (0.5001 / 127 + 2.0**-11) + 127 * 2.0**-25
-    return size * {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}[kind] + (2.0**-25 if kind == "F16" else 0.0)
+    share, least = {"F32": (0.0, 0.0), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 0.0)}[kind]
+    allowed: Tensor = size * share + least
+    return allowed
 
 
 def _stock_weights(found: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
