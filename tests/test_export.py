@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -243,6 +244,8 @@ def test_static_norms_are_another_model_and_say_so(tmp_path, monkeypatch, capfd)
     lost = [layer["norms_lost"] for layer in json.loads((tmp_path / "converted/conversion.json").read_text())["layers"]]
     assert all(0.001 < each < 0.5 for each in lost)
     assert anymla.export(tmp_path / "converted", tmp_path / "export").parity.difference < 1e-4
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert f"lose {sum(lost) / len(lost):.2%}" in card and f"{max(lost):.2%} in the worst layer" in card
 
 
 def test_static_norms_lose_nothing_where_norms_do_nothing():
@@ -362,6 +365,113 @@ def test_refuses_to_call_a_wrong_export_done(stories, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", {"float32": 1e-9})
     call = lambda: anymla.export(stories.converted, tmp_path / "out")  # noqa: E731
     refused(ParityError, tmp_path, call, "not the converted model", "96 of 96")
+
+
+def test_refuses_a_cache_that_was_not_planned(stories, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "_cached_numbers", lambda model, ids: 99.0)
+    call = lambda: anymla.export(stories.converted, tmp_path / "out")  # noqa: E731
+    refused(ParityError, tmp_path, call, "caches 99 numbers per token and layer", "nothing was written")
+
+
+def test_refuses_nan(stories, tmp_path):
+    """In any place of the scores, and where vLLM's head would be."""
+    from anymla.exports.vllm import _check_head
+
+    real = parity._logits
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ParityError, match="differ by nan"):
+        calls = []
+
+        def spoiled(model, ids):
+            calls.append(logits := real(model, ids))
+            if len(calls) == 5:  # the export's second
+                logits[3, 7] = float("nan")
+            return logits
+
+        patch.setattr(parity, "_logits", spoiled)
+        parity.check_parity(stories.converted, stories.export)
+    model = load(stories.converted)
+    _check_head(model)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(UnsupportedModelError, match="does more to its logits"):
+        _check_head(model)
+
+
+def test_a_short_context(tmp_path):
+    """GPT-2's positions are a table: prompts and new tokens are cut to it."""
+    source = save_model(tiny_model("gpt2", torch.float32, n_positions=48), tmp_path / "source")
+    anymla.convert(source, tmp_path / "converted", kv_cache=0.5, **FAST | {"calibration_length": 16})
+    done = anymla.export(tmp_path / "converted", tmp_path / "out", "vllm")
+    assert done.parity.tokens == done.parity.of == 3 * 24
+
+
+def with_config(folder, change):
+    fields = json.loads((folder / "config.json").read_text())
+    change(fields)
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def with_tensor(folder, end, change):
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.1.self_attn.{end}"
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "no-dtype": (lambda at: with_config(at, lambda fields: fields.pop("dtype")), "dtype is None"),
+    "strange-dtype": (lambda at: with_config(at, lambda fields: fields.update(dtype="int8")), "dtype"),
+    "no-layers": (lambda at: with_config(at, lambda fields: fields.update(mla_layers=[])), "mla_layers"),
+    **{
+        f"{name}-{value}": (
+            lambda at, name=name, value=value: with_config(
+                at, lambda fields: fields["mla_layers"][1].update({name: value})
+            ),
+            "mla_layers" if value in ("x", 0, None) or isinstance(value, float) or name == "module" else "1.self_attn.",
+        )
+        for name, value in (
+            ("head_dim", "x"),
+            ("head_dim", 0),
+            ("num_kv_heads", 4.0),
+            ("module", 3),
+            ("scaling", None),
+            ("kv_lora_rank", 27),
+            ("num_heads", 4),
+            ("rope_pairs", 3),
+            ("qk_rope_head_dim", 2),
+        )
+    },
+    "row-short": (lambda at: with_tensor(at, "kv_b_proj.weight", lambda weight: weight[:-1]), "kv_b_proj.weight is"),
+    "flat": (lambda at: with_tensor(at, "q_proj.weight", lambda weight: weight.flatten()), "q_proj.weight is"),
+    "pair": (lambda at: with_tensor(at, "channel_index", lambda index: index + 9), "channel_index"),
+}
+
+
+@pytest.mark.parametrize("target", ["deepseek", "vllm", "gguf"])
+@pytest.mark.parametrize(("damage", "word"), DAMAGES.values(), ids=DAMAGES)
+def test_refuses_broken_conversions(stories, tmp_path, damage, word, target):
+    import shutil
+
+    shutil.copytree(stories.converted, tmp_path / "model")
+    damage(tmp_path / "model")
+    call = lambda: anymla.export(tmp_path / "model", tmp_path / "out", target)  # noqa: E731
+    refused(CheckpointError, tmp_path, call, word)
+
+
+def test_clears_what_killed_runs_left(stories, tmp_path):
+    """Not what a run that is still at work holds, nor what belongs to another output."""
+    from anymla.io.work import hold
+
+    left = [tmp_path / f".{name}-123456789/deepseek" for name in ("out.partial", "other.partial")]
+    for folder in (*left, held := tmp_path / ".out.partial-1"):
+        folder.mkdir(parents=True)
+    handle = hold(held)
+    anymla.export(stories.converted, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", left[1].parent.name, held.name}
+    os.close(handle)
+    anymla.export(stories.converted, tmp_path / "out", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", left[1].parent.name}
 
 
 def test_parity_sees_a_changed_weight(stories, tmp_path):

@@ -7,9 +7,10 @@ import shutil
 
 import gguf
 import pytest
+import torch
 
 import anymla
-from anymla.errors import RecipeError, UnsupportedModelError
+from anymla.errors import ParityError, RecipeError, UnsupportedModelError
 from anymla.exports import llama
 from anymla.report.demo import bundled_model
 from tests.damage import run_main
@@ -37,14 +38,65 @@ def test_the_folder_holds_file_card_and_records(planned, tmp_path):
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     kinds = {each.tensor_type.name for each in reader.tensors}
     assert kinds == {"F32"}  # the dtype of the bundled model
-    assert "the GGUF file itself was not run" in done.parity.engine
+    assert (done.parity.engine, done.parity.engine_failed) == ("transformers", None)
+    assert done.parity.not_run.startswith("llama.cpp was not run (llama-cpp-python is not installed)")
     assert done.parity.tokens == done.parity.of
     assert json.loads((tmp_path / "out" / "export.json").read_text()) == done.to_dict()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: gguf" in card
-    assert "llama-server -m model.gguf" in card
+    assert "\nllama-server -m ./model.gguf\nllama-cli -m ./model.gguf\n" in card
+    assert "llama.cpp was not run" in card
     assert "import anymla" not in card  # how the converted model is used
     assert f"{done.parity.of} of {done.parity.of} greedy tokens equal" in card
+
+
+def test_the_check_is_of_the_weights_in_the_file(planned, tmp_path):
+    """What rounding to the file's type does shows in the figure, in the order of the types."""
+    found = {}
+    for dtype in ("f32", "f16", "bf16", "q8_0"):
+        done = anymla.export(planned, tmp_path / dtype, "gguf", dtype=dtype)
+        found[dtype] = done.parity.difference
+        assert done.parity.tolerance == llama.TOLERANCE[dtype]
+        assert f"--to gguf -o {dtype} --dtype {dtype}\n" in (tmp_path / dtype / "README.md").read_text()
+    assert found["f32"] < 1e-4 < found["f16"] < found["bf16"] and found["q8_0"] > found["f16"]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+def test_a_file_that_holds_something_else_is_refused(planned, tmp_path, monkeypatch, dtype):
+    """One number, wrong by 2 %."""
+    from anymla.exports import gguf as room
+
+    encode = room._encoded
+
+    def damaged(weight, kind):
+        if weight.name != "blk.2.ffn_up.weight":
+            return encode(weight, kind)
+        numbers = weight.read().float().clone()
+        place = divmod(int(numbers.abs().argmax()), numbers.shape[1])
+        numbers[place] *= 1.02
+        return encode(room.Weight(weight.name, weight.shape, lambda: numbers), kind)
+
+    monkeypatch.setattr(room, "_encoded", damaged)
+    with pytest.raises(ParityError, match=r"blk.2.ffn_up.weight in model.gguf is not what was to be written"):
+        anymla.export(planned, tmp_path / "out", "gguf", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("target", "name"), [("deepseek", "e"), ("gguf", "model"), ("vllm", "vllm")])
+def test_cards_hold_whole_commands_and_no_paths(planned, tmp_path, target, name):
+    pad = None if target == "gguf" else "none"
+    done = anymla.export(planned, tmp_path / name, target, pad=pad)
+    card = (tmp_path / name / "README.md").read_text()
+    place = "." if target == "gguf" else "THIS_FOLDER"
+    commands = [command.replace(str(tmp_path / name), place) for command in done.commands.values()]
+    assert "```sh\n" + "\n".join(commands) + "\n```" in card
+    again = f"anymla export model --to {target} -o {name} --dtype {done.dtype}{'' if pad is None else ' --pad none'}"
+    assert f"\n{again}\n" in card
+    assert f"anymla {anymla.__version__}, torch {torch.__version__}, transformers " in card
+    assert str(tmp_path) not in card and "/stories260K" not in card
+    report = json.loads((tmp_path / name / "export.json").read_text())
+    assert (report["dtype"], report["pad"]) == ("f32" if target == "gguf" else "float32", pad)
+    assert report["versions"]["torch"] == torch.__version__
 
 
 def test_an_earlier_export_is_replaced_when_asked(planned, tmp_path):
@@ -94,7 +146,7 @@ def test_a_deepseek_export_carries_a_card(planned, tmp_path):
     assert f"{done.parity.cached_numbers:g} numbers per token and layer" in card
     anymla.push(tmp_path / "out", "somebody/served", dry_run=True)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "api_server --model somebody/served" in card and card.count("## Files") == 1
+    assert "api_server --model THIS_FOLDER" in card and card.count("## Files") == 1
 
 
 def test_without_the_package_nothing_is_begun(tmp_path, monkeypatch):

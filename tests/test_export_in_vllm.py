@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from anymla.exports.vllm import load_fused
 from anymla.report.demo import bundled_model
 from tests.damage import run_main
 from tests.families import FAST
+
+CACHED = 576  # numbers per token and layer of --pad cpu
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,13 @@ def ask_transformers(folder, prompts, new, change):
         for _ in range(count):
             ids = torch.cat([ids, change(model(ids).logits[0])[-1:].argmax(-1, keepdim=True)], dim=1)
         tokens.append(ids[0, len(prompt) :].tolist())
-    return {"tokens": tokens, "prompt_logprobs": scores, "cache_bytes_per_token": 5 * 4 * 576, "layers": 5}, ""
+    return {
+        "tokens": tokens,
+        "prompt_logprobs": scores,
+        "cache_bytes_per_token": 5 * 4 * CACHED,
+        "layers": 5,
+        "version": "0.0",
+    }, ""
 
 
 def with_vllm(monkeypatch, change):
@@ -90,14 +99,50 @@ def test_vllm_that_does_not_run(script, reason, converted, tmp_path, monkeypatch
     with_script(monkeypatch, tmp_path, script)
     monkeypatch.setattr(vllm_engine, "LIMIT", 2)
     done = anymla.export(converted, tmp_path / "out", "vllm")
-    assert done.parity.engine == f"transformers (vLLM is installed but did not run: {reason})"
+    assert (done.parity.engine, done.parity.not_run) == ("transformers", None)
+    assert done.parity.engine_failed == f"vLLM is installed but failed: {reason}"
+    assert f"vLLM is installed but failed: {reason}. All figures" in (tmp_path / "out" / "README.md").read_text()
     assert (done.parity.compared, done.parity.tokens) == ("logits", 96)
 
 
 def test_other_paddings_are_checked_in_transformers(converted, tmp_path, monkeypatch):
     with_script(monkeypatch, tmp_path, "raise ValueError('asked')")
     done = anymla.export(converted, tmp_path / "out", "vllm", pad="none")
-    assert done.parity.engine == "transformers (vLLM is installed, but on CPUs it runs --pad cpu only)"
+    assert (done.parity.engine, done.parity.engine_failed) == ("transformers", None)
+    assert done.parity.not_run == "vLLM was not run: on CPUs it runs --pad cpu only"
+
+
+def test_a_failure_is_warned_of(converted, tmp_path, monkeypatch, capfd):
+    with_script(monkeypatch, tmp_path, "raise ValueError('no kernel')")
+    arguments = ["export", str(converted), "--to", "vllm", "-o", str(tmp_path / "out")]
+    done = run_main(arguments, monkeypatch, capfd)
+    assert done.code == 0
+    said = "warning: vLLM is installed but failed: ValueError: no kernel; checked in transformers only\n"
+    assert said in done.err
+    done = run_main([*arguments, "--overwrite", "--json"], monkeypatch, capfd)
+    assert said in done.err
+    assert json.loads(done.out)["parity"]["engine_failed"] == "vLLM is installed but failed: ValueError: no kernel"
+
+
+def test_vllm_for_another_platform_is_no_failure(converted, tmp_path, monkeypatch):
+    """The script asks for the platform before it loads anything."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    platform = "class current_platform:\n    is_cpu = staticmethod(lambda: False)\n"
+    (tmp_path / "vllm" / "platforms.py").write_text(platform)
+    monkeypatch.setattr(vllm_engine, "vllm_python", lambda: Path(sys.executable))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = anymla.export(converted, tmp_path / "out", "vllm")
+    assert (done.parity.engine, done.parity.engine_failed) == ("transformers", None)
+    assert done.parity.not_run.startswith("vLLM was not run: the check is for vLLM on CPUs")
+
+
+def test_a_cache_that_was_not_planned_is_refused(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.CACHED", 577)
+    with_vllm(monkeypatch, lambda logits: logits)
+    with pytest.raises(ParityError, match="in vLLM caches 577 numbers per token and layer, where 576 were planned"):
+        anymla.export(converted, tmp_path / "out", "vllm")
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_vllm_is_looked_for(tmp_path, monkeypatch):

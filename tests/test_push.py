@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -38,8 +39,8 @@ def hub(monkeypatch):
             calls.append(("create_repo", repo, options))
             return f"https://huggingface.co/{repo}"
 
-        def upload_folder(self, **options):
-            calls.append(("upload_folder", options))
+        def create_commit(self, repo, operations, **options):
+            calls.append(("create_commit", repo, {each.path_in_repo: each.path_or_fileobj for each in operations}))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
@@ -49,15 +50,16 @@ def hub(monkeypatch):
 def test_push_uploads_the_folder_with_a_complete_card(folder, hub):
     done = anymla.push(folder, "somebody/small", private=True)
     assert done.url == "https://huggingface.co/somebody/small"
-    (made, repo, options), (sent, upload) = hub
-    assert (made, repo, sent) == ("create_repo", "somebody/small", "upload_folder")
+    (made, repo, options), (sent, place, sources) = hub
+    assert (made, repo, sent, place) == ("create_repo", "somebody/small", "create_commit", "somebody/small")
     assert options == {"private": True, "exist_ok": True}
-    assert upload["folder_path"] == folder and upload["repo_id"] == "somebody/small"
-    assert ".*" in upload["ignore_patterns"]
+    assert sources.keys() == done.files.keys()
+    assert all(Path(source) == folder / name for name, source in sources.items() if name != "README.md")
     assert not any(name.startswith(".") for name in done.files)
-    assert done.files == {name: (folder / name).stat().st_size for name in done.files}
+    assert all(size == (folder / name).stat().st_size for name, size in done.files.items() if name != "README.md")
     assert {"README.md", "model.safetensors", "conversion.json"} <= done.files.keys()
-    card = (folder / "README.md").read_text()
+    card = sources["README.md"].decode()
+    assert len(sources["README.md"]) == done.files["README.md"]
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in card
     assert 'from_pretrained("somebody/small")' in card
     assert "THIS_FOLDER" not in card
@@ -78,6 +80,23 @@ def test_pushing_twice_gives_the_same_card(folder):
     anymla.push(folder, "somebody/small", dry_run=True)
     assert (folder / "README.md").read_text() == first
     assert first.count("## Files") == 1
+
+
+def test_every_repository_gets_its_own_name(folder, hub):
+    anymla.push(folder, "user/first", dry_run=True)
+    for repo in ("user/second", "user/third"):
+        hub.clear()
+        anymla.push(folder, repo)
+        card = hub[1][2]["README.md"].decode()
+        assert f'from_pretrained("{repo}")' in card
+        assert "THIS_FOLDER" not in card and card.count("user/") == card.count(repo)
+
+
+def test_a_card_that_is_no_text(folder):
+    (folder / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"README.md is not in UTF-8"):
+        anymla.push(folder, "somebody/small", dry_run=True)
+    assert (folder / "README.md").read_bytes() == b"\xff\xfe"
 
 
 def test_offline_nothing_is_uploaded(folder, capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ class Push:
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, dry_run: bool = False) -> Push:
-    """Completes the model card of ``folder`` with the repository's name and the hashes of all files, and uploads it.
+    """Completes the model card of ``folder`` with the hashes of all files, and uploads all of it.
+
+    The card that is uploaded names the repository; that in ``folder`` does not, so that it fits the next one.
 
     Args:
         folder: what ``anymla convert``, ``tune`` or ``export`` wrote.
@@ -42,7 +45,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, dry_run: bool 
         dry_run: upload nothing. So too where the hub client is told to be offline (``HF_HUB_OFFLINE=1``).
 
     Raises:
-        CheckpointError: the folder is none of anymla's, or its weights are broken.
+        CheckpointError: the folder is none of anymla's, or its weights or card are broken.
         RecipeError: ``repo`` is no name of a repository.
         OutputError: the card cannot be written, or the hub cannot be reached or refuses.
     """
@@ -51,10 +54,12 @@ def push(folder: str | Path, repo: str, *, private: bool = False, dry_run: bool 
     source = Path(os.path.expanduser(folder))
     _check(source, repo)
     try:
-        files = _complete(source, repo)
+        files = _complete(source)
     except OSError as error:
         raise OutputError(f"{source / CARD} could not be written: {error.strerror or error}") from error
-    url = None if dry_run or is_offline_mode() else _upload(source, repo, private)
+    card = (source / CARD).read_text(encoding="utf-8").replace(FOLDER, repo).encode()
+    files[CARD] = len(card)
+    url = None if dry_run or is_offline_mode() else _upload(source, repo, private, card, files)
     return Push(folder=source, repo=repo, private=private, files=files, url=url)
 
 
@@ -73,7 +78,7 @@ def _check(folder: Path, repo: str) -> None:
         check_weights(folder)
 
 
-def _complete(folder: Path, repo: str) -> dict[str, int]:
+def _complete(folder: Path) -> dict[str, int]:
     """Writes the card; returns all files with their bytes."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
     hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in files if path.name != CARD}
@@ -81,9 +86,12 @@ def _complete(folder: Path, repo: str) -> dict[str, int]:
         f"| `{name}` | {(folder / name).stat().st_size:,} | `{digest}` |" for name, digest in hashes.items()
     )
     path = folder / CARD
-    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {repo}\n"
+    try:
+        card = path.read_text(encoding="utf-8") if path.is_file() else f"# {FOLDER}\n"
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not in UTF-8: write it so, or remove it to have a new one") from error
     table = f"| file | bytes | SHA-256 |\n|---|---:|---|\n{rows}"
-    replace_text(path, with_section(card.replace(FOLDER, repo), FILES, table))
+    replace_text(path, with_section(card, FILES, table))
     return {name: (folder / name).stat().st_size for name in [CARD, *hashes]}
 
 
@@ -96,16 +104,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _upload(folder: Path, repo: str, private: bool) -> str:
-    """Returns the page of the repository."""
-    from huggingface_hub import HfApi
+def _upload(folder: Path, repo: str, private: bool, card: bytes, files: Iterable[str]) -> str:
+    """All files in one commit, of ``card`` what is given here. Returns the page of the repository."""
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(library_name="anymla")
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message="Upload by anymla", ignore_patterns=[".*", "*/.*"]
-        )
+        operations = [CommitOperationAdd(CARD, card)]
+        operations += [CommitOperationAdd(name, folder / name) for name in files if name != CARD]
+        api.create_commit(repo, operations, commit_message="Upload by anymla")
     except Exception as error:  # the hub client has many kinds of its own, and those of its transport
         reason = " ".join(str(error).split())
         raise OutputError(

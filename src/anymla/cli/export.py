@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anymla.cli.options import Json, app, out, print_json
+from anymla.cli.options import Json, app, err, out, print_json
 from anymla.recipe import Target
 
 
@@ -28,6 +28,8 @@ def export(
     from anymla.exports.export import export as run_export
 
     done = run_export(converted, output, to, dtype=dtype, pad=pad, overwrite=overwrite)
+    if done.parity.engine_failed is not None:
+        err.print(f"warning: {done.parity.engine_failed}; checked in {done.parity.engine} only", soft_wrap=True)
     if as_json:
         return print_json(done.to_dict())
     found = done.parity
@@ -37,6 +39,8 @@ def export(
         f"{found.cached_numbers:g} numbers per token and layer in the cache.",
         soft_wrap=True,
     )
+    if found.not_run is not None:
+        out.print(f"{found.not_run}.", soft_wrap=True)
     out.print(f"Wrote {output} in {done.seconds:.0f} s. Serve it with one of:", soft_wrap=True)
     for engine, command in done.commands.items():
         out.print(f"  {engine + ':':<14}{command}", soft_wrap=True)

@@ -35,7 +35,8 @@ def model_card(report: Mapping[str, Any], source: str, auto: str) -> str:
     ``report`` is conversion.json; ``auto`` names the Auto class that loads the model.
     """
     before, after, recipe = report["before"], report["after"], report["recipe"]
-    base = f"base_model: {source}\n" if source.count("/") == 1 and not source.startswith((".", "/", "~")) else ""
+    base = f"base_model: {source}\n" if "/" in public_name(source) else ""
+    text = public_name(recipe["calibration"] or "the stories bundled with anymla")
     kept = after["cache_bytes_per_token"] / before["cache_bytes_per_token"]
     rows = "\n".join(
         f"| {name} | {scores['perplexity']:.4g} | {scores['kl']:.4g} | {scores['top1_agreement']:.1%} "
@@ -49,7 +50,7 @@ pipeline_tag: {TASKS[auto]}
 tags: [anymla, multi-head-latent-attention, kv-cache]
 {base}---
 
-# {source if base else Path(source).name} with multi-head latent attention, {kept:.2%} of the KV cache
+# {public_name(source)} with multi-head latent attention, {kept:.2%} of the KV cache
 
 On {after["tokens"]:,} held-out tokens of calibration text:
 
@@ -57,7 +58,7 @@ On {after["tokens"]:,} held-out tokens of calibration text:
 |---|---:|---:|---:|---:|
 {rows}
 
-The cache is measured from its tensors. Calibration text: {recipe["calibration"] or "the stories bundled with anymla"}.
+The cache is measured from its tensors. Calibration text: {text}.
 
 ## How it was made
 
@@ -89,14 +90,20 @@ For vLLM, SGLang and llama.cpp: `anymla export {FOLDER} --to deepseek` (or `vllm
 
 def command(source: str, recipe: Mapping[str, Any]) -> str:
     """The command that makes the model again: what differs from the defaults, spelled out."""
-    words = ["anymla", "convert", source, "-o", "OUT"]
+    words = ["anymla", "convert", public_name(source), "-o", "OUT"]
     for name, field in Recipe.model_fields.items():
         option, value = name.replace("_", "-"), recipe.get(name)
         if isinstance(value, bool) and value != field.default:
             words.append(f"--{option}" if value else f"--no-{option}")
         elif name == "kv_cache" or value not in (field.default, None):
-            words += [f"--{option}", str(value)]
+            words += [f"--{option}", public_name(str(value)) if name == "calibration" else str(value)]
     return shlex.join(words)
+
+
+def public_name(source: str | Path) -> str:
+    """What a card calls ``source``: a hub id as it is, of a local path only the last name, for cards are published."""
+    text = str(source)
+    return text if text.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
 
 
 def _method(recipe: Mapping[str, Any]) -> str:

@@ -19,10 +19,10 @@ from anymla.io.checkpoint import check_weights, safe_config
 from anymla.io.safetensors import Stored, read_header
 
 PREFIX = "anymla_"
-REQUIRED = {
-    *("module", "kv_lora_rank", "qk_rope_head_dim", "num_heads", "num_kv_heads", "head_dim", "rope_pairs", "scaling"),
-    "rope_table",
-}
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+COUNTS = ("kv_lora_rank", "num_heads", "num_kv_heads", "head_dim")  # one or more
+SIZES = (*COUNTS, "qk_rope_head_dim", "rope_pairs")
+REQUIRED = {*SIZES, "module", "scaling", "rope_table"}
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,23 @@ class Converted:
     layers: tuple[Layer, ...]
     stored: Mapping[str, Stored]
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor ``name``.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor ``name``.
 
         Raises:
             CheckpointError: it is not there.
         """
         if name not in self.stored:
             raise CheckpointError(f"{self.folder} lacks the tensor {name}")
+        return self.stored[name].shape
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        self.shape(name)
         return self.stored[name].read()
 
     def scaled(self, name: str, factor: float) -> Tensor:
@@ -81,7 +90,8 @@ def read_converted(folder: Path) -> Converted:
     """Reads what ``anymla convert`` wrote.
 
     Raises:
-        CheckpointError: not such a folder, or its files are missing or broken.
+        CheckpointError: not such a folder, its files are missing or broken, or what config.json says of attention is
+            not what the files hold.
     """
     files = check_weights(folder)
     config = safe_config(folder)
@@ -91,13 +101,62 @@ def read_converted(folder: Path) -> Converted:
     for file in files:
         stored |= read_header(file)
     described = getattr(config, "mla_layers", None)
-    if not isinstance(described, list) or not all(
-        isinstance(layer, dict) and layer.keys() >= REQUIRED for layer in described
-    ):
+    if not isinstance(described, list) or not described or not all(_describes(layer) for layer in described):
         raise CheckpointError(f"{folder}/config.json: mla_layers does not describe layers as anymla convert does")
+    text = config.get_text_config()
+    if (dtype := str(config.dtype or text.dtype).removeprefix("torch.")) not in FLOATS:
+        raise CheckpointError(f"{folder}/config.json: dtype is {dtype:.40} and not one of {', '.join(FLOATS)}")
     layers = tuple(
         Layer(index, features["module"], {name: value for name, value in features.items() if name != "module"})
         for index, features in enumerate(described)
     )
     model_type = config.model_type.removeprefix(PREFIX)
-    return Converted(folder, model_type, config.get_text_config().to_dict(), layers, stored)
+    source = Converted(folder, model_type, text.to_dict() | {"dtype": dtype}, layers, stored)
+    for layer in layers:
+        _check_shapes(source, layer, text.hidden_size)
+    return source
+
+
+def _describes(layer: Any) -> bool:
+    """Whether an entry of mla_layers has what every layer has, each of its kind."""
+    if not isinstance(layer, dict) or not layer.keys() >= REQUIRED:
+        return False
+    fold = layer.get("channel_fold", 1)
+    if not all(type(size) is int and size >= 0 for size in (fold, *(layer[name] for name in SIZES))):
+        return False
+    texts = all(isinstance(layer[name], str) for name in ("module", "rope_table"))
+    return (
+        texts
+        and type(layer["scaling"]) in (int, float)
+        and all(size > 0 for size in (fold, *(layer[name] for name in COUNTS)))
+        and layer["num_heads"] % layer["num_kv_heads"] == 0
+        and 2 * layer["rope_pairs"] <= layer["head_dim"]
+        and layer["qk_rope_head_dim"] % 2 == 0
+    )
+
+
+def _check_shapes(source: Converted, layer: Layer, hidden: int) -> None:
+    """Holds every tensor of a layer's projections to LatentAttention's sizes."""
+    heads, groups, d, pairs, rank, rope = (
+        layer.size(name)
+        for name in ("num_heads", "num_kv_heads", "head_dim", "rope_pairs", "kv_lora_rank", "qk_rope_head_dim")
+    )
+    keys, reads = groups * d, rope // 2 * int(layer.features.get("channel_fold", 1))
+    matrices = {"q_proj": (heads * d, hidden), "kv_b_proj": (2 * keys, rank), "o_proj": (hidden, heads * d)}
+    if f"{layer.module}.k_a_proj_with_mqa.weight" in source.stored:  # the latent is made of the true keys
+        matrices |= {"k_proj": (keys, hidden), "k_a_proj_with_mqa": (rank + rope, keys)}
+        true_values = f"{layer.module}.v_proj.weight" in source.stored
+        matrices |= {"v_proj": (keys, hidden)} if true_values else {}
+        matrices["v_a_proj"] = (rank, keys if true_values else hidden)
+    else:
+        matrices["kv_a_proj_with_mqa"] = (rank + rope, hidden)
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in matrices.items()}
+    biases = {f"{name}.bias": shape[:1] for name, shape in matrices.items()}
+    shapes |= {name: shape for name, shape in biases.items() if f"{layer.module}.{name}" in source.stored}
+    shapes |= {"query_rotation": (2, heads, pairs), "channel_weight": (2, groups, reads), "channel_index": (reads,)}
+    for name, shape in shapes.items():
+        if (found := source.shape(f"{layer.module}.{name}")) != shape:
+            raise CheckpointError(f"{source.folder}: {layer.module}.{name} is {found} and not {shape}")
+    index = source.tensor(f"{layer.module}.channel_index")
+    if index.is_floating_point() or not ((index >= 0) & (index < pairs)).all():
+        raise CheckpointError(f"{source.folder}: {layer.module}.channel_index names pairs that a head has not")

@@ -56,7 +56,7 @@ def write_deepseek(converted: Path, folder: Path, *, pad: str = "none", dtype: s
         CheckpointError: ``converted`` is no converted model, or broken.
     """
     source = read_converted(converted)
-    dtype = dtype or str(source.config["dtype"]).removeprefix("torch.")
+    dtype = dtype or str(source.config["dtype"])
     if dtype == "float16":
         raise UnsupportedModelError(
             f"{converted} is in float16, which has no room for the neutralised latent norm: give --dtype bfloat16"

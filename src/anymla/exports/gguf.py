@@ -51,7 +51,7 @@ class GgufFile:
 
 
 @dataclass(frozen=True)
-class _Weight:
+class Weight:
     """One tensor of the file: its name, its shape, and how its numbers are read."""
 
     name: str
@@ -89,7 +89,7 @@ def write_gguf(deepseek: Path, file: Path, *, dtype: GgufDtype) -> GgufFile:
     try:
         _add_settings(writer, config, file.stem, dtype)
         add_tokenizer(writer, tokenizer, config["vocab_size"], _ends(deepseek, config))
-        kept = _write_weights(writer, _weights(deepseek, config), dtype)
+        kept = _write_weights(writer, file_weights(deepseek, config), dtype)
         unfinished.replace(file)
     except OSError as error:
         raise OutputError(f"{file} could not be written: {error.strerror or error}") from error
@@ -167,9 +167,14 @@ def _add_settings(writer: GGUFWriter, config: Mapping[str, Any], name: str, dtyp
     writer.add_expert_shared_count(0)
 
 
-def _query_scale(config: Mapping[str, Any]) -> float:
+def query_scale(config: Mapping[str, Any]) -> float:
     """What queries are multiplied by, for ``deepseek2`` takes any scaled rope for YaRN in its softmax scale."""
     return float((1 + 0.1 * math.log(config["rope_parameters"].get("factor") or 1.0)) ** -2)
+
+
+def latent_scale(config: Mapping[str, Any]) -> float:
+    """What latents are multiplied by, so that the file's one eps acts as LATENT_EPS on them."""
+    return float((config["rms_norm_eps"] / LATENT_EPS) ** 0.5)
 
 
 def _ends(folder: Path, config: Mapping[str, Any]) -> list[int]:
@@ -179,13 +184,12 @@ def _ends(folder: Path, config: Mapping[str, Any]) -> list[int]:
     return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
 
-def _weights(folder: Path, config: Mapping[str, Any]) -> list[_Weight]:
+def file_weights(folder: Path, config: Mapping[str, Any]) -> list[Weight]:
     """All tensors of the file. kv_b_proj [H(n+v),r] becomes attn_k_b [H,r,n] and attn_v_b [H,v,r]."""
     stored = {name: entry for path in check_weights(folder) for name, entry in read_header(path).items()}
     heads, rank, position_free, value = (
         config[name] for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
     )
-    latent_scale = (config["rms_norm_eps"] / LATENT_EPS) ** 0.5  # so that the file's one eps acts as LATENT_EPS there
 
     def of(name: str) -> Stored:
         if name not in stored:
@@ -197,7 +201,7 @@ def _weights(folder: Path, config: Mapping[str, Any]) -> list[_Weight]:
         weight[:rows] *= factor
         return weight
 
-    scales = {"attn_q": (None, _query_scale(config)), "attn_kv_a_mqa": (rank, latent_scale)}
+    scales = {"attn_q": (None, query_scale(config)), "attn_kv_a_mqa": (rank, latent_scale(config))}
 
     def head_part(entry: Stored, which: int) -> Tensor:
         parts = entry.read().view(heads, position_free + value, rank)
@@ -205,7 +209,7 @@ def _weights(folder: Path, config: Mapping[str, Any]) -> list[_Weight]:
 
     tied = config["tie_word_embeddings"]
     weights = [
-        _Weight(f"{ours}.weight", (entry := of(name)).shape, entry.read)
+        Weight(f"{ours}.weight", (entry := of(name)).shape, entry.read)
         for name, ours in OUTER.items()
         if not (tied and ours == "output")
     ]
@@ -215,18 +219,18 @@ def _weights(folder: Path, config: Mapping[str, Any]) -> list[_Weight]:
             entry = of(f"{theirs}{name}.weight")
             scale = scales.get(short)
             read = entry.read if scale is None else partial(scaled, entry, *scale)
-            weights.append(_Weight(f"{ours}{short}.weight", entry.shape, read))
+            weights.append(Weight(f"{ours}{short}.weight", entry.shape, read))
         entry = of(f"{theirs}self_attn.kv_b_proj.weight")
         if entry.shape != (rows := heads * (position_free + value), rank):
             raise CheckpointError(f"{folder}: kv_b_proj of layer {layer} is {entry.shape} and not {(rows, rank)}")
         weights += [
-            _Weight(f"{ours}attn_k_b.weight", (heads, rank, position_free), partial(head_part, entry, 0)),
-            _Weight(f"{ours}attn_v_b.weight", (heads, value, rank), partial(head_part, entry, 1)),
+            Weight(f"{ours}attn_k_b.weight", (heads, rank, position_free), partial(head_part, entry, 0)),
+            Weight(f"{ours}attn_v_b.weight", (heads, value, rank), partial(head_part, entry, 1)),
         ]
     return weights
 
 
-def _write_weights(writer: GGUFWriter, weights: list[_Weight], dtype: GgufDtype) -> dict[str, int]:
+def _write_weights(writer: GGUFWriter, weights: list[Weight], dtype: GgufDtype) -> dict[str, int]:
     """First what there will be, then the numbers. Returns how many are kept wider, by reason."""
     import numpy
     from gguf.quants import quant_shape_to_byte_shape
@@ -253,7 +257,7 @@ def _write_weights(writer: GGUFWriter, weights: list[_Weight], dtype: GgufDtype)
     return kept
 
 
-def _kind(weight: _Weight, dtype: GgufDtype) -> tuple[GGMLQuantizationType, str | None]:
+def _kind(weight: Weight, dtype: GgufDtype) -> tuple[GGMLQuantizationType, str | None]:
     """How a tensor is stored, and why if not as ``dtype``."""
     from gguf import GGMLQuantizationType as Kind
 
@@ -266,7 +270,7 @@ def _kind(weight: _Weight, dtype: GgufDtype) -> tuple[GGMLQuantizationType, str 
     return Kind[dtype.upper()], None
 
 
-def _encoded(weight: _Weight, kind: GGMLQuantizationType) -> numpy.ndarray[Any, Any]:
+def _encoded(weight: Weight, kind: GGMLQuantizationType) -> numpy.ndarray[Any, Any]:
     """The bytes of a tensor.
 
     Raises:

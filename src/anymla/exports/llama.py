@@ -53,11 +53,13 @@ def ask_llama(python: Path, file: Path, prompts: Sequence[list[int]] = (), **req
     return json.loads(done.stdout), found
 
 
-def check_in_llama(python: Path, converted: Path, file: Path, *, dtype: str, layers: int) -> Parity:
+def check_in_llama(python: Path, converted: Path, file: Path, *, dtype: str, layers: int, cached: int) -> Parity:
     """Compares a GGUF file with the converted model; the cache is measured as llama.cpp saves it.
 
+    ``cached``: the numbers that each of the ``layers`` is to cache per token.
+
     Raises:
-        ParityError: logits or tokens differ by more than the tolerance; says by how much.
+        ParityError: logits or tokens differ by more than the tolerance, or the cache by anything; says by how much.
     """
     import torch
 
@@ -72,6 +74,7 @@ def check_in_llama(python: Path, converted: Path, file: Path, *, dtype: str, lay
                 torch.cat([ids, torch.tensor([own])], dim=1) for ids, own in zip(prompts, found["tokens"], strict=True)
             ],
             cached_numbers=((after - before) / steps - CELL) / 4 / layers,
+            version=f"of llama-cpp-python {found['version']}",
         )
 
-    return compare(converted, "llama.cpp", TOLERANCE[dtype], answers)
+    return compare(converted, "llama.cpp", TOLERANCE[dtype], answers, cached=cached)

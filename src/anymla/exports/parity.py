@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from anymla.errors import ParityError
@@ -33,7 +34,8 @@ class Parity:
     ``compared``: logits, or log probabilities of given tokens where an engine has no more. ``difference``: the largest
     of these on prompts and continuations, over the logits' standard deviation. ``tokens``: of ``of`` greedy ones, those
     equal until sequences part; they may part only between logits nearer than twice the tolerance. ``cached_numbers``:
-    per token and layer, measured in the export's live cache.
+    per token and layer, measured in the export's live cache. ``engine_failed``: how an engine that is installed failed,
+    so that another one did the check. ``not_run``: why the engine that this is for was not asked.
     """
 
     engine: str
@@ -43,6 +45,9 @@ class Parity:
     tokens: int
     of: int
     cached_numbers: float
+    engine_version: str
+    engine_failed: str | None = None
+    not_run: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The facts under their stable JSON names."""
@@ -60,6 +65,7 @@ class Answers:
     scores: list[Tensor]
     sequences: list[Tensor]
     cached_numbers: float
+    version: str  # of the engine
     compared: str = LOGITS
 
 
@@ -69,24 +75,44 @@ def load_stock(folder: Path) -> Any:
 
 
 def check_parity(
-    converted: Path, folder: Path, prompts: Sequence[str] = PROMPTS, *, load: Callable[[Path], Any] = load_stock
+    converted: Path,
+    folder: Path,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    load: Callable[[Path], Any] = load_stock,
+    tolerance: float | None = None,
 ) -> Parity:
     """Compares the checkpoint in ``folder``, loaded in float32 by ``load`` (stock classes), with the converted model.
 
+    ``tolerance``: by default that of the checkpoint's dtype.
+
     Raises:
-        ParityError: logits or tokens differ by more than the tolerance; says by how much.
+        ParityError: logits or tokens differ by more than the tolerance, or the cache by anything; says by how much.
     """
 
     def answers(ids: list[Tensor], expected: list[Tensor]) -> Answers:
         export = load(folder)
         return Answers(
             [_logits(export, tokens) for tokens in expected],
-            [_continued(export, each) for each in ids],
+            [_continued(export, each, new_tokens(ids, expected)) for each in ids],
             _cached_numbers(export, ids[0]),
+            transformers.__version__,
         )
 
-    tolerance = TOLERANCE[read_object(folder / "config.json")["dtype"]]
-    return compare(converted, "transformers", tolerance, answers, prompts)
+    if tolerance is None:
+        tolerance = TOLERANCE[read_object(folder / "config.json")["dtype"]]
+    return compare(converted, "transformers", tolerance, answers, prompts, cached=planned_numbers(folder))
+
+
+def planned_numbers(folder: Path) -> int:
+    """What the export in ``folder`` is to cache per token and layer: its rank and rope, as padded."""
+    config = read_object(folder / "config.json")
+    return int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
+
+
+def new_tokens(prompts: Sequence[Tensor], sequences: Sequence[Tensor]) -> int:
+    """How many tokens behind the prompts are compared."""
+    return sequences[0].shape[1] - prompts[0].shape[1]
 
 
 def compare(
@@ -95,6 +121,8 @@ def compare(
     tolerance: float,
     answers: Callable[[list[Tensor], list[Tensor]], Answers],
     prompts: Sequence[str] = PROMPTS,
+    *,
+    cached: int,
 ) -> Parity:
     """Holds what an engine answers to the converted model in transformers.
 
@@ -103,15 +131,17 @@ def compare(
         engine: its name.
         tolerance: on logits or log probabilities, over the logits' standard deviation.
         answers: asks the engine, given the prompts [1,T] and the sequences that the converted model makes of them.
-        prompts: texts to begin with.
+        prompts: texts to begin with, cut to a short context.
+        cached: the numbers that a layer is to cache per token.
 
     Raises:
-        ParityError: scores or tokens differ by more than the tolerance; says by how much.
+        ParityError: scores or tokens differ by more than the tolerance, or the cache by anything; says by how much.
     """
     tokenizer = load_tokenizer(converted)
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     original = load_stock(converted)
-    expected = [_continued(original, each) for each in ids]
+    new, ids = _within(getattr(original.config.get_text_config(), "max_position_embeddings", None), ids)
+    expected = [_continued(original, each, new) for each in ids]
     scores = [_logits(original, tokens) for tokens in expected]
     del original
     given = answers(ids, expected)
@@ -122,7 +152,7 @@ def compare(
         differences.append((given.scores[number] - own).abs().max() / spread)
         same = int((tokens == found).long().cumprod(1).sum()) - prompt.shape[1]
         equal += same
-        if same < NEW_TOKENS:
+        if same < new:
             place = prompt.shape[1] + same
             margin = score[place - 1].max() - score[place - 1, found[0, place]]
             differences.append(margin / spread / 2)
@@ -130,8 +160,13 @@ def compare(
     if not largest <= tolerance:
         raise ParityError(
             f"the export in {engine} is not the converted model: {given.compared} differ by {largest:.2g} of the "
-            f"logits' standard deviation, where {tolerance:g} is allowed, and {equal} of {NEW_TOKENS * len(ids)} "
+            f"logits' standard deviation, where {tolerance:g} is allowed, and {equal} of {new * len(ids)} "
             "greedy tokens are the same; nothing was written"
+        )
+    if given.cached_numbers != cached:
+        raise ParityError(
+            f"the export in {engine} caches {given.cached_numbers:g} numbers per token and layer, where {cached} were "
+            "planned; nothing was written"
         )
     return Parity(
         engine=engine,
@@ -139,9 +174,18 @@ def compare(
         difference=largest,
         tolerance=tolerance,
         tokens=equal,
-        of=NEW_TOKENS * len(ids),
+        of=new * len(ids),
         cached_numbers=given.cached_numbers,
+        engine_version=given.version,
     )
+
+
+def _within(context: int | None, ids: list[Tensor]) -> tuple[int, list[Tensor]]:
+    """New tokens and prompts, cut so that both, and one more token, fit into ``context``."""
+    if context is None:
+        return NEW_TOKENS, ids
+    new = max(1, min(NEW_TOKENS, context // 2))
+    return new, [each[:, : max(1, context - new - 1)] for each in ids]
 
 
 @torch.no_grad()
@@ -156,10 +200,10 @@ def _log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _continued(model: Any, ids: Tensor) -> Tensor:
-    """``ids`` [1,T] and the likeliest tokens behind it, decoded one by one with a cache."""
+def _continued(model: Any, ids: Tensor, count: int) -> Tensor:
+    """``ids`` [1,T] and the ``count`` likeliest tokens behind it, decoded one by one with a cache."""
     new, cache = ids, None
-    for _ in range(NEW_TOKENS):
+    for _ in range(count):
         output = model(input_ids=new, past_key_values=cache, use_cache=True)
         cache, new = output.past_key_values, output.logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, new], dim=1)

@@ -2,8 +2,9 @@
 
 In:  model (a GGUF file), cache ("f16" or "f32"), n_batch (most tokens of a step), prompts (lists of ids), new (tokens
      to add to each, greedily), texts (to be tokenised), logits (a .npz file to write).
-Out: tokens (the new ids of each prompt), text (of each prompt with them), ids (of each text), bytes (of each prompt's
-     state before its first and after its last step, and how many tokens lie between).
+Out: tokens (the new ids of each prompt), text (of each prompt with them), ids (of each text), version (of
+     llama-cpp-python), bytes (of each prompt's state before its first and after its last step, and how many tokens lie
+     between).
 All prompts are decoded together, each as a sequence of its own. The .npz file has an array [T,V] per prompt, the logits
 at every position. Nothing of anymla is imported: a crash of llama.cpp stays in this process.
 """
@@ -95,7 +96,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     length = sum(len(prompt) + new for prompt in prompts) + 256
     sequences = max(1, len(prompts))
     engine = Engine(request["model"], request.get("cache", "f32"), request.get("n_batch", 512), sequences, length)
-    answer: dict[str, Any] = {"ids": [engine.ids(text) for text in request.get("texts", [])]}
+    answer: dict[str, Any] = {
+        "version": llama_cpp.__version__,
+        "ids": [engine.ids(text) for text in request.get("texts", [])],
+    }
     if not prompts:
         return answer
     longest = range(max(map(len, prompts)))

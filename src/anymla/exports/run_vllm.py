@@ -3,8 +3,8 @@
 In:  model (a folder), dtype, trust (whether its code may run), length (most tokens of a sequence), prompts (lists of
      ids), new (how many tokens to add to each, greedily).
 Out: tokens (the new ids of each prompt), logprobs (of these), prompt_logprobs (of each prompt's tokens from its second
-     on), attention and backend (names), cache_bytes_per_token (in all layers together, measured), layers, anymla
-     (whether it could be imported).
+     on), attention and backend (names), cache_bytes_per_token (in all layers together, measured), layers, version
+     (vLLM's), anymla (whether it could be imported). Or unsuited alone: why this vLLM is not asked.
 Nothing of anymla is imported: a crash of vLLM stays in this process.
 """
 
@@ -32,10 +32,7 @@ SETTINGS = {
 def load(job: dict[str, Any]) -> Any:
     """The model, on a CPU."""
     import vllm
-    from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        raise SystemExit("this check was made for vLLM on CPUs")
     # vLLM 0.32 on a CPU turns query and key of three dimensions wrongly in its C++ rope; torch's own way is right.
     rope = {"custom_ops": ["-rotary_embedding"]} if vllm.__version__.startswith("0.32.") else {}
     return vllm.LLM(
@@ -65,7 +62,11 @@ def chosen(tokens: Any, steps: Any) -> list[float]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Answers one request."""
-    from vllm import SamplingParams
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():  # before vLLM starts
+        return {"unsuited": "the check is for vLLM on CPUs, and the one installed is for another platform"}
+    from vllm import SamplingParams, __version__
 
     llm = load(job)
     settings = [
@@ -83,6 +84,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "backend": sorted({layer.attn_backend.get_name() for layer in layers.values()}),
         "cache_bytes_per_token": cache_bytes(runner),
         "layers": len(runner.kv_caches),
+        "version": __version__,
         "anymla": find_spec("anymla") is not None,
     }
 

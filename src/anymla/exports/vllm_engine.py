@@ -12,7 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymla.exports.parity import LOG_PROBABILITIES, NEW_TOKENS, TOLERANCE, Answers, Parity, compare
+from anymla.exports.parity import (
+    LOG_PROBABILITIES,
+    TOLERANCE,
+    Answers,
+    Parity,
+    compare,
+    new_tokens,
+    planned_numbers,
+)
 from anymla.exports.run_vllm import MARKER
 from anymla.io.config import read_object
 
@@ -20,13 +28,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCRIPT = Path(__file__).with_name("run_vllm.py")
-LIMIT = 3600  # seconds: vLLM has been seen to hang as it starts
+LIMIT = 600  # seconds: vLLM has been seen to hang as it starts
 CPU_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # of its only kernel for CPUs
 ERROR = re.compile(r"^[\w.]*(?:Error|Exception)\b.*")
 
 
 class VllmError(Exception):
     """vLLM did not answer; the message says why, in short."""
+
+
+class VllmUnsuitedError(Exception):
+    """vLLM as it is installed here is not what the check was made for; the message says why, in short."""
 
 
 def vllm_python() -> Path | None:
@@ -49,6 +61,7 @@ def ask_vllm(
 
     Raises:
         VllmError: vLLM did not start, or broke off.
+        VllmUnsuitedError: it is not for CPUs.
     """
     own = python == Path(sys.executable)
     command = [python, "-P" if own else "-I", SCRIPT]  # the script's folder, and another Python's paths, stay out
@@ -74,14 +87,17 @@ def ask_vllm(
         error = VllmError(f"{said[-1]:.160}")
         error.add_note(done.stdout[-3000:])
         raise error
-    return json.loads(answer.splitlines()[0]), log
+    said = json.loads(answer.splitlines()[0])
+    if (reason := said.get("unsuited")) is not None:
+        raise VllmUnsuitedError(reason)
+    return said, log
 
 
 def check_in_vllm(checked: Parity, converted: Path, folder: Path, *, trust: bool) -> Parity:
     """Compares a folder with the converted model in vLLM, where that is installed and has a kernel for it.
 
     Args:
-        checked: what transformers found. Where vLLM does not run, this is returned, and its engine says why.
+        checked: what transformers found. Where vLLM does not run, this is returned, and says why.
         converted: what ``anymla convert`` wrote.
         folder: the export.
         trust: whether vLLM is to run the folder's code.
@@ -93,15 +109,17 @@ def check_in_vllm(checked: Parity, converted: Path, folder: Path, *, trust: bool
         return checked
     config = read_object(folder / "config.json")
     if any(config[name] != size for name, size in CPU_SIZES.items()):
-        return replace(checked, engine=f"{checked.engine} (vLLM is installed, but on CPUs it runs --pad cpu only)")
+        return replace(checked, not_run="vLLM was not run: on CPUs it runs --pad cpu only")
 
     def answers(prompts: list[Tensor], expected: list[Tensor]) -> Answers:
         return _answers(python, folder, prompts, expected, trust)
 
     try:
-        return compare(converted, "vLLM", TOLERANCE[config["dtype"]], answers)
+        return compare(converted, "vLLM", TOLERANCE[config["dtype"]], answers, cached=planned_numbers(folder))
+    except VllmUnsuitedError as error:
+        return replace(checked, not_run=f"vLLM was not run: {error}")
     except VllmError as error:
-        return replace(checked, engine=f"{checked.engine} (vLLM is installed but did not run: {error})")
+        return replace(checked, engine_failed=f"vLLM is installed but failed: {error}")
 
 
 def _answers(python: Path, folder: Path, prompts: list[Tensor], expected: list[Tensor], trust: bool) -> Answers:
@@ -109,7 +127,7 @@ def _answers(python: Path, folder: Path, prompts: list[Tensor], expected: list[T
     import torch
 
     asked = [ids[0].tolist() for ids in (*prompts, *expected)]
-    new = [NEW_TOKENS] * len(prompts) + [1] * len(expected)
+    new = [new_tokens(prompts, expected)] * len(prompts) + [1] * len(expected)
     length = max(ids.shape[1] for ids in expected) + 1
     found, _ = ask_vllm(python, folder, asked, new, trust=trust, length=length)
     return Answers(
@@ -119,4 +137,5 @@ def _answers(python: Path, folder: Path, prompts: list[Tensor], expected: list[T
             torch.cat([ids, torch.tensor([own])], dim=1) for ids, own in zip(prompts, found["tokens"], strict=False)
         ],
         cached_numbers=found["cache_bytes_per_token"] / 4 / found["layers"],
+        version=found["version"],
     )

@@ -15,7 +15,7 @@ from anymla.errors import CheckpointError, OutputError, shown
 from anymla.io.auto import auto_class
 from anymla.io.config import danger, read_object
 from anymla.io.shards import check_amount, check_index, held_tensors, index_map
-from anymla.io.work import remove
+from anymla.io.work import clear_abandoned, hold, remove
 
 CONFIG_FILES = ["config.json"]
 MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -246,8 +246,11 @@ def new_folder(output: Path) -> Iterator[Path]:
     part = output.absolute().with_name(f".{output.name}.partial-{os.getpid()}")
     old = part.with_name(f".{output.name}.old-{os.getpid()}")
     made = [folder for folder in part.parents if not folder.exists()]  # the deepest first
+    held = None
     try:
+        clear_abandoned(output.absolute())
         part.mkdir(parents=True)
+        held = hold(part)
         yield part
         if output.exists():
             output.rename(old)
@@ -257,6 +260,8 @@ def new_folder(output: Path) -> Iterator[Path]:
             f"{output} could not be written: {' '.join(str(error).split())}; nothing was left there"
         ) from error
     finally:
+        if held is not None:
+            os.close(held)
         shutil.rmtree(part, ignore_errors=True)
         if os.path.lexists(old) and not os.path.lexists(output):
             old.rename(output)  # stopped between the two renames

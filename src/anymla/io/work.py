@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -106,6 +107,33 @@ class WorkFolder:
         for path in [*self.model.iterdir(), *self.path.iterdir()]:
             if path.name not in (STATE, "lock"):
                 remove(path)
+
+
+def clear_abandoned(output: Path) -> None:
+    """Removes the temporary folders of runs that were killed while they wrote ``output``: no process holds them."""
+    if not output.parent.is_dir():
+        return
+    for path in output.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(output.name)}\.partial-\d+", path.name) and path.is_dir():
+            with suppress(OSError):  # held, or gone by now
+                held = hold(path)
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(held)
+
+
+def hold(folder: Path) -> int:
+    """Holds ``folder`` until what this returns is closed, or the process ends in whatever way.
+
+    Raises:
+        OSError: another one holds it.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise
+    return held
 
 
 def write_json(path: Path, content: Any) -> None:

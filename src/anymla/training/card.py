@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from anymla.conversion.card import public_name
 from anymla.training.outcome import Recovery
 
 HEADING = "\n## Tuned\n"
@@ -14,9 +15,10 @@ def tuned_card(card: str, report: Recovery) -> str:
         f"| {name} | {quality.perplexity:.4g} | {quality.kl:.4g} |"
         for name, quality in (("before", report.before), ("after", report.after))
     )
+    texts = ", ".join(public_name(data) for data in tuning.data or [])
     return f"""{card.rstrip()}
 {HEADING}
-By anymla {report.anymla_version}, on {report.tokens:,} tokens of {", ".join(tuning.data or [])},
+By anymla {report.anymla_version}, on {report.tokens:,} tokens of {texts},
 `--train {tuning.train}`. All settings are in `tuning.yaml`, the course of it in `metrics.jsonl` and `loss.png`.
 On held-out text, where the original has a perplexity of {report.original_perplexity:.4g}:
 
