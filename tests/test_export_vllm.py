@@ -165,6 +165,45 @@ def test_too_wide_for_the_kernel(converted, tmp_path):
     assert_same(folder, tmp_path / "export")
 
 
+def test_a_plan_for_vllm_keeps_to_the_kernels_rope(converted, tmp_path):
+    """Eight heads of 128 have 512 rope dims in half of their cache, unless the plan knows the target."""
+    model = make_model("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=128, num_hidden_layers=1)
+    folder = converted(model, target="vllm")
+    plan = anymla.Plan.read(folder / "plan.yaml")
+    assert plan.layers[0].rope_dims == 64 and plan.layers[0].kv_rank == 960
+    with pytest.raises(InfeasibleError, match="a rank of 512 numbers, and it has 960: give --pad cuda or none"):
+        write_vllm(folder, tmp_path / "export")
+    assert write_vllm(folder, tmp_path / "export", pad="cuda").rope == 64
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "dims"),
+    [("vllm", {}, 64), ("deepseek", {}, 64), ("gguf", {}, 128), ("vllm", {"rope": "high"}, 64)],
+)
+def test_rope_dims_of_a_target(target, settings, dims, tmp_path):
+    """Sizes of Llama 3.1 8B; gguf has one channel for each of 64 frequencies."""
+    model = make_model("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=128, num_hidden_layers=1)
+    source = save_model(model, tmp_path)
+    plan = anymla.plan(source, kv_cache=0.5, target=target, **settings)
+    assert max(plan.layers[0].rope_choices) == dims
+    assert [("--pad cuda" in note) for note in anymla.explain_plan(plan)["notes"]] == [True] * (target != "gguf")
+    with pytest.raises(InfeasibleError, match=f"--rope-dims .* too large for --target {target}, which holds {dims}"):
+        anymla.plan(source, kv_cache=1.0, target=target, rope_dims=130)
+
+
+def test_rope_dims_that_no_target_holds(tmp_path):
+    source = save_model(
+        make_model("llama", num_attention_heads=48, num_key_value_heads=48, head_dim=2), tmp_path / "source"
+    )
+    with pytest.raises(InfeasibleError, match="--rope high turns 96 dims at least, --target vllm holds 64"):
+        anymla.plan(source, kv_cache=0.9, target="vllm", rope="high")
+    plan = anymla.plan(source, kv_cache=0.9, target="vllm")
+    wide = {"rope_dims": 66, "kv_rank": plan.layers[0].cached_numbers - 66, "rope_choices": ()}
+    plan = plan.model_copy(update={"layers": tuple(layer.model_copy(update=wide) for layer in plan.layers)})
+    with pytest.raises(InfeasibleError, match="rope dims 66 are more than the 64"):
+        anymla.convert(source, tmp_path / "out", plan)
+
+
 def test_not_converted(tmp_path):
     source = save_model(make_model("llama"), tmp_path / "source")
     with pytest.raises(CheckpointError, match="no converted model"):
