@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -383,7 +384,9 @@ def test_command_line(stories, tmp_path, monkeypatch, capfd):
     done = run_main(arguments, monkeypatch, capfd)
     assert (done.code, done.err) == (0, "")
     assert "96 of 96 greedy tokens equal" in done.out
-    assert f"python -m vllm.entrypoints.openai.api_server --model {tmp_path / 'out'}\n" in done.out
+    served = f"python -m vllm.entrypoints.openai.api_server --model {tmp_path / 'out'} --dtype float32\n"
+    assert f"vLLM (GPU):   {served}" in done.out
+    assert "sglang" not in done.out
     done = run_main([*arguments, "--overwrite", "--json"], monkeypatch, capfd)
     report = json.loads(done.out)
     assert (report["target"], report["parity"]["tokens"]) == ("deepseek", 96)
@@ -391,6 +394,54 @@ def test_command_line(stories, tmp_path, monkeypatch, capfd):
     assert done.code == 1
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "cuda", "engine", "ends"),
+    [
+        ("deepseek", {}, False, "vLLM (GPU)", "--dtype float32"),
+        ("deepseek", {"pad": "cuda", "dtype": "bfloat16"}, True, "vLLM (GPU)", "--dtype bfloat16"),
+        (
+            "deepseek",
+            {"pad": "cpu"},
+            False,
+            "vLLM (CPU)",
+            """--attention-backend CPU_MLA --compilation-config '{"custom_ops": ["-rotary_embedding"]}'""",
+        ),
+        ("deepseek", {"pad": "full"}, True, "vLLM", "--dtype float32"),
+        ("vllm", {}, False, "vLLM (CPU)", "--trust-remote-code --dtype float32 --attention-backend CPU_MLA"),
+        ("vllm", {"pad": "none"}, False, "vLLM (GPU)", "--trust-remote-code --dtype float32"),
+    ],
+)
+def test_commands_serve_what_was_written(stories, tmp_path, monkeypatch, to, options, cuda, engine, ends):
+    """By a shell, from a folder whose name a shell would take apart."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    done = anymla.export(stories.converted, tmp_path / "my $export's", to, **options)
+    assert [name for name in done.commands if name.startswith("vLLM")] == [engine]
+    assert done.commands[engine].endswith(ends)
+    assert ("SGLang" in done.commands) == (options.get("pad") == "full")
+    assert all(str(tmp_path / "my $export's") in shlex.split(command) for command in done.commands.values())
+    card = (tmp_path / "my $export's" / "README.md").read_text()
+    assert f"api_server --model THIS_FOLDER{' --trust-remote-code' if to == 'vllm' else ''} --dtype" in card
+
+
+def test_says_where_the_cache_is_no_smaller(stories, tmp_path, monkeypatch, capfd):
+    arguments = ["export", str(stories.converted), "--to", "vllm", "-o", str(tmp_path / "out"), "--json"]
+    done = run_main(arguments, monkeypatch, capfd)
+    report = json.loads(done.out)
+    assert (report["cached_numbers"], report["original_numbers"], report["pad"]) == (576, 64, "cpu")
+    assert done.err.startswith("warning: the export caches 576 numbers per token and layer, the original 64")
+    assert "--pad none" in done.err
+    done = run_main([*arguments, "--pad", "none", "--overwrite"], monkeypatch, capfd)
+    assert (json.loads(done.out)["cached_numbers"], done.err) == (64 * stories.share, "")
+
+
+@pytest.mark.parametrize(("to", "known"), [("deepseek", "float32 or bfloat16"), ("vllm", "bfloat16 or float16")])
+def test_refuses_a_dtype_that_nobody_asked_for(tmp_path, to, known):
+    anymla.convert(bundled(), tmp_path / "wide", **FAST | TARGET, dtype="float64")
+    call = lambda: anymla.export(tmp_path / "wide", tmp_path / "out", to)  # noqa: E731
+    refused(UnsupportedModelError, tmp_path, call, "is in float64", known)
+    assert anymla.export(tmp_path / "wide", tmp_path / "out", to, dtype="float32").parity.tokens == 96
 
 
 def test_inspect_targets(tmp_path, monkeypatch, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,10 +41,9 @@ def export_card(converted: Path, done: Export) -> str:
 
 
 def _use(done: Export) -> str:
+    quoted = shlex.quote(str(done.output))
     place = "" if done.target == "gguf" else FOLDER
-    lines = [
-        command.replace(f"{done.output}/", place).replace(str(done.output), place) for command in done.commands.values()
-    ]
+    lines = [command.replace(f"{quoted}/", place).replace(quoted, place) for command in done.commands.values()]
     shell = "```sh\n" + "\n".join(lines) + "\n```\n"
     if done.target not in CLASSES:
         return shell

@@ -156,14 +156,7 @@ def _rope_step(spec: AttentionSpec, recipe: Recipe) -> int:
 def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int, most: int | None) -> LayerPlan:
     """``most``: rope dims that the recipe's target can hold, where it has a limit."""
     keys = spec.num_kv_heads * spec.head_dim
-    turned = 2 * spec.num_kv_heads * spec.rope_pairs  # the most rope dims there can be
-    step = _rope_step(spec, recipe) if turned else 0
-    if turned and most is not None:
-        turned = min(turned, most // step * step)
-        if not turned:
-            raise InfeasibleError(
-                f"--rope {recipe.rope} turns {step} dims at least, --target {recipe.target} holds {most}: leave --rope out"
-            )
+    turned, step = _turned(spec, recipe, most)
     rope_dims = _explicit_rope_dims(spec, recipe)
     if rope_dims is not None and rope_dims > turned:
         raise InfeasibleError(
@@ -199,6 +192,19 @@ def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int, most: int | Non
         return LayerPlan(cached_numbers=rope_dims + rank, rope_dims=rope_dims, kv_rank=rank)
     whole = cached >= 2 * keys and turned == 2 * spec.num_kv_heads * spec.rope_pairs
     return _free_split(cached, step, keys, turned, whole)
+
+
+def _turned(spec: AttentionSpec, recipe: Recipe, most: int | None) -> tuple[int, int]:
+    """The most rope dims that a layer can keep, and the steps they come in; both 0 where it has no rope."""
+    turned = 2 * spec.num_kv_heads * spec.rope_pairs
+    step = _rope_step(spec, recipe) if turned else 0
+    if not turned or most is None:
+        return turned, step
+    if most < step:
+        raise InfeasibleError(
+            f"--rope {recipe.rope} turns {step} dims at least, --target {recipe.target} holds {most}: leave --rope out"
+        )
+    return min(turned, most // step * step), step
 
 
 def _free_split(cached: int, step: int, keys: int, turned: int, whole: bool) -> LayerPlan:
@@ -266,7 +272,7 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
             }
         )
     width = DTYPE_BYTES[plan.recipe.dtype or blueprint.dtype]
-    note = kernel_note(plan.recipe.target, max(layer["kv_rank"] for layer in layers))
+    note = kernel_note(plan.recipe.target, max(typical_split(layer)[1] for layer in plan.layers if layer))
     return {
         "model": plan.model,
         "recipe": plan.recipe.model_dump(),
