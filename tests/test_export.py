@@ -456,4 +456,19 @@ def test_inspect_targets(tmp_path, monkeypatch, capfd):
     assert "at most 4 rope channels" in targets["deepseek"]["why"]
     save_model(make_model("qwen3", torch.float32, head_dim=8), tmp_path)
     done = run_main(["inspect", str(tmp_path), "--targets"], monkeypatch, capfd)
-    assert (done.code, done.out.count("impossible")) == (0, 2)
+    assert (done.code, done.out.count("lossy"), done.out.count("--static-qk-norm")) == (0, 2, 2)
+
+
+def test_inspect_targets_of_latent_attention(stories, monkeypatch, capfd):
+    for folder, words in ((stories.export, "kv_lora_rank"), (stories.converted, "written by anymla")):
+        done = run_main(["inspect", str(folder), "--targets"], monkeypatch, capfd)
+        assert done.code == 0
+        assert "already multi-head latent attention" in done.out and words in done.out
+        assert "serve it as it is" in done.out and "anymla export" in done.out
+
+
+def test_inspect_targets_of_experts(tmp_path):
+    """They convert and export; vLLM on a CPU does not run them."""
+    found = anymla.inspect(save_model(tiny_model("mixtral", torch.float32, sliding_window=None), tmp_path)).targets
+    assert found["vllm"][0] == "exact" and "on GPUs only" in found["vllm"][1]
+    assert "GPUs" not in anymla.inspect(bundled()).targets["vllm"][1]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import anymla
+from anymla.architectures.families import FAMILIES as ALL
+from anymla.architectures.families import TEXT_ONLY_INSIDE
 from anymla.errors import CheckpointError, InfeasibleError, UnsupportedModelError
 from anymla.exports.vllm import load_fused, write_vllm
+from anymla.io.auto import stock_class
 from tests.families import FAST, ROPES, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 
@@ -149,11 +153,24 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals(name, converted, tmp_path):
+    """By the export, and by `inspect --targets` of the original."""
     model = make_model("mistral", sliding_window=24) if name == "mistral" else tiny_model(name)
     folder = converted(model)
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
         write_vllm(folder, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+    assert anymla.inspect(tmp_path / "source").targets["vllm"][0] == "impossible"
+
+
+def test_families_that_the_backend_cannot_run():
+    """The table against transformers' own classes."""
+    heads = {
+        name: "".join(inspect.getsource(base) for base in stock_class(name).__mro__ if "models" in base.__module__)
+        for name in ALL.keys() - TEXT_ONLY_INSIDE
+    }
+    found = {name for name, source in heads.items() if "self.lm_head" not in source}
+    found |= {name for name in heads if isinstance(getattr(CONFIG_MAPPING[name], "head_dim", None), property)}
+    assert found == {name for name, family in ALL.items() if family.unserved is not None} == {"biogpt", "falcon"}
 
 
 def test_too_wide_for_the_kernel(converted, tmp_path):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from anymla.architectures.blueprint import AttentionSpec, Blueprint
+from anymla.architectures.families import FAMILIES
 from anymla.architectures.positions import RopeSpec
 from anymla.errors import InfeasibleError, UnsupportedModelError
 from anymla.recipe import TARGETS, Target
@@ -67,7 +68,16 @@ def target_refusal(target: Target, blueprint: Blueprint, *, static_norms: bool =
         return f"it has {blueprint.beyond}"
     if any(spec != specs[0] for spec in specs):
         return "its layers differ in heads, rope or window"
-    return _deepseek_refusal(specs[0], blueprint, static_norms) if LIMITS[target].grid else None
+    if LIMITS[target].grid:
+        return _deepseek_refusal(specs[0], blueprint, static_norms)
+    return backend_refusal(blueprint.text_model_type)
+
+
+def backend_refusal(model_type: str) -> str | None:
+    """What keeps vLLM's transformers backend from running a family, whatever its config says; None for nothing."""
+    if FAMILIES[model_type].all_layers_attend:
+        return "its layers mix tokens beside attention too, and vLLM's transformers backend keeps no state of that"
+    return FAMILIES[model_type].unserved
 
 
 def _deepseek_refusal(spec: AttentionSpec, blueprint: Blueprint, static_norms: bool) -> str | None:
@@ -99,17 +109,20 @@ def check_target(target: Target, model: str, blueprint: Blueprint, *, static_nor
 
 
 def verdicts(blueprint: Blueprint) -> dict[str, tuple[str, str]]:
-    """For each target whether its export is 'exact' with any plan, 'constrained' to some or 'impossible', and why."""
+    """For each target whether its export is 'exact' with any plan, 'constrained', 'lossy' or 'impossible', and why."""
     found = {"transformers": ("exact", "any plan")}
     for target in TARGETS:
         if (reason := target_refusal(target, blueprint)) is not None:
-            found[target] = ("impossible", reason)
+            possible = target_refusal(target, blueprint, static_norms=True) is None
+            found[target] = ("lossy" if possible else "impossible", reason)
         elif LIMITS[target].grid:
             most = (most_rope_dims(target, GRID_ROPE, blueprint) or 0) // 2
             needs = f"one split for all layers, at most {most} rope channels on a grid, no biases"
             found[target] = ("constrained", f"convert --target {target}: {needs}")
         else:
             needs = "layers are padded to the widest; with convert --target vllm they have one split"
+            if blueprint.experts:
+                needs += "; vLLM 0.32 runs mixtures of experts on GPUs only"
             found[target] = ("exact", f"any plan: {needs}")
     return found
 
