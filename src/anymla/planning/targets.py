@@ -118,6 +118,8 @@ def verdicts(blueprint: Blueprint) -> dict[str, tuple[str, str]]:
         elif LIMITS[target].grid:
             most = (most_rope_dims(target, GRID_ROPE, blueprint) or 0) // 2
             needs = f"one split for all layers, at most {most} rope channels on a grid, no biases"
+            if target == "gguf":
+                needs += "; a tokenizer that llama.cpp has, which convert checks first"
             found[target] = ("constrained", f"convert --target {target}: {needs}")
         else:
             needs = "layers are padded to the widest; with convert --target vllm they have one split"
