@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from anymla.errors import (
     UnsupportedModelError,
 )
 from anymla.exports import parity
+from anymla.exports.deepseek import write_deepseek
 from anymla.exports.fold import channel_slots
 from tests.damage import run_main
 from tests.families import ROPES, logits, make_model, save_model, token_ids
@@ -117,15 +119,17 @@ def cached_logits(model, ids):
 def test_llama_as_deepseek(tmp_path, changes, dtype, tolerance):
     """In float64 what is left is the norms and rope tables that transformers computes in float32."""
     source = converted(tmp_path, make_model("llama", getattr(torch, dtype), **changes))
-    done = anymla.export(source, tmp_path / "export")
+    (tmp_path / "export").mkdir()
+    write_deepseek(source, tmp_path / "export")  # anymla.export writes no float64
     before, after = load(source, dtype=dtype), load(tmp_path / "export", dtype=dtype)
     assert type(after) is DeepseekV3ForCausalLM
     assert difference(before, after) < tolerance
     ids = token_ids()
     assert (cached_logits(after, ids) - logits(after, ids)).abs().max() < tolerance * logits(after, ids).std()
     planned = {layer.cached_numbers for layer in anymla.Plan.read(source / "plan.yaml").layers}
-    assert {done.parity.cached_numbers} == planned
-    assert done.parity.tokens == done.parity.of == 96
+    found = parity.check_parity(source, tmp_path / "export")
+    assert {found.cached_numbers} == planned
+    assert found.tokens == found.of == 96
 
 
 @pytest.mark.parametrize(("family", "changes"), OTHERS)
@@ -493,7 +497,9 @@ def test_command_line(stories, tmp_path, monkeypatch, capfd):
     done = run_main(arguments, monkeypatch, capfd)
     assert (done.code, done.err) == (0, "")
     assert "96 of 96 greedy tokens equal" in done.out
-    assert f"python -m vllm.entrypoints.openai.api_server --model {tmp_path / 'out'}\n" in done.out
+    served = f"python -m vllm.entrypoints.openai.api_server --model {tmp_path / 'out'} --dtype float32\n"
+    assert f"vLLM (GPU):   {served}" in done.out
+    assert "sglang" not in done.out
     done = run_main([*arguments, "--overwrite", "--json"], monkeypatch, capfd)
     report = json.loads(done.out)
     assert (report["target"], report["parity"]["tokens"]) == ("deepseek", 96)
@@ -501,6 +507,54 @@ def test_command_line(stories, tmp_path, monkeypatch, capfd):
     assert done.code == 1
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "cuda", "engine", "ends"),
+    [
+        ("deepseek", {}, False, "vLLM (GPU)", "--dtype float32"),
+        ("deepseek", {"pad": "cuda", "dtype": "bfloat16"}, True, "vLLM (GPU)", "--dtype bfloat16"),
+        (
+            "deepseek",
+            {"pad": "cpu"},
+            False,
+            "vLLM (CPU)",
+            """--attention-backend CPU_MLA --compilation-config '{"custom_ops": ["-rotary_embedding"]}'""",
+        ),
+        ("deepseek", {"pad": "full"}, True, "vLLM", "--dtype float32"),
+        ("vllm", {}, False, "vLLM (CPU)", "--trust-remote-code --dtype float32 --attention-backend CPU_MLA"),
+        ("vllm", {"pad": "none"}, False, "vLLM (GPU)", "--trust-remote-code --dtype float32"),
+    ],
+)
+def test_commands_serve_what_was_written(stories, tmp_path, monkeypatch, to, options, cuda, engine, ends):
+    """By a shell, from a folder whose name a shell would take apart."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    done = anymla.export(stories.converted, tmp_path / "my $export's", to, **options)
+    assert [name for name in done.commands if name.startswith("vLLM")] == [engine]
+    assert done.commands[engine].endswith(ends)
+    assert ("SGLang" in done.commands) == (options.get("pad") == "full")
+    assert all(str(tmp_path / "my $export's") in shlex.split(command) for command in done.commands.values())
+    card = (tmp_path / "my $export's" / "README.md").read_text()
+    assert f"api_server --model THIS_FOLDER{' --trust-remote-code' if to == 'vllm' else ''} --dtype" in card
+
+
+def test_says_where_the_cache_is_no_smaller(stories, tmp_path, monkeypatch, capfd):
+    arguments = ["export", str(stories.converted), "--to", "vllm", "-o", str(tmp_path / "out"), "--json"]
+    done = run_main(arguments, monkeypatch, capfd)
+    report = json.loads(done.out)
+    assert (report["cached_numbers"], report["original_numbers"], report["pad"]) == (576, 64, "cpu")
+    assert done.err.startswith("warning: the export caches 576 numbers per token and layer, the original 64")
+    assert "--pad none" in done.err
+    done = run_main([*arguments, "--pad", "none", "--overwrite"], monkeypatch, capfd)
+    assert (json.loads(done.out)["cached_numbers"], done.err) == (64 * stories.share, "")
+
+
+@pytest.mark.parametrize(("to", "known"), [("deepseek", "float32 or bfloat16"), ("vllm", "bfloat16 or float16")])
+def test_refuses_a_dtype_that_nobody_asked_for(tmp_path, to, known):
+    anymla.convert(bundled(), tmp_path / "wide", **FAST | TARGET, dtype="float64")
+    call = lambda: anymla.export(tmp_path / "wide", tmp_path / "out", to)  # noqa: E731
+    refused(UnsupportedModelError, tmp_path, call, "is in float64", known)
+    assert anymla.export(tmp_path / "wide", tmp_path / "out", to, dtype="float32").parity.tokens == 96
 
 
 def test_inspect_targets(tmp_path, monkeypatch, capfd):
@@ -515,4 +569,19 @@ def test_inspect_targets(tmp_path, monkeypatch, capfd):
     assert "at most 4 rope channels" in targets["deepseek"]["why"]
     save_model(make_model("qwen3", torch.float32, head_dim=8), tmp_path)
     done = run_main(["inspect", str(tmp_path), "--targets"], monkeypatch, capfd)
-    assert (done.code, done.out.count("impossible")) == (0, 2)
+    assert (done.code, done.out.count("lossy"), done.out.count("--static-qk-norm")) == (0, 2, 2)
+
+
+def test_inspect_targets_of_latent_attention(stories, monkeypatch, capfd):
+    for folder, words in ((stories.export, "kv_lora_rank"), (stories.converted, "written by anymla")):
+        done = run_main(["inspect", str(folder), "--targets"], monkeypatch, capfd)
+        assert done.code == 0
+        assert "already multi-head latent attention" in done.out and words in done.out
+        assert "serve it as it is" in done.out and "anymla export" in done.out
+
+
+def test_inspect_targets_of_experts(tmp_path):
+    """They convert and export; vLLM on a CPU does not run them."""
+    found = anymla.inspect(save_model(tiny_model("mixtral", torch.float32, sliding_window=None), tmp_path)).targets
+    assert found["vllm"][0] == "exact" and "on GPUs only" in found["vllm"][1]
+    assert "GPUs" not in anymla.inspect(bundled()).targets["vllm"][1]

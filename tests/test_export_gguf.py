@@ -126,6 +126,26 @@ def test_refused_exports_leave_nothing(converted_folder, planned, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["words"]
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "word"),
+    [("normalizer", {"type": "Lowercase"}, "Lowercase"), ("pre_tokenizer", {"type": "Whitespace"}, "Whitespace")],
+)
+def test_the_tokenizer_is_asked_about_before_weights_are_read(tmp_path, monkeypatch, part, value, word):
+    """Another target takes the same model."""
+    from anymla.calibration import text
+
+    source = tmp_path / "source"
+    shutil.copytree(bundled_model(), source)
+    spec = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").write_text(json.dumps(spec | {part: value}))
+    monkeypatch.setattr(text, "calibration_windows", lambda *_, **__: pytest.fail("asked too late"))
+    with pytest.raises(UnsupportedModelError, match=f"--target gguf cannot hold the tokenizer of .*{word}"):
+        anymla.convert(source, tmp_path / "out", kv_cache=0.5, target="gguf", **FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    monkeypatch.undo()
+    anymla.convert(source, tmp_path / "out", kv_cache=0.5, target="deepseek", **FAST)
+
+
 def test_command_line_and_push(planned, tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
     run = run_main(["export", str(planned), "--to", "gguf", "-o", str(out), "--dtype", "bf16"], monkeypatch, capfd)

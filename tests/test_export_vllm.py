@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import anymla
+from anymla.architectures.families import FAMILIES as ALL
+from anymla.architectures.families import TEXT_ONLY_INSIDE
 from anymla.errors import CheckpointError, InfeasibleError, UnsupportedModelError
 from anymla.exports.vllm import load_fused, write_vllm
+from anymla.io.auto import stock_class
 from tests.families import FAST, ROPES, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 
@@ -149,11 +153,24 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals(name, converted, tmp_path):
+    """By the export, and by `inspect --targets` of the original."""
     model = make_model("mistral", sliding_window=24) if name == "mistral" else tiny_model(name)
     folder = converted(model)
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
         write_vllm(folder, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+    assert anymla.inspect(tmp_path / "source").targets["vllm"][0] == "impossible"
+
+
+def test_families_that_the_backend_cannot_run():
+    """The table against transformers' own classes."""
+    heads = {
+        name: "".join(inspect.getsource(base) for base in stock_class(name).__mro__ if "models" in base.__module__)
+        for name in ALL.keys() - TEXT_ONLY_INSIDE
+    }
+    found = {name for name, source in heads.items() if "self.lm_head" not in source}
+    found |= {name for name in heads if isinstance(getattr(CONFIG_MAPPING[name], "head_dim", None), property)}
+    assert found == {name for name, family in ALL.items() if family.unserved is not None} == {"biogpt", "falcon"}
 
 
 def test_too_wide_for_the_kernel(converted, tmp_path):
@@ -163,6 +180,45 @@ def test_too_wide_for_the_kernel(converted, tmp_path):
     assert not (tmp_path / "export").exists()
     write_vllm(folder, tmp_path / "export", pad="none")
     assert_same(folder, tmp_path / "export")
+
+
+def test_a_plan_for_vllm_keeps_to_the_kernels_rope(converted, tmp_path):
+    """Eight heads of 128 have 512 rope dims in half of their cache, unless the plan knows the target."""
+    model = make_model("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=128, num_hidden_layers=1)
+    folder = converted(model, target="vllm")
+    plan = anymla.Plan.read(folder / "plan.yaml")
+    assert plan.layers[0].rope_dims == 64 and plan.layers[0].kv_rank == 960
+    with pytest.raises(InfeasibleError, match="a rank of 512 numbers, and it has 960: give --pad cuda or none"):
+        write_vllm(folder, tmp_path / "export")
+    assert write_vllm(folder, tmp_path / "export", pad="cuda").rope == 64
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "dims"),
+    [("vllm", {}, 64), ("deepseek", {}, 64), ("gguf", {}, 128), ("vllm", {"rope": "high"}, 64)],
+)
+def test_rope_dims_of_a_target(target, settings, dims, tmp_path):
+    """Sizes of Llama 3.1 8B; gguf has one channel for each of 64 frequencies."""
+    model = make_model("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=128, num_hidden_layers=1)
+    source = save_model(model, tmp_path)
+    plan = anymla.plan(source, kv_cache=0.5, target=target, **settings)
+    assert max(plan.layers[0].rope_choices) == dims
+    assert [("--pad cuda" in note) for note in anymla.explain_plan(plan)["notes"]] == [True] * (target != "gguf")
+    with pytest.raises(InfeasibleError, match=f"--rope-dims .* too large for --target {target}, which holds {dims}"):
+        anymla.plan(source, kv_cache=1.0, target=target, rope_dims=130)
+
+
+def test_rope_dims_that_no_target_holds(tmp_path):
+    source = save_model(
+        make_model("llama", num_attention_heads=48, num_key_value_heads=48, head_dim=2), tmp_path / "source"
+    )
+    with pytest.raises(InfeasibleError, match="--rope high turns 96 dims at least, --target vllm holds 64"):
+        anymla.plan(source, kv_cache=0.9, target="vllm", rope="high")
+    plan = anymla.plan(source, kv_cache=0.9, target="vllm")
+    wide = {"rope_dims": 66, "kv_rank": plan.layers[0].cached_numbers - 66, "rope_choices": ()}
+    plan = plan.model_copy(update={"layers": tuple(layer.model_copy(update=wide) for layer in plan.layers)})
+    with pytest.raises(InfeasibleError, match="rope dims 66 are more than the 64"):
+        anymla.convert(source, tmp_path / "out", plan)
 
 
 def test_not_converted(tmp_path):

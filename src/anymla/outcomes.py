@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymla.architectures.blueprint import Blueprint
+from anymla.architectures.blueprint import ALREADY, Blueprint
 from anymla.planning.plan import Plan
 from anymla.planning.targets import verdicts
 
@@ -27,6 +27,11 @@ class Inspection:
     supported: bool
     reason: str | None
     blueprint: Blueprint | None
+
+    @property
+    def already_latent(self) -> bool:
+        """Whether it is not converted because it has multi-head latent attention."""
+        return self.reason is not None and self.reason.startswith(ALREADY)
 
     @property
     def targets(self) -> dict[str, tuple[str, str]]:

@@ -130,6 +130,8 @@ def convert(
         safe_config(source).to_dict()
     )  # with transformers' defaults where config.json says nothing
     chosen = _chosen_plan(str(model), blueprint, recipe, settings)
+    if chosen.recipe.target == "gguf":
+        _check_tokenizer(str(model), source, blueprint)
     windows = _calibration(chosen.recipe, source, blueprint)
 
     from anymla.calibration.parallel import join_processes
@@ -161,6 +163,18 @@ def _chosen_plan(model: str, blueprint: Blueprint, recipe: Recipe | Plan | None,
         raise RecipeError(f"{', '.join(others)}: a plan is final; change its recipe and plan again")
     check_plan(recipe, model, blueprint)
     return recipe.model_copy(update={"recipe": with_settings(recipe.recipe, settings)})
+
+
+def _check_tokenizer(model: str, source: Path, blueprint: Blueprint) -> None:
+    """Refuses at the start what the export to GGUF would at the end."""
+    from anymla.exports.gguf_tokenizer import known_tokenizer
+
+    try:
+        known_tokenizer(load_tokenizer(source), blueprint.vocab_size)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"--target gguf cannot hold the tokenizer of {model}: {error}; --target deepseek leaves it as it is"
+        ) from error
 
 
 def _calibration(recipe: Recipe, source: Path, blueprint: Blueprint) -> torch.Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 from anymla.architectures.families import FAMILIES
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
 
 def other_block(model_type: str, config: Mapping[str, Any]) -> str | None:
     """What makes layers differ, outside attention, from DeepSeek's dense ones (which are Llama's); None for nothing."""
@@ -18,6 +20,14 @@ def other_block(model_type: str, config: Mapping[str, Any]) -> str | None:
         if config.get(field):
             return f"its MLP has biases ({field}), DeepSeek's has none"
     return None
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether some MLP is a mixture of experts."""
+    inner = config.get("ffn_config")
+    places = [config, inner] if isinstance(inner, dict) else [config]
+    counts = [place.get(name) for place in places for name in EXPERTS]
+    return any(isinstance(count, int) and count > 1 for count in counts)
 
 
 def beyond_latent(model_type: str, config: Mapping[str, Any], *, rope: bool) -> str | None:

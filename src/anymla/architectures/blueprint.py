@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymla.architectures.block import beyond_latent, other_block
+from anymla.architectures.block import beyond_latent, has_experts, other_block
 from anymla.architectures.families import FAMILIES, REFUSED, TEXT_ONLY_INSIDE, Family
 from anymla.architectures.fields import Fields, read_fields
 from anymla.architectures.layers import attends, has_rope, heads_of, layer_type, window_of
@@ -17,6 +17,7 @@ from anymla.architectures.vision import VISION, text_config
 from anymla.errors import CheckpointError, UnsupportedModelError, shown
 from anymla.io.config import danger, read_object
 
+ALREADY = "already multi-head latent attention"
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -54,6 +55,7 @@ class Blueprint:
     rope: RopeSpec | None
     other_block: str | None  # what outside attention is not as in Llama (block.py)
     beyond: str | None  # what of its attention no engine's latent attention does (block.py)
+    experts: bool  # whether some MLP is a mixture of experts
     layers: tuple[AttentionSpec | None, ...]  # None: a layer without softmax attention, which stays as it is
 
     @property
@@ -97,9 +99,9 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     if not isinstance(model_type, str):
         return f"config.json: model_type must be a family's name, got {shown(model_type)}"
     if model_type.startswith("anymla_"):
-        return "already multi-head latent attention: this folder was written by anymla"
+        return f"{ALREADY}: this folder was written by anymla"
     if config.get("kv_lora_rank"):
-        return f"already multi-head latent attention (kv_lora_rank {shown(config['kv_lora_rank'])})"
+        return f"{ALREADY} (kv_lora_rank {shown(config['kv_lora_rank'])})"
     if config.get("is_encoder_decoder"):
         return f"family {shown(model_type)} is an encoder-decoder; anymla converts decoder-only models"
     if model_type in VISION:
@@ -159,6 +161,7 @@ def read_blueprint(config: Mapping[str, Any]) -> Blueprint:
         rope=rope,
         other_block=other_block(fields.model_type, config),
         beyond=beyond_latent(fields.model_type, config, rope=rope is not None),
+        experts=has_experts(config),
         layers=layers,
     )
 

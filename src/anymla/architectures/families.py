@@ -40,6 +40,7 @@ class Family:
     gate_activation: str | None = None  # of a gate on the heads' output; None: sigmoid
     adds_residual: bool = False  # the attention module itself adds the residual stream
     beyond: str | None = None  # what its attention does that the latent attention of engines does not
+    unserved: str | None = None  # what else keeps vLLM's transformers backend from running it
     plain_block: bool = False  # outside attention, Llama's: RMSNorms and a gated MLP (or its factors are config fields)
     plain_residual: bool = True  # the attention's output is added to the stream as it is: no norm or factor between
 
@@ -63,7 +64,7 @@ FAMILIES: dict[str, Family] = {
     "arcee": Family(),
     "aria_text": Family(),
     "bamba": replace(_PARTIAL, defaults=_HALF_ROPE, layers_give_tuples=True),
-    "biogpt": _GPT,
+    "biogpt": replace(_GPT, unserved="its head is not called lm_head, the only one that vLLM looks for"),
     "bitnet": Family(beyond="a norm before the output projection"),
     "bloom": replace(
         _GPT, fused="grouped", position_bias="alibi", batched=False, layers_give_tuples=True, adds_residual=True
@@ -92,6 +93,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "exaone_moe": Family(qk_norm=True, rope_layers="sliding-or-all", plain_residual=False),
     "falcon": Family(
+        unserved="vLLM reads the cache's width from head_dim, which this family's config computes itself",
         defaults={"multi_query": True},
         fused="grouped",
         position_bias="scaled-alibi",

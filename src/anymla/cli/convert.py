@@ -52,6 +52,12 @@ def inspect(
         return print_json(inspection.to_dict())
     from anymla.report.tables import inspection_table, targets_table
 
+    if targets and inspection.already_latent:
+        return out.print(
+            f"{model}: {inspection.reason}. Engines that know its own layout serve it as it is; a folder that anymla "
+            "convert wrote goes to them with anymla export.",
+            soft_wrap=True,
+        )
     out.print(targets_table(inspection) if targets and inspection.supported else inspection_table(inspection))
 
 

@@ -15,11 +15,14 @@ from anymla.recipe import Target
 def export(
     converted: Annotated[str, typer.Argument(help="A folder that anymla convert wrote.", show_default=False)],
     to: Annotated[Target, typer.Option("--to", help="Which layout to write.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder (or file) to write.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights. Default: the converted model's.")] = None,
     pad: Annotated[
         str | None,
-        typer.Option(help="Fill up with zeros to sizes that kernels need: cpu, cuda or full (docs/exporting.md)."),
+        typer.Option(
+            help="Fill up with zeros to sizes that kernels need: none, cpu, cuda or full (docs/exporting.md). "
+            "Default: cpu for vllm, none for deepseek."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     as_json: Json = False,
@@ -30,6 +33,8 @@ def export(
     done = run_export(converted, output, to, dtype=dtype, pad=pad, overwrite=overwrite)
     if done.parity.engine_failed is not None:
         err.print(f"warning: {done.parity.engine_failed}; checked in {done.parity.engine} only", soft_wrap=True)
+    if done.warning is not None:
+        err.print(f"warning: {done.warning}", soft_wrap=True)
     if as_json:
         return print_json(done.to_dict())
     found = done.parity

@@ -38,7 +38,7 @@ def export_card(converted: Path, done: Export, commands: Iterable[str]) -> str:
 def _made(converted: Path, done: Export) -> str:
     """What it is and the command that makes it again."""
     words = ["anymla", "export", public_name(converted.resolve()), "--to", done.target, "-o", done.output.name]
-    words += ["--dtype", done.dtype] + ([] if done.pad is None else ["--pad", done.pad])
+    words += ["--dtype", done.dtype] + ([] if done.target == "gguf" else ["--pad", done.pad])
     versions = ", ".join(f"{name} {version}" for name, version in done.versions.items())
     return f"""This is {KINDS[done.target]}, exported with {versions}:
 

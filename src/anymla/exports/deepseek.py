@@ -49,7 +49,7 @@ def write_deepseek(converted: Path, folder: Path, *, pad: str = "none", dtype: s
         folder: where config, weights and tokenizer go.
         pad: with zeros, exactly, up to sizes that kernels need: 'cpu' rank 512 and rope 64, for vLLM's on CPUs; 'cuda'
             rope 64, nope 64 or 128, value 128, for prefill on GPUs; 'full' both, for FlashMLA and TensorRT-LLM.
-        dtype: of the weights. Default: the converted model's.
+        dtype: of the weights, not float16, which has no room for the latent norm. Default: the converted model's.
 
     Raises:
         UnsupportedModelError: DeepSeek's layout cannot hold the model; the message says what stops it.
@@ -57,10 +57,6 @@ def write_deepseek(converted: Path, folder: Path, *, pad: str = "none", dtype: s
     """
     source = read_converted(converted)
     dtype = dtype or str(source.config["dtype"])
-    if dtype == "float16":
-        raise UnsupportedModelError(
-            f"{converted} is in float16, which has no room for the neutralised latent norm: give --dtype bfloat16"
-        )
     shape = _shape(source, pad)
     stream = (NORM_EPS / float(source.config["rms_norm_eps"])) ** 0.5  # the residual stream, scaled, has that eps
     write_weights(folder, _tensors(source, shape, stream, getattr(torch, dtype)))

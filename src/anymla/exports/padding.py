@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 from anymla.errors import InfeasibleError
 from anymla.exports.fold import Sizes
+from anymla.planning.targets import KERNEL_RANK, KERNEL_ROPE
 
 PADS = ("none", "cpu", "cuda", "full")
 
@@ -20,17 +21,27 @@ def padded(folder: Path, sizes: Sizes, pad: str) -> Sizes:
     Raises:
         InfeasibleError: the model has more than that.
     """
+    grown = asdict(_grown(sizes, pad))
+    for name, size in asdict(sizes).items():
+        if size > grown[name]:
+            others = [other for other in ("cuda", "none") if _holds(_grown(sizes, other), sizes)]
+            raise InfeasibleError(
+                f"{folder}: --pad {pad} has room for a {name} of {grown[name]} numbers, and it has {size}: give --pad "
+                f"{' or '.join(others)}, for engines without this limit, or convert to a smaller cache"
+            )
+    return Sizes(**grown)
+
+
+def _holds(grown: Sizes, sizes: Sizes) -> bool:
+    return all(room >= size for room, size in zip(astuple(grown), astuple(sizes), strict=True))
+
+
+def _grown(sizes: Sizes, pad: str) -> Sizes:
     if pad == "none":
         return sizes
-    grown = replace(sizes, rope=64)
+    grown = replace(sizes, rope=KERNEL_ROPE)
     if pad in ("cpu", "full"):
-        grown = replace(grown, rank=512)
+        grown = replace(grown, rank=KERNEL_RANK)
     if pad in ("cuda", "full"):
         grown = replace(grown, nope=64 if sizes.nope <= 64 else 128, value=128)
-    for name, size in asdict(sizes).items():
-        if size > asdict(grown)[name]:
-            raise InfeasibleError(
-                f"{folder}: --pad {pad} has room for a {name} of {asdict(grown)[name]} numbers, and it has {size}: "
-                "convert to a smaller cache, or give --pad none for engines without this limit"
-            )
     return grown

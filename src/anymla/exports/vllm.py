@@ -16,7 +16,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from anymla.architectures.families import FAMILIES
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import Sizes
@@ -26,6 +25,7 @@ from anymla.exports.weights import write_weights
 from anymla.io.checkpoint import check_loading, copy_companions, safe_config
 from anymla.io.config import read_object
 from anymla.modeling import modeling_anymla, modeling_mla
+from anymla.planning.targets import backend_refusal
 
 FILES = ("modeling_mla.py", "fused_attention.py", "heads.py", "absorbed.py")
 REFUSED = {
@@ -106,10 +106,8 @@ def check_model(source: Converted, config: Any) -> None:
     reason = None
     if config.get_text_config() is not config:
         reason = "it sees images; --to vllm writes models of text only"
-    elif isinstance(getattr(type(config), "head_dim", None), property):
-        reason = f"vLLM reads the cache's width from head_dim, which a {source.model_type} config computes itself"
-    elif FAMILIES[source.model_type].all_layers_attend:
-        reason = "its layers mix tokens beside attention too, and vLLM's transformers backend keeps no state of that"
+    elif (unserved := backend_refusal(source.model_type)) is not None:
+        reason = unserved
     elif len(source.layers) != config.num_hidden_layers:
         share = f"{len(source.layers)} of {config.num_hidden_layers} layers"
         reason = f"{share} have latent attention; vLLM wants it in all or in none"
@@ -117,10 +115,6 @@ def check_model(source: Converted, config: Any) -> None:
         raise UnsupportedModelError(f"{source.folder}: {reason}")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    if not hasattr(model, "lm_head"):
-        raise UnsupportedModelError(
-            f"{source.folder}: its head is not called lm_head, the only one that vLLM looks for"
-        )
     for layer in source.layers:
         _check_layer(f"{source.folder}: layer {layer.index} has", layer, config, model)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.planning.costs import latent_cost, original_cost, peak_memory
-from anymla.planning.targets import LIMITS, check_target, most_channels
+from anymla.planning.targets import LIMITS, check_target, kernel_note, most_channels, most_rope_dims
 from anymla.recipe import MOST, SHARED_ROPES, Recipe, read_yaml, where
 
 TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
@@ -91,7 +91,7 @@ def make_plan(model: str, blueprint: Blueprint, recipe: Recipe) -> Plan:
         raise RecipeError("--static-qk-norm is for --target deepseek and gguf: others keep the norms as they are")
     if recipe.target is not None:
         check_target(recipe.target, model, blueprint, static_norms=recipe.static_qk_norm)
-        most = most_channels(recipe.target, recipe.rope, blueprint)
+        most = most_rope_dims(recipe.target, recipe.rope, blueprint)
     return Plan(
         model=model,
         recipe=recipe,
@@ -134,13 +134,17 @@ def _check_target(plan: Plan, model: str, blueprint: Blueprint) -> None:
     most = None
     if target is not None:
         check_target(target, model, blueprint, static_norms=plan.recipe.static_qk_norm)
-        most = most_channels(target, plan.recipe.rope, blueprint)
+        most = most_rope_dims(target, plan.recipe.rope, blueprint)
         if any(layer != layers[0] for layer in layers):
             raise InfeasibleError(f"the plan's layers differ, and --target {target} needs one split for all")
     for layer in layers:
         widest = max(layer.rope_choices) if layer.rope_dims is None else layer.rope_dims
-        last = (widest // 2 - 1) * (layer.rope_step or 1)
-        if (layer.rope_step is not None and most is None) or (most is not None and not 0 <= last < most):
+        if most is not None and widest > most:
+            raise InfeasibleError(
+                f"the plan's rope dims {widest} are more than the {most} that --target {target} holds"
+            )
+        last, grid = (widest // 2 - 1) * (layer.rope_step or 1), LIMITS[target].grid
+        if (layer.rope_step is not None and not grid) or (grid and not 0 <= last < most_channels(blueprint)):
             raise InfeasibleError(f"the plan's rope_step {layer.rope_step} and rope dims {widest} do not fit {model}")
 
 
@@ -150,16 +154,14 @@ def _rope_step(spec: AttentionSpec, recipe: Recipe) -> int:
 
 
 def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int, most: int | None) -> LayerPlan:
-    """``most``: channels that the recipe's target can hold, where it has a limit."""
+    """``most``: rope dims that the recipe's target can hold, where it has a limit."""
     keys = spec.num_kv_heads * spec.head_dim
-    turned = 2 * spec.num_kv_heads * spec.rope_pairs  # the most rope dims there can be
-    turned = turned if most is None else min(turned, 2 * most)
-    step = _rope_step(spec, recipe) if turned else 0
+    turned, step = _turned(spec, recipe, most)
     rope_dims = _explicit_rope_dims(spec, recipe)
     if rope_dims is not None and rope_dims > turned:
         raise InfeasibleError(
-            f"--rope-dims {rope_dims} is too large for --target {recipe.target}: its rope frequencies are a series "
-            f"with one channel each, {turned} dims at most here"
+            f"--rope-dims {recipe.rope_dims} is too large for --target {recipe.target}, which holds {turned} dims in "
+            "all here (docs/exporting.md)"
         )
     if recipe.kv_rank is not None and recipe.kv_rank > 2 * keys:
         raise InfeasibleError(
@@ -190,6 +192,19 @@ def _plan_layer(spec: AttentionSpec, recipe: Recipe, index: int, most: int | Non
         return LayerPlan(cached_numbers=rope_dims + rank, rope_dims=rope_dims, kv_rank=rank)
     whole = cached >= 2 * keys and turned == 2 * spec.num_kv_heads * spec.rope_pairs
     return _free_split(cached, step, keys, turned, whole)
+
+
+def _turned(spec: AttentionSpec, recipe: Recipe, most: int | None) -> tuple[int, int]:
+    """The most rope dims that a layer can keep, and the steps they come in; both 0 where it has no rope."""
+    turned = 2 * spec.num_kv_heads * spec.rope_pairs
+    step = _rope_step(spec, recipe) if turned else 0
+    if not turned or most is None:
+        return turned, step
+    if most < step:
+        raise InfeasibleError(
+            f"--rope {recipe.rope} turns {step} dims at least, --target {recipe.target} holds {most}: leave --rope out"
+        )
+    return min(turned, most // step * step), step
 
 
 def _free_split(cached: int, step: int, keys: int, turned: int, whole: bool) -> LayerPlan:
@@ -257,11 +272,13 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
             }
         )
     width = DTYPE_BYTES[plan.recipe.dtype or blueprint.dtype]
+    note = kernel_note(plan.recipe.target, max(typical_split(layer)[1] for layer in plan.layers if layer))
     return {
         "model": plan.model,
         "recipe": plan.recipe.model_dump(),
         "layers": layers,
         "kept_layers": [index for index, layer in enumerate(plan.layers) if layer is None],
+        "notes": [] if note is None else [note],
         "cache_bytes_per_token": {
             "before": blueprint.cache_bytes // DTYPE_BYTES[blueprint.dtype] * width,
             "after": sum(layer.cached_numbers for layer in plan.layers if layer) * width,

@@ -6,28 +6,35 @@ import math
 from dataclasses import dataclass
 
 from anymla.architectures.blueprint import AttentionSpec, Blueprint
+from anymla.architectures.families import FAMILIES
 from anymla.architectures.positions import RopeSpec
 from anymla.errors import InfeasibleError, UnsupportedModelError
 from anymla.recipe import TARGETS, Target
 
 GRID_ROPE = "channel-pca"  # the rope choice that knows how to keep to a grid
+KERNEL_RANK, KERNEL_ROPE = 512, 64  # the sizes of DeepSeek's own models, for which engines compile their kernels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a conversion must keep to: one split for all layers; rope frequencies in a geometric series; no biases."""
+    """What a conversion must keep to: one split for all layers; rope frequencies in a geometric series; no biases.
+
+    ``rope``: most rope dims, which kernels of vLLM and SGLang have room for. Of the rank they have none but under
+    --pad cpu and full (padding.py), so it is free here and :func:`kernel_note` speaks of it.
+    """
 
     uniform: bool = True
     grid: bool = True
     biases: bool = False
+    rope: int | None = KERNEL_ROPE
 
 
-FREE = Limits(uniform=False, grid=False, biases=True)
+FREE = Limits(uniform=False, grid=False, biases=True, rope=None)
 LIMITS: dict[Target | None, Limits] = {
     None: FREE,
     "deepseek": Limits(),
     "vllm": Limits(grid=False, biases=True),
-    "gguf": Limits(),  # made of the deepseek export
+    "gguf": Limits(rope=None),  # made of the deepseek export; llama.cpp's kernels take any width
 }
 
 
@@ -61,7 +68,16 @@ def target_refusal(target: Target, blueprint: Blueprint, *, static_norms: bool =
         return f"it has {blueprint.beyond}"
     if any(spec != specs[0] for spec in specs):
         return "its layers differ in heads, rope or window"
-    return _deepseek_refusal(specs[0], blueprint, static_norms) if LIMITS[target].grid else None
+    if LIMITS[target].grid:
+        return _deepseek_refusal(specs[0], blueprint, static_norms)
+    return backend_refusal(blueprint.text_model_type)
+
+
+def backend_refusal(model_type: str) -> str | None:
+    """What keeps vLLM's transformers backend from running a family, whatever its config says; None for nothing."""
+    if FAMILIES[model_type].all_layers_attend:
+        return "its layers mix tokens beside attention too, and vLLM's transformers backend keeps no state of that"
+    return FAMILIES[model_type].unserved
 
 
 def _deepseek_refusal(spec: AttentionSpec, blueprint: Blueprint, static_norms: bool) -> str | None:
@@ -93,37 +109,58 @@ def check_target(target: Target, model: str, blueprint: Blueprint, *, static_nor
 
 
 def verdicts(blueprint: Blueprint) -> dict[str, tuple[str, str]]:
-    """For each target whether its export is 'exact' with any plan, 'constrained' to some or 'impossible', and why."""
+    """For each target whether its export is 'exact' with any plan, 'constrained', 'lossy' or 'impossible', and why."""
     found = {"transformers": ("exact", "any plan")}
     for target in TARGETS:
         if (reason := target_refusal(target, blueprint)) is not None:
-            found[target] = ("impossible", reason)
+            possible = target_refusal(target, blueprint, static_norms=True) is None
+            found[target] = ("lossy" if possible else "impossible", reason)
         elif LIMITS[target].grid:
-            spec = next(iter(blueprint.attention_layers.values()))
-            most = plain_pairs(blueprint.rope, spec.rope_pairs)
+            most = (most_rope_dims(target, GRID_ROPE, blueprint) or 0) // 2
             needs = f"one split for all layers, at most {most} rope channels on a grid, no biases"
+            if target == "gguf":
+                needs += "; a tokenizer that llama.cpp has, which convert checks first"
             found[target] = ("constrained", f"convert --target {target}: {needs}")
         else:
             needs = "layers are padded to the widest; with convert --target vllm they have one split"
+            if blueprint.experts:
+                needs += "; vLLM 0.32 runs mixtures of experts on GPUs only"
             found[target] = ("exact", f"any plan: {needs}")
     return found
 
 
-def most_channels(target: Target, rope: str, blueprint: Blueprint) -> int | None:
-    """Rope channels that the layout of ``target`` holds: one per plain frequency; None where it has no limit.
+def most_rope_dims(target: Target, rope: str, blueprint: Blueprint) -> int | None:
+    """Rope dims that ``target`` holds: on a grid two per plain frequency, and what kernels take; None: no limit.
 
     Raises:
         InfeasibleError: the rope choice has channels that heads do not share.
     """
-    if not LIMITS[target].grid:
-        return None
+    limits = LIMITS[target]
+    if not limits.grid:
+        return limits.rope
     if rope != GRID_ROPE:
         raise InfeasibleError(
             f"--rope {rope} chooses channels that are no grid, which --target {target} needs: leave --rope out, or "
             "give --target vllm"
         )
+    plain = 2 * most_channels(blueprint)
+    return plain if limits.rope is None else min(plain, limits.rope)
+
+
+def most_channels(blueprint: Blueprint) -> int:
+    """Channels of a grid: one per frequency that turns as in plain rope."""
     spec = next(iter(blueprint.attention_layers.values()))
     return plain_pairs(blueprint.rope, spec.rope_pairs)
+
+
+def kernel_note(target: Target | None, rank: int) -> str | None:
+    """What a plan's rank means for the kernels that will serve it; None where nothing is to be said."""
+    if target is None or LIMITS[target].rope is None or rank <= KERNEL_RANK:
+        return None
+    return (
+        f"A rank above {KERNEL_RANK} (here {rank}) fits neither vLLM's kernel for CPUs nor FlashMLA: export --to "
+        f"{target} with --pad cuda or none, or keep a smaller cache."
+    )
 
 
 def grid_steps(rope_dims: int, most: int) -> tuple[int, ...]:

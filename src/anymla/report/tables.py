@@ -134,7 +134,7 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
         )
     if any(layer["chosen_on_calibration"] for layer in costs["layers"]):
         notes.append("~ marks a typical split; conversion chooses it per layer on calibration text.")
-    return Group(table(costs["model"], columns, rows), *(Text(note) for note in notes))
+    return Group(table(costs["model"], columns, rows), *(Text(note) for note in (*notes, *costs["notes"])))
 
 
 def _before_after(values: Mapping[str, int]) -> str:
