@@ -1,4 +1,4 @@
-"""Quality against tuning tokens: three recipes, from the paper's conversion and from ours.
+"""Quality against tuning tokens: four recipes, from the paper's conversion and from ours.
 
 python benchmarks/recovery.py [MODEL ...] [--data TEXT] [--held-out TEXT] [--tokens 200000] [--kv-cache 0.125]
 
@@ -34,7 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"layerwise": 0.0, "cross_entropy": 1.0, "train": "all", "learning_rate": 1e-4, "warmup": 0.1}
     | {"decay": "1-sqrt", "decay_share": 0.1667},
     "KL": {"layerwise": 0.0},
-    "layer-wise, KL": {},
+    "KL, all weights": {"layerwise": 0.0, "train": "all"},
+    "layer-wise, KL": {"layerwise": 0.1},
 }
 
 
@@ -49,8 +50,9 @@ def curves_of(model: str, options: argparse.Namespace, scratch: Path, console: C
             continue
         for recipe, settings in RECIPES.items():
             output = scratch / f"{start}-{len(curves)}"
+            sizes = {"tokens": options.tokens, "length": options.length}
             texts = {"data": options.data, "eval_data": options.held_out, "eval_tokens": options.eval_tokens}
-            report = anymla.tune(scratch / start, output, teacher=model, tokens=options.tokens, **texts, **settings)
+            report = anymla.tune(scratch / start, output, teacher=model, **sizes, **texts, **settings)
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             scored = [line for line in lines if "eval_kl" in line]
             curves[f"{start}: {recipe}"] = {
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--held-out", default=str(bundled_text("valid")))
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--eval-tokens", type=int, default=8192)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row: not above what the model has learned")
     parser.add_argument("--kv-cache", type=float, default=0.125)
     options = parser.parse_args()
     console, models = Console(width=120, highlight=False), {}

@@ -95,7 +95,7 @@ def test_cards_hold_whole_commands_and_no_paths(planned, tmp_path, target, name)
     assert f"anymla {anymla.__version__}, torch {torch.__version__}, transformers " in card
     assert str(tmp_path) not in card and "/stories260K" not in card
     report = json.loads((tmp_path / name / "export.json").read_text())
-    assert (report["dtype"], report["pad"]) == ("f32" if target == "gguf" else "float32", pad)
+    assert (report["dtype"], report["pad"]) == ("f32" if target == "gguf" else "float32", pad or "none")
     assert report["versions"]["torch"] == torch.__version__
 
 

@@ -46,6 +46,14 @@ def pair(tmp_path_factory):
     return source, folder / "converted"
 
 
+def test_an_original_in_16_bits_teaches_layer_by_layer(pair, tmp_path):
+    source = tmp_path / "source"
+    load_model(pair[0], dtype="bfloat16").save_pretrained(source)
+    load_tokenizer(pair[0]).save_pretrained(source)
+    report = anymla.tune(pair[1], tmp_path / "out", teacher=source, **TINY | {"tokens": 256, "layerwise": 0.5})
+    assert report.steps > 1
+
+
 def test_the_gap_closes_on_the_bundled_model(converted_folder, tmp_path):
     seen = []
     settings = TINY | {"length": 128, "tokens": 12_800, "batch": 2, "eval_every": 100, "eval_tokens": 2048}
