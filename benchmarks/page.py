@@ -144,6 +144,7 @@ def plot(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
     )
     for model, pair in zip(models, grid, strict=True):
         mine = [row for row in shown if row["model"] == model]
+        shares = sorted({100 * row["budget"] for row in mine})
         for axes, name in zip(pair, ("kl", "perplexity"), strict=True):
             for number, method in enumerate(methods):
                 points = sorted(
@@ -156,7 +157,8 @@ def plot(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
                     axes.plot(*zip(*points, strict=True), marker="os^DvPX"[number % 7], label=method, **style)
             axes.set(xscale="log", yscale="log", xlabel="KV cache kept, % of the original's bytes", title=model)
             axes.set_ylabel("KL to the original, nats per token" if name == "kl" else "perplexity")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.set_xticks(shares, [f"{share:.3g}" for share in shares])
+            axes.minorticks_off()
             axes.grid(alpha=0.25)
         pair[1].axhline(mine[0]["original"]["perplexity"], color="#444444", linestyle="--", linewidth=1)
         pair[0].legend(frameon=False, fontsize=8)
