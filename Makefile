@@ -4,6 +4,7 @@
 # make families  converts a tiny model of every family and writes docs/families.md
 PYTHON ?= python3
 BIN := .venv/bin
+ENGINES ?= llama vllm
 
 .PHONY: env demo test lint types imports pytest test-engines families oldest benchmarks clean
 
@@ -37,8 +38,8 @@ pytest: env
 
 # Each engine has an environment of its own, in the user's cache folder, and is built there once.
 test-engines: env
-	for script in tests/engines/install-*.sh; do PYTHON=$(PYTHON) $$script || exit 1; done
-	$(BIN)/pytest tests/engines -m engines
+	for engine in $(ENGINES); do PYTHON=$(PYTHON) tests/engines/install-$$engine.sh || exit 1; done
+	$(BIN)/pytest $(ENGINES:%=tests/engines/test_%.py) -m engines
 
 families: env
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.support_table
