@@ -186,6 +186,7 @@ def test_signals_keep_the_work_and_say_so(tmp_path, sent):
         [*command, str(tmp_path / "out"), "--kv-cache", "0.5", "--reconstruction-steps", "10"],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     progress, deadline = tmp_path / ".out.partial" / ".work" / "progress.json", time.monotonic() + 120
     while not progress.is_file() and time.monotonic() < deadline:
