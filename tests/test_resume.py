@@ -165,7 +165,8 @@ def test_disk_full_behind_some_layers(tmp_path, whole, monkeypatch):
 def test_a_file_size_limit_behind_the_layers(tmp_path):
     """The layers' files are small enough, the shard that they fill is not."""
     command = [sys.executable, "-c", "from anymla.cli import main; main()", "convert", str(bundled_model()), "-o"]
-    command += [str(tmp_path / "out"), "--kv-cache", "0.5", "--calibration-tokens", "512", "--reconstruction-steps", "2"]
+    command += [str(tmp_path / "out"), "--kv-cache", "0.5", "--calibration-tokens", "512"]
+    command += ["--reconstruction-steps", "2"]
     limit = 300_000
 
     def run(**options):
