@@ -2,7 +2,7 @@
 
     python benchmarks/fidelity.py                                the bundled stories260K
     python benchmarks/fidelity.py MODEL... --text train.jsonl.xz --held-out valid.jsonl.xz
-    python benchmarks/fidelity.py --sensitivity                  what calibration does to the default
+    python benchmarks/fidelity.py --sensitivity                  the default under other text, without its parts, probed
 
 MODEL is a checkpoint folder, or a folder of such. Text that is not given is looked for beside each model, as
 ``train`` and ``valid`` with .txt, .jsonl or .jsonl.xz. Each row is measured in a process of its own and written at
@@ -38,6 +38,7 @@ import anymla
 from anymla.calibration.text import bundled_text, calibration_windows, token_windows, tokenize
 from anymla.conversion.step import Split
 from anymla.errors import InfeasibleError
+from anymla.evaluation.benchmarks import Benchmarks
 from anymla.evaluation.scores import score_model
 from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.pipeline import peak_rss
@@ -60,6 +61,7 @@ class Protocol:
     length: int
     domain: str = ""
     held_out_domain: str = ""
+    probe: int = 0  # tokens of the longest probe, 0 for none
 
 
 def sample(paths: tuple[str, ...], domain: str, folder: Path) -> Path:
@@ -141,11 +143,19 @@ def measure(model: Path, protocol: Protocol, name: str, budget: float, settings:
             except InfeasibleError as error:
                 return {"infeasible": str(error)}
             scores = asdict(score_model(load_model(out), windows, original)) | {"settings": chosen}
+            if protocol.probe:
+                scores["probe"] = probe(out, model, protocol.probe)
     return scores | {
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss(),
         "original": asdict(score_model(original, windows)),
     }
+
+
+def probe(converted: Path, model: Path, length: int) -> list[dict[str, Any]]:
+    """What both find again in contexts of ``length`` tokens, its half, ...: copied rows, passages, a needle."""
+    found = anymla.evaluate(converted, against=model, benchmarks=Benchmarks(probe=True), length=length)
+    return [row.to_dict() for row in found.benchmarks["probe"]]
 
 
 def score_rebuilt(model: Path, original: Any, windows: torch.Tensor, budget: float, common: Settings) -> dict[str, Any]:
@@ -225,10 +235,12 @@ def main() -> None:
         sizes = (options.calibration_tokens, options.length, options.tokens, options.length)
         protocol = Protocol(*texts, *sizes)
         jobs = [
-            ({"method": name, "budget": budget}, protocol, {}) for budget in options.budgets for name in options.methods
+            ({"case": None, "method": name, "budget": budget}, protocol, {})
+            for budget in options.budgets
+            for name in options.methods
         ]
         if options.sensitivity:
-            jobs = cases(protocol, anymla.inspect(model).blueprint.max_position_embeddings)
+            jobs = cases(protocol, anymla.inspect(model).blueprint.max_position_embeddings, options.budgets)
         for named, changed, settings in jobs:
             short = asdict(changed) | {
                 side: [Path(path).name for path in getattr(changed, side)] for side in ("text", "held_out")

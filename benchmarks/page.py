@@ -81,15 +81,53 @@ def _against_peers(compared: list[Row]) -> list[list[str]]:
     return lines
 
 
+def _variations(rows: list[Row], ours: list[Row]) -> list[str]:
+    """The default method varied: its scores, or where it was probed what both models find again."""
+    if "probe" in rows[0]:
+        columns = ["cache kept", "probe", "chance", "original", "converted", "standard error of the difference"]
+        return _table(columns, [line for row in rows for line in _probed(row)])
+    columns = ["cache kept", "case", "bytes", "perplexity", "KL", "top-1", "original's perplexity"]
+    budgets = dict.fromkeys(row["budget"] for row in rows)
+    shown = [row for budget in budgets for row in (*ours, *rows) if row["budget"] == budget]
+    return _table(
+        columns,
+        [
+            [
+                f"{row['budget']:.4g}",
+                row.get("case") or "the default",
+                *_quality(row),
+                _number(row["original"]["perplexity"]),
+            ]
+            for row in shown
+        ],
+    )
+
+
+def _probed(row: Row) -> list[list[str]]:
+    """Each measure over all lengths and depths."""
+    return [
+        [
+            f"{row['budget']:.4g}",
+            f"{measure['name']}: {measure['metric']}",
+            f"{measure['chance']:.3f}",
+            f"{measure['original']['value']:.3f}",
+            f"{measure['model']['value']:.3f}",
+            f"{measure['difference_stderr']:.3f}",
+        ]
+        for measure in row["probe"]
+        if measure["part_of"] is None
+    ]
+
+
 def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
     """Writes all rows as tables, a section per model."""
     lines, methods = [INTRODUCTION], list(methods)
-    if any("case" not in row for row in rows):
+    if any(not row.get("case") for row in rows):
         lines += ["![KL and perplexity against the cache kept](images/fidelity.png)", ""]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         compared = sorted(
-            (row for row in mine if "case" not in row), key=lambda row: (-row["budget"], methods.index(row["method"]))
+            (row for row in mine if not row.get("case")), key=lambda row: (-row["budget"], methods.index(row["method"]))
         )
         lines += [f"## {model}", ""]
         if scored := [row for row in compared if "original" in row]:
@@ -114,17 +152,9 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
             )
             columns = ["cache kept", "KL", "best peer that absorbs", "ratio", "CARE without partial RoPE", "perplexity"]
             lines += ["Against the best of them:", "", *_table(columns, _against_peers(scored))]
-        if varied := [row for row in mine if "case" in row]:
-            lines += [
-                "### What calibration does",
-                "",
-                f"The default method at {varied[0]['budget']:.4g} of the cache.",
-                "",
-            ]
-            columns = ["case", "bytes", "perplexity", "KL", "top-1", "original's perplexity"]
-            lines += _table(
-                columns, [[row["case"], *_quality(row), _number(row["original"]["perplexity"])] for row in varied]
-            )
+        ours = [row for row in scored if row["method"] == "anymla"]
+        for group in dict.fromkeys(row["group"] for row in mine if row.get("case")):
+            lines += [f"### {group}", "", *_variations([row for row in mine if row.get("group") == group], ours)]
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -135,7 +165,7 @@ def plot(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [row for row in rows if "case" not in row and "infeasible" not in row]
+    shown = [row for row in rows if not row.get("case") and "infeasible" not in row]
     models = list(dict.fromkeys(row["model"] for row in shown))
     if not models:
         return

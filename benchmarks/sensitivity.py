@@ -1,7 +1,8 @@
-"""What calibration does to the default method: how much text, of which domain, in which windows, in which precision."""
+"""The default method under other calibration text, other windows, other precisions; without one of its parts; probed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,27 @@ from typing import Any
 from testbed.corpus import read_rows
 
 BUDGET = 0.25
+PARTED = (0.25, 0.125)
+PROBED = 512  # tokens of the longest probe
 TOKENS = (4096, 16384, 65536, 262144)
 LONGER = (1, 2, 4)  # held-out windows, in calibration windows
+CALIBRATION, PARTS, PROBE = "What calibration does", "What each part brings", "What is found again in the context"
+WITHOUT: dict[str, dict[str, Any]] = {
+    "no gradient steps": {"reconstruction_steps": 0},
+    "no expected rotation": {"expected_rotation": False},
+    "rope channels of RoRoPE (TransMLA)": {"rope": "rorope"},
+    "latent by balanced PCA (TransMLA), no refit, no steps": {"factorization": "balanced-pca"},
+    "latent by whitening (SVD-LLM), no refit, no steps": {"factorization": "whitened"},
+}
 
 Case = tuple[dict[str, Any], Any, dict[str, Any]]
 
 
-def cases(protocol: Any, context: int) -> list[Case]:
+def cases(protocol: Any, context: int, budgets: Sequence[float]) -> list[Case]:
     """(what names a row, its protocol, settings on top of the method's); ``context`` is the longest window there is."""
 
-    def case(name: str, changed: Any, **settings: Any) -> Case:
-        return {"case": name, "method": "anymla", "budget": BUDGET}, changed, settings
+    def case(name: str, changed: Any, group: str = CALIBRATION, budget: float = BUDGET, **settings: Any) -> Case:
+        return {"group": group, "case": name, "method": "anymla", "budget": budget}, changed, settings
 
     found = [case(f"{count} calibration tokens", replace(protocol, calibration_tokens=count)) for count in TOKENS]
     domains = sorted({domain for path in protocol.text for domain, _ in read_rows(Path(path))} - {""})
@@ -31,4 +42,7 @@ def cases(protocol: Any, context: int) -> list[Case]:
     for times in LONGER:
         changed = replace(protocol, calibration_length=short, length=short * times)
         found.append(case(f"windows of {short}, scored on {short * times}", changed))
-    return [*found, *(case(f"in {dtype}", protocol, dtype=dtype) for dtype in ("float32", "bfloat16"))]
+    found += [case(f"in {dtype}", protocol, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    parts = [case(name, protocol, PARTS, budget, **less) for budget in PARTED for name, less in WITHOUT.items()]
+    probed = replace(protocol, probe=min(PROBED, context))
+    return [*found, *parts, *(case("probe", probed, PROBE, budget) for budget in budgets)]

@@ -95,6 +95,9 @@ def measured(monkeypatch, tmp_path):
                 scores = {"perplexity": 5.0, "cache_bytes_per_token": 320, "tokens": 512}
                 row = scores | {"kl": 0.5, "top1_agreement": 0.6, "seconds": 1.0, "peak_rss_bytes": 1 << 28}
                 fits = job[2] != "MHA2MLA"
+                if job[1].probe:
+                    value = {"model": {"value": 0.25}, "original": {"value": 0.5}, "difference_stderr": 0.125}
+                    row["probe"] = [{"name": "copy", "metric": "accuracy", "part_of": None, "chance": 0.0} | value]
                 found = row | {"original": scores | {"cache_bytes_per_token": 1280}, "settings": {"rope": "low"}}
                 return type("Done", (), {"result": lambda self: found if fits else {"infeasible": "too small"}})()
 
@@ -118,8 +121,12 @@ def test_rows_are_measured_once(measured, tmp_path):
 
 
 def test_sensitivity_has_its_own_table(measured, tmp_path):
+    measured()
     measured("--sensitivity")
     text = (tmp_path / "fidelity.md").read_text()
     assert "4096 calibration tokens" in text
     assert "windows of 128, scored on 512" in text
+    assert "| 0.25 | the default | 320 | 5.00 | 0.500 | 60.0% | 5.00 |" in text
+    assert "| 0.125 | no gradient steps | 320 |" in text
+    assert "| 0.0625 | copy: accuracy | 0.000 | 0.500 | 0.250 | 0.125 |" in text
     assert page.INTRODUCTION in text
