@@ -1,4 +1,4 @@
-"""The default method under other calibration text, other windows, other precisions; without one of its parts; probed."""
+"""The default method with other calibration text, windows and precisions; without one of its parts; and probed."""
 
 from __future__ import annotations
 
