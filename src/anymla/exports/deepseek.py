@@ -150,7 +150,7 @@ def _tensors(source: Converted, shape: DeepSeekShape, stream: float, dtype: torc
     for layer in source.layers:
         prefix = f"model.layers.{layer.index}."
         norms = {name: source.scaled(f"{prefix}{name}", 1) for name in NORMS}
-        attention = source.attention(layer, READ)
+        attention = source.tensors(layer, READ)
         folded = deepseek_attention(attention, layer, shape.sizes, norms[NORMS[0]].double(), dtype)
         folded["o_proj.weight"] *= added
         made = norms | _mlp(source, f"{prefix}mlp.", added)
