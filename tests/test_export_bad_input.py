@@ -14,6 +14,7 @@ from anymla.errors import AnymlaError, CheckpointError, InfeasibleError, OutputE
 from anymla.report.demo import bundled_model
 from tests.export_check import FAST, TARGET, refused
 from tests.families import ROPES, make_model, save_model
+from tests.vision_models import tiny_vision_model
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,14 @@ def test_a_plan_from_elsewhere_keeps_to_the_grid(tmp_path):
 def test_refuses_a_free_plan(converted_folder, tmp_path):
     words = ("bias", "--target deepseek", "--to vllm")
     refused(UnsupportedModelError, tmp_path, lambda: anymla.export(converted_folder, tmp_path / "out"), *words)
+
+
+def test_refuses_a_vision_language_model(tmp_path):
+    save_model(tiny_vision_model("llava", torch.float32), tmp_path / "source")
+    anymla.convert(tmp_path / "source", tmp_path / "model", kv_cache=0.5, **FAST)
+    for target, word in {"deepseek": "vision-language", "gguf": "vision-language", "vllm": "sees images"}.items():
+        call = lambda to=target: anymla.export(tmp_path / "model", tmp_path / "out", to)  # noqa: E731
+        refused(UnsupportedModelError, tmp_path, call, word)
 
 
 def test_refuses_what_is_not_converted(tmp_path):
