@@ -27,7 +27,7 @@ from anymla.io.config import read_object
 from anymla.modeling import modeling_anymla, modeling_mla
 from anymla.planning.targets import backend_refusal
 
-FILES = ("modeling_mla.py", "fused_attention.py", "heads.py", "absorbed.py")
+FILES = ("modeling_mla.py", "model_classes.py", "fused_attention.py", "heads.py", "absorbed.py")
 REFUSED = {
     "softcap": "a soft-cap on scores",
     "sinks": "attention sinks",
