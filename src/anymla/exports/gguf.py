@@ -40,16 +40,6 @@ INNER = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class GgufFile:
-    """What was written: the file's size, and the weights that are not of the dtype asked for, by reason."""
-
-    file: Path
-    dtype: GgufDtype
-    bytes: int
-    kept_wider: Mapping[str, int]
-
-
 @dataclass(frozen=True)
 class Weight:
     """One tensor of the file: its name, its shape, and how its numbers are read."""
@@ -59,7 +49,7 @@ class Weight:
     read: Callable[[], Tensor]
 
 
-def write_gguf(deepseek: Path, file: Path, *, dtype: GgufDtype) -> GgufFile:
+def write_gguf(deepseek: Path, file: Path, *, dtype: GgufDtype) -> None:
     """Writes the model and the tokenizer of ``deepseek`` to ``file``, whole or not at all, one tensor at a time.
 
     Norms are float32 always. ``attn_kv_a_mqa`` is float32 in f16 and q8_0 files: where the latent's norm is neutralised
@@ -89,13 +79,12 @@ def write_gguf(deepseek: Path, file: Path, *, dtype: GgufDtype) -> GgufFile:
     try:
         _add_settings(writer, config, file.stem, dtype)
         add_tokenizer(writer, tokenizer, config["vocab_size"], _ends(deepseek, config))
-        kept = _write_weights(writer, file_weights(deepseek, config), dtype)
+        _write_weights(writer, file_weights(deepseek, config), dtype)
         unfinished.replace(file)
     except OSError as error:
         raise OutputError(f"{file} could not be written: {error.strerror or error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
-    return GgufFile(file=file, dtype=dtype, bytes=file.stat().st_size, kept_wider=kept)
 
 
 def require_gguf() -> None:
@@ -230,20 +219,15 @@ def file_weights(folder: Path, config: Mapping[str, Any]) -> list[Weight]:
     return weights
 
 
-def _write_weights(writer: GGUFWriter, weights: list[Weight], dtype: GgufDtype) -> dict[str, int]:
-    """First what there will be, then the numbers. Returns how many are kept wider, by reason."""
+def _write_weights(writer: GGUFWriter, weights: list[Weight], dtype: GgufDtype) -> None:
+    """First what there will be, then the numbers."""
     import numpy
     from gguf.quants import quant_shape_to_byte_shape
 
-    kept: dict[str, int] = {}
-    kinds = []
-    for weight in weights:
-        kind, reason = _kind(weight, dtype)
+    kinds = [_kind(weight, dtype) for weight in weights]
+    for weight, kind in zip(weights, kinds, strict=True):
         shape = quant_shape_to_byte_shape(weight.shape, kind)
         writer.add_tensor_info(weight.name, shape, numpy.dtype(numpy.uint8), int(numpy.prod(shape)), kind)
-        kinds.append(kind)
-        if reason:
-            kept[reason] = kept.get(reason, 0) + 1
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -254,20 +238,19 @@ def _write_weights(writer: GGUFWriter, weights: list[Weight], dtype: GgufDtype) 
             durable(stream)
     finally:
         writer.close()
-    return kept
 
 
-def _kind(weight: Weight, dtype: GgufDtype) -> tuple[GGMLQuantizationType, str | None]:
-    """How a tensor is stored, and why if not as ``dtype``."""
+def _kind(weight: Weight, dtype: GgufDtype) -> GGMLQuantizationType:
+    """How a tensor is stored: as ``dtype``, or wider (:func:`write_gguf` says why)."""
     from gguf import GGMLQuantizationType as Kind
 
     if len(weight.shape) == 1:
-        return Kind.F32, None
+        return Kind.F32
     if dtype in ("f16", "q8_0") and weight.name.endswith("attn_kv_a_mqa.weight"):
-        return Kind.F32, "f32: rows of the latent, whose size float16 does not hold"
+        return Kind.F32
     if dtype == "q8_0" and weight.shape[-1] % 32:
-        return Kind.F16, "f16: rows that are no multiple of 32"
-    return Kind[dtype.upper()], None
+        return Kind.F16
+    return Kind[dtype.upper()]
 
 
 def _encoded(weight: Weight, kind: GGMLQuantizationType) -> numpy.ndarray[Any, Any]:
