@@ -176,26 +176,13 @@ def _ends(folder: Path, config: Mapping[str, Any]) -> list[int]:
 def file_weights(folder: Path, config: Mapping[str, Any]) -> list[Weight]:
     """All tensors of the file. kv_b_proj [H(n+v),r] becomes attn_k_b [H,r,n] and attn_v_b [H,v,r]."""
     stored = {name: entry for path in check_weights(folder) for name, entry in read_header(path).items()}
-    heads, rank, position_free, value = (
-        config[name] for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-    )
 
     def of(name: str) -> Stored:
         if name not in stored:
             raise CheckpointError(f"{folder} lacks the tensor {name}")
         return stored[name]
 
-    def scaled(entry: Stored, rows: int | None, factor: float) -> Tensor:
-        weight = entry.read().double()
-        weight[:rows] *= factor
-        return weight
-
-    scales = {"attn_q": (None, query_scale(config)), "attn_kv_a_mqa": (rank, latent_scale(config))}
-
-    def head_part(entry: Stored, which: int) -> Tensor:
-        parts = entry.read().view(heads, position_free + value, rank)
-        return parts[:, position_free:] if which else parts[:, :position_free].mT
-
+    scales = {"attn_q": (None, query_scale(config)), "attn_kv_a_mqa": (config["kv_lora_rank"], latent_scale(config))}
     tied = config["tie_word_embeddings"]
     weights = [
         Weight(f"{ours}.weight", (entry := of(name)).shape, entry.read)
@@ -207,16 +194,34 @@ def file_weights(folder: Path, config: Mapping[str, Any]) -> list[Weight]:
         for name, short in INNER.items():
             entry = of(f"{theirs}{name}.weight")
             scale = scales.get(short)
-            read = entry.read if scale is None else partial(scaled, entry, *scale)
+            read = entry.read if scale is None else partial(_scaled, entry, *scale)
             weights.append(Weight(f"{ours}{short}.weight", entry.shape, read))
-        entry = of(f"{theirs}self_attn.kv_b_proj.weight")
-        if entry.shape != (rows := heads * (position_free + value), rank):
-            raise CheckpointError(f"{folder}: kv_b_proj of layer {layer} is {entry.shape} and not {(rows, rank)}")
-        weights += [
-            Weight(f"{ours}attn_k_b.weight", (heads, rank, position_free), partial(head_part, entry, 0)),
-            Weight(f"{ours}attn_v_b.weight", (heads, value, rank), partial(head_part, entry, 1)),
-        ]
+        name = f"{theirs}self_attn.kv_b_proj.weight"
+        weights += _decoders(f"{folder}: {name}", of(name), ours, config)
     return weights
+
+
+def _scaled(entry: Stored, rows: int | None, factor: float) -> Tensor:
+    weight = entry.read().double()
+    weight[:rows] *= factor
+    return weight
+
+
+def _decoders(place: str, entry: Stored, block: str, config: Mapping[str, Any]) -> list[Weight]:
+    """The two parts of kv_b_proj."""
+    heads, rank, position_free, value = (
+        config[name] for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+    )
+    if entry.shape != (rows := heads * (position_free + value), rank):
+        raise CheckpointError(f"{place} is {entry.shape} and not {(rows, rank)}")
+
+    def parts() -> Tensor:
+        return entry.read().view(heads, position_free + value, rank)
+
+    return [
+        Weight(f"{block}attn_k_b.weight", (heads, rank, position_free), lambda: parts()[:, :position_free].mT),
+        Weight(f"{block}attn_v_b.weight", (heads, value, rank), lambda: parts()[:, position_free:]),
+    ]
 
 
 def _write_weights(writer: GGUFWriter, weights: list[Weight], dtype: GgufDtype) -> None:
