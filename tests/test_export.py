@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 import anymla
+from anymla.conversion import sequence
 from anymla.exports import parity, weights
 from anymla.exports.deepseek import write_deepseek
 from anymla.exports.fold import channel_slots
@@ -183,7 +184,7 @@ def test_strided_channels(tmp_path):
         assert difference(load(tmp_path / "converted"), load(tmp_path / pad), length=200) < 1e-4
 
 
-def test_goes_on_with_the_split_that_was_chosen(tmp_path):
+def test_goes_on_with_the_split_that_was_chosen(tmp_path, monkeypatch):
     """A conversion stopped behind its first layer looks at no split again, and ends in the same weights."""
 
     def stop(done, *_):
@@ -195,7 +196,9 @@ def test_goes_on_with_the_split_that_was_chosen(tmp_path):
         anymla.convert(source, tmp_path / "out", **FAST | TARGET, progress=stop)
     kept = json.loads((tmp_path / ".out.partial/.work/progress.json").read_text())
     assert len(kept["split"]) == 2
-    anymla.convert(source, tmp_path / "out", **FAST | TARGET)
+    with monkeypatch.context() as patch:
+        patch.setattr(sequence, "best_split", lambda *_: pytest.fail("looked again"))
+        anymla.convert(source, tmp_path / "out", **FAST | TARGET)
     anymla.convert(source, tmp_path / "whole", **FAST | TARGET)
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
