@@ -53,6 +53,15 @@ class Parity:
         """The facts under their stable JSON names."""
         return asdict(self)
 
+    @property
+    def summary(self) -> str:
+        """The figures in words."""
+        return (
+            f"{self.compared} within {self.difference:.2g} of the logits' standard deviation ({self.tolerance:g} "
+            f"allowed), {self.tokens} of {self.of} greedy tokens equal; {self.cached_numbers:g} numbers per token and "
+            "layer in the cache"
+        )
+
 
 @dataclass(frozen=True)
 class Answers:
