@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -37,3 +38,15 @@ def converted_folder(tmp_path_factory):
 def converted(converted_folder):
     """The converted model, loaded."""
     return AutoModelForCausalLM.from_pretrained(converted_folder).eval()
+
+
+@pytest.fixture(scope="session", params=[0.5, 0.3125])
+def stories(request, tmp_path_factory):
+    """The bundled model converted for DeepSeek's layout, and its export."""
+    folder, share = tmp_path_factory.mktemp("stories"), request.param
+    settings = {"calibration_tokens": 8192, "calibration_length": 128, "reconstruction_steps": 10}
+    report = anymla.convert(bundled_model(), folder / "converted", kv_cache=share, target="deepseek", **settings)
+    done = anymla.export(folder / "converted", folder / "export")
+    return SimpleNamespace(
+        share=share, report=report, done=done, converted=folder / "converted", export=folder / "export"
+    )

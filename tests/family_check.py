@@ -13,15 +13,13 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.architectures.blueprint import Blueprint, read_blueprint
 from anymla.architectures.families import FAMILIES
+from anymla.exports.vllm import REFUSED
 from tests.families import save_model, token_ids
 from tests.family_models import tiny_model
 from tests.precision import Exact
 
 FAST = {"calibration_tokens": 512, "calibration_length": 32, "reconstruction_steps": 2}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-BEYOND_LATENT = {
-    *("softcap", "sinks", "temperature", "position_bias", "output_norm", "adds_residual", "query_gain", "gate")
-}
 PROMPT, LENGTH, PADDING = 30, 36, 7
 
 
@@ -47,7 +45,7 @@ def check_family(name: str, model_type: str, changes: dict[str, Any], folder: Pa
         half_budget(folder / "float64", folder / "half")
     config = load(folder / "half").config
     blueprint = read_blueprint(tiny_model(model_type, **changes).config.to_dict())
-    beyond = BEYOND_LATENT & {name for layer in config.mla_layers for name in layer}
+    beyond = REFUSED.keys() & {name for layer in config.mla_layers for name in layer}
     assert bool(beyond) == (blueprint.beyond is not None), (beyond, blueprint.beyond)
     converted, layers = len(config.mla_layers), len(blueprint.layers)
     kept = "" if converted == layers else f", {layers - converted} kept"

@@ -134,7 +134,7 @@ def test_code_travels_along(converted, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path / "export", trust_remote_code=True)
     assert config.auto_map["AutoModel"] == "modeling_mla.MlaLlamaModel" and config.model_type == "mla_llama"
     assert config.head_dim == 576 and config.stock_head_dim == 8
-    for name in ("modeling_mla", "fused_attention", "heads", "absorbed"):
+    for name in ("modeling_mla", "model_classes", "fused_attention", "heads", "absorbed"):
         assert "import anymla" not in (text := (tmp_path / "export" / f"{name}.py").read_text())
         assert "from anymla" not in text
 

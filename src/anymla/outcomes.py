@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla.architectures.blueprint import ALREADY, Blueprint
+from anymla.io.versions import versions
 from anymla.planning.plan import Plan
 from anymla.planning.targets import verdicts
 
@@ -85,9 +84,3 @@ class Conversion:
             "anymla_version": self.anymla_version,
             "versions": versions(),
         }
-
-
-def versions() -> dict[str, str]:
-    """What results depend on, as it is installed here."""
-    packages = {name: version(name) for name in ("anymla", "torch", "transformers")}
-    return packages | {"python": platform.python_version()}

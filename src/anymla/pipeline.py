@@ -126,9 +126,8 @@ def convert(
     shard_size = parse_size("--max-shard-size", max_shard_size)
     memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
     check_weights(source)
-    blueprint = read_blueprint(
-        safe_config(source).to_dict()
-    )  # with transformers' defaults where config.json says nothing
+    # with transformers' defaults where config.json says nothing
+    blueprint = read_blueprint(safe_config(source).to_dict())
     chosen = _chosen_plan(str(model), blueprint, recipe, settings)
     if chosen.recipe.target == "gguf":
         _check_tokenizer(str(model), source, blueprint)

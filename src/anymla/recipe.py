@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -30,7 +30,7 @@ Rope = Literal[
 SHARED_ROPES = ("channel-pca", "rorope", "freqfold-2", "freqfold-4", "freqfold-8", "freqfold-16")  # by all KV heads
 FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened", "balanced-pca"]
 Target = Literal["deepseek", "vllm", "gguf"]
-TARGETS: tuple[Target, ...] = ("deepseek", "vllm", "gguf")
+TARGETS: tuple[Target, ...] = get_args(Target)
 DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
 

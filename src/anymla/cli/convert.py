@@ -24,6 +24,7 @@ from anymla.cli.options import (
     recipe_options,
 )
 from anymla.errors import RecipeError
+from anymla.outcomes import Conversion
 from anymla.planning.plan import Plan
 
 
@@ -158,19 +159,8 @@ def convert(
         )
     if not first_process():
         return
-    if conversion.plan.recipe.calibration is None:
-        err.print(
-            "note: calibrated on the bundled children's stories; --calibration with text like yours keeps more quality",
-            soft_wrap=True,
-        )
-    lost = [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]
-    if lost:
-        err.print(
-            "note: fixed scales stand in for norms on queries and keys; at full budget that alone would lose "
-            f"{sum(lost) / len(lost):.2%} of the hidden states behind attention, {max(lost):.2%} in the worst layer; "
-            "the scores hold the loss of all",
-            soft_wrap=True,
-        )
+    for note in _notes(conversion):
+        err.print(f"note: {note}", soft_wrap=True)
     if as_json:
         return print_json(conversion.to_dict())
     from anymla.report.tables import conversion_layers_table, scores_table
@@ -183,3 +173,16 @@ def convert(
         f"Wrote {output} in {conversion.seconds:.0f} s. Next: anymla eval {output} --against {model} --text YOUR.txt",
         soft_wrap=True,
     )
+
+
+def _notes(conversion: Conversion) -> Iterator[str]:
+    """What the user should know of how the model was made."""
+    from anymla.conversion.card import static_norms_cost
+
+    if conversion.plan.recipe.calibration is None:
+        yield "calibrated on the bundled children's stories; --calibration with text like yours keeps more quality"
+    if lost := [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]:
+        yield (
+            f"fixed scales stand in for norms on queries and keys; {static_norms_cost(lost)}; the scores hold the loss "
+            "of all"
+        )

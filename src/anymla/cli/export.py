@@ -37,15 +37,9 @@ def export(
         err.print(f"warning: {done.warning}", soft_wrap=True)
     if as_json:
         return print_json(done.to_dict())
-    found = done.parity
-    out.print(
-        f"Checked in {found.engine}: {found.compared} within {found.difference:.2g} of the logits' standard deviation "
-        f"({found.tolerance:g} allowed), {found.tokens} of {found.of} greedy tokens equal; "
-        f"{found.cached_numbers:g} numbers per token and layer in the cache.",
-        soft_wrap=True,
-    )
-    if found.not_run is not None:
-        out.print(f"{found.not_run}.", soft_wrap=True)
+    out.print(f"Checked in {done.parity.engine}: {done.parity.summary}.", soft_wrap=True)
+    if done.parity.not_run is not None:
+        out.print(f"{done.parity.not_run}.", soft_wrap=True)
     out.print(f"Wrote {output} in {done.seconds:.0f} s. Serve it with one of:", soft_wrap=True)
     for engine, command in done.commands.items():
         out.print(f"  {engine + ':':<14}{command}", soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,14 @@ def _method(recipe: Mapping[str, Any]) -> str:
     return (
         f"Rope channels by `{recipe['rope']}`{of[0]}, latent by `{recipe['factorization']}`{of[1]}; where no system is "
         f"named, the method is anymla's own. Papers: {papers}."
+    )
+
+
+def static_norms_cost(lost: Sequence[float]) -> str:
+    """What ``norms_lost`` of the layers says, in words."""
+    return (
+        f"at full budget that alone would lose {sum(lost) / len(lost):.2%} of the hidden states behind attention, "
+        f"{max(lost):.2%} in the worst layer"
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from anymla.architectures.blueprint import Blueprint
 from anymla.calibration.stream import pass_through
 from anymla.planning.plan import LayerPlan
-from anymla.planning.targets import LIMITS, grid_steps, plain_pairs
+from anymla.planning.targets import LIMITS, grid_steps, most_channels
 from anymla.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def open_splits(plan: LayerPlan, recipe: Recipe, blueprint: Blueprint) -> list[S
     dims = plan.rope_choices if plan.rope_dims is None else (plan.rope_dims,)
     if not limits.grid:
         return [(rope_dims, None) for rope_dims in dims]
-    spec = next(iter(blueprint.attention_layers.values()))
-    most = plain_pairs(blueprint.rope, spec.rope_pairs)
+    most = most_channels(blueprint)
     steps = (plan.rope_step,) if plan.rope_step is not None else None
     return [(rope_dims, step) for rope_dims in dims for step in steps or grid_steps(rope_dims, most)]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -14,6 +12,7 @@ from anymla.evaluation.benchmarks import Benchmarks, Evaluation, prepare
 from anymla.evaluation.measures import compare
 from anymla.io.checkpoint import find_model, load_model, load_tokenizer
 from anymla.io.device import pick_device
+from anymla.io.versions import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,18 +111,14 @@ def evaluate(
         "device": device,
         **wanted.model_dump(mode="json"),
     }
-    return Evaluation(scores=scores, benchmarks=results, settings=settings, versions=_versions(wanted))
+    others = ("lm-eval", "datasets") if wanted.tasks else ()
+    return Evaluation(scores=scores, benchmarks=results, settings=settings, versions=versions(*others))
 
 
 def _windows(text: str | Path, tokenizer: Any, tokens: int | None, length: int) -> Tensor:
     from anymla.calibration.text import read_documents, token_windows, tokenize
 
     return token_windows(islice(tokenize(read_documents(text), tokenizer), tokens), length, text)
-
-
-def _versions(wanted: Benchmarks) -> dict[str, str]:
-    names = ["anymla", "torch", "transformers", *(["lm-eval", "datasets"] if wanted.tasks else [])]
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _check_original(loaded: Any, original: Any, model: str | Path, against: str | Path | None) -> None:

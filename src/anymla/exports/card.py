@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anymla.conversion.card import FILES, FOLDER, USE, public_name, with_section
+from anymla.conversion.card import FILES, FOLDER, USE, public_name, static_norms_cost, with_section
 from anymla.io.config import read_object
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def _found(done: Export) -> str:
     found = done.parity
     why = f" {found.engine_failed or found.not_run}." if found.engine_failed or found.not_run else ""
     return (
-        f"Compared with the converted model in {found.engine}: {found.compared} within {found.difference:.2g} of the "
-        f"logits' standard deviation ({found.tolerance:g} allowed), {found.tokens} of {found.of} greedy tokens equal, "
-        f"{found.cached_numbers:g} numbers per token and layer in the cache.{why} All figures are in `export.json`."
+        f"Compared with the converted model in {found.engine}: {found.summary}.{why} All figures are in `export.json`."
     )
 
 
@@ -67,8 +65,7 @@ def _lost(converted: Path) -> str:
         return ""
     return (
         "\n\nNorms on queries and keys were replaced by fixed scales (`--static-qk-norm`), which changes the model: "
-        f"at full budget that alone would lose {sum(lost) / len(lost):.2%} of the hidden states behind attention, "
-        f"{max(lost):.2%} in the worst layer (`norms_lost` in `conversion.json`)."
+        f"{static_norms_cost(lost)} (`norms_lost` in `conversion.json`)."
     )
 
 

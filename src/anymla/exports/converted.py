@@ -72,17 +72,12 @@ class Converted:
         tensor = self.tensor(name)
         return tensor if factor == 1 else tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with ``prefix``, which is taken off, floating-point ones in float64."""
-        found = {name: stored.read() for name, stored in self.stored.items() if name.startswith(prefix)}
-        return {
-            name.removeprefix(prefix): tensor.double() if tensor.is_floating_point() else tensor
-            for name, tensor in found.items()
-        }
-
-    def attention(self, layer: Layer, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors ``names`` of a layer's attention, floating-point ones in float64."""
-        found = {name: self.tensor(f"{layer.module}.{name}") for name in names}
+    def tensors(self, layer: Layer, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The tensors ``names`` of a layer's attention, by default all, floating-point ones in float64."""
+        prefix = f"{layer.module}."
+        if names is None:
+            names = [name.removeprefix(prefix) for name in self.stored if name.startswith(prefix)]
+        found = {name: self.tensor(f"{prefix}{name}") for name in names}
         return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
 
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.architectures.block import other_block
+from anymla.architectures.blueprint import read_blueprint
 from anymla.architectures.positions import read_rope
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import NORM_EPS, READ, Sizes, deepseek_attention
 from anymla.exports.padding import padded
 from anymla.exports.weights import write_weights
-from anymla.io.checkpoint import copy_companions
-from anymla.planning.targets import plain_pairs
+from anymla.io.checkpoint import copy_companions, safe_config
+from anymla.planning.targets import plain_pairs, target_refusal
 
 CONVERT = "convert the original with --target deepseek, or export --to vllm"
 HELD = {  # LatentAttention's arguments that DeepSeek's attention has, or that fold away; others stop the export
@@ -67,15 +67,7 @@ def write_deepseek(converted: Path, folder: Path, *, pad: str = "none", dtype: s
 
 def _shape(source: Converted, pad: str) -> DeepSeekShape:
     """What the layers agree on, once nothing stands against DeepSeek's layout."""
-    if (reason := other_block(source.model_type, source.config)) is not None:
-        raise UnsupportedModelError(f"{source.folder}: {reason}: export --to vllm")
-    if len(source.layers) != source.config["num_hidden_layers"]:
-        raise UnsupportedModelError(f"{source.folder}: not every layer has latent attention: export --to vllm")
-    if (window := _window(source)) is not None:
-        raise UnsupportedModelError(
-            f"{source.folder}: it has a sliding window of {window} tokens, DeepSeek's attention has none: "
-            "export --to vllm"
-        )
+    _check_model(source)
     for layer in source.layers:
         _check_layer(source, layer)
     grids = {_grid(source, layer) for layer in source.layers}
@@ -90,13 +82,13 @@ def _shape(source: Converted, pad: str) -> DeepSeekShape:
     return DeepSeekShape(sizes, _theta(source, first, sizes, grids.pop()[2]))
 
 
-def _window(source: Converted) -> int | None:
-    """The sliding window of any layer, where it is shorter than the context."""
-    types = source.config.get("layer_types")
-    window: int | None = source.config.get("sliding_window")
-    if window is None or (types is not None and "sliding_attention" not in types):
-        return None
-    return window if window < source.config["max_position_embeddings"] else None
+def _check_model(source: Converted) -> None:
+    """Refuses what planning for this layout refuses, in a model that was planned without it."""
+    names = {"model_type": source.model_type, "kv_lora_rank": None}  # the original's
+    blueprint = read_blueprint(safe_config(source.folder).to_dict() | names)
+    if (reason := target_refusal("deepseek", blueprint, static_norms=True)) is not None:
+        other = "" if target_refusal("vllm", blueprint) else ": export --to vllm"
+        raise UnsupportedModelError(f"{source.folder}: {reason}{other}")
 
 
 def _check_layer(source: Converted, layer: Layer) -> None:
@@ -150,7 +142,7 @@ def _tensors(source: Converted, shape: DeepSeekShape, stream: float, dtype: torc
     for layer in source.layers:
         prefix = f"model.layers.{layer.index}."
         norms = {name: source.scaled(f"{prefix}{name}", 1) for name in NORMS}
-        attention = source.attention(layer, READ)
+        attention = source.tensors(layer, READ)
         folded = deepseek_attention(attention, layer, shape.sizes, norms[NORMS[0]].double(), dtype)
         folded["o_proj.weight"] *= added
         made = norms | _mlp(source, f"{prefix}mlp.", added)

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +19,7 @@ from anymla.exports.padding import PADS
 from anymla.exports.parity import Parity, check_parity, planned_numbers
 from anymla.io.checkpoint import check_output, find_model, new_folder
 from anymla.io.config import read_object
+from anymla.io.versions import versions
 from anymla.io.work import write_json
 from anymla.recipe import Target
 
@@ -144,7 +144,6 @@ def _original_numbers(converted: Path) -> float:
     return float(sum(2 * layer["num_kv_heads"] * layer["head_dim"] for layer in layers) / len(layers))
 
 
-VERSIONS = {name: version(name) for name in ("anymla", "torch", "transformers")}
 NOT_RUN = "llama.cpp was not run (llama-cpp-python is not installed): the weights are those read back from the file"
 GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f32"}
 RECORDS = ("conversion.json", "recipe.yaml", "plan.yaml", "tuning.json", "tuning.yaml")
@@ -194,7 +193,6 @@ def export(
     with new_folder(output) as folder:
         parity = target.write(source, folder, dtype, pad)
         kind = _gguf_dtype(source, dtype) if to == "gguf" else str(read_object(folder / "config.json")["dtype"])
-        engine = {} if parity.engine in VERSIONS else {parity.engine: parity.engine_version}
         done = Export(
             output=output,
             target=to,
@@ -205,7 +203,7 @@ def export(
             seconds=time.monotonic() - started,
             commands=_serve(to, folder, output, kind, pad),
             dtype=kind,
-            versions={**VERSIONS, **engine},
+            versions=versions() | {parity.engine: parity.engine_version},
             anymla_version=__version__,
         )
         card = _serve(to, folder, "." if to == "gguf" else FOLDER, kind, pad)

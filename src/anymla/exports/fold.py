@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from anymla.exports.converted import Layer
 from anymla.modeling.heads import multiply_pairs
@@ -57,14 +58,15 @@ def deepseek_attention(
     latent, rope = rows[:rank], rows[rank:].unflatten(0, (2, -1))[:, order]
     shrink = 2.0 ** -_norm_shift(latent * norm)
     weight = torch.tensor(NORM_EPS**0.5 / shrink).to(dtype).double()
-    kv_a = torch.cat([_pad(latent * shrink, sizes.rank), _interleaved(rope, sizes.rope)])
+    kv_a = torch.cat([grown(latent * shrink, sizes.rank), _interleaved(rope, sizes.rope)])
+    group = layer.size("num_heads") // layer.size("num_kv_heads")
     up = tensors["kv_b_proj.weight"] * (NORM_EPS**0.5 / (shrink * weight))
     return {
         "q_proj.weight": _queries(tensors, layer, sizes, order),
         "kv_a_proj_with_mqa.weight": kv_a,
         "kv_a_layernorm.weight": weight.expand(sizes.rank).clone(),
-        "kv_b_proj.weight": _decoder(up, layer, sizes),
-        "o_proj.weight": _output(tensors["o_proj.weight"], layer, sizes),
+        "kv_b_proj.weight": decoder(up, layer.size("head_dim"), group, sizes),
+        "o_proj.weight": output_projection(tensors["o_proj.weight"], layer.size("num_heads"), sizes),
     }
 
 
@@ -89,8 +91,8 @@ def _queries(tensors: Mapping[str, Tensor], layer: Layer, sizes: Sizes, order: T
     weight = tensors["channel_weight"].repeat_interleave(group, dim=1).unsqueeze(-2)
     channels = multiply_pairs(query[..., dims], weight[0], weight[1]).unflatten(-1, (2, fold, -1)).sum(-2)
     rope = _interleaved(channels[..., order].permute(2, 3, 0, 1), sizes.rope)  # [R',H,D]
-    rows = torch.cat([_pad(nope.permute(2, 0, 1), sizes.nope), rope])
-    return rows.transpose(0, 1).flatten(0, 1) * (float(layer.features["scaling"]) / sizes.scale)
+    rows = torch.cat([grown(nope.mT, sizes.nope), rope.transpose(0, 1)], dim=1)
+    return rows.flatten(0, 1) * (float(layer.features["scaling"]) / sizes.scale)
 
 
 def _interleaved(pairs: Tensor, rope: int) -> Tensor:
@@ -101,21 +103,19 @@ def _interleaved(pairs: Tensor, rope: int) -> Tensor:
     return placed.flatten(0, 1)
 
 
-def _decoder(up: Tensor, layer: Layer, sizes: Sizes) -> Tensor:
-    """W_uk and W_uv [2Gd,r] of KV heads as [H (n' + v'), r'], a copy per query head."""
-    d, group = layer.size("head_dim"), layer.size("num_heads") // layer.size("num_kv_heads")
+def decoder(up: Tensor, d: int, group: int, sizes: Sizes) -> Tensor:
+    """W_uk and W_uv [2Gd,r] of KV heads as [H (n' + v'), r'], a copy for each of the ``group`` query heads."""
     heads = up.unflatten(0, (-1, 2, d)).repeat_interleave(group, dim=0)  # [H,2,d,r]
-    key, value = (part.transpose(0, 1) for part in heads.unbind(1))  # [d,H,r]
-    rows = torch.cat([_pad(key, sizes.nope), _pad(value, sizes.value)]).transpose(0, 1).flatten(0, 1)
-    return _pad(rows.mT, sizes.rank).mT
+    key, value = heads.unbind(1)
+    return torch.cat([grown(key, sizes.nope, sizes.rank), grown(value, sizes.value, sizes.rank)], dim=1).flatten(0, 1)
 
 
-def _output(weight: Tensor, layer: Layer, sizes: Sizes) -> Tensor:
+def output_projection(weight: Tensor, heads: int, sizes: Sizes) -> Tensor:
     """W_o [D,H d] as [D,H v']."""
-    heads = weight.mT.unflatten(0, (-1, layer.size("head_dim"))).transpose(0, 1)  # [d,H,D]
-    return _pad(heads, sizes.value).transpose(0, 1).flatten(0, 1).mT
+    return grown(weight.unflatten(1, (heads, -1)), heads, sizes.value).flatten(1)
 
 
-def _pad(rows: Tensor, size: int) -> Tensor:
-    """Zeros behind the first dimension."""
-    return torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
+def grown(matrix: Tensor, rows: int, columns: int | None = None) -> Tensor:
+    """``matrix`` [..,a,b] with zeros below and to the right: [..,rows,columns], or [..,rows,b]."""
+    right = 0 if columns is None else columns - matrix.shape[-1]
+    return pad(matrix, (0, right, 0, rows - matrix.shape[-2]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from anymla.exports.fold import Sizes
+from anymla.exports.fold import Sizes, decoder, grown, output_projection
 
 BIASED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "v_proj", "v_a_proj", "o_proj")
 NORMS = {"q_norm": "mla.query_heads.norm", "k_norm": "key_norm", "v_norm": "value_norm"}
@@ -23,21 +23,16 @@ def fused_tensors(
     layer: Mapping[str, Any], tensors: Mapping[str, Tensor], sizes: Sizes, exponent: int
 ) -> dict[str, Tensor]:
     """The tensors of FamilyAttention, from those of LatentAttention (float64) whose arguments are ``layer``."""
-    heads, groups = layer["num_heads"], layer["num_heads"] // layer["num_kv_heads"]
+    heads, d, group = layer["num_heads"], layer["head_dim"], layer["num_heads"] // layer["num_kv_heads"]
     weight = dict(tensors)
     for name in BIASED:  # a layer may do without: vLLM's has them all
         if f"{name}.weight" in weight:
             weight.setdefault(f"{name}.bias", weight[f"{name}.weight"].new_zeros(len(weight[f"{name}.weight"])))
     made = _queries(layer, weight, query_maps(layer, weight, sizes)) | _encoder(layer, weight, sizes)
-    kv_b = weight["kv_b_proj.weight"].unflatten(0, (-1, 2, layer["head_dim"])).repeat_interleave(groups, 0)
-    key, value = kv_b.unbind(1)  # [H,d,r] each
-    rank = sizes.rank
-    kv_b = torch.cat([_grown(key, sizes.nope, rank), _grown(value, sizes.value, rank)], dim=1)
-    output = weight["o_proj.weight"].unflatten(1, (heads, -1))
     made |= {
-        "mla.kv_a_layernorm.weight": torch.full((rank,), 2.0**exponent, dtype=torch.float64),
-        "mla.kv_b_proj.weight": kv_b.flatten(0, 1),
-        "mla.o_proj.weight": _grown(output, heads, sizes.value).flatten(1),
+        "mla.kv_a_layernorm.weight": torch.full((sizes.rank,), 2.0**exponent, dtype=torch.float64),
+        "mla.kv_b_proj.weight": decoder(weight["kv_b_proj.weight"], d, group, sizes),
+        "mla.o_proj.weight": output_projection(weight["o_proj.weight"], heads, sizes),
         "mla.o_proj.bias": weight["o_proj.bias"],
         "channel_select": _channel_select(layer, weight, sizes),
     }
@@ -69,7 +64,7 @@ def query_maps(layer: Mapping[str, Any], weight: Mapping[str, Tensor], sizes: Si
         channels[:, channel, pair + pairs] -= imag[:, read]
         channels[:, half + channel, pair] += imag[:, read]
         channels[:, half + channel, pair + pairs] += real[:, read]
-    return torch.cat([_grown(nope, sizes.nope, d), channels], dim=1) * (float(layer["scaling"]) / sizes.scale)
+    return torch.cat([grown(nope, sizes.nope), channels], dim=1) * (float(layer["scaling"]) / sizes.scale)
 
 
 def _queries(layer: Mapping[str, Any], weight: Mapping[str, Tensor], maps: Tensor) -> dict[str, Tensor]:
@@ -92,7 +87,7 @@ def _encoder(layer: Mapping[str, Any], weight: Mapping[str, Tensor], sizes: Size
     made = {}
     if encodes_keys(layer):
         keys, values = weight["k_a_proj_with_mqa.weight"], weight["v_a_proj.weight"]
-        rows, bias = torch.cat([keys, _grown(values, len(keys), values.shape[1])], dim=1), weight["v_a_proj.bias"]
+        rows, bias = torch.cat([keys, grown(values, len(keys))], dim=1), weight["v_a_proj.bias"]
         bias = pad(bias, (0, len(keys) - len(bias)))
         made = {f"key_proj.{name}": weight[f"k_proj.{name}"] for name in ("weight", "bias")}
         if encodes_values(layer):
@@ -101,8 +96,8 @@ def _encoder(layer: Mapping[str, Any], weight: Mapping[str, Tensor], sizes: Size
         rows, bias = weight["kv_a_proj_with_mqa.weight"], weight["kv_a_proj_with_mqa.bias"]
     rank, half = layer["kv_lora_rank"], sizes.rope // 2
     rows = torch.cat([rows, bias[:, None]], dim=1)
-    latent, channels = _grown(rows[:rank], sizes.rank, rows.shape[1]), rows[rank:].unflatten(0, (2, -1))
-    rows = torch.cat([latent, _grown(channels, half, rows.shape[1]).flatten(0, 1)])
+    latent, channels = grown(rows[:rank], sizes.rank), rows[rank:].unflatten(0, (2, -1))
+    rows = torch.cat([latent, grown(channels, half).flatten(0, 1)])
     return made | {"mla.kv_a_proj_with_mqa.weight": rows[:, :-1], "mla.kv_a_proj_with_mqa.bias": rows[:, -1]}
 
 
@@ -127,8 +122,3 @@ def _channel_select(layer: Mapping[str, Any], weight: Mapping[str, Tensor], size
     turns = weight["channel_index"][: layer["qk_rope_head_dim"] // 2]
     select[turns, torch.arange(len(turns))] = 1.0
     return select
-
-
-def _grown(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """``matrix`` [..,a,b] with zeros below and to the right, [.., rows, columns]."""
-    return pad(matrix, (0, columns - matrix.shape[-1], 0, rows - matrix.shape[-2]))

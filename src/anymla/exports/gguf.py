@@ -40,16 +40,6 @@ INNER = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class GgufFile:
-    """What was written: the file's size, and the weights that are not of the dtype asked for, by reason."""
-
-    file: Path
-    dtype: GgufDtype
-    bytes: int
-    kept_wider: Mapping[str, int]
-
-
 @dataclass(frozen=True)
 class Weight:
     """One tensor of the file: its name, its shape, and how its numbers are read."""
@@ -59,7 +49,7 @@ class Weight:
     read: Callable[[], Tensor]
 
 
-def write_gguf(deepseek: Path, file: Path, *, dtype: GgufDtype) -> GgufFile:
+def write_gguf(deepseek: Path, file: Path, *, dtype: GgufDtype) -> None:
     """Writes the model and the tokenizer of ``deepseek`` to ``file``, whole or not at all, one tensor at a time.
 
     Norms are float32 always. ``attn_kv_a_mqa`` is float32 in f16 and q8_0 files: where the latent's norm is neutralised
@@ -89,13 +79,12 @@ def write_gguf(deepseek: Path, file: Path, *, dtype: GgufDtype) -> GgufFile:
     try:
         _add_settings(writer, config, file.stem, dtype)
         add_tokenizer(writer, tokenizer, config["vocab_size"], _ends(deepseek, config))
-        kept = _write_weights(writer, file_weights(deepseek, config), dtype)
+        _write_weights(writer, file_weights(deepseek, config), dtype)
         unfinished.replace(file)
     except OSError as error:
         raise OutputError(f"{file} could not be written: {error.strerror or error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
-    return GgufFile(file=file, dtype=dtype, bytes=file.stat().st_size, kept_wider=kept)
 
 
 def require_gguf() -> None:
@@ -187,26 +176,13 @@ def _ends(folder: Path, config: Mapping[str, Any]) -> list[int]:
 def file_weights(folder: Path, config: Mapping[str, Any]) -> list[Weight]:
     """All tensors of the file. kv_b_proj [H(n+v),r] becomes attn_k_b [H,r,n] and attn_v_b [H,v,r]."""
     stored = {name: entry for path in check_weights(folder) for name, entry in read_header(path).items()}
-    heads, rank, position_free, value = (
-        config[name] for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-    )
 
     def of(name: str) -> Stored:
         if name not in stored:
             raise CheckpointError(f"{folder} lacks the tensor {name}")
         return stored[name]
 
-    def scaled(entry: Stored, rows: int | None, factor: float) -> Tensor:
-        weight = entry.read().double()
-        weight[:rows] *= factor
-        return weight
-
-    scales = {"attn_q": (None, query_scale(config)), "attn_kv_a_mqa": (rank, latent_scale(config))}
-
-    def head_part(entry: Stored, which: int) -> Tensor:
-        parts = entry.read().view(heads, position_free + value, rank)
-        return parts[:, position_free:] if which else parts[:, :position_free].mT
-
+    scales = {"attn_q": (None, query_scale(config)), "attn_kv_a_mqa": (config["kv_lora_rank"], latent_scale(config))}
     tied = config["tie_word_embeddings"]
     weights = [
         Weight(f"{ours}.weight", (entry := of(name)).shape, entry.read)
@@ -218,32 +194,45 @@ def file_weights(folder: Path, config: Mapping[str, Any]) -> list[Weight]:
         for name, short in INNER.items():
             entry = of(f"{theirs}{name}.weight")
             scale = scales.get(short)
-            read = entry.read if scale is None else partial(scaled, entry, *scale)
+            read = entry.read if scale is None else partial(_scaled, entry, *scale)
             weights.append(Weight(f"{ours}{short}.weight", entry.shape, read))
-        entry = of(f"{theirs}self_attn.kv_b_proj.weight")
-        if entry.shape != (rows := heads * (position_free + value), rank):
-            raise CheckpointError(f"{folder}: kv_b_proj of layer {layer} is {entry.shape} and not {(rows, rank)}")
-        weights += [
-            Weight(f"{ours}attn_k_b.weight", (heads, rank, position_free), partial(head_part, entry, 0)),
-            Weight(f"{ours}attn_v_b.weight", (heads, value, rank), partial(head_part, entry, 1)),
-        ]
+        name = f"{theirs}self_attn.kv_b_proj.weight"
+        weights += _decoders(f"{folder}: {name}", of(name), ours, config)
     return weights
 
 
-def _write_weights(writer: GGUFWriter, weights: list[Weight], dtype: GgufDtype) -> dict[str, int]:
-    """First what there will be, then the numbers. Returns how many are kept wider, by reason."""
+def _scaled(entry: Stored, rows: int | None, factor: float) -> Tensor:
+    weight = entry.read().double()
+    weight[:rows] *= factor
+    return weight
+
+
+def _decoders(place: str, entry: Stored, block: str, config: Mapping[str, Any]) -> list[Weight]:
+    """The two parts of kv_b_proj."""
+    heads, rank, position_free, value = (
+        config[name] for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+    )
+    if entry.shape != (rows := heads * (position_free + value), rank):
+        raise CheckpointError(f"{place} is {entry.shape} and not {(rows, rank)}")
+
+    def parts() -> Tensor:
+        return entry.read().view(heads, position_free + value, rank)
+
+    return [
+        Weight(f"{block}attn_k_b.weight", (heads, rank, position_free), lambda: parts()[:, :position_free].mT),
+        Weight(f"{block}attn_v_b.weight", (heads, value, rank), lambda: parts()[:, position_free:]),
+    ]
+
+
+def _write_weights(writer: GGUFWriter, weights: list[Weight], dtype: GgufDtype) -> None:
+    """First what there will be, then the numbers."""
     import numpy
     from gguf.quants import quant_shape_to_byte_shape
 
-    kept: dict[str, int] = {}
-    kinds = []
-    for weight in weights:
-        kind, reason = _kind(weight, dtype)
+    kinds = [_kind(weight, dtype) for weight in weights]
+    for weight, kind in zip(weights, kinds, strict=True):
         shape = quant_shape_to_byte_shape(weight.shape, kind)
         writer.add_tensor_info(weight.name, shape, numpy.dtype(numpy.uint8), int(numpy.prod(shape)), kind)
-        kinds.append(kind)
-        if reason:
-            kept[reason] = kept.get(reason, 0) + 1
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -254,20 +243,19 @@ def _write_weights(writer: GGUFWriter, weights: list[Weight], dtype: GgufDtype) 
             durable(stream)
     finally:
         writer.close()
-    return kept
 
 
-def _kind(weight: Weight, dtype: GgufDtype) -> tuple[GGMLQuantizationType, str | None]:
-    """How a tensor is stored, and why if not as ``dtype``."""
+def _kind(weight: Weight, dtype: GgufDtype) -> GGMLQuantizationType:
+    """How a tensor is stored: as ``dtype``, or wider (:func:`write_gguf` says why)."""
     from gguf import GGMLQuantizationType as Kind
 
     if len(weight.shape) == 1:
-        return Kind.F32, None
+        return Kind.F32
     if dtype in ("f16", "q8_0") and weight.name.endswith("attn_kv_a_mqa.weight"):
-        return Kind.F32, "f32: rows of the latent, whose size float16 does not hold"
+        return Kind.F32
     if dtype == "q8_0" and weight.shape[-1] % 32:
-        return Kind.F16, "f16: rows that are no multiple of 32"
-    return Kind[dtype.upper()], None
+        return Kind.F16
+    return Kind[dtype.upper()]
 
 
 def _encoded(weight: Weight, kind: GGMLQuantizationType) -> numpy.ndarray[Any, Any]:

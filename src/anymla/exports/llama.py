@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla.errors import ParityError
-from anymla.exports.parity import Answers, Parity, compare
+from anymla.exports.parity import Answers, Parity, compare, new_tokens
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -65,7 +65,7 @@ def check_in_llama(python: Path, converted: Path, file: Path, *, dtype: str, lay
 
     def answers(prompts: list[Tensor], expected: list[Tensor]) -> Answers:
         _, forced = ask_llama(python, file, [ids[0].tolist() for ids in expected])
-        new = expected[0].shape[1] - prompts[0].shape[1]
+        new = new_tokens(prompts, expected)
         found, _ = ask_llama(python, file, [ids[0].tolist() for ids in prompts], new=new)
         before, after, steps = found["bytes"][0]
         return Answers(

@@ -53,6 +53,15 @@ class Parity:
         """The facts under their stable JSON names."""
         return asdict(self)
 
+    @property
+    def summary(self) -> str:
+        """The figures in words."""
+        return (
+            f"{self.compared} within {self.difference:.2g} of the logits' standard deviation ({self.tolerance:g} "
+            f"allowed), {self.tokens} of {self.of} greedy tokens equal; {self.cached_numbers:g} numbers per token and "
+            "layer in the cache"
+        )
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -146,38 +155,44 @@ def compare(
     del original
     given = answers(ids, expected)
     differences, equal = [], 0
-    for number, (prompt, tokens, score) in enumerate(zip(ids, expected, scores, strict=True)):
-        spread, found = score.std(), given.sequences[number]
+    answered = zip(given.scores, given.sequences, strict=True)
+    for prompt, tokens, score, (theirs, found) in zip(ids, expected, scores, answered, strict=True):
+        spread = score.std()
         own = score if given.compared == LOGITS else _log_probabilities(score, tokens)
-        differences.append((given.scores[number] - own).abs().max() / spread)
+        differences.append((theirs - own).abs().max() / spread)
         same = int((tokens == found).long().cumprod(1).sum()) - prompt.shape[1]
         equal += same
         if same < new:
             place = prompt.shape[1] + same
             margin = score[place - 1].max() - score[place - 1, found[0, place]]
             differences.append(margin / spread / 2)
-    largest = torch.stack(differences).max().item()  # NaN where one is
-    if not largest <= tolerance:
-        raise ParityError(
-            f"the export in {engine} is not the converted model: {given.compared} differ by {largest:.2g} of the "
-            f"logits' standard deviation, where {tolerance:g} is allowed, and {equal} of {new * len(ids)} "
-            "greedy tokens are the same; nothing was written"
-        )
-    if given.cached_numbers != cached:
-        raise ParityError(
-            f"the export in {engine} caches {given.cached_numbers:g} numbers per token and layer, where {cached} were "
-            "planned; nothing was written"
-        )
-    return Parity(
+    parity = Parity(
         engine=engine,
         compared=given.compared,
-        difference=largest,
+        difference=torch.stack(differences).max().item(),  # NaN where one is
         tolerance=tolerance,
         tokens=equal,
         of=new * len(ids),
         cached_numbers=given.cached_numbers,
         engine_version=given.version,
     )
+    _judge(parity, cached)
+    return parity
+
+
+def _judge(found: Parity, cached: int) -> None:
+    """Refuses what is not the converted model, or does not cache ``cached`` numbers."""
+    if not found.difference <= found.tolerance:
+        raise ParityError(
+            f"the export in {found.engine} is not the converted model: {found.compared} differ by "
+            f"{found.difference:.2g} of the logits' standard deviation, where {found.tolerance:g} is allowed, and "
+            f"{found.tokens} of {found.of} greedy tokens are the same; nothing was written"
+        )
+    if found.cached_numbers != cached:
+        raise ParityError(
+            f"the export in {found.engine} caches {found.cached_numbers:g} numbers per token and layer, where {cached} "
+            "were planned; nothing was written"
+        )
 
 
 def _within(context: int | None, ids: list[Tensor]) -> tuple[int, list[Tensor]]:

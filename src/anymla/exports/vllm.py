@@ -27,7 +27,7 @@ from anymla.io.config import read_object
 from anymla.modeling import modeling_anymla, modeling_mla
 from anymla.planning.targets import backend_refusal
 
-FILES = ("modeling_mla.py", "fused_attention.py", "heads.py", "absorbed.py")
+FILES = ("modeling_mla.py", "model_classes.py", "fused_attention.py", "heads.py", "absorbed.py")
 REFUSED = {
     "softcap": "a soft-cap on scores",
     "sinks": "attention sinks",
@@ -172,5 +172,5 @@ def _tensors(source: Converted, sizes: Sizes, exponent: int, dtype: torch.dtype)
             tensor = stored.read()
             yield {name: tensor.to(dtype) if tensor.is_floating_point() else tensor}
     for layer, prefix in zip(source.layers, inside, strict=True):
-        made = fused_tensors(layer.features, source.tensors(prefix), sizes, exponent)
+        made = fused_tensors(layer.features, source.tensors(layer), sizes, exponent)
         yield {f"{prefix}{name}": tensor.to(dtype).contiguous() for name, tensor in made.items()}

@@ -23,13 +23,14 @@ from anymla.exports.parity import (
 )
 from anymla.exports.run_vllm import MARKER
 from anymla.io.config import read_object
+from anymla.planning.targets import KERNEL_RANK, KERNEL_ROPE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCRIPT = Path(__file__).with_name("run_vllm.py")
 LIMIT = 600  # seconds: vLLM has been seen to hang as it starts
-CPU_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # of its only kernel for CPUs
+CPU_SIZES = {"kv_lora_rank": KERNEL_RANK, "qk_rope_head_dim": KERNEL_ROPE}  # of its only kernel for CPUs
 ERROR = re.compile(r"^[\w.]*(?:Error|Exception)\b.*")
 
 

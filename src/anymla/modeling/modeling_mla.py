@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import transformers
 from transformers import PreTrainedModel
 
 from .fused_attention import FamilyAttention
+from .model_classes import ReplacedAttention, made_class
 
 PREFIX = "Mla"
 
 
-class FusedModelMixin:
+class FusedModelMixin(ReplacedAttention):
     """Puts FamilyAttention into the stock model, as ``config.mla_layers`` says, before any weight is loaded.
 
     ``config.head_dim`` is the width of what is cached: it is where vLLM looks for it. The stock model, rope included,
@@ -44,23 +44,7 @@ class FusedModelMixin:
             attention = FamilyAttention(self.get_submodule(path), config, layer)  # type: ignore[attr-defined]
             self.set_submodule(path, attention)  # type: ignore[attr-defined]
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """No: the stock model's own way of filling buffers that a checkpoint does not hold is the right one here."""
-        return False
-
 
 def __getattr__(name: str) -> Any:
     """Makes the class ``name``: a stock model or config of transformers, with the prefix Mla."""
-    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if stock is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    here = {"__module__": __name__, "__doc__": f"{stock.__name__} with multi-head latent attention."}
-    if hasattr(stock, "config_class"):
-        config_name = PREFIX + stock.config_class.__name__
-        config_class = globals().get(config_name) or __getattr__(config_name)
-        made = type(name, (FusedModelMixin, stock), here | {"config_class": config_class})
-    else:
-        made = type(name, (stock,), here | {"model_type": f"mla_{stock.model_type}"})
-    globals()[name] = made
-    return made
+    return made_class(name, PREFIX, FusedModelMixin, globals())
