@@ -44,7 +44,8 @@ def curves_of(model: str, options: argparse.Namespace, scratch: Path, console: C
     curves: dict[str, Any] = {}
     for start, conversion in STARTS.items():
         try:
-            anymla.convert(model, scratch / start, kv_cache=options.kv_cache, calibration=options.data, **conversion)
+            text = {"calibration": options.data, "calibration_length": options.length}
+            anymla.convert(model, scratch / start, kv_cache=options.kv_cache, **text, **conversion)
         except InfeasibleError as error:
             console.print(f"{start}: {error}")
             continue

@@ -171,6 +171,24 @@ def test_what_is_scored_on_is_not_learned_from(tmp_path):
     assert len(kept_apart - learned) >= 2
 
 
+def test_rows_of_a_sorted_file_come_mixed(tmp_path):
+    names = "abcdefgh"
+    lines = [json.dumps({"text": f"{name} " * 700}) for name in names for _ in range(16)]
+    (tmp_path / "sorted.jsonl").write_text("\n".join(lines))
+    tokenizer = load_tokenizer(BUNDLED)
+    own = [set(tokenizer(f"{name} {name}", add_special_tokens=False)["input_ids"][-1:]) for name in names]
+
+    def kinds(ids):
+        return {number for number, tokens in enumerate(own) if tokens & set(ids)}
+
+    texts = read_texts(Tuning(data=[str(tmp_path / "sorted.jsonl")], eval_tokens=8192), tokenizer, 64)
+    assert len(kinds(texts.held_out.flatten().tolist())) > 2  # in the file's order it would be one
+    stream = training_rows(texts, tokenizer, length=64, packing=True, seed=0)
+    rows = [kinds(row["input_ids"]) for row, _ in zip(stream, range(200), strict=False)]
+    assert set.union(*rows[:50]) == set(range(len(names)))
+    assert sum(bool(row & after) for row, after in zip(rows, rows[1:], strict=False)) < 100  # neighbours: nearly all
+
+
 def test_losses():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 2, 5, 7, generator=generator, dtype=torch.float64).unbind()

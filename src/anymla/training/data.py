@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,6 +18,7 @@ from anymla.errors import RecipeError, TextError
 from anymla.training.recipe import Tuning
 
 SHUFFLED = 1024  # documents of a stream among which the next one is drawn
+SHUFFLED_TOKENS = 1 << 19  # in packed rows among which the next one is drawn: neighbours are mostly of one document
 TOGETHER = 128  # documents packed at once: what fills no row at their end is left out
 
 
@@ -46,15 +48,20 @@ class Source:
         return cls(name, value)
 
     def documents(self, length: int) -> Any:
-        """A stream of rows {'text': a document}, long ones in pieces that fill several rows of ``length`` tokens."""
+        """A stream of rows {'text': a document}, long ones in pieces that fill several rows of ``length`` tokens.
+
+        Those of a local file come in random order, the same one each time: files are often sorted.
+        """
         import datasets
 
         piece = max(PIECE_CHARACTERS, 8 * length)
         path = Path(os.path.expanduser(self.name))
         if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
+            documents = list(read_documents(self.name))
+            random.Random(0).shuffle(documents)
             pieces = [
                 document[start : start + piece]
-                for document in read_documents(self.name)
+                for document in documents
                 for start in range(0, len(document), piece)
             ]
             return datasets.Dataset.from_dict({"text": pieces}).to_iterable_dataset()
@@ -139,6 +146,7 @@ def training_rows(texts: Texts, tokenizer: Any, *, length: int, packing: bool, s
         .shuffle(seed=seed, buffer_size=SHUFFLED)
         .repeat(None)
         .map(pack, batched=True, batch_size=TOGETHER, remove_columns=["text"])
+        .shuffle(seed=seed, buffer_size=max(1, SHUFFLED_TOKENS // length))
         for source, skipped in zip(texts.sources, texts.skipped, strict=True)
     ]
     if len(streams) == 1:

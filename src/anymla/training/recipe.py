@@ -28,7 +28,7 @@ class Tuning(Settings):
         "or hub data set name[:config[:split]]; behind an @ its share of the tokens, as file.jsonl@0.3.",
     )
     eval_data: str | None = Field(
-        None, min_length=1, description="Text to score on while tuning. Default: the first documents of the data."
+        None, min_length=1, description="Text to score on while tuning. Default: some documents of the data."
     )
     eval_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens to score on.")
     tokens: int = Field(200_000, ge=256, le=MOST, description="Tokens to learn from, over all stages and processes.")
