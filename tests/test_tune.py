@@ -1,6 +1,7 @@
 """Recovery training in this process: losses, packing, mixtures, adapters, recipes, and what is refused."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_rows_of_a_sorted_file_come_mixed(tmp_path):
     stream = training_rows(texts, tokenizer, length=64, packing=True, seed=0)
     rows = [kinds(row["input_ids"]) for row, _ in zip(stream, range(200), strict=False)]
     assert set.union(*rows[:50]) == set(range(len(names)))
-    assert sum(bool(row & after) for row, after in zip(rows, rows[1:], strict=False)) < 100  # neighbours: nearly all
+    assert sum(bool(row & after) for row, after in pairwise(rows)) < 100  # neighbours: nearly all
 
 
 def test_losses():

@@ -60,9 +60,7 @@ class Source:
             documents = list(read_documents(self.name))
             random.Random(0).shuffle(documents)
             pieces = [
-                document[start : start + piece]
-                for document in documents
-                for start in range(0, len(document), piece)
+                document[start : start + piece] for document in documents for start in range(0, len(document), piece)
             ]
             return datasets.Dataset.from_dict({"text": pieces}).to_iterable_dataset()
         dataset, config, split = (*self.name.split(":"), "", "")[:3]
