@@ -32,17 +32,18 @@ def cases(protocol: Any, context: int, budgets: Sequence[float]) -> list[Case]:
     def case(name: str, changed: Any, group: str = CALIBRATION, budget: float = BUDGET, **settings: Any) -> Case:
         return {"group": group, "case": name, "method": "anymla", "budget": budget}, changed, settings
 
-    found = [case(f"{count} calibration tokens", replace(protocol, calibration_tokens=count)) for count in TOKENS]
-    domains = sorted({domain for path in protocol.text for domain, _ in read_rows(Path(path))} - {""})
-    for fitted in domains:
-        for scored in domains:
-            changed = replace(protocol, domain=fitted, held_out_domain=scored)
-            found.append(case(f"calibrated on {fitted}, scored on {scored}", changed))
+    found = [case(name, protocol, PARTS, budget, **less) for budget in PARTED for name, less in WITHOUT.items()]
+    probed = replace(protocol, probe=min(PROBED, context))
+    found += [case("probe", probed, PROBE, budget) for budget in budgets]
+    found += [case(f"{count} calibration tokens", replace(protocol, calibration_tokens=count)) for count in TOKENS]
     short = min(protocol.calibration_length, context // LONGER[-1])
     for times in LONGER:
         changed = replace(protocol, calibration_length=short, length=short * times)
         found.append(case(f"windows of {short}, scored on {short * times}", changed))
     found += [case(f"in {dtype}", protocol, dtype=dtype) for dtype in ("float32", "bfloat16")]
-    parts = [case(name, protocol, PARTS, budget, **less) for budget in PARTED for name, less in WITHOUT.items()]
-    probed = replace(protocol, probe=min(PROBED, context))
-    return [*found, *parts, *(case("probe", probed, PROBE, budget) for budget in budgets)]
+    domains = sorted({domain for path in protocol.text for domain, _ in read_rows(Path(path))} - {""})
+    for fitted in domains:
+        for scored in domains:
+            changed = replace(protocol, domain=fitted, held_out_domain=scored)
+            found.append(case(f"calibrated on {fitted}, scored on {scored}", changed))
+    return found

@@ -47,7 +47,8 @@ def windowed_forward(originals: dict[int, Any], window: int) -> Any:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         def heads(projection: Any) -> Tensor:
-            return projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            made: Tensor = projection(hidden_states.float()).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            return made
 
         def per_query_head(states: Tensor) -> Tensor:
             return states.repeat_interleave(self.num_key_value_groups, dim=1)
@@ -62,8 +63,9 @@ def windowed_forward(originals: dict[int, Any], window: int) -> Any:
         query = torch.cat(self.queries(hidden_states, *tables, position_ids), dim=-1)
         exact = originals[self.layer_idx]
         turned = apply_rotary_pos_emb(heads(exact.q_proj), heads(exact.k_proj), *position_embeddings)
-        exact_query, exact_key = turned[0], per_query_head(turned[1])
-        exact_value = per_query_head(heads(exact.v_proj))
+        exact_query, exact_key, exact_value = (
+            states.to(value.dtype) for states in (turned[0], *map(per_query_head, (turned[1], heads(exact.v_proj))))
+        )
         if self.layer_idx not in means and self.kv_lora_rank < 2 * self.num_kv_heads * self.head_dim:
             mean = torch.linalg.solve(self.o_proj.weight.detach().double(), self.o_proj.bias.detach().double())
             means[self.layer_idx] = mean.view(-1, 1, self.head_dim)  # of the values: the bias holds it at first
@@ -88,7 +90,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24576)
     options = parser.parse_args()
     original, rows = load_model(options.model), []
-    originals = {layer.self_attn.layer_idx: layer.self_attn for layer in original.model.layers}
+    finer = load_model(options.model, dtype="float32")  # as the gradient steps are
+    originals = {layer.self_attn.layer_idx: layer.self_attn for layer in finer.model.layers}
     sizes = (32768, options.length, options.tokens, options.length)
     protocol = Protocol(tuple(options.text), tuple(options.held_out), *sizes)
     windows, plain = held_out_windows(options.model, protocol), LatentAttention.forward

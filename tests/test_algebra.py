@@ -15,7 +15,9 @@ from anymla.calibration.moments import MomentSums, rotate, to_complex
 from anymla.conversion.refit import best_change, normal_equations
 from anymla.factorization import FACTORIZATIONS, LatentProblem
 from anymla.recipe import SHARED_ROPES
-from anymla.rope import ROPE_CHOICES, no_channels
+from anymla.rope import ROPE_CHOICES, SpreadPCA, no_channels
+
+CHOICES = ROPE_CHOICES | {"spread": SpreadPCA()}
 
 shapes = st.tuples(
     st.integers(1, 4),  # kv heads
@@ -64,17 +66,17 @@ def choose(name, moments, rope_dims):
     """The channels by one of the choices, which are not asked where rope turns nothing (conversion/layer.py)."""
     if not moments.key_norm.numel():
         return no_channels(moments)
-    return ROPE_CHOICES[name](moments, rope_dims, expected_rotation=True)
+    return CHOICES[name](moments, rope_dims, expected_rotation=True)
 
 
 @fast
-@given(shapes, st.floats(0, 1), st.sampled_from(list(ROPE_CHOICES)))
+@given(shapes, st.floats(0, 1), st.sampled_from(list(CHOICES)))
 def test_channels_and_remainder_give_back_every_key(shape, share, name):
     """k = decode(encode(k)) + remainder(k): what the channels carry and what they leave are the key."""
     kv_heads, _, pairs, rest, _ = shape
     _, moments, (_, key, _, _) = layer(shape)
     d = 2 * pairs + rest
-    step = 1 if name in SHARED_ROPES else kv_heads
+    step = 1 if name in (*SHARED_ROPES, "spread") else kv_heads
     rope_dims = 2 * step * round(share * kv_heads * pairs / step)
     channels = choose(name, moments, rope_dims)
     flat = key.transpose(1, 2).flatten(2)

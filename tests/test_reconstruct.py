@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 import anymla
 from anymla.architectures.blueprint import read_blueprint
 from anymla.calibration.activations import Activations, Budget
+from anymla.conversion import step
 from anymla.conversion.reconstruct import Reconstruction
 from anymla.planning.costs import reconstruction_steps
 from anymla.report.demo import bundled_model
@@ -28,6 +29,15 @@ def test_steps_pay_on_text_that_they_did_not_see(tmp_path):
         )
         kl.append(report.after.kl)
     assert kl[1] < 0.95 * kl[0]
+
+
+@pytest.mark.slow
+def test_candidates_are_judged_by_what_steps_make_of_them(tmp_path, monkeypatch):
+    kl, settings = [], SETTINGS | {"kv_cache": 0.125, "reconstruction_steps": 100}
+    for trial in (4, 1000):
+        monkeypatch.setattr(step, "TRIAL", trial)  # 1000: none, and the channels of most worth
+        kl.append(anymla.convert(bundled_model(), tmp_path / str(trial), **settings).after.kl)
+    assert kl[0] < 0.95 * kl[1]
 
 
 def test_a_layer_that_lost_nothing_stays_as_it_is(tmp_path):
@@ -60,7 +70,14 @@ def test_published_methods_take_no_steps(tmp_path):
 
 @pytest.mark.parametrize(
     ("layers", "hidden", "device", "steps"),
-    [(5, 64, "cpu", 300), (32, 4096, "cpu", 0), (32, 4096, "cuda", 300), (156, 512, "cpu", 29)],
+    [
+        (5, 64, "cpu", 300),
+        (10, 512, "cpu", 155),  # with trials three times as many
+        (30, 512, "cpu", 99),  # without
+        (156, 512, "cpu", 29),
+        (32, 4096, "cpu", 0),
+        (32, 4096, "cuda", 300),
+    ],
 )
 def test_default_steps_take_about_ten_minutes(layers, hidden, device, steps):
     heads = {"num_attention_heads": 8, "num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": 512}

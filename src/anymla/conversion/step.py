@@ -27,10 +27,13 @@ from anymla.factorization import FACTORIZATIONS
 from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.heads import rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
+from anymla.planning.costs import TRIED_FROM
 from anymla.planning.plan import LayerPlan
 from anymla.planning.targets import LIMITS
 from anymla.recipe import Recipe
-from anymla.rope import ROPE_CHOICES, GridPCA
+from anymla.rope import ROPE_CHOICES, ChannelPCA, GridPCA, RopeChoice, SpreadPCA
+
+TRIAL = 4  # a candidate takes this part of the gradient steps before it is judged: a smaller one misjudges
 
 
 @dataclass(frozen=True)
@@ -186,13 +189,13 @@ class LayerStep:
         sums.add(*self.source.project(inputs), cos, sin, None if mask is None else additive_mask(mask, inputs.dtype))
 
     def choose(self, index: int, near: float) -> tuple[LatentAttention, LayerResult]:
-        """The split of the budget that loses least on the choice windows, its output projection refitted."""
-        best = self._descend(near)
-        if FACTORIZATIONS[self.recipe.factorization].refits_output:
-            refit_output(best, lambda windows: self._lost(best, windows), self.split.fit, self.split.choice)
-            if steps := self.recipe.reconstruction_steps:
-                reconstruction = Reconstruction(best, self.inputs, self.target, self.arguments, self.batch)
-                reconstruction.run(steps, self.split.fit, self.split.choice, self.recipe.seed)
+        """The channels and the split that lose least on the choice windows, refitted and reconstructed."""
+        refits = FACTORIZATIONS[self.recipe.factorization].refits_output
+        steps = (self.recipe.reconstruction_steps or 0) * refits
+        best, refitted = self._best(near, steps // TRIAL if steps >= TRIED_FROM else 0)
+        if refits and not refitted:
+            self._refit(best)
+        self._reconstruct(best, steps)
         error = self._error(best) / max(self.stream_power, 1e-300)
         sizes = {"rope_dims": best.qk_rope_head_dim, "kv_rank": best.kv_lora_rank}
         lost = all_sum_number(self.norms_lost, best.o_proj.weight.device) / max(self.stream_power, 1e-300)
@@ -200,7 +203,7 @@ class LayerStep:
 
     def share_lost(self, rope_dims: int, rope_step: int | None) -> float:
         """The error of :class:`LayerResult` that this split would have, before anything is fitted to it."""
-        return self._error(self._build(rope_dims, rope_step)) / max(self.stream_power, 1e-300)
+        return self._error(self._build(rope_dims, self._rule(rope_step))) / max(self.stream_power, 1e-300)
 
     def install(self, attention: LatentAttention) -> None:
         """Puts the converted attention into the layer."""
@@ -216,26 +219,57 @@ class LayerStep:
         lost = sum(lost.double().square().sum().item() for _, lost in self._lost(attention, self.split.choice))
         return all_sum_number(lost, attention.o_proj.weight.device)
 
-    def _descend(self, near: float) -> LatentAttention:
-        """The best split, found by walking downhill from the choice whose rope share is nearest to ``near``."""
+    def _best(self, near: float, trial: int) -> tuple[LatentAttention, bool]:
+        """The best candidate, and whether it was refitted: so it is judged where it takes ``trial`` gradient steps."""
+        rules: list[RopeChoice] = [self._rule(self.plan.rope_step)]
+        if trial and isinstance(rules[0], ChannelPCA):
+            rules.append(SpreadPCA())
         choices = self.plan.rope_choices if self.plan.rope_dims is None else (self.plan.rope_dims,)
-        index = min(range(len(choices)), key=lambda i: abs(choices[i] - near * self.plan.cached_numbers))
-        best = self._build(choices[index], self.plan.rope_step)
-        if len(choices) == 1:
-            return best
-        least = self._error(best)
+        if len(rules) == len(choices) == 1:
+            return self._build(choices[0], rules[0]), False
+        found = []
+        for rule in rules:
+            candidate = self._descend(rule, choices, near * self.plan.cached_numbers, 0)
+            if trial:
+                candidate = self._descend(rule, choices, candidate[0].qk_rope_head_dim, trial)
+            found.append(candidate)
+        return min(found, key=lambda candidate: candidate[1])[0], trial > 0
+
+    def _descend(
+        self, rule: RopeChoice, choices: tuple[int, ...], near: float, trial: int
+    ) -> tuple[LatentAttention, float]:
+        """The best split and its error, found by walking downhill from the choice that is nearest to ``near``."""
+        index = min(range(len(choices)), key=lambda i: abs(choices[i] - near))
+        best, least = self._candidate(choices[index], rule, trial)
         for ahead in (choices[:index][::-1], choices[index + 1 :]):
             for rope_dims in ahead:
-                candidate = self._build(rope_dims, self.plan.rope_step)
-                if (error := self._error(candidate)) >= least:
+                candidate, error = self._candidate(rope_dims, rule, trial)
+                if error >= least:
                     break
                 best, least = candidate, error
             if best.qk_rope_head_dim != choices[index]:
                 break  # it went down on this side: the other one goes up
-        return best
+        return best, least
 
-    def _build(self, rope_dims: int, rope_step: int | None) -> LatentAttention:
-        rope = ROPE_CHOICES[self.recipe.rope] if rope_step is None else GridPCA(rope_step)
+    def _candidate(self, rope_dims: int, rule: RopeChoice, trial: int) -> tuple[LatentAttention, float]:
+        attention = self._build(rope_dims, rule)
+        if trial:
+            self._refit(attention)
+            self._reconstruct(attention, trial)
+        return attention, self._error(attention)
+
+    def _refit(self, attention: LatentAttention) -> None:
+        refit_output(attention, lambda windows: self._lost(attention, windows), self.split.fit, self.split.choice)
+
+    def _reconstruct(self, attention: LatentAttention, steps: int) -> None:
+        if steps:
+            reconstruction = Reconstruction(attention, self.inputs, self.target, self.arguments, self.batch)
+            reconstruction.run(steps, self.split.fit, self.split.choice, self.recipe.seed)
+
+    def _rule(self, rope_step: int | None) -> RopeChoice:
+        return ROPE_CHOICES[self.recipe.rope] if rope_step is None else GridPCA(rope_step)
+
+    def _build(self, rope_dims: int, rope: RopeChoice) -> LatentAttention:
         rank = self.plan.cached_numbers - rope_dims if self.plan.kv_rank is None else self.plan.kv_rank
         converted = convert_layer(
             self.source.weights,

@@ -11,6 +11,8 @@ from anymla.recipe import Recipe
 CONTEXT = 4096  # cached tokens at which FLOPs per token are counted
 STEP_TOKENS = 1024  # of one step of the reconstruction
 MOST_STEPS, FEWEST_STEPS = 300, 10  # of the default; below, they are not worth their time
+TRIED_FROM = 100  # steps from which on candidates are tried with a part of them; a part of fewer misjudges
+WITH_TRIALS = 3  # all gradient steps of a layer, those of its candidates included, over its own
 OPERATIONS = {"cpu": 3e13, "other": 3e16}  # about ten minutes of two cores, or of a GPU
 RUNTIME_BYTES = 500 << 20  # Python, torch and transformers themselves
 
@@ -55,7 +57,9 @@ def reconstruction_steps(blueprint: Blueprint, recipe: Recipe, device: str) -> i
         original_cost(spec, blueprint.hidden_size).parameters for spec in blueprint.attention_layers.values()
     )
     fitting = int(OPERATIONS["cpu" if device == "cpu" else "other"] / (6 * STEP_TOKENS * parameters))
-    return 0 if fitting < FEWEST_STEPS else min(fitting, MOST_STEPS)
+    if fitting < WITH_TRIALS * TRIED_FROM:
+        return 0 if fitting < FEWEST_STEPS else min(fitting, TRIED_FROM - 1)
+    return min(fitting // WITH_TRIALS, MOST_STEPS)
 
 
 def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:

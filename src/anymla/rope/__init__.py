@@ -1,6 +1,6 @@
 """Choices of the rope channels, one file each."""
 
-from anymla.rope.channel_pca import ChannelPCA, GridPCA
+from anymla.rope.channel_pca import ChannelPCA, GridPCA, SpreadPCA
 from anymla.rope.channels import Channels, RopeChoice, no_channels, per_head_channels
 from anymla.rope.elite import Elite
 from anymla.rope.high import High
@@ -20,4 +20,13 @@ ROPE_CHOICES: dict[str, RopeChoice] = {
     **{f"freqfold-{fold}": RoRoPE(fold) for fold in (2, 4, 8, 16)},
 }
 
-__all__ = ["ROPE_CHOICES", "Channels", "GridPCA", "RopeChoice", "no_channels", "per_head_channels"]
+__all__ = [
+    "ROPE_CHOICES",
+    "ChannelPCA",
+    "Channels",
+    "GridPCA",
+    "RopeChoice",
+    "SpreadPCA",
+    "no_channels",
+    "per_head_channels",
+]

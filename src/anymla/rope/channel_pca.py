@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anymla.calibration.moments import Moments
-from anymla.rope.channels import Channels
+from anymla.rope.channels import Channels, spread
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,21 @@ class ChannelPCA:
         kv_heads = axes.worth.shape[1]
         best = axes.worth.flatten().topk(rope_dims // 2).indices
         return axes.channels(best // kv_heads, best % kv_heads)
+
+
+@dataclass(frozen=True)
+class SpreadPCA:
+    """The same, but frequencies are spread evenly, and each gives the eigenvectors that are worth most.
+
+    What is worth most often lies in neighbouring frequencies, which carry much of the same. Gradient steps can change
+    all of a channel but its frequency, and fewer steps bring more of channels that are spread.
+    """
+
+    def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
+        axes = principal_axes(moments, expected_rotation)
+        frequency = spread(len(axes.worth), rope_dims // 2).to(axes.worth.device)
+        place = torch.arange(len(frequency), device=frequency.device) - torch.searchsorted(frequency, frequency)
+        return axes.channels(frequency, axes.worth.argsort(1, descending=True)[frequency, place])
 
 
 @dataclass(frozen=True)

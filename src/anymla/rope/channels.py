@@ -78,6 +78,13 @@ def no_channels(moments: Moments) -> Channels:
     return Channels(index=none.new_zeros(0, dtype=torch.long), encode=none, decode=none)
 
 
+def spread(pairs: int, channels: int) -> Tensor:
+    """Frequencies [K] in rising order: all of them as often as K allows, the rest evenly spaced."""
+    times, left = divmod(channels, pairs)
+    everywhere, some = torch.arange(pairs).repeat(times), torch.arange(left) * pairs // max(left, 1)
+    return torch.cat([everywhere, some]).sort().values
+
+
 def per_head_channels(frequencies: Tensor, pairs: int) -> Channels:
     """Channels that are single pairs of single kv heads: ``frequencies`` [G, k] of each head (MHA2MLA's layout)."""
     kv_heads, kept = frequencies.shape

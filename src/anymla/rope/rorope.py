@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anymla.calibration.moments import Moments
-from anymla.rope.channels import Channels
+from anymla.rope.channels import Channels, spread
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class RoRoPE:
 
     def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
         kv_heads, pairs = moments.key_norm.shape
-        turns = _grid(pairs, rope_dims // 2).to(moments.gram.device)
+        turns = spread(pairs, rope_dims // 2).to(moments.gram.device)
         folded = len(turns) <= pairs and len(turns) < kv_heads * pairs
         fold = gcd(self.fold, pairs) if folded else 1
         axes = _principal_axes(moments, pairs, fold)
@@ -38,13 +38,6 @@ class RoRoPE:
         vectors = axes[own[None], :, pair, component[None]].flatten(0, 1)  # [fold K,G]
         vectors = vectors.to(torch.complex128)
         return Channels(index=(own * fold + pair).flatten(), encode=vectors, decode=vectors, fold=fold)
-
-
-def _grid(pairs: int, channels: int) -> Tensor:
-    """Frequencies [K] in rising order: all of them as often as K allows, the rest evenly spaced."""
-    times, left = divmod(channels, pairs)
-    everywhere, some = torch.arange(pairs).repeat(times), torch.arange(left) * pairs // max(left, 1)
-    return torch.cat([everywhere, some]).sort().values
 
 
 def _principal_axes(moments: Moments, pairs: int, fold: int) -> Tensor:
