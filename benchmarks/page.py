@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sensitivity import PARTS
+
 Row = dict[str, Any]
 INTRODUCTION = """# Fidelity
 
-Made by `python benchmarks/fidelity.py`. All conversions are training-free. KL (nats per token) and top-1 agreement are
+Made by `python benchmarks/fidelity.py`. All conversions are training-free: anymla's own takes gradient steps, one layer at a
+time against the original layer's output, but sees no labels and goes through no more than that layer. KL (nats per token) and top-1 agreement are
 to the original, on held-out text that neither calibration nor any choice of settings has seen. Bytes per token are read
 from the live cache; only those of CARE without partial RoPE are counted, as no cache here holds them: it rebuilds and
 rotates all keys at every step and cannot decode from the latent. A method with settings gets those that do best on
@@ -88,7 +91,8 @@ def _variations(rows: list[Row], ours: list[Row]) -> list[str]:
         return _table(columns, [line for row in rows for line in _probed(row)])
     columns = ["cache kept", "case", "bytes", "perplexity", "KL", "top-1", "original's perplexity"]
     budgets = dict.fromkeys(row["budget"] for row in rows)
-    shown = [row for budget in budgets for row in (*ours, *rows) if row["budget"] == budget]
+    whole = ours if rows[0]["group"] == PARTS else []
+    shown = [row for budget in budgets for row in (*whole, *rows) if row["budget"] == budget]
     return _table(
         columns,
         [

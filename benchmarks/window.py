@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", required=True)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=24576)
+    parser.add_argument("--reconstruction-steps", type=int)
     options = parser.parse_args()
     original, rows = load_model(options.model), []
     finer = load_model(options.model, dtype="float32")  # as the gradient steps are
@@ -97,10 +98,11 @@ def main() -> None:
     windows, plain = held_out_windows(options.model, protocol), LatentAttention.forward
     with tempfile.TemporaryDirectory() as scratch:
         common: dict[str, Any] = {"calibration": sample(protocol.text, "", Path(scratch)), "overwrite": True}
+        common |= {"calibration_length": options.length, "reconstruction_steps": options.reconstruction_steps}
         for share, window in CASES:
             LatentAttention.forward = windowed_forward(originals, window) if window else plain  # type: ignore[method-assign]
             out = Path(scratch) / "out"
-            anymla.convert(options.model, out, kv_cache=share, calibration_length=options.length, **common)
+            anymla.convert(options.model, out, kv_cache=share, **common)
             scores = score_model(load_model(out), windows, original)
             kept = [f"{share + window / context:.1%}" for context in (options.length, LONG)]
             rows.append((f"{share:.4g}", str(window), *kept, f"{scores.perplexity:.2f}", f"{scores.kl:.3f}"))
