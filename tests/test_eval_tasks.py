@@ -10,7 +10,7 @@ import anymla
 from anymla.evaluation import tasks as evaluation_tasks
 from tests.damage import BUNDLED, TRAIN, run_main
 
-lm_eval = pytest.importorskip("lm_eval")
+lm_tasks = pytest.importorskip("lm_eval.tasks")
 
 TASK = """
 task: {name}
@@ -74,8 +74,8 @@ def test_original_and_full_budget_are_equal(folder, tmp_path):
 @pytest.fixture
 def own_alone(monkeypatch):
     """lm-eval without its own 14,000 tasks, which take it 15 seconds to find."""
-    without = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: without(include_path=include_path))
+    without = functools.partial(lm_tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_tasks, "TaskManager", lambda include_path, **_: without(include_path=include_path))
 
 
 def test_command_line(folder, own_alone, monkeypatch, capfd):
