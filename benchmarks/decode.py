@@ -66,7 +66,7 @@ def attention_row(
         {
             "sdpa": lambda: scaled_dot_product_attention(query, *original(), enable_gqa=kv_heads < HEADS),
             "plain": lambda: plain_attention(query, *original(), HEAD_DIM**-0.5),
-            "absorbed": lambda: absorbed_attention(query_latent, query_rope, *latent(), None, HEAD_DIM**-0.5),
+            "absorbed": lambda: absorbed_attention(query_latent, query_rope, *latent(), None, HEAD_DIM**-0.5)[0],
         }
     )
     operations = batch * length * HEADS * (2 * rank + rope_dims)

@@ -84,6 +84,13 @@ class Recipe(Settings):
     kv_rank: int | None = Field(
         None, ge=1, le=MOST, description="Latent rank per layer. Default: what the budget leaves beside the rope dims."
     )
+    exact_window: int = Field(
+        0,
+        ge=0,
+        le=MOST,
+        description="Keep the original's own keys and values of the last N tokens beside the latent: better by far, "
+        "for a constant size. For transformers only: no engine's cache has room for them. 0: none.",
+    )
     static_qk_norm: bool = Field(
         False,
         description="Let --target deepseek and gguf take models with norms on queries and keys: a fixed scale per "

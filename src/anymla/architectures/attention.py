@@ -97,6 +97,16 @@ class SourceAttention:
         features = {name: value for name, value in self.features.items() if name != "query_bias"}
         return SourceAttention(replace(w, centred=False), self.norms, features | {"bias": False})
 
+    def with_exact_window(self, tokens: int) -> SourceAttention:
+        """The same, for a layer that keeps the keys and values of its last ``tokens`` beside the latent.
+
+        Where values are no linear map of x, the latent carries their mean, for exact ones cannot be centred.
+        """
+        centred = self.weights.centred and "clip" not in self.features and "v_norm" not in self.norms
+        return SourceAttention(
+            replace(self.weights, centred=centred), self.norms, self.features | {"exact_window": tokens}
+        )
+
     def _heads(self, hidden: Tensor, weight: Tensor, bias: Tensor, norm: str) -> Tensor:
         states = linear(hidden, weight.flatten(0, 1).to(hidden.dtype), bias.flatten().to(hidden.dtype))
         over = self.features.get("norm_over", "head")

@@ -70,10 +70,13 @@ class Moments:
 
 
 class MomentSums:
-    """Running sums of :class:`Moments`; feed it batches, then take :meth:`moments`."""
+    """Running sums of :class:`Moments`; feed it batches, then take :meth:`moments`.
 
-    def __init__(self, weights: AttentionWeights) -> None:
-        self.weights = weights
+    Attention to the last ``window`` tokens does not count: they are seen exactly (modeling/exact_window.py).
+    """
+
+    def __init__(self, weights: AttentionWeights, window: int = 0) -> None:
+        self.weights, self.window = weights, window
         kv_heads, d = weights.key.shape[:2]
         heads, device = weights.query.shape[0], weights.query.device
         y, pairs = 2 * kv_heads * d, weights.rope_pairs
@@ -85,7 +88,7 @@ class MomentSums:
         self.gram, self.mean, self.weighted_gram, self.weighted_mean = zeros(y, y), zeros(y), zeros(y, y), zeros(y)
         self.query_gram = zeros(heads, d, d)
         self.rotation = zeros(heads, pairs, dtype=torch.complex128)
-        self.key_weight, self.value_weight = zeros(heads), zeros(heads)
+        self.attended, self.key_weight, self.value_weight = zeros(heads), zeros(heads), zeros(heads)
         self.query_norm, self.key_norm = zeros(heads, pairs), zeros(kv_heads, pairs)
         self.sample: Sample | None = None
 
@@ -96,19 +99,13 @@ class MomentSums:
         """
         precision = torch.promote_types(query.dtype, torch.float32)
         query, key, value = query.to(precision), key.to(precision), value.to(precision)
-        batch, kv_heads, length, _ = key.shape
-        group = query.shape[1] // kv_heads
+        batch, _, length, _ = key.shape
         turn = torch.complex(cos[0, 0].to(precision), sin[0, 0].to(precision))  # [T,P]
         if mask is None:
             mask = additive_mask(causal_mask(length, length, None, query.device), precision)
         if self.sample is None:
             self.sample = Sample.of(query, key, turn / turn.abs(), mask)
-        received = query.new_zeros(batch, length)
-        for head in range(kv_heads):  # one kv head at a time bounds memory to its [B,n,T,T] scores
-            heads = slice(head * group, (head + 1) * group)
-            attention = self._attention(query[:, heads], key[:, head], turn, mask, heads)
-            received += attention.square().sum(dim=(1, 2))
-            self._add_heads(heads, attention, value[:, head], turn / turn.abs())
+        received = self._add_attention(query, key, value, turn, mask)
         self.rope_scale = turn.abs().square().mean().item() if turn.numel() else 1.0
         y = torch.cat([key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)], dim=-1).flatten(0, 1).double()
         weight = received.flatten().double()
@@ -124,6 +121,19 @@ class MomentSums:
         self.query_norm += to_complex(query[..., :turned]).abs().double().sum(dim=(0, 2))
         self.key_norm += to_complex(key[..., :turned]).abs().double().sum(dim=(0, 2))
 
+    def _add_attention(self, query: Tensor, key: Tensor, value: Tensor, turn: Tensor, mask: Tensor) -> Tensor:
+        """Adds what heads attend to; returns what every token receives, sum_m a_mn^2 [B,T]."""
+        kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+        received = query.new_zeros(len(query), query.shape[2])
+        for head in range(kv_heads):  # one kv head at a time bounds memory to its [B,n,T,T] scores
+            heads = slice(head * group, (head + 1) * group)
+            attention = self._attention(query[:, heads], key[:, head], turn, mask, heads)
+            output = attention @ value[:, head].unsqueeze(1)
+            attention = attention.tril_(-self.window) if self.window else attention
+            received += attention.square().sum(dim=(1, 2))
+            self._add_heads(heads, attention, output, value[:, head], turn / turn.abs())
+        return received
+
     def _attention(self, query: Tensor, key: Tensor, turn: Tensor, mask: Tensor, heads: slice) -> Tensor:
         """Attention probabilities [B,n,T,T] of the heads that share one key head."""
         rotated_query, rotated_key = rotate(query, turn), rotate(key, turn)
@@ -134,11 +144,11 @@ class MomentSums:
         mask = mask if mask.shape[1] == 1 else mask[:, heads]
         return attention_weights(scores, mask.to(scores.dtype), self.weights.softcap, sinks)
 
-    def _add_heads(self, heads: slice, attention: Tensor, value: Tensor, turn: Tensor) -> None:
+    def _add_heads(self, heads: slice, attention: Tensor, output: Tensor, value: Tensor, turn: Tensor) -> None:
+        """Adds what the heads that share one ``value`` [B,T,d] attend to, [B,n,T,T], and give, [B,n,T,d]."""
         squared = attention.square()
         output_weight = self.weights.output[:, heads].to(value.dtype)  # [D,n,d]
         metric = torch.einsum("Dnd,Dne->nde", output_weight, output_weight)
-        output = attention @ value.unsqueeze(1)  # [B,n,T,d]
         value_metric = value.unsqueeze(1) @ metric
         value_norm = (value_metric * value.unsqueeze(1)).sum(-1)  # ||W_o v||^2, [B,n,T]
         output_norm = ((output @ metric) * output).sum(-1)
@@ -146,6 +156,7 @@ class MomentSums:
         distance = (output_norm.unsqueeze(-1) - 2 * cross + value_norm.unsqueeze(-2)).clamp_min(0)
         self.key_weight[heads] += (squared * distance).sum(dim=(0, 2, 3)).double()
         self.value_weight[heads] += squared.sum(dim=(0, 2, 3)).double()
+        self.attended[heads] += attention.sum(dim=(0, 2, 3)).double()
         mean_turn = attention.to(turn.dtype) @ turn.conj()  # sum_n a_mn e^{-i n theta}, [B,n,T,P]
         self.rotation[heads] += (turn * mean_turn).sum(dim=(0, 2)).to(self.rotation.dtype)
 
@@ -157,14 +168,15 @@ class MomentSums:
         """
         if self.sample is None:
             raise ValueError("moments of no tokens")
-        over_tokens = ("gram", "mean", "query_gram", "rotation", "key_weight", "value_weight", "query_norm", "key_norm")
+        over_tokens = ("gram", "mean", "query_gram", "key_weight", "value_weight", "query_norm", "key_norm")
         tokens = all_sum_number(self.tokens, self.gram.device)
         for name in over_tokens:
             all_sum(getattr(self, name)).div_(tokens)
         all_sum(self.received)
         for name in ("weighted_gram", "weighted_mean"):
             all_sum(getattr(self, name)).div_(self.received.clamp_min(1e-300))
-        means = {name: getattr(self, name) for name in (*over_tokens, "weighted_gram", "weighted_mean")}
+        all_sum(self.rotation).div_(all_sum(self.attended).clamp_min(1e-300)[:, None])
+        means = {name: getattr(self, name) for name in (*over_tokens, "rotation", "weighted_gram", "weighted_mean")}
         return Moments(rope_scale=self.rope_scale, sample=self.sample, **means)
 
 

@@ -15,6 +15,7 @@ from anymla.architectures.attention import AttentionWeights, SourceAttention
 from anymla.calibration.moments import Moments
 from anymla.factorization import Factorization, Latent, LatentProblem
 from anymla.modeling.latent_attention import LatentAttention
+from anymla.modeling.modeling_anymla import attention_class
 from anymla.rope import Channels, RopeChoice, no_channels, per_head_channels
 
 
@@ -71,16 +72,19 @@ def latent_tensors(source: SourceAttention, layer: ConvertedLayer) -> dict[str, 
     encoder[:, :size] = latent.encoder[:, :size] @ channels.remainder(pairs, d)
     key_rows = torch.cat([encoder[:, :size], channels.encoder(pairs, d)])  # [r+R, Gd]
     decoder = latent.decoder.view(2, kv_heads, d, -1).transpose(0, 1)  # per kv head: key rows, then value rows
-    value_mean = latent.mean[size:].view(kv_heads, d).repeat_interleave(len(weights.query) // kv_heads, dim=0)
+    value_mean = latent.mean[size:].view(kv_heads, d)
+    mean_output = torch.einsum(
+        "Dhd,hd->D", weights.output, value_mean.repeat_interleave(len(weights.query) // kv_heads, 0)
+    )
     weight = channels.decode.conj().T  # [G,K]
-    encoders = _encoders(source, key_rows, encoder[:, size:], latent.encoder @ latent.mean)
+    encoders = _encoders(source, key_rows, encoder[:, size:], latent.encoder, latent.mean)
     tensors: dict[str, Tensor | None] = {
         **encoders,
         "q_proj.weight": weights.query.flatten(0, 1),
         "q_proj.bias": weights.query_bias.flatten(),
         "kv_b_proj.weight": decoder.reshape(2 * size, -1),
         "o_proj.weight": weights.output.flatten(1),
-        "o_proj.bias": weights.output_bias + torch.einsum("Dhd,hd->D", weights.output, value_mean),
+        "o_proj.bias": weights.output_bias + mean_output,
         "query_rotation": torch.stack([layer.rotation.real, layer.rotation.imag]),
         "channel_weight": torch.stack([weight.real, weight.imag]),
         "channel_index": channels.index.to(weights.query.device),
@@ -89,25 +93,35 @@ def latent_tensors(source: SourceAttention, layer: ConvertedLayer) -> dict[str, 
         "sinks": weights.sinks,
         "query_gain": weights.query_gain,
     }
+    if "exact_window" in source.features:
+        tensors["key_mean"] = latent.mean[:size].view(kv_heads, d)
     if not source.features.get("bias", True):
         tensors |= dict.fromkeys(("q_proj.bias", "kv_a_proj_with_mqa.bias", "o_proj.bias"))
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _encoders(source: SourceAttention, key_rows: Tensor, value_rows: Tensor, offset: Tensor) -> dict[str, Tensor]:
-    """What makes latent and channels of x: one matrix, or, where projections and cache are not linear, several."""
+def _encoders(
+    source: SourceAttention, key_rows: Tensor, value_rows: Tensor, encoder: Tensor, mean: Tensor
+) -> dict[str, Tensor]:
+    """What makes latent and channels of x: one matrix, or, where true keys and values are made, several.
+
+    ``encoder`` [r,2Gd] is the latent's, ``mean`` [2Gd] what it is centred at.
+    """
     weights, rank = source.weights, len(value_rows)
     key, value = weights.key.flatten(0, 1), weights.value.flatten(0, 1)
-    from_x, bias = value_rows @ value, value_rows @ weights.value_bias.flatten() - offset
-    if not weights.key_norm:
+    from_x, bias = value_rows @ value, value_rows @ weights.value_bias.flatten() - encoder @ mean
+    windowed = "exact_window" in source.features
+    if not weights.key_norm and not windowed:
         weight, bias_row = key_rows @ key, key_rows @ weights.key_bias.flatten()
         weight[:rank] += from_x
         bias_row[:rank] += bias
         return {"kv_a_proj_with_mqa.weight": weight, "kv_a_proj_with_mqa.bias": bias_row}
     tensors = {"k_proj.weight": key, "k_proj.bias": weights.key_bias.flatten(), "k_a_proj_with_mqa.weight": key_rows}
-    if "clip" not in source.features and "v_norm" not in source.norms:
+    if "clip" not in source.features and "v_norm" not in source.norms and not windowed:
         return tensors | {"v_a_proj.weight": from_x, "v_a_proj.bias": bias}
-    tensors |= {"v_proj.weight": value, "v_proj.bias": weights.value_bias.flatten()}
+    shift = mean[len(key) :] if windowed else torch.zeros_like(mean[len(key) :])  # exact values are centred as well
+    value_bias, offset = weights.value_bias.flatten() - shift, encoder @ mean - value_rows @ shift
+    tensors |= {"v_proj.weight": value, "v_proj.bias": value_bias}
     return tensors | {"v_a_proj.weight": value_rows, "v_a_proj.bias": -offset}
 
 
@@ -117,7 +131,7 @@ def build_attention(original: Any, source: SourceAttention, layer: ConvertedLaye
     sizes = {"kv_lora_rank": len(layer.latent.encoder), "qk_rope_head_dim": 2 * len(layer.channels)}
     sizes |= {"channel_fold": layer.channels.fold}
     with torch.device("meta"):
-        attention = LatentAttention(original, config, **source.features | sizes)
+        attention = attention_class(source.features)(original, config, **source.features | sizes)
     cast = {
         name: (tensor.to(like.dtype) if tensor.is_floating_point() else tensor).to(like.device).contiguous()
         for name, tensor in latent_tensors(source, layer).items()

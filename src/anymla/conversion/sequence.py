@@ -13,6 +13,7 @@ from transformers import Cache
 from anymla.architectures.blueprint import Blueprint
 from anymla.architectures.families import FAMILIES
 from anymla.calibration.activations import Activations, Budget
+from anymla.calibration.cache_size import LayerCache
 from anymla.calibration.parallel import from_first, rank, wait_for_all, world
 from anymla.calibration.stream import decoder_layers, layer_inputs, pass_through
 from anymla.conversion.progress import check_room
@@ -32,7 +33,7 @@ Progress = Callable[[int, int, LayerResult], None]  # (layers done, layers, the 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """A layer that is done: its result, its cache, (numbers, bytes) per token, before and after.
+    """A layer that is done: its result, its cache before and after.
 
     ``attention``: what the new config says of it: where in the model it is, its sizes and features (LatentAttention's
     arguments). All are None for a layer that has no softmax attention and stays as it is.
@@ -40,17 +41,16 @@ class LayerRecord:
 
     result: LayerResult | None = None
     attention: dict[str, Any] | None = None
-    before: tuple[float, float] | None = None
-    after: tuple[float, float] | None = None
+    before: LayerCache | None = None
+    after: LayerCache | None = None
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> LayerRecord:
         """The record that ``asdict`` took apart."""
         if fields["result"] is None:
             return cls()
-        return cls(
-            LayerResult(**fields["result"]), fields["attention"], tuple(fields["before"]), tuple(fields["after"])
-        )
+        caches = (LayerCache(**fields[name]) for name in ("before", "after"))
+        return cls(LayerResult(**fields["result"]), fields["attention"], *caches)
 
 
 class Streams:
@@ -225,15 +225,11 @@ class Sequence:
                 return record.result.rope_dims / plan.cached_numbers
         return TYPICAL_ROPE_SHARE
 
-    def _cached(self, index: int, probe: int) -> tuple[float, float]:
-        """Numbers and bytes per token in the live cache after a few tokens ran through the layer as it now is."""
+    def _cached(self, index: int, probe: int) -> LayerCache:
+        """The live cache after a few tokens ran through the layer as it now is."""
         arguments = self.probes[probe].arguments[index]
         self.layers[index](self.probes[probe].hidden, **arguments)
-        cache = next(value for value in arguments.values() if isinstance(value, Cache)).layers[index]
-        # per token that the layer holds: a sliding window may hold fewer than were run
-        tensors = (cache.keys, cache.values)
-        numbers = sum(tensor.numel() / tensor.shape[-2] for tensor in tensors)
-        return numbers, sum(tensor.numel() * tensor.element_size() / tensor.shape[-2] for tensor in tensors)
+        return LayerCache.of(next(value for value in arguments.values() if isinstance(value, Cache)).layers[index])
 
     def _commit(self, record: LayerRecord, max_shard_size: int) -> None:
         """Counts a layer as done, once every process has saved what lies behind it."""

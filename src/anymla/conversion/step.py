@@ -93,6 +93,9 @@ class LayerStep:
         self.attention = layer.get_submodule(self.path)
         self.read = read_attention(self.attention, spec, family, config)
         self.source = self.read if LIMITS[recipe.target].biases else self.read.without_biases()
+        self.window = 0 if spec.sliding_window is not None else recipe.exact_window
+        if self.window:
+            self.source = self.read = self.read.with_exact_window(self.window)
         self.static_norms = recipe.static_qk_norm and spec.qk_norm
 
     def measure(self, index: int, original: Activations, converted: Activations) -> None:
@@ -104,7 +107,7 @@ class LayerStep:
         self.batch = batch_size(self.spec.num_heads, original.shape[1]) if self.family.batched else 1
         if self.static_norms:
             self._take_static_norms(original)
-        sums, seen = MomentSums(self.source.weights), 0
+        sums, seen = MomentSums(self.source.weights, self.window), 0
         precision = torch.promote_types(original.dtype, torch.float32)  # for a difference of near-equal 16-bit numbers
         self.target, self.inputs = original.like(precision), converted.like(converted.dtype)
         self.stream_power, self.norms_lost, finite = 0.0, 0.0, True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from anymla.calibration.cache_size import CacheSize
 from anymla.calibration.stream import decoder_layers, logits_of
 from anymla.conversion.sequence import Converted
-from anymla.evaluation.scores import CacheSize, Scores, ScoreSums
+from anymla.evaluation.scores import Scores, ScoreSums
 from anymla.io.streamed import StreamedModel
 
 

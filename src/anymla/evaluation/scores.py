@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymla.calibration.cache_size import CacheSize, LayerCache
 from anymla.calibration.parallel import all_sum
 from anymla.errors import CheckpointError
 
@@ -18,28 +19,11 @@ LARGEST_LOSS = 700.0  # nats; keeps the perplexity a finite number
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheSize:
-    """What one token costs in the cache, measured from the cache's tensors."""
-
-    numbers_per_layer: list[float]
-    bytes: float
-
-    @classmethod
-    def of(cls, layers: list[tuple[float, float]]) -> CacheSize:
-        """The sizes of a model's ``layers``, (numbers, bytes) per token each."""
-        size = sum(layer[1] for layer in layers)
-        return cls(numbers_per_layer=[layer[0] for layer in layers], bytes=int(size) if size == int(size) else size)
-
-    @property
-    def numbers(self) -> float:
-        """Numbers per token and layer, the mean over layers; whole where it is whole."""
-        mean = sum(self.numbers_per_layer) / len(self.numbers_per_layer)
-        return int(mean) if mean == int(mean) else mean
-
-
-@dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scores of a model on a text; ``kl`` (nats per token) and ``top1_agreement`` are None without an original."""
+    """Scores of a model on a text; ``kl`` (nats per token) and ``top1_agreement`` are None without an original.
+
+    ``cache_window_bytes``: what the last tokens, kept exactly, take once beside the bytes of every token.
+    """
 
     perplexity: float
     kl: float | None
@@ -47,6 +31,7 @@ class Scores:
     cache_bytes_per_token: float
     cache_numbers_per_token_per_layer: float
     tokens: int
+    cache_window_bytes: float = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The scores under their stable JSON names."""
@@ -108,6 +93,7 @@ class ScoreSums:
             cache_bytes_per_token=cache.bytes,
             cache_numbers_per_token_per_layer=cache.numbers,
             tokens=self.tokens,
+            cache_window_bytes=cache.window_bytes,
         )
 
 
@@ -116,10 +102,7 @@ def measure_cache(model: Any) -> CacheSize:
     """Runs a few tokens through ``model`` and reads the tensors that its cache then holds."""
     ids = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long, device=model.device)
     layers = model(input_ids=ids, use_cache=True).past_key_values.layers
-    tensors = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
-    # per token that the layer holds: a sliding window may hold fewer than were run
-    per_token = [[(part.numel() / part.shape[-2], part.element_size()) for part in pair] for pair in tensors]
-    return CacheSize.of([(sum(n for n, _ in pair), sum(n * width for n, width in pair)) for pair in per_token])
+    return CacheSize.of([LayerCache.of(layer) for layer in layers if getattr(layer, "keys", None) is not None])
 
 
 @torch.no_grad()

@@ -28,12 +28,14 @@ def absorbed_attention(
     *,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
+    summed: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of every head over the one latent that they share.
 
     query_latent [B,H,T,r], query_rope [B,H,T,R], latent [B,1,S,r], rope_key [B,1,S,R]; mask None, bool (True = may
     attend) or additive, [B or 1,H or 1,T,S]; sinks [H] are logits of a key without a value.
-    Returns softmax(cap(scale * scores) + mask) @ latent, [B,H,T,r].
+    Returns softmax(cap(scale * scores) + mask) @ latent, [B,H,T,r]; where ``summed``, also the logarithm of what the
+    softmax divides by, [B,H,T], to merge this with attention to other tokens.
     """
     heads, new = query_latent.shape[1:3]
     # All heads share the cache: (head, token) pairs are the rows of one matrix product. Left to broadcast, matmul would
@@ -47,12 +49,18 @@ def absorbed_attention(
     size = latent[0].numel()
     if not (thin and size >= STREAM_SIZE and latent.shape[1] >= BLOCK):
         tall = thin and size >= TALL_SIZE
-        context = _attend(query, query_rope, latent, rope_key, mask, new, tall, softcap, sink_rows)
-        return context.unflatten(1, (heads, new))
+        found = _attend(query, query_rope, latent, rope_key, mask, new, tall, softcap, sink_rows, summed)
+        return _per_head(*found, heads)
     masks = [None] * len(query) if mask is None else mask
     sequences = zip(query, query_rope, latent, rope_key, masks, strict=True)
-    contexts = [_stream(*one, softcap, sink_rows) for one in sequences]
-    return torch.stack(contexts).unflatten(1, (heads, new))
+    contexts, totals = zip(*(_stream(*one, softcap, sink_rows) for one in sequences), strict=True)
+    return _per_head(torch.stack(contexts), torch.stack(totals) if summed else None, heads)
+
+
+def _per_head(context: Tensor, log_total: Tensor | None, heads: int) -> tuple[Tensor, Tensor | None]:
+    """Rows [B,HT,..] as [B,H,T,..]."""
+    rows = (heads, -1)
+    return context.unflatten(1, rows), None if log_total is None else log_total.unflatten(1, rows)
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +81,8 @@ def _attend(
     tall: bool,
     softcap: float | None,
     sinks: Tensor | None,
-) -> Tensor:
+    summed: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Plain products; query [B,HT,r] already scaled. ``tall`` puts the long side, tokens, first."""
     scores = torch.bmm(latent, query.mT) if tall else torch.bmm(query, latent.mT)
     if query_rope.shape[-1]:
@@ -86,8 +95,10 @@ def _attend(
         scores.unflatten(1, (-1, new)).add_(mask)
     if sinks is not None:
         scores = torch.cat([scores, sinks[None, :, None].expand(len(scores), -1, -1)], dim=-1)
+    precision = torch.promote_types(scores.dtype, torch.float32)
+    log_total = scores.to(precision).logsumexp(-1) if summed else None
     weights = scores.softmax(-1)[..., : latent.shape[1]]  # computes in float32 for 16-bit numbers
-    return torch.bmm(latent.mT, weights.mT).mT if tall else torch.bmm(weights, latent)
+    return torch.bmm(latent.mT, weights.mT).mT if tall else torch.bmm(weights, latent), log_total
 
 
 def _stream(
@@ -98,7 +109,7 @@ def _stream(
     mask: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """One sequence, by the forward pass and the weight gradient of a 1x1 convolution.
 
     Tokens are the pixels, latent numbers the channels. The same sums as two matrix products.
@@ -121,4 +132,4 @@ def _stream(
     weights = scores.sub_(peak).exp_()
     context = conv2d_weight(image, kernel.shape, weights.T[None, :, :, None]).flatten(1)
     total = weights.sum(0) if sinks is None else weights.sum(0) + (sinks - peak).exp()
-    return context / total[:, None]
+    return context / total[:, None], total.log() + peak

@@ -88,6 +88,7 @@ class LatentAttention(nn.Module):
         adds_residual: whether the module itself adds the residual stream, its second argument.
     """
 
+    keeps_keys = False  # whether true keys and values are cached too (exact_window.py)
     query_rotation: Tensor
     channel_weight: Tensor
     channel_index: Tensor
@@ -152,12 +153,13 @@ class LatentAttention(nn.Module):
     def _make_projections(self, hidden: int, query_bias: bool, bias: bool, gate: int) -> None:
         keys, cached = self.num_kv_heads * self.head_dim, self.kv_lora_rank + self.qk_rope_head_dim
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=query_bias)
-        if self.k_norm is None and self.v_norm is None and self.clip is None:
+        linear = self.v_norm is None and self.clip is None and not self.keeps_keys
+        if linear and self.k_norm is None:
             self.kv_a_proj_with_mqa = nn.Linear(hidden, cached, bias=bias)
-        else:  # something not linear stands between x and the cache: encode the true keys and values
+        else:  # true keys are needed, or something not linear stands between x and the cache: encode the true ones
             self.k_proj = nn.Linear(hidden, keys)
             self.k_a_proj_with_mqa = nn.Linear(keys, cached, bias=False)
-            if self.v_norm is None and self.clip is None:
+            if linear:
                 self.v_a_proj = nn.Linear(hidden, self.kv_lora_rank)
             else:
                 self.v_proj = nn.Linear(hidden, keys)
@@ -171,13 +173,17 @@ class LatentAttention(nn.Module):
         """The frequency [K] that each channel turns with."""
         return self.channel_index[: self.qk_rope_head_dim // 2]
 
-    def queries(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, positions: Any) -> tuple[Tensor, Tensor]:
-        """Position-free query [B,H,T,d] (expected rotation applied) and rotated channel query [B,H,T,R]."""
+    def true_query(self, hidden_states: Tensor, positions: Any) -> Tensor:
+        """The original's query [B,H,T,d]: norm applied, rope not yet."""
         query = split_heads(
             self.q_proj(hidden_states), self.head_dim, clip=self.clip, norm=self.q_norm, norm_over=self.norm_over
         )
         if self.temperature is not None:
             query = query * query_temperature(positions, **self.temperature).to(query.dtype)
+        return query
+
+    def queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Position-free query [B,H,T,d] (expected rotation applied) and rotated channel query [B,H,T,R]."""
         pairs, rest = query.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
         real, imag = self.query_rotation.unsqueeze(-2)
         query_nope = torch.cat([multiply_pairs(pairs, real, imag), rest], dim=-1)
@@ -198,17 +204,23 @@ class LatentAttention(nn.Module):
             compressed = self.kv_a_proj_with_mqa(hidden_states)
             latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         else:
-            options: dict[str, Any] = {"clip": self.clip, "norm_over": self.norm_over}
-            key = split_heads(self.k_proj(hidden_states), self.head_dim, norm=self.k_norm, **options)
-            key = key.transpose(1, 2).flatten(2)
-            latent, rope_key = self.k_a_proj_with_mqa(key).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            value = hidden_states
-            if hasattr(self, "v_proj"):
-                value = split_heads(self.v_proj(hidden_states), self.head_dim, norm=self.v_norm, **options)
-                value = value.transpose(1, 2).flatten(2)
-            latent = latent + self.v_a_proj(value)
+            latent, rope_key = self.encode(*self.true_kv(hidden_states))
         rope_key = multiply_pairs(rope_key.unsqueeze(1), cos[..., self.turns], sin[..., self.turns])
         return latent.unsqueeze(1), rope_key
+
+    def true_kv(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The original's keys before rope [B,G,T,d], and its values, or what the latent is linear in instead."""
+        options: dict[str, Any] = {"clip": self.clip, "norm_over": self.norm_over}
+        key = split_heads(self.k_proj(hidden_states), self.head_dim, norm=self.k_norm, **options)
+        if not hasattr(self, "v_proj"):
+            return key, hidden_states
+        return key, split_heads(self.v_proj(hidden_states), self.head_dim, norm=self.v_norm, **options)
+
+    def encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent [B,T,r] and rope key [B,T,R], not rotated yet, of what ``true_kv`` gives."""
+        compressed = self.k_a_proj_with_mqa(key.transpose(1, 2).flatten(2))
+        latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return latent + self.v_a_proj(value.transpose(1, 2).flatten(2) if hasattr(self, "v_proj") else value), rope_key
 
     def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuilds key [B,G,S,d+R] and value [B,G,S,d] of every key/value head from the cached [B,1,S,r], [B,1,S,R]."""
@@ -221,14 +233,22 @@ class LatentAttention(nn.Module):
         self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
     ) -> Tensor:
         """W_uk moves to the query and W_uv behind the attention; returns [B,T,H,d]."""
-        batch, heads, new, _ = query_nope.shape
-        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (-1, 2, self.head_dim)).unbind(1)  # [G,d,r] each
-        groups = up_key.shape[0]
-        query_latent = (query_nope.reshape(batch, groups, -1, self.head_dim) @ up_key).view(batch, heads, new, -1)
         cached = (latent, rope_key, mask, self.scaling)
-        context = absorbed_attention(query_latent, query_rope, *cached, softcap=self.softcap, sinks=self.sinks)
-        output: Tensor = context.reshape(batch, groups, -1, self.kv_lora_rank) @ up_value.transpose(-1, -2)
-        return output.view(batch, heads, new, self.head_dim).transpose(1, 2)
+        query_latent = self.into_latent(query_nope)
+        context, _ = absorbed_attention(query_latent, query_rope, *cached, softcap=self.softcap, sinks=self.sinks)
+        return self.out_of_latent(context).transpose(1, 2)
+
+    def into_latent(self, query_nope: Tensor) -> Tensor:
+        """The position-free query [B,H,T,d] times W_uk: [B,H,T,r]."""
+        up_key = self.kv_b_proj.weight.unflatten(0, (-1, 2, self.head_dim))[:, 0]  # [G,d,r]
+        groups = query_nope.reshape(len(query_nope), len(up_key), -1, self.head_dim)
+        return (groups @ up_key).view(*query_nope.shape[:3], -1)
+
+    def out_of_latent(self, context: Tensor) -> Tensor:
+        """Attention over latents [B,H,T,r] times W_uv: [B,H,T,d]."""
+        up_value = self.kv_b_proj.weight.unflatten(0, (-1, 2, self.head_dim))[:, 1]
+        groups = context.reshape(len(context), len(up_value), -1, self.kv_lora_rank)
+        return (groups @ up_value.mT).view(*context.shape[:3], -1)
 
     def attend_expanded(
         self,
@@ -287,24 +307,35 @@ class LatentAttention(nn.Module):
         if kwargs.pop("output_attentions", False):
             raise NotImplementedError("a converted model does not return attention weights: decode never forms them")
         cache = kwargs.pop("layer_past", None) if past_key_values is None else past_key_values
-        new = hidden_states.shape[1]
         if position_ids is None and self.temperature is not None:
             seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-            position_ids = torch.arange(seen, seen + new, device=hidden_states.device)[None]
+            position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device)[None]
         cos, sin = rope_tables(
             self.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states, self.config
         )
-        query_nope, query_rope = self.queries(hidden_states, cos, sin, position_ids)
-        latent, rope_key = self.compress(hidden_states, cos, sin)
+        query = self.true_query(hidden_states, position_ids)
+        output, weights = self.attend(hidden_states, query, (cos, sin), attention_mask, cache, kwargs)
+        return self._project(output, hidden_states, residual), weights
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        query: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Puts the new tokens into the cache and attends to all of it; returns [B,T,H,d] and the weights."""
+        query_nope, query_rope = self.queries(query, *rope)
+        latent, rope_key = self.compress(hidden_states, *rope)
         if cache is not None:
             latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
-        mask = score_bias(attention_mask, self, hidden_states, latent.shape[-2], kwargs)
+        mask = score_bias(mask, self, hidden_states, latent.shape[-2], kwargs)
         inputs = (query_nope, query_rope, latent, rope_key, mask)
-        if self.absorbs(new, mask):
-            output, weights = self.attend_absorbed(*inputs), None
-        else:
-            output, weights = self.attend_expanded(*inputs, **kwargs)
-        return self._project(output, hidden_states, residual), weights
+        if self.absorbs(query.shape[2], mask):
+            return self.attend_absorbed(*inputs), None
+        return self.attend_expanded(*inputs, **kwargs)
 
     def _project(self, output: Tensor, hidden_states: Tensor, residual: Tensor | None) -> Tensor:
         """The heads' output [B,T,H,d], gated and normalised, projected to [B,T,D]."""

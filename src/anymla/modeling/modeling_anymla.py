@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
 
@@ -27,8 +28,13 @@ class LatentModelMixin(ReplacedAttention):
 
 def replace_attention(model: Any, module: str, **features: Any) -> None:
     """Replaces the attention module at path ``module`` of ``model``."""
-    original = model.get_submodule(module)
-    model.set_submodule(module, LatentAttention(original, model.config.get_text_config(), **features))
+    original, kind = model.get_submodule(module), attention_class(features)
+    model.set_submodule(module, kind(original, model.config.get_text_config(), **features))
+
+
+def attention_class(features: dict[str, Any]) -> type[LatentAttention]:
+    """The attention that has these ``features``."""
+    return ExactWindowAttention if features.get("exact_window") else LatentAttention
 
 
 def __getattr__(name: str) -> Any:
