@@ -58,7 +58,7 @@ On {after["tokens"]:,} held-out tokens of calibration text:
 |---|---:|---:|---:|---:|
 {rows}
 
-The cache is measured from its tensors. Calibration text: {text}.
+The cache is measured from its tensors.{_window(recipe, after)} Calibration text: {text}.
 
 ## How it was made
 
@@ -78,7 +78,7 @@ from transformers import {auto}
 model = {auto}.from_pretrained("{FOLDER}")
 ```
 
-For vLLM, SGLang and llama.cpp: `anymla export {FOLDER} --to deepseek` (or `vllm`, `gguf`) `-o OUT`.
+{_serving(recipe)}
 
 ## Limits
 
@@ -86,6 +86,21 @@ For vLLM, SGLang and llama.cpp: `anymla export {FOLDER} --to deepseek` (or `vllm
 - Quality was measured on text like the calibration text; on other text it may be lower.
 - Dropped rotations are right for distances within a calibration window, at most {recipe["calibration_length"]} tokens.
 """
+
+
+def _window(recipe: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    if not recipe["exact_window"]:
+        return ""
+    return (
+        f" The last {recipe['exact_window']} tokens are kept as in the original too: {after['cache_window_bytes']:,} "
+        "bytes more, however long the context is."
+    )
+
+
+def _serving(recipe: Mapping[str, Any]) -> str:
+    if recipe["exact_window"]:
+        return "It runs in transformers, with a DynamicCache: engines' latent attention has no room for exact tokens."
+    return f"For vLLM, SGLang and llama.cpp: `anymla export {FOLDER} --to deepseek` (or `vllm`, `gguf`) `-o OUT`."
 
 
 def command(source: str, recipe: Mapping[str, Any]) -> str:

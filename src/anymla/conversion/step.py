@@ -28,7 +28,7 @@ from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.heads import rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.planning.costs import TRIED_FROM
-from anymla.planning.plan import LayerPlan
+from anymla.planning.plan import LayerPlan, exact_window_of
 from anymla.planning.targets import LIMITS
 from anymla.recipe import Recipe
 from anymla.rope import ROPE_CHOICES, ChannelPCA, GridPCA, RopeChoice, SpreadPCA
@@ -93,7 +93,7 @@ class LayerStep:
         self.attention = layer.get_submodule(self.path)
         self.read = read_attention(self.attention, spec, family, config)
         self.source = self.read if LIMITS[recipe.target].biases else self.read.without_biases()
-        self.window = 0 if spec.sliding_window is not None else recipe.exact_window
+        self.window = exact_window_of(spec, recipe)
         if self.window:
             self.source = self.read = self.read.with_exact_window(self.window)
         self.static_norms = recipe.static_qk_norm and spec.qk_norm

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.errors import CheckpointError
+from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.io.checkpoint import check_weights, safe_config
 from anymla.io.safetensors import Stored, read_header
 
@@ -87,6 +87,7 @@ def read_converted(folder: Path) -> Converted:
     Raises:
         CheckpointError: not such a folder, its files are missing or broken, or what config.json says of attention is
             not what the files hold.
+        UnsupportedModelError: no engine can hold it.
     """
     files = check_weights(folder)
     config = safe_config(folder)
@@ -98,6 +99,11 @@ def read_converted(folder: Path) -> Converted:
     described = getattr(config, "mla_layers", None)
     if not isinstance(described, list) or not described or not all(_describes(layer) for layer in described):
         raise CheckpointError(f"{folder}/config.json: mla_layers does not describe layers as anymla convert does")
+    if window := max(layer.get("exact_window", 0) for layer in described):
+        raise UnsupportedModelError(
+            f"{folder} keeps the last {window} tokens' own keys and values, for which no engine's latent attention has "
+            "room: convert the original without --exact-window"
+        )
     text = config.get_text_config()
     if (dtype := str(config.dtype or text.dtype).removeprefix("torch.")) not in FLOATS:
         raise CheckpointError(f"{folder}/config.json: dtype is {dtype:.40} and not one of {', '.join(FLOATS)}")

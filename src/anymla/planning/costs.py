@@ -33,19 +33,22 @@ def original_cost(spec: AttentionSpec, hidden: int) -> LayerCost:
     return LayerCost(projections + biases, 2 * (projections + 2 * queries * CONTEXT))
 
 
-def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int) -> LayerCost:
-    """Cost of absorbed latent attention: H (2r + 2K) multiply-adds per cached token."""
+def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int, window: int = 0) -> LayerCost:
+    """Cost of absorbed latent attention: H (2r + 2K) multiply-adds per cached token, 2 H d per one of the window."""
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     decoder = 2 * keys * rank
-    from_x = rank if spec.qk_norm else rank + rope_dims  # what one matrix makes from x, with a bias
-    encoder = (hidden + 1) * from_x
-    if spec.qk_norm:  # keys are made and normalised first, then encoded
-        encoder += (hidden + spec.qkv_bias) * keys + keys * (rank + rope_dims) + 2 * spec.head_dim
+    if window:  # true keys and values are made, then encoded; the mean of old keys
+        encoder = 2 * (hidden + 1) * keys + keys * (2 * rank + rope_dims) + rank + keys
+    elif spec.qk_norm:  # keys are made and normalised first, then encoded
+        encoder = (hidden + 1) * rank + (hidden + spec.qkv_bias) * keys + keys * (rank + rope_dims)
+    else:  # one matrix from x, with a bias
+        encoder = (hidden + 1) * (rank + rope_dims)
+    encoder += 2 * spec.head_dim * spec.qk_norm
     biases = queries * spec.qkv_bias + hidden
     channels = queries + spec.num_kv_heads * rope_dims + rope_dims // 2  # expected rotation, channel weights, indices
     projections = 2 * hidden * queries + encoder
     absorption = 2 * queries * rank  # W_uk on the query, W_uv on the context: once per query head
-    attention = spec.num_heads * (2 * rank + rope_dims) * CONTEXT
+    attention = spec.num_heads * (2 * rank + rope_dims) * (CONTEXT - window) + 2 * queries * window
     return LayerCost(projections + decoder + biases + channels, 2 * (projections + absorption + attention))
 
 

@@ -125,7 +125,9 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
     notes = [
         "2K rope dims and latent rank r, both in the cache; parameters and FLOPs are of the attention, FLOPs of one "
         "decoded token at 4096 cached tokens.",
-        f"Cache per token: {size(cache['before'])} -> {size(cache['after'])}. "
+        f"Cache per token: {size(cache['before'])} -> {size(cache['after'])}"
+        + (f", and {size(costs['exact_window_bytes'])} for the exact window" if costs["exact_window_bytes"] else "")
+        + ". "
         f"Predicted peak memory of the conversion: {size(costs['predicted_peak_bytes'])}.",
     ]
     if costs["kept_layers"]:
@@ -165,7 +167,10 @@ def conversion_layers_table(conversion: Conversion) -> Table:
 
 
 def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
-    """Quality against the original (KL in nats, top-1 agreement) and cache (numbers per token and layer), per model."""
+    """Quality against the original (KL in nats, top-1 agreement) and cache (numbers per token and layer), per model.
+
+    Beside bytes per token stand those of an exact window, where there is one.
+    """
     rows = [
         (
             name,
@@ -173,7 +178,8 @@ def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
             "-" if score.kl is None else f"{score.kl:.4f}",
             "-" if score.top1_agreement is None else f"{score.top1_agreement:.1%}",
             f"{score.cache_numbers_per_token_per_layer:g}",
-            size(score.cache_bytes_per_token),
+            size(score.cache_bytes_per_token)
+            + (f" + {size(score.cache_window_bytes)}" if score.cache_window_bytes else ""),
             f"{score.tokens:,}",
         )
         for name, score in scores.items()

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from anymla.calibration.stream import decoder_layers
 from anymla.evaluation.scores import ScoreSums
+from anymla.modeling.latent_attention import LatentAttention
 from anymla.training.losses import kl_loss, layer_loss, next_token_loss
 from anymla.training.pairs import AttentionPairs
 from anymla.training.recipe import Tuning
@@ -41,8 +42,10 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         On CPUs, too, where accelerate of itself shards nothing.
         """
         if self.args.fsdp:
-            layers = {type(layer).__name__ for layer in decoder_layers(self._plain_model())}
-            self.args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(sorted({*layers, "LatentAttention"}))
+            model = self._plain_model()
+            attentions = [module for module in model.modules() if isinstance(module, LatentAttention)]
+            names = {type(part).__name__ for part in (*decoder_layers(model), *attentions)}
+            self.args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(sorted(names))
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:

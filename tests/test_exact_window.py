@@ -1,0 +1,486 @@
+"""A window of exact tokens: one softmax over exact and latent keys, in every way of running, at stated bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import anymla
+from anymla.calibration.moments import MomentSums
+from anymla.errors import AnymlaError
+from anymla.evaluation.scores import measure_cache
+from anymla.io.checkpoint import load_model
+from anymla.modeling import exact_window
+from anymla.modeling.exact_window import ExactWindowAttention
+from tests.damage import BUNDLED, TRAIN, VALID
+from tests.families import FAST, make_model, save_model, token_ids
+from tests.family_models import tiny_model
+from tests.precision import Exact
+
+WINDOW = 6
+TUNING = {
+    "tokens": 12800,
+    "length": 64,
+    "batch": 4,
+    "learning_rate": 5e-4,
+    "device": "cpu",
+    "eval_data": str(VALID),
+    "eval_tokens": 1024,
+}
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": 511}
+
+
+def converted(tmp_path, source, **changes):
+    anymla.convert(source, tmp_path / "out", overwrite=True, **FAST | {"exact_window": WINDOW} | changes)
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager").eval()
+
+
+@torch.no_grad()
+def forward(model, ids, **inputs):
+    return model(input_ids=ids, **inputs).logits
+
+
+def close(a, b, tolerance=1e-9):
+    return (a - b).abs().max().item() < tolerance
+
+
+def off(a, b):
+    return (a - b).abs().max().item()
+
+
+# --- The attention itself, against its definition
+
+
+def attention(window, *, kv_heads=2, softcap=None, sinks=False):
+    """An attention with random weights: 4 heads of 6 dims, 2 pairs of them turned, rank 5, 2 channels."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 6}
+    config = LlamaConfig(**sizes, attn_implementation="eager")
+    features = {"num_heads": 4, "num_kv_heads": kv_heads, "head_dim": 6, "rope_pairs": 2, "scaling": 0.4}
+    made = ExactWindowAttention(
+        LlamaAttention(config, 0),
+        config,
+        exact_window=window,
+        kv_lora_rank=5,
+        qk_rope_head_dim=4,
+        softcap=softcap,
+        sinks=sinks,
+        **features,
+    ).double()
+    for tensor in (*made.parameters(), made.query_rotation, made.channel_weight):
+        tensor.data = torch.randn_like(tensor) * 0.4
+    made.channel_index.copy_(torch.tensor([1, 0]))
+    return made.eval().requires_grad_(False)
+
+
+def turns(length):
+    angles = torch.arange(length).double()[:, None] * torch.tensor([1.0, 0.3]).double()
+    return angles.cos()[None].repeat(1, 1, 2), angles.sin()[None].repeat(1, 1, 2)
+
+
+def by_definition(made, hidden, allowed):
+    """softmax over j of the exact score where i - j < w and of the latent's where not, each with its own values."""
+    cos, sin = (table[:, None, :, :2] for table in turns(hidden.shape[1]))
+    query = made.true_query(hidden, None)
+    nope, rope = made.queries(query, cos, sin)
+    key, value = made.true_kv(hidden)
+    latent, rope_key = made.compress(hidden, cos, sin)
+    far_key, far_value = made.expand_kv(latent, rope_key)
+
+    def turned(heads):
+        first, second, rest = heads.split([2, 2, 2], -1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], -1)
+
+    def per_head(states):
+        return states.repeat_interleave(4 // states.shape[1], dim=1)
+
+    missing = torch.einsum("bhtd,hd->bht", nope, per_head(made.key_mean[None])[0])[..., None]
+    exact = turned(query) @ per_head(turned(key)).mT - missing
+    far = torch.cat([nope, rope], -1) @ per_head(far_key).mT
+    place = torch.arange(hidden.shape[1])
+    near = (place[:, None] - place) < made.exact_window
+    scores = torch.where(near, exact, far) * made.scaling
+    if made.softcap is not None:
+        scores = (scores / made.softcap).tanh() * made.softcap
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if made.sinks is not None:
+        scores = torch.cat([scores, made.sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    share = scores.softmax(-1)[..., : len(place)]
+    output = (share * near) @ per_head(value) + (share * ~near) @ per_head(far_value)
+    return made.o_proj(output.transpose(1, 2).flatten(2))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    length=st.integers(1, 23),
+    first=st.integers(0, 23),
+    window=st.integers(1, 25),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    softcap=st.sampled_from([None, 0.7]),
+    sinks=st.booleans(),
+    padding=st.integers(0, 5),
+    block=st.sampled_from([3, 256]),
+    absorbs=st.booleans(),
+)
+def test_every_chunk_gives_what_the_definition_says(
+    length, first, window, kv_heads, softcap, sinks, padding, block, absorbs
+):
+    """Any split into a first chunk and single or several tokens behind it, by either form, under any padding."""
+    made = attention(window, kv_heads=kv_heads, softcap=softcap, sinks=sinks)
+    hidden = torch.randn(2, length, 24, dtype=torch.double, generator=torch.Generator().manual_seed(length))
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    allowed[1, :, :, : min(padding, length - 1)] = False
+    allowed |= torch.eye(length, dtype=torch.bool)  # rows of padding see themselves
+    expected, cache = by_definition(made, hidden, allowed), DynamicCache()
+    cos, sin = turns(length)
+    bounds = sorted({0, min(first, length), (min(first, length) + length) // 2, length})
+    before = exact_window.BLOCK, ExactWindowAttention.absorbs
+    exact_window.BLOCK, ExactWindowAttention.absorbs = block, lambda *_: absorbs
+    try:
+        parts = [
+            made(
+                hidden[:, start:stop],
+                position_embeddings=(cos[:, start:stop], sin[:, start:stop]),
+                attention_mask=allowed[:, :, start:stop, :stop],
+                past_key_values=cache,
+            )[0]
+            for start, stop in pairwise(bounds)
+        ]
+    finally:
+        exact_window.BLOCK, ExactWindowAttention.absorbs = before
+    assert close(torch.cat(parts, 1), expected, 1e-12)
+    assert cache.layers[0].exact.keys.shape[2] == min(length, window - 1) if window > 1 else True
+
+
+def test_gradients_reach_every_tensor_by_either_form(monkeypatch):
+    for absorbs in (True, False):
+        monkeypatch.setattr(ExactWindowAttention, "absorbs", lambda *_, absorbs=absorbs: absorbs)
+        made = attention(4).requires_grad_(True)
+        mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+        hidden = torch.randn(1, 9, 24, dtype=torch.double)
+        made(hidden, position_embeddings=turns(9), attention_mask=mask)[0].square().sum().backward()
+        assert all(tensor.grad is not None and tensor.grad.any() for tensor in made.parameters())
+
+
+# --- Converted models
+
+MODELS = {
+    "llama-mha": ("llama", {"num_key_value_heads": 6}),
+    "llama-mqa-bias": ("llama", {"num_key_value_heads": 1, "attention_bias": True}),
+    "qwen2-one-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+def source(request, tmp_path_factory):
+    """A tiny model in float64."""
+    family, changes = request.param
+    return save_model(make_model(family, torch.float64, **changes), tmp_path_factory.mktemp(family) / "source")
+
+
+@pytest.fixture(scope="module")
+def model(source, tmp_path_factory):
+    """The same, converted to half its cache and an exact window."""
+    return converted(tmp_path_factory.mktemp("half"), source, kv_cache=0.5)
+
+
+# softcap; sinks; clip; ALiBi; a gain after rope; a query scale; interleaved pairs; a gate
+FAMILIES = ["gemma2", "gpt_oss", "olmo", "bloom", "persimmon", "ministral3", "cohere", "qwen3_next"]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_are_exact_at_full_budget_and_in_the_cache(tmp_path, model_type):
+    try:
+        tiny = tiny_model(model_type)
+    except KeyError:
+        pytest.skip(f"the installed transformers has no {model_type}")
+    with Exact():
+        source, ids = save_model(tiny, tmp_path / "source"), token_ids()
+        whole = converted(tmp_path, source, kv_cache=1.0, calibration_tokens=512, calibration_length=32)
+        original = load_model(source)
+        assert any(layer.get("exact_window") == WINDOW for layer in whole.config.mla_layers)
+        assert off(forward(whole, ids, use_cache=False), forward(original, ids, use_cache=False)) < 1e-9
+        half = converted(tmp_path, source, kv_cache=0.5, calibration_tokens=512, calibration_length=32)
+        full, cache = forward(half, ids, use_cache=False), DynamicCache(config=half.config)
+        steps = [forward(half, part, past_key_values=cache) for part in ids.split([20, *[1] * 20], dim=1)]
+        assert off(torch.cat(steps, 1), full) < 1e-9
+
+
+def test_full_budget_is_the_original(tmp_path, source):
+    ids = token_ids()
+    whole = forward(converted(tmp_path, source, kv_cache=1.0), ids, use_cache=False)
+    assert close(whole, forward(load_model(source), ids, use_cache=False))
+
+
+def test_tokens_within_the_window_are_the_originals(tmp_path, source):
+    """Whatever the budget: they read no latent. The output projection stays as it was, so that nothing else moves."""
+    found = converted(tmp_path, source, kv_cache=0.3, factorization="whitened", reconstruction_steps=0)
+    ids = token_ids()
+    now, before = (forward(each, ids, use_cache=False) for each in (found, load_model(source)))
+    inside = 0 if any("exact_window" not in layer for layer in found.config.mla_layers) else WINDOW
+    assert inside == 0 or close(now[:, :inside], before[:, :inside])
+    assert off(now[:, WINDOW:], before[:, WINDOW:]) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [[13, 13, 13, 1], [1] * 40, [20, *[1] * 20], [5, 1, 30, 4]], ids=str)
+def test_cached_equals_full_recompute(model, sizes):
+    ids = token_ids()
+    for cache in (DynamicCache(config=model.config), DynamicCache()):
+        steps = [forward(model, part, past_key_values=cache) for part in ids.split(sizes, dim=1)]
+        assert close(torch.cat(steps, 1), forward(model, ids, use_cache=False))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 8}, {"num_return_sequences": 2}])
+def test_generation_with_and_without_cache(model, options):
+    several = {"num_beams": 3} if "num_return_sequences" in options else {}
+    common = GREEDY | {"num_beams": options.get("num_beams", 1)} | several
+    plain = {name: value for name, value in options.items() if name == "num_return_sequences"}
+    expected = model.generate(token_ids(), use_cache=False, **common | plain)
+    assert torch.equal(model.generate(token_ids(), **common | options), expected)
+
+
+def test_left_padded_batch(model):
+    ids = token_ids(1, 30)
+    padded = torch.cat([torch.zeros(1, 7, dtype=torch.long), ids[:, :23]], 1)
+    batch, mask = torch.cat([ids, padded]), torch.ones(2, 30, dtype=torch.long)
+    mask[1, :7] = 0
+    together = model.generate(batch, attention_mask=mask, **GREEDY)
+    assert torch.equal(together[1, 30:], model.generate(ids[:, :23], **GREEDY)[0, 23:])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_both_implementations_and_both_forms_agree(model, implementation, monkeypatch):
+    ids, before = token_ids(), model.config._attn_implementation
+    expected = forward(model, ids, use_cache=False)
+    model.set_attn_implementation(implementation)
+    sliding = any("exact_window" not in layer for layer in model.config.mla_layers)
+    tolerance = 1e-4 if sliding and implementation == "eager" else 1e-9  # its softmax is in float32
+    try:
+        for absorbs in (False, True):
+            monkeypatch.setattr(ExactWindowAttention, "absorbs", lambda *_, absorbs=absorbs: absorbs)
+            mask = torch.ones(2, 40, dtype=torch.long)
+            mask[0, 0] = 0  # or sdpa gets no mask
+            assert close(forward(model, ids, attention_mask=mask)[1], expected[1], tolerance)
+    finally:
+        model.set_attn_implementation(before)
+
+
+def test_decode_never_expands_the_cache(model, monkeypatch):
+    ids, cache = token_ids(), DynamicCache(config=model.config)
+    forward(model, ids[:, :30], past_key_values=cache)
+
+    def refuse(*args):
+        raise AssertionError("the latent was expanded in a decode step")
+
+    monkeypatch.setattr(ExactWindowAttention, "expand_kv", refuse)
+    windowed = [m for m in model.modules() if isinstance(m, ExactWindowAttention)]
+    assert windowed
+    forward(model, ids[:, 30:31], past_key_values=cache)
+
+
+def test_crop_until_the_window_is_full_or_recorded(model):
+    if len(model.config.mla_layers) > sum("exact_window" in layer for layer in model.config.mla_layers):
+        pytest.skip("transformers does not crop sliding-window caches")
+    ids, cache = token_ids(), DynamicCache(config=model.config)
+    expected = forward(model, ids, use_cache=False)
+    forward(model, ids[:, :5], past_key_values=cache)
+    cache.crop(-3)
+    assert close(forward(model, ids[:, 2:30], past_key_values=cache), expected[:, 2:30])
+    with pytest.raises((RuntimeError, ValueError), match="sliding"):
+        cache.crop(-1)
+
+
+def test_static_cache_is_refused_by_name(model):
+    with pytest.raises(NotImplementedError, match=r"exact window of 6 tokens needs a DynamicCache, got a Static"):
+        forward(model, token_ids(), past_key_values=StaticCache(config=model.config, max_cache_len=64))
+
+
+def test_cache_holds_latent_rope_key_and_a_window(model):
+    cache = DynamicCache(config=model.config)
+    forward(model, token_ids(), past_key_values=cache)
+    windows = 0
+    for layer, described in zip(cache.layers, model.config.mla_layers, strict=True):
+        groups, head_dim = described["num_kv_heads"], described["head_dim"]
+        assert layer.keys.shape[-1] + layer.values.shape[-1] == groups * head_dim
+        if "exact_window" in described:
+            assert layer.exact.keys.shape == layer.exact.values.shape == (2, groups, WINDOW - 1, head_dim)
+            windows += WINDOW * 2 * groups * head_dim * 8
+    assert measure_cache(model).window_bytes == windows > 0
+
+
+def test_report_plan_and_eval_agree_on_bytes(tmp_path, source):
+    plan = anymla.plan(source, kv_cache=0.5, exact_window=WINDOW, **FAST)
+    planned = anymla.explain_plan(plan)["exact_window_bytes"]
+    report = anymla.convert(source, tmp_path / "out", plan)
+    scores = anymla.evaluate(tmp_path / "out", TRAIN, tokens=600, length=64)
+    assert planned == report.after.cache_window_bytes == scores.cache_window_bytes > 0
+    assert report.before.cache_window_bytes == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"last {WINDOW} tokens" in card and "anymla export" not in card and "--exact-window 6" in card
+
+
+def test_planned_parameters_are_those_of_the_model(tmp_path, source):
+    found = converted(tmp_path, source, kv_cache=0.5)
+    layers = anymla.explain_plan(anymla.Plan.read(tmp_path / "out" / "plan.yaml"))["layers"]
+    for layer, described in zip(layers, found.config.mla_layers, strict=True):
+        module = found.get_submodule(described["module"])
+        tensors = [*module.parameters(), *module.buffers()]
+        assert layer["parameters"]["after"] == pytest.approx(sum(tensor.numel() for tensor in tensors), rel=0.03)
+
+
+def test_loads_without_anymla(tmp_path, source):
+    expected = forward(converted(tmp_path, source, kv_cache=0.5), token_ids(), use_cache=False)
+    torch.save({"ids": token_ids(), "expected": expected}, tmp_path / "expected.pt")
+    code = f"""
+import sys, torch
+sys.modules["anymla"] = None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True).eval()
+saved = torch.load({str(tmp_path / "expected.pt")!r})
+with torch.no_grad():
+    assert (model(saved["ids"]).logits - saved["expected"]).abs().max() < 1e-9
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_half_precision_stays_close(tmp_path):
+    exact = make_model("llama", torch.float64, head_dim=8)
+    source, ids = save_model(exact, tmp_path / "source"), token_ids()
+    half = converted(tmp_path, source, kv_cache=0.5)
+    expected = forward(half, ids, use_cache=False)
+    for dtype in (torch.bfloat16, torch.float16):
+        low, cache = load_model(tmp_path / "out", dtype=str(dtype).removeprefix("torch.")), DynamicCache()
+        steps = [forward(low, part, past_key_values=cache) for part in ids.split([30, *[1] * 10], dim=1)]
+        full = forward(low, ids, use_cache=False)
+        lost = (full.double() - expected).abs().mean()
+        assert (torch.cat(steps, 1).double() - expected).abs().mean() < 1.5 * lost + 1e-3
+
+
+# --- What is measured for it
+
+
+def test_moments_see_only_what_lies_beyond_the_window():
+    weights = small_weights()
+    query, key, value, cos, sin = small_batch(weights)
+    window, length = 5, query.shape[2]
+    sums = MomentSums(weights, window)
+    sums.add(query, key, value, cos, sin, None)
+    found = sums.moments()
+    turn = torch.complex(cos[0, 0], sin[0, 0])
+    rotation, mass = torch.zeros(2, 2, dtype=torch.complex128), torch.zeros(2, dtype=torch.float64)
+    received, key_weight, value_weight = torch.zeros(2, length).double(), torch.zeros(2).double(), torch.zeros(2)
+    value_weight = value_weight.double()
+    for batch in range(2):
+        for head in range(2):
+            pairs = torch.view_as_complex(torch.stack([query[batch, head, :, :2], query[batch, head, :, 2:4]], -1))
+            keys = torch.view_as_complex(torch.stack([key[batch, 0, :, :2], key[batch, 0, :, 2:4]], -1))
+            scores = ((pairs * turn)[:, None] * (keys * turn).conj()).real.sum(-1)
+            scores = (scores + query[batch, head, :, 4:] @ key[batch, 0, :, 4:].T) * weights.scaling
+            share = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
+            output = share @ value[batch, 0]
+            for m in range(length):
+                for n in range(m - window + 1):
+                    rotation[head] += share[m, n] * turn[m] * turn[n].conj()
+                    mass[head] += share[m, n]
+                    received[batch, n] += share[m, n] ** 2
+                    lost = weights.output[:, head] @ (value[batch, 0, n] - output[m])
+                    key_weight[head] += share[m, n] ** 2 * lost @ lost
+                    value_weight[head] += share[m, n] ** 2
+    tokens = 2 * length
+    assert close(found.rotation, rotation / mass[:, None], 1e-10)
+    assert close(found.key_weight, key_weight / tokens, 1e-10)
+    assert close(found.value_weight, value_weight / tokens, 1e-10)
+    y = torch.cat([key[:, 0], value[:, 0]], -1)
+    weighted = torch.einsum("bn,bni->i", received, y) / received.sum()
+    assert close(found.weighted_mean, weighted, 1e-10)
+
+
+def small_weights():
+    from anymla.architectures.attention import AttentionWeights
+
+    random = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=random)
+
+    biases = {"query_bias": draw(2, 5), "key_bias": draw(1, 5), "value_bias": draw(1, 5), "output_bias": draw(8)}
+    sizes = {"query": draw(2, 5, 8), "key": draw(1, 5, 8), "value": draw(1, 5, 8), "output": draw(8, 2, 5)}
+    return AttentionWeights(
+        **sizes, **biases, rope_pairs=2, scaling=0.4, key_gain=torch.ones(1, 5, dtype=torch.float64)
+    )
+
+
+def small_batch(weights):
+    random = torch.Generator().manual_seed(2)
+    shapes = [(2, 2, 14, 5), (2, 1, 14, 5), (2, 1, 14, 5)]
+    query, key, value = (torch.randn(shape, dtype=torch.float64, generator=random) for shape in shapes)
+    angles = torch.arange(14).double()[:, None] * torch.tensor([1.0, 0.2]).double()
+    return query, key, value, angles.cos()[None, None], angles.sin()[None, None]
+
+
+def test_window_beats_a_wider_latent_at_equal_bytes(tmp_path):
+    """On a truly trained model, in contexts of 256 tokens: 1/8 of the cache as latents, and as 16 tokens with 1/16."""
+    common = {"calibration": TRAIN, "calibration_tokens": 8192, "calibration_length": 256, "reconstruction_steps": 40}
+    found = {}
+    for name, changes in (("latent", {"kv_cache": 0.125}), ("window", {"kv_cache": 0.0625, "exact_window": 16})):
+        anymla.convert(BUNDLED, tmp_path / name, **common, **changes)
+        found[name] = anymla.evaluate(tmp_path / name, VALID, BUNDLED, tokens=8192, length=256)
+    sizes = {name: 256 * score.cache_bytes_per_token + score.cache_window_bytes for name, score in found.items()}
+    assert sizes["window"] == sizes["latent"]
+    assert found["window"].kl < 0.35 * found["latent"].kl
+    assert found["window"].perplexity < found["latent"].perplexity
+
+
+def test_tuning_a_windowed_model(tmp_path):
+    anymla.convert(
+        BUNDLED,
+        tmp_path / "out",
+        kv_cache=0.0625,
+        exact_window=8,
+        calibration=TRAIN,
+        **FAST | {"reconstruction_steps": 0},
+    )
+    report = anymla.tune(tmp_path / "out", tmp_path / "tuned", teacher=BUNDLED, data=[str(TRAIN)], **TUNING)
+    assert report.after.kl < 0.95 * report.before.kl
+    described = json.loads((tmp_path / "tuned" / "config.json").read_text())["mla_layers"]
+    assert all(layer["exact_window"] == 8 for layer in described)
+
+
+# --- What cannot be
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "vllm"}, "--exact-window is for transformers only: --target vllm"),
+        ({"exact_window": 33}, "--exact-window 33 needs calibration windows of at least 66 tokens"),
+        ({"exact_window": -1}, "exact_window"),
+    ],
+)
+def test_refused_settings(source, settings, message):
+    with pytest.raises(AnymlaError, match=message):
+        anymla.plan(source, **FAST | {"exact_window": WINDOW} | settings)
+
+
+def test_refused_models(tmp_path):
+    sliding = save_model(make_model("mistral", torch.float32, sliding_window=12), tmp_path / "sliding")
+    with pytest.raises(AnymlaError, match="all its layers have a sliding window"):
+        anymla.plan(sliding, exact_window=WINDOW)
+
+
+@pytest.mark.parametrize("target", ["deepseek", "vllm", "gguf"])
+def test_exports_refuse_it(tmp_path, source, target):
+    converted(tmp_path, source, kv_cache=0.5, dtype="float32")
+    with pytest.raises(AnymlaError, match=r"last 6 tokens' own keys and values.*without --exact-window"):
+        anymla.export(tmp_path / "out", tmp_path / "export", target)
+    assert not (tmp_path / "export").exists()
