@@ -106,7 +106,7 @@ def convert_best(model: Path, out: Path, method: Method, budget: float, common: 
 def planned(model: Path, settings: Settings, budget: float) -> anymla.Plan:
     """The plan of ``settings``; with ``filled``, of CARE's ranks, which differ between layers."""
     recipe = {name: value for name, value in settings.items() if name != "filled"}
-    plan = anymla.plan(model, kv_cache=budget, **recipe)
+    plan = anymla.plan(model, **{"kv_cache": budget} | recipe)
     if not settings.get("filled"):
         return plan
     original = load_model(model)
@@ -134,6 +134,9 @@ def measure(model: Path, protocol: Protocol, name: str, budget: float, settings:
             "calibration_tokens": protocol.calibration_tokens,
             "calibration_length": protocol.calibration_length,
         } | settings
+        if method.window:  # equal bytes in contexts as long as those that are scored
+            tokens = round(budget * method.window * protocol.length)
+            common |= {"exact_window": tokens, "kv_cache": budget - tokens / protocol.length}
         original, windows, out = load_model(model), held_out_windows(model, protocol), Path(scratch) / "out"
         if method.rebuilds:
             scores = score_rebuilt(model, original, windows, budget, common)
@@ -143,6 +146,9 @@ def measure(model: Path, protocol: Protocol, name: str, budget: float, settings:
             except InfeasibleError as error:
                 return {"infeasible": str(error)}
             scores = asdict(score_model(load_model(out), windows, original)) | {"settings": chosen}
+            scores["cache_bytes_per_token"] += scores["cache_window_bytes"] / protocol.length
+            if method.window:
+                scores["settings"] = {"exact_window": f"{tokens} tokens"}
             if protocol.probe:
                 scores["probe"] = probe(out, model, protocol.probe)
     return scores | {

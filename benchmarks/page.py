@@ -16,10 +16,14 @@ one layer at a time against the original layer's output, but sees no labels and 
 layer. KL (nats per token) and top-1 agreement are to the original, on held-out text that neither calibration
 nor any choice of settings has seen. Bytes per token are read from the live cache; only those of CARE without
 partial RoPE are counted, as no cache here holds them: it rebuilds and rotates all keys at every step and cannot
-decode from the latent. A method with settings gets those that do best on calibration text that was not fitted
-on. Seconds are those of the whole row, the tries, the conversion and the scoring; peak memory is that of its
-process, most of which is Python, torch and transformers.
+decode from the latent. The exact window (`--exact-window`) takes half of the bytes in contexts as long as those
+scored, and the latent the other half; in longer ones the window's part vanishes. A method with settings gets
+those that do best on calibration text that was not fitted on. Seconds are those of the whole row, the tries, the
+conversion and the scoring; peak memory is that of its process, most of which is Python, torch and transformers.
 """
+
+
+THIN = {"linewidth": 1.2, "alpha": 0.8}
 
 
 def _number(value: float | None) -> str:
@@ -68,10 +72,10 @@ def _against_peers(compared: list[Row]) -> list[list[str]]:
     for budget in dict.fromkeys(row["budget"] for row in compared):
         found = {row["method"]: row for row in compared if row["budget"] == budget and "kl" in row}
         ours, rebuilt = found.pop("anymla", None), found.pop("CARE without partial RoPE", None)
+        window = found.pop("anymla, exact window", None)
         if ours is None or not found:
             continue
         best = min(found.values(), key=lambda row: row["kl"])
-        more = ours["perplexity"] / ours["original"]["perplexity"] - 1
         lines.append(
             [
                 f"{budget:.4g}",
@@ -79,10 +83,19 @@ def _against_peers(compared: list[Row]) -> list[list[str]]:
                 f"{best['kl']:.3f} ({best['method']})",
                 f"{ours['kl'] / best['kl']:.2f}",
                 "-" if rebuilt is None else f"{rebuilt['kl']:.3f}",
-                f"{more:+.1%}",
+                _more(ours),
+                *(
+                    ["-"] * 3
+                    if window is None
+                    else [f"{window['kl']:.3f}", f"{window['kl'] / best['kl']:.2f}", _more(window)]
+                ),
             ]
         )
     return lines
+
+
+def _more(row: Row) -> str:
+    return f"{row['perplexity'] / row['original']['perplexity'] - 1:+.1%}"
 
 
 def _variations(rows: list[Row], ours: list[Row]) -> list[str]:
@@ -156,6 +169,7 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
                 ],
             )
             columns = ["cache kept", "KL", "best peer that absorbs", "ratio", "CARE without partial RoPE", "perplexity"]
+            columns += ["exact window: KL", "ratio", "perplexity"]
             lines += ["Against the best of them:", "", *_table(columns, _against_peers(scored))]
         ours = [row for row in scored if row["method"] == "anymla"]
         for group in dict.fromkeys(row["group"] for row in mine if row.get("case")):
@@ -188,8 +202,8 @@ def plot(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
                     if row["method"] == method
                 )
                 if points:
-                    style = {"color": "#0b6e4f", "linewidth": 2.4} if not number else {"linewidth": 1.2, "alpha": 0.8}
-                    axes.plot(*zip(*points, strict=True), marker="os^DvPX"[number % 7], label=method, **style)
+                    style = {"color": "#0b6e4f", "linewidth": 2.4, "linestyle": "-:"[number]} if number < 2 else THIN
+                    axes.plot(*zip(*points, strict=True), marker="os^DvPX*"[number % 8], label=method, **style)
             axes.set(xscale="log", yscale="log", xlabel="KV cache kept, % of the original's bytes", title=model)
             axes.set_ylabel("KL to the original, nats per token" if name == "kl" else "perplexity")
             axes.set_xticks(shares, [f"{share:.3g}" for share in shares])

@@ -20,12 +20,13 @@ class Method:
     """A way to convert: ``settings`` of a layer's attention and its cached numbers gives what to choose among.
 
     ``changes`` are then tried on top of the best of them. ``rebuilds``: CARE before partial rope, which is no
-    conversion to anymla's layout.
+    conversion to anymla's layout. ``window``: the share of the bytes that an exact window takes.
     """
 
     settings: Callable[[AttentionSpec, int], list[Settings]]
     changes: tuple[Settings, ...] = ()
     rebuilds: bool = False
+    window: float = 0.0
 
 
 def widths(spec: AttentionSpec, heads: int, numbers: int) -> list[int]:
@@ -59,6 +60,7 @@ CARE: tuple[Settings, ...] = (
 )
 METHODS: dict[str, Method] = {
     "anymla": Method(lambda spec, numbers: [{}]),
+    "anymla, exact window": Method(lambda spec, numbers: [{}], window=0.5),
     "CARE without partial RoPE": Method(lambda spec, numbers: [{}], rebuilds=True),
     "CARE via TransMLA": Method(lambda *layer: shared_head(*layer, "balanced-pca"), CARE),
     "TransMLA": Method(lambda *layer: shared_head(*layer, "balanced-pca")),

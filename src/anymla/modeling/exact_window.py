@@ -21,7 +21,7 @@ from .absorbed import absorbed_attention, additive_mask
 from .heads import attention_weights, multiply_pairs, score_bias
 from .latent_attention import LatentAttention
 
-BLOCK = 256  # queries at a time where keys are expanded: bounds memory to their scores
+BLOCK = 128  # queries at a time where keys are expanded: bounds memory to their scores
 
 
 class ExactWindowLayer(DynamicLayer):
