@@ -9,7 +9,10 @@ from pathlib import Path
 def quality_plot(
     path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], original: tuple[float, float]
 ) -> None:
-    """Draws perplexity against measured cache bytes per token, a curve per method, to ``path`` (.png or .svg)."""
+    """Draws perplexity against measured cache bytes per token, a curve per method, to ``path`` (.png or .svg).
+
+    The first two are drawn heavier, the second dotted.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -17,13 +20,14 @@ def quality_plot(
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
-    for (name, points), marker in zip(curves.items(), "os^Dv", strict=False):
-        first = name == next(iter(curves))
+    for number, ((name, points), marker) in enumerate(zip(curves.items(), "os^DvP", strict=False)):
+        first = number < 2
         axes.plot(
             *zip(*sorted(points), strict=True),
             marker=marker,
             label=name,
             linewidth=2.4 if first else 1.2,
+            linestyle=":" if number == 1 else "-",
             color="#0b6e4f" if first else None,
             alpha=1 if first else 0.75,
             zorder=3 if first else 2,
