@@ -28,7 +28,8 @@ from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.heads import rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.planning.costs import TRIED_FROM
-from anymla.planning.plan import LayerPlan, exact_window_of
+from anymla.planning.exact_window import exact_window_of
+from anymla.planning.plan import LayerPlan
 from anymla.planning.targets import LIMITS
 from anymla.recipe import Recipe
 from anymla.rope import ROPE_CHOICES, ChannelPCA, GridPCA, RopeChoice, SpreadPCA

@@ -9,14 +9,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
-from anymla.errors import InfeasibleError, RecipeError, UnsupportedModelError
+from anymla.errors import InfeasibleError, RecipeError
 from anymla.planning.costs import latent_cost, original_cost, peak_memory
+from anymla.planning.exact_window import check_exact_window, exact_numbers, exact_window_of, window_hint
 from anymla.planning.targets import LIMITS, check_target, kernel_note, most_channels, most_rope_dims
 from anymla.recipe import MOST, SHARED_ROPES, Recipe, read_yaml, where
 
 TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
 ROPE_SHARES = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried on calibration text
-
 
 EvenInt = Annotated[int, Field(ge=0, le=MOST, multiple_of=2)]
 Rank = Annotated[int, Field(gt=0, le=MOST)]
@@ -86,7 +86,7 @@ def make_plan(model: str, blueprint: Blueprint, recipe: Recipe) -> Plan:
         UnsupportedModelError: the recipe's target cannot hold this model.
         RecipeError: a setting has no meaning for the target.
     """
-    _check_exact_window(model, blueprint, recipe)
+    check_exact_window(model, blueprint, recipe)
     most = None
     if recipe.static_qk_norm and not LIMITS[recipe.target].grid:
         raise RecipeError("--static-qk-norm is for --target deepseek and gguf: others keep the norms as they are")
@@ -109,7 +109,7 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
     Raises:
         InfeasibleError: the number of layers or a layer's sizes do not fit.
     """
-    _check_exact_window(model, blueprint, plan.recipe)
+    check_exact_window(model, blueprint, plan.recipe)
     _check_target(plan, model, blueprint)
     if len(plan.layers) != len(blueprint.layers):
         raise InfeasibleError(f"the plan has {len(plan.layers)} layers and {model} has {len(blueprint.layers)}")
@@ -128,32 +128,6 @@ def check_plan(plan: Plan, model: str, blueprint: Blueprint) -> None:
                     f"the plan's layer {index}: rope_dims {dims} and kv_rank {rank} do not fit {model}, "
                     f"which has {turned} in steps of {step}, and {2 * keys}"
                 )
-
-
-def _check_exact_window(model: str, blueprint: Blueprint, recipe: Recipe) -> None:
-    """Refuses a window of exact tokens where none can be, or where calibration would see nothing beyond it."""
-    if not (window := recipe.exact_window):
-        return
-    if recipe.target is not None:
-        raise RecipeError(
-            f"--exact-window is for transformers only: --target {recipe.target} has no room for it, give one of them"
-        )
-    if blueprint.has_vision:
-        raise UnsupportedModelError(f"--exact-window is for models of text only, and {model} sees images")
-    if all(spec.sliding_window is not None for spec in blueprint.attention_layers.values()):
-        raise InfeasibleError(f"--exact-window has no meaning for {model}: all its layers have a sliding window anyway")
-    length = min(recipe.calibration_length, blueprint.max_position_embeddings)
-    if length < 2 * window:
-        raise InfeasibleError(
-            f"--exact-window {window} needs calibration windows of at least {2 * window} tokens to see what lies "
-            f"beyond it, these have {length}: give a smaller one"
-            + (" or a larger --calibration-length" if length == recipe.calibration_length else "")
-        )
-
-
-def exact_window_of(spec: AttentionSpec, recipe: Recipe) -> int:
-    """Tokens that a layer keeps exactly: none where it sees a sliding window only."""
-    return 0 if spec.sliding_window is not None else recipe.exact_window
 
 
 def _check_target(plan: Plan, model: str, blueprint: Blueprint) -> None:
@@ -306,14 +280,11 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
         "recipe": plan.recipe.model_dump(),
         "layers": layers,
         "kept_layers": [index for index, layer in enumerate(plan.layers) if layer is None],
-        "notes": [] if note is None else [note],
+        "notes": [*([] if note is None else [note]), *window_hint(blueprint, plan.recipe)],
         "cache_bytes_per_token": {
             "before": blueprint.cache_bytes // DTYPE_BYTES[blueprint.dtype] * width,
             "after": sum(layer.cached_numbers for layer in plan.layers if layer) * width,
         },
-        "exact_window_bytes": sum(
-            exact_window_of(spec, plan.recipe) * spec.cached_numbers for spec in blueprint.attention_layers.values()
-        )
-        * width,
+        "exact_window_bytes": exact_numbers(blueprint, plan.recipe) * width,
         "predicted_peak_bytes": peak_memory(blueprint, plan.recipe),
     }

@@ -163,7 +163,7 @@ def _show(console: Console, base: Scores, rows: list[dict[str, Any]], stories: d
         "Bytes are measured from the live cache; KL (nats per token) and top-1 agreement are to the original."
     )
     console.print(
-        f"Exact window: in these contexts of {WINDOW} tokens half of the bytes are the last tokens' own keys and values."
+        f"Exact window: in these contexts of {WINDOW} tokens half of the bytes are the last tokens' keys and values."
     )
     console.print("MHA2MLA: joint SVD, the better of 2 and 4 rotated dims per head on held-out calibration text.")
     for name, story in stories.items():

@@ -1,0 +1,59 @@
+"""The window of exact tokens (docs/mathematics.md, 'The exact window'): which layers have it, and where none can be."""
+
+from __future__ import annotations
+
+from anymla.architectures.blueprint import AttentionSpec, Blueprint
+from anymla.errors import InfeasibleError, RecipeError, UnsupportedModelError
+from anymla.recipe import Recipe
+
+HINT = "For transformers alone, --exact-window 64 loses far less: it keeps the last 64 tokens as they are."
+
+
+def exact_window_of(spec: AttentionSpec, recipe: Recipe) -> int:
+    """Tokens that a layer keeps exactly: none where it sees a sliding window only."""
+    return 0 if spec.sliding_window is not None else recipe.exact_window
+
+
+def exact_numbers(blueprint: Blueprint, recipe: Recipe) -> int:
+    """Numbers that the windows of all layers hold together."""
+    return sum(exact_window_of(spec, recipe) * spec.cached_numbers for spec in blueprint.attention_layers.values())
+
+
+def window_refusal(blueprint: Blueprint) -> str | None:
+    """Why a model cannot have a window of exact tokens, or None."""
+    if blueprint.has_vision:
+        return "it sees images, whose tokens may look ahead"
+    if all(spec.sliding_window is not None for spec in blueprint.attention_layers.values()):
+        return "all its layers have a sliding window anyway"
+    return None
+
+
+def window_hint(blueprint: Blueprint, recipe: Recipe) -> list[str]:
+    """What to say where a window would pay and none was asked for."""
+    pays = not recipe.exact_window and recipe.target is None and recipe.kv_cache < 1
+    return [HINT] if pays and window_refusal(blueprint) is None else []
+
+
+def check_exact_window(model: str, blueprint: Blueprint, recipe: Recipe) -> None:
+    """Refuses a window where none can be, or where calibration would see nothing beyond it.
+
+    Raises:
+        RecipeError: the recipe's target has no room for it.
+        UnsupportedModelError: the model cannot have one.
+        InfeasibleError: it is too large for the calibration windows.
+    """
+    if not (window := recipe.exact_window):
+        return
+    if recipe.target is not None:
+        raise RecipeError(
+            f"--exact-window is for transformers only: --target {recipe.target} has no room for it, give one of them"
+        )
+    if (reason := window_refusal(blueprint)) is not None:
+        raise UnsupportedModelError(f"--exact-window cannot be for {model}: {reason}")
+    length = min(recipe.calibration_length, blueprint.max_position_embeddings)
+    if length < 2 * window:
+        longer = " or a larger --calibration-length" if length == recipe.calibration_length else ""
+        raise InfeasibleError(
+            f"--exact-window {window} needs calibration windows of at least {2 * window} tokens, to see what lies "
+            f"beyond it; these have {length}: give a smaller one{longer}"
+        )
