@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from anymla.modeling import absorbed
-from anymla.modeling.absorbed import absorbed_attention
 from anymla.modeling.latent_attention import LatentAttention
+
+
+def absorbed_attention(*inputs, **features):
+    return absorbed.absorbed_attention(*inputs, **features)[0]
+
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -62,7 +66,7 @@ def test_absorbed_equals_reference(monkeypatch, dtype, new, rope, mask, path):
     cached = 301
     tensors, allowed = inputs(dtype, new, cached, rope), masks(mask, dtype, new, cached)
     expected = reference(*tensors, allowed, 0.3)
-    result, _ = absorbed_attention(*tensors, allowed, 0.3)
+    result = absorbed_attention(*tensors, allowed, 0.3)
     assert result.dtype == dtype
     assert (result.double() - expected).abs().max() < TOLERANCE[dtype] * max(1, expected.abs().max())
 
@@ -84,10 +88,27 @@ def test_softcap_and_sinks_equal_reference(monkeypatch, new, rope, extra, mask, 
         options["sinks"] = torch.tensor([-2.0, 0.5, 3.0, 6.0], dtype=dtype)
     tensors, allowed = inputs(dtype, new, cached, rope), masks(mask, dtype, new, cached)
     expected = reference(*tensors, allowed, 0.3, **options)
-    result, _ = absorbed_attention(*tensors, allowed, 0.3, **options)
+    result = absorbed_attention(*tensors, allowed, 0.3, **options)
     assert (result.double() - expected).abs().max() < TOLERANCE[dtype] * max(1, expected.abs().max())
     plain = reference(*tensors, allowed, 0.3)
     assert (expected - plain).abs().max() > 0.03  # the feature does something
+
+
+@pytest.mark.parametrize(("dtype", "path"), DTYPE_PATHS, ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_logarithm_of_the_total(monkeypatch, sinks, dtype, path):
+    """Attention to two halves of the tokens, each with its share, is attention to all of them."""
+    force(monkeypatch, path)
+    (query, rope, latent, keys), new = inputs(dtype, 3, 602, 6), 301
+    sink = torch.tensor([-2.0, 0.5, 3.0, 6.0], dtype=dtype) if sinks else None
+    whole = absorbed_attention(query, rope, latent, keys, None, 0.3, sinks=sink)
+    first, one = absorbed.absorbed_attention(
+        query, rope, latent[:, :, :new], keys[:, :, :new], None, 0.3, summed=True, sinks=sink
+    )
+    second, two = absorbed.absorbed_attention(query, rope, latent[:, :, new:], keys[:, :, new:], None, 0.3, summed=True)
+    share = torch.sigmoid(one.double() - two.double())[..., None]
+    merged = share * first.double() + (1 - share) * second.double()
+    assert (merged - whole.double()).abs().max() < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("path", ["plain", "tall", "stream"])

@@ -20,6 +20,7 @@ from anymla.errors import AnymlaError
 from anymla.evaluation.scores import measure_cache
 from anymla.io.checkpoint import load_model
 from anymla.modeling import exact_window
+from anymla.modeling.exact_cache import ExactWindowLayer
 from anymla.modeling.exact_window import ExactWindowAttention
 from tests.damage import BUNDLED, TRAIN, VALID
 from tests.families import FAST, make_model, save_model, token_ids
@@ -123,7 +124,7 @@ def by_definition(made, hidden, allowed):
 @given(
     length=st.integers(1, 23),
     first=st.integers(0, 23),
-    window=st.integers(1, 25),
+    window=st.integers(2, 25),
     kv_heads=st.sampled_from([1, 2, 4]),
     softcap=st.sampled_from([None, 0.7]),
     sinks=st.booleans(),
@@ -158,7 +159,10 @@ def test_every_chunk_gives_what_the_definition_says(
     finally:
         exact_window.BLOCK, ExactWindowAttention.absorbs = before
     assert close(torch.cat(parts, 1), expected, 1e-12)
-    assert cache.layers[0].exact.keys.shape[2] == min(length, window - 1) if window > 1 else True
+    exact = cache.layers[0].exact
+    for held in (exact.keys, exact.values):
+        assert held.shape[2] == min(length, window - 1)
+        assert held.untyped_storage().nbytes() == held.numel() * 8  # and no more in memory
 
 
 def test_gradients_reach_every_tensor_by_either_form(monkeypatch):
@@ -300,6 +304,28 @@ def test_crop_until_the_window_is_full_or_recorded(model):
         cache.crop(-1)
 
 
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+def test_assisted_decoding(model, how):
+    """Tokens that were guessed wrong leave the cache again, exact ones included."""
+    ids = token_ids(1).repeat(1, 2)  # so that there is something to look up
+    options = {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": model}
+    assert torch.equal(model.generate(ids, **GREEDY | options), model.generate(ids, **GREEDY))
+
+
+def test_an_offloaded_layer_keeps_its_exact_tokens(model):
+    """DynamicCache offloads a layer as soon as it was updated, before the attention goes on."""
+    layer, late = ExactWindowLayer(WINDOW), [torch.randn(1, 2, 9, 4) for _ in range(2)]
+    given = [states.clone() for states in late]
+    layer.update(torch.randn(1, 1, 9, 3), torch.randn(1, 1, 9, 2), late)
+    layer.offload()
+    layer.prefetch()
+    later = [torch.randn(1, 2, 1, 4) for _ in range(2)]
+    new = [states.clone() for states in later]
+    layer.update(torch.randn(1, 1, 1, 3), torch.randn(1, 1, 1, 2), later)
+    for seen, before, last in zip(later, given, new, strict=True):
+        assert torch.equal(seen, torch.cat([before[:, :, -WINDOW + 1 :], last], 2))
+
+
 def test_static_cache_is_refused_by_name(model):
     with pytest.raises(NotImplementedError, match=r"exact window of 6 tokens needs a DynamicCache, got a Static"):
         forward(model, token_ids(), past_key_values=StaticCache(config=model.config, max_cache_len=64))
@@ -353,17 +379,22 @@ with torch.no_grad():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
-def test_half_precision_stays_close(tmp_path):
-    exact = make_model("llama", torch.float64, head_dim=8)
+@pytest.mark.parametrize("bias", [0.0, 20.0])
+def test_half_precision_stays_close(tmp_path, bias):
+    """To what float64 gives: as close as without a window, also where keys have a large constant part."""
+    exact = make_model("qwen2", torch.float64, head_dim=8)
+    for layer in exact.model.layers:
+        layer.self_attn.k_proj.bias.data += bias * torch.sign(layer.self_attn.k_proj.bias.data)
     source, ids = save_model(exact, tmp_path / "source"), token_ids()
-    half = converted(tmp_path, source, kv_cache=0.5)
-    expected = forward(half, ids, use_cache=False)
-    for dtype in (torch.bfloat16, torch.float16):
-        low, cache = load_model(tmp_path / "out", dtype=str(dtype).removeprefix("torch.")), DynamicCache()
-        steps = [forward(low, part, past_key_values=cache) for part in ids.split([30, *[1] * 10], dim=1)]
-        full = forward(low, ids, use_cache=False)
-        lost = (full.double() - expected).abs().mean()
-        assert (torch.cat(steps, 1).double() - expected).abs().mean() < 1.5 * lost + 1e-3
+    for dtype in ("bfloat16", "float16"):
+        lost = {}
+        for window in (0, WINDOW):
+            expected = forward(converted(tmp_path, source, kv_cache=0.5, exact_window=window), ids, use_cache=False)
+            low, cache = load_model(tmp_path / "out", dtype=dtype), DynamicCache()
+            steps = [forward(low, part, past_key_values=cache) for part in ids.split([30, *[1] * 10], dim=1)]
+            full = forward(low, ids, use_cache=False)
+            lost[window] = [(found.double() - expected).abs().mean() for found in (full, torch.cat(steps, 1))]
+        assert max(lost[WINDOW]) < 1.5 * max(lost[0]), (dtype, lost)
 
 
 # --- What is measured for it
@@ -465,6 +496,7 @@ def test_tuning_a_windowed_model(tmp_path):
         ({"target": "vllm"}, "--exact-window is for transformers only: --target vllm"),
         ({"exact_window": 33}, "--exact-window 33 needs calibration windows of at least 66 tokens"),
         ({"exact_window": -1}, "exact_window"),
+        ({"exact_window": 1}, "--exact-window 1 would keep nothing"),
     ],
 )
 def test_refused_settings(source, settings, message):
@@ -473,9 +505,15 @@ def test_refused_settings(source, settings, message):
 
 
 def test_refused_models(tmp_path):
-    sliding = save_model(make_model("mistral", torch.float32, sliding_window=12), tmp_path / "sliding")
-    with pytest.raises(AnymlaError, match="all its layers have a sliding window"):
-        anymla.plan(sliding, exact_window=WINDOW)
+    models = {
+        "all its layers have a sliding window": make_model("mistral", torch.float32, sliding_window=12),
+        "its layers attend in chunks": tiny_model("llama4_text"),
+        "a cache of its own kind": tiny_model("falcon_h1"),
+    }
+    for number, (reason, model) in enumerate(models.items()):
+        source = save_model(model, tmp_path / str(number))
+        with pytest.raises(AnymlaError, match=f"--exact-window cannot be for .*{reason}"):
+            anymla.plan(source, exact_window=WINDOW)
 
 
 @pytest.mark.parametrize("target", ["deepseek", "vllm", "gguf"])

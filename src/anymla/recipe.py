@@ -88,8 +88,8 @@ class Recipe(Settings):
         0,
         ge=0,
         le=MOST,
-        description="Keep the original's own keys and values of the last N tokens beside the latent: better by far, "
-        "for a constant size. For transformers only: no engine's cache has room for them. 0: none.",
+        description="Keep full keys and values of the last N tokens beside the latent, 2 or more: better by far, for a "
+        "constant size. For transformers only: no engine's cache has room for them. 0: none.",
     )
     static_qk_norm: bool = Field(
         False,

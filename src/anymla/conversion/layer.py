@@ -103,26 +103,28 @@ def latent_tensors(source: SourceAttention, layer: ConvertedLayer) -> dict[str, 
 def _encoders(
     source: SourceAttention, key_rows: Tensor, value_rows: Tensor, encoder: Tensor, mean: Tensor
 ) -> dict[str, Tensor]:
-    """What makes latent and channels of x: one matrix, or, where true keys and values are made, several.
+    """What makes latent and channels of x: one matrix, or, where projections and cache are not linear, several.
 
-    ``encoder`` [r,2Gd] is the latent's, ``mean`` [2Gd] what it is centred at.
+    ``encoder`` [r,2Gd] is the latent's, ``mean`` [2Gd] what it is centred at. With an exact window also what makes true
+    keys and, centred, values.
     """
     weights, rank = source.weights, len(value_rows)
     key, value = weights.key.flatten(0, 1), weights.value.flatten(0, 1)
-    from_x, bias = value_rows @ value, value_rows @ weights.value_bias.flatten() - encoder @ mean
-    windowed = "exact_window" in source.features
-    if not weights.key_norm and not windowed:
+    value_bias, offset, windowed = weights.value_bias.flatten(), encoder @ mean, "exact_window" in source.features
+    shift = mean[len(key) :] if windowed else torch.zeros_like(value_bias)
+    true_keys = {"k_proj.weight": key, "k_proj.bias": weights.key_bias.flatten()}
+    true_values = {"v_proj.weight": value, "v_proj.bias": value_bias - shift}
+    from_x, bias = value_rows @ value, value_rows @ value_bias - offset
+    if not weights.key_norm:
         weight, bias_row = key_rows @ key, key_rows @ weights.key_bias.flatten()
         weight[:rank] += from_x
         bias_row[:rank] += bias
-        return {"kv_a_proj_with_mqa.weight": weight, "kv_a_proj_with_mqa.bias": bias_row}
-    tensors = {"k_proj.weight": key, "k_proj.bias": weights.key_bias.flatten(), "k_a_proj_with_mqa.weight": key_rows}
+        tensors = {"kv_a_proj_with_mqa.weight": weight, "kv_a_proj_with_mqa.bias": bias_row}
+        return tensors | true_keys | true_values if windowed else tensors
+    tensors = true_keys | {"k_a_proj_with_mqa.weight": key_rows}
     if "clip" not in source.features and "v_norm" not in source.norms and not windowed:
         return tensors | {"v_a_proj.weight": from_x, "v_a_proj.bias": bias}
-    shift = mean[len(key) :] if windowed else torch.zeros_like(mean[len(key) :])  # exact values are centred as well
-    value_bias, offset = weights.value_bias.flatten() - shift, encoder @ mean - value_rows @ shift
-    tensors |= {"v_proj.weight": value, "v_proj.bias": value_bias}
-    return tensors | {"v_a_proj.weight": value_rows, "v_a_proj.bias": -offset}
+    return tensors | true_values | {"v_a_proj.weight": value_rows, "v_a_proj.bias": value_rows @ shift - offset}
 
 
 def build_attention(original: Any, source: SourceAttention, layer: ConvertedLayer, config: Any) -> LatentAttention:

@@ -95,9 +95,11 @@ def _attend(
         scores.unflatten(1, (-1, new)).add_(mask)
     if sinks is not None:
         scores = torch.cat([scores, sinks[None, :, None].expand(len(scores), -1, -1)], dim=-1)
-    precision = torch.promote_types(scores.dtype, torch.float32)
-    log_total = scores.to(precision).logsumexp(-1) if summed else None
-    weights = scores.softmax(-1)[..., : latent.shape[1]]  # computes in float32 for 16-bit numbers
+    weights, log_total = scores.softmax(-1), None  # computes in float32 for 16-bit numbers
+    if summed:  # the largest weight is exp(the largest score) over the total
+        precision = torch.promote_types(scores.dtype, torch.float32)
+        log_total = scores.amax(-1).to(precision) - weights.amax(-1).to(precision).log()
+    weights = weights[..., : latent.shape[1]]
     return torch.bmm(latent.mT, weights.mT).mT if tall else torch.bmm(weights, latent), log_total
 
 

@@ -1,8 +1,8 @@
-"""A window of exact tokens: the latest keys and values as the original has them, the latent for all older ones.
+"""A window of exact tokens: full keys and values of the latest ones, the latent for all older ones, in one softmax.
 
 One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only. Each query
-sees the last w tokens, itself among them, through their own keys and values and everything before through the latent,
-in one softmax. The window costs w tokens of the original's cache, however long the context is.
+sees the last w tokens, itself among them, through keys and values of their own, as the original does, and everything
+before through the latent. That costs w tokens of the original's cache, however long the context is.
 
 Shapes: B batch, T new tokens, S cached tokens, E = T + w - 1 (at most S) exact tokens, H query heads, G key/value
 heads, d head_dim, R rope dims, r latent rank.
@@ -15,106 +15,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .absorbed import absorbed_attention, additive_mask
+from .exact_cache import make_room
 from .heads import attention_weights, multiply_pairs, score_bias
 from .latent_attention import LatentAttention
 
 BLOCK = 128  # queries at a time where keys are expanded: bounds memory to their scores
 
 
-class ExactWindowLayer(DynamicLayer):
-    """A layer of transformers' DynamicCache that holds, beside latent and rope key, ``exact`` keys and values."""
-
-    def __init__(self, window: int) -> None:
-        super().__init__()
-        self.exact = DynamicSlidingWindowLayer(window)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorders the batch, for beam search."""
-        super().reorder_cache(beam_idx)
-        self.exact.reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every sequence of the batch."""
-        super().batch_repeat_interleave(repeats)
-        self.exact.batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these sequences of the batch."""
-        super().batch_select_indices(indices)
-        self.exact.batch_select_indices(indices)
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Removes the latest tokens.
-
-        Raises:
-            ValueError: exact keys that would be needed then are gone already.
-        """
-        self.exact.crop(*args, **kwargs)
-        super().crop(*args, **kwargs)
-
-    def activate_past_recording(self) -> None:
-        """Keeps exact tokens until the next ``crop``, as assisted decoding asks for."""
-        self.exact.activate_past_recording()
-
-    def reset(self) -> None:
-        """Empties the layer."""
-        super().reset()
-        self.exact.reset()
-
-    def offload(self) -> None:
-        """Moves the layer to the CPU."""
-        super().offload()
-        self.exact.offload()
-
-    def prefetch(self) -> None:
-        """Moves the layer back to its device."""
-        super().prefetch()
-        self.exact.prefetch()
-
-
-def exact_layer(cache: Any, index: int, window: int) -> DynamicSlidingWindowLayer:
-    """Where ``cache``, a DynamicCache, keeps the exact tokens of layer ``index``; made when it is first asked for.
-
-    Raises:
-        NotImplementedError: a kind of cache that has no room for them.
-    """
-    layers: list[Any] = cache.layers
-    if cache.layer_class_to_replicate is DynamicLayer:  # a cache made without a config grows as it is used
-        layers.extend(DynamicLayer() for _ in range(index + 1 - len(layers)))
-    if type(layers[index]) is DynamicLayer and not layers[index].is_initialized:
-        layers[index] = ExactWindowLayer(window)
-    if not isinstance(layers[index], ExactWindowLayer):
-        kind = type(layers[index]).__name__
-        raise NotImplementedError(f"a model with an exact window of {window} tokens needs a DynamicCache, got a {kind}")
-    exact: DynamicSlidingWindowLayer = layers[index].exact
-    return exact
-
-
-def far_and_near(new: int, length: int, rows: slice, window: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Which of ``length`` tokens some ``rows`` of the last ``new`` see by the latent, and which exactly: bool [t,S].
-
-    Columns of the first end where no row sees further, those of the second begin where none sees further back.
-    """
-    places = torch.arange(length - new + rows.start, length - new + rows.stop, device=device)[:, None]
-    last, first = max(0, length - new + rows.stop - window), max(0, length - new + rows.start - window + 1)
-    far = torch.arange(last, device=device) <= places - window
-    columns = torch.arange(first, length - new + rows.stop, device=device)
-    return far, (columns <= places) & (columns > places - window)
-
-
-def scores_of(query: Tensor, key: Tensor) -> Tensor:
+def heads_product(query: Tensor, key: Tensor) -> Tensor:
     """Products [B,H,T,S] of query [B,H,T,n] and key [B,G,S,n], whose heads are not copied."""
     groups = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     return (groups @ key.mT).view(*query.shape[:3], key.shape[2])
 
 
-def bias_of(mask: Tensor | None, allowed: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-    """What a mask, None or [B,1 or H,T,S] (bool or additive), leaves of ``allowed`` [t,s]: additive, [B,1 or H,t,s]."""
-    bias = additive_mask(allowed[None, None], dtype)
-    return bias if mask is None else additive_mask(bias + additive_mask(mask[..., rows, columns], dtype), dtype)
+class Pairs(NamedTuple):
+    """Which of the last ``new`` of ``length`` tokens see which others by the latent, and which exactly."""
+
+    mask: Tensor | None  # [B,1 or H,T,S], bool or additive
+    new: int
+    length: int
+    window: int
+
+    def bias(self, rows: slice, columns: slice, like: Tensor, *, old: bool) -> Tensor:
+        """What the mask leaves of pairs at a distance of the window or more (``old``), or of nearer ones.
+
+        Additive, [B or 1,1 or H,t,s], in the dtype of ``like``.
+        """
+        lowest = torch.finfo(like.dtype).min / 2
+        given = None if self.mask is None else additive_mask(self.mask[..., rows, columns], like.dtype)
+        if old and self.new == 1:  # no more work per cached token than needs be
+            bias = like.new_zeros(1, 1, 1, columns.stop) if given is None else given.clone()
+            bias[..., max(0, self.length - self.window) :] = lowest
+            return bias
+        places = torch.arange(self.length - self.new + rows.start, self.length - self.new + rows.stop)
+        distance = (places[:, None] - torch.arange(columns.start, columns.stop)).to(like.device)
+        allowed = distance >= self.window if old else (distance >= 0) & (distance < self.window)
+        bias = additive_mask(allowed[None, None], like.dtype)
+        return bias if given is None else (bias + given).clamp_min(lowest)
 
 
 class Exact(NamedTuple):
@@ -129,24 +68,30 @@ class Exact(NamedTuple):
     missing: Tensor
 
     def scores(self, rows: slice, columns: slice) -> Tensor:
-        """Scores [B,H,t,e] that lack the same, not scaled."""
-        return scores_of(self.query[:, :, rows], self.key[:, :, columns]) - self.missing[:, :, rows]
+        """Scores [B,H,t,e] that lack the same, not scaled, in float32 or finer: a difference of large numbers."""
+        precision = torch.promote_types(self.query.dtype, torch.float32)
+        query, key = self.query[:, :, rows].to(precision), self.key[:, :, columns].to(precision)
+        return heads_product(query, key) - self.missing[:, :, rows]
 
 
 class ExactWindowAttention(LatentAttention):
-    """Latent attention beside ``exact_window`` tokens of the original's keys and values.
+    """Latent attention beside ``exact_window`` tokens with keys and values of their own.
 
-    The other arguments are those of LatentAttention. The latent is made of true keys and values, as they exist anyway.
-    ``key_mean`` [G,d] is what keys by the latent lack: a constant of all keys would cancel in the softmax, one of the
-    old keys alone does not, so exact scores go without it as well.
+    The other arguments are those of LatentAttention. ``key_mean`` [G,d] is what keys by the latent lack: a constant of
+    all keys would cancel in the softmax, one of the old keys alone does not, so exact scores go without it as well.
     """
 
-    keeps_keys = True
+    keeps_values = True
 
     def __init__(self, original: Any, config: Any, *, exact_window: int, **features: Any) -> None:
         super().__init__(original, config, **features)
         self.exact_window = exact_window
         self.key_mean = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_dim))
+
+    def _make_projections(self, hidden: int, *sizes: Any) -> None:
+        super()._make_projections(hidden, *sizes)
+        if hasattr(self, "kv_a_proj_with_mqa"):  # which makes the latent of x
+            self.k_proj, self.v_proj = (nn.Linear(hidden, self.num_kv_heads * self.head_dim) for _ in range(2))
 
     def attend(
         self,
@@ -163,21 +108,22 @@ class ExactWindowAttention(LatentAttention):
             NotImplementedError: a mask or a cache of a kind that says nothing of single tokens.
         """
         key, value = self.true_kv(hidden_states)
-        latent, rope_key = (part.unsqueeze(1) for part in self.encode(key, value))
-        cached = latent, multiply_pairs(rope_key, *(table[..., self.turns] for table in rope))
-        key = self._turned(key, *rope)
+        cached, late = self.compress(hidden_states, *rope, (key, value)), [self._turned(key, *rope), value]
         if cache is not None:
-            room = exact_layer(cache, self.layer_idx, self.exact_window)
-            cached, (key, value) = cache.update(*cached, self.layer_idx), room.update(key, value)
+            make_room(cache, self.layer_idx, self.exact_window)
+            cached = cache.update(*cached, self.layer_idx, late)
         mask = score_bias(mask, self, hidden_states, cached[0].shape[2], kwargs)
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             raise NotImplementedError("a model with an exact window runs with attn_implementation sdpa or eager only")
         queries, true_query = self.queries(query, *rope), self._turned(query, *rope)
         if self.query_gain is not None:
             true_query = true_query * self.query_gain
-        exact = Exact(true_query, key, value, scores_of(queries[0], self.key_mean[None, :, None]))
+        precision = torch.promote_types(query.dtype, torch.float32)
+        missing = heads_product(queries[0].to(precision), self.key_mean[None, :, None].to(precision))
+        exact = Exact(true_query, late[0], late[1], missing)
         in_latent_space = self.absorbs(query.shape[2], mask)
-        output = (self._absorbed if in_latent_space else self._expanded)(queries, cached, exact, mask)
+        pairs = Pairs(mask, query.shape[2], cached[0].shape[2], self.exact_window)
+        output = (self._absorbed if in_latent_space else self._expanded)(queries, cached, exact, pairs)
         return output.transpose(1, 2), None
 
     def _turned(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -186,7 +132,7 @@ class ExactWindowAttention(LatentAttention):
         return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
 
     def _expanded(
-        self, queries: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], exact: Exact, mask: Tensor | None
+        self, queries: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], exact: Exact, pairs: Pairs
     ) -> Tensor:
         """Both kinds of scores in one softmax, some rows at a time; returns [B,H,T,d].
 
@@ -197,44 +143,40 @@ class ExactWindowAttention(LatentAttention):
         outputs = []
         for start in range(0, new, BLOCK):
             rows = slice(start, min(new, start + BLOCK))
-            far, near = far_and_near(new, length, rows, self.exact_window, query.device)
-            old, late = (
-                slice(0, far.shape[1]),
-                slice(length - new + rows.stop - near.shape[1], length - new + rows.stop),
-            )
+            first, last = (
+                length - new + rows.start,
+                length - new + rows.stop,
+            )  # places of the first row, behind the last
+            old, late = slice(0, max(0, last - self.exact_window)), slice(max(0, first - self.exact_window + 1), last)
             held = slice(late.start - gone, late.stop - gone)
-            scores = [scores_of(query[:, :, rows], key[:, :, old]), exact.scores(rows, held)]
-            biases = [bias_of(mask, far, rows, old, query.dtype), bias_of(mask, near, rows, late, query.dtype)]
-            weights = attention_weights(
-                torch.cat(scores, -1) * self.scaling, torch.cat(biases, -1), self.softcap, self.sinks
-            )
+            far = heads_product(query[:, :, rows], key[:, :, old])
+            scores = torch.cat([far, exact.scores(rows, held)], -1) * self.scaling
+            bias = torch.cat([pairs.bias(rows, old, scores, old=True), pairs.bias(rows, late, scores, old=False)], -1)
+            weights = attention_weights(scores, bias, self.softcap, self.sinks).to(value.dtype)
             weights = dropout(weights, self.attention_dropout, self.training)
-            by_latent, exactly = weights.split([far.shape[1], near.shape[1]], dim=-1)
-            outputs.append(scores_of(by_latent, value[:, :, old].mT) + scores_of(exactly, exact.value[:, :, held].mT))
+            by_latent, exactly = weights.split([far.shape[-1], weights.shape[-1] - far.shape[-1]], dim=-1)
+            output = heads_product(by_latent, value[:, :, old].mT)
+            outputs.append(output + heads_product(exactly, exact.value[:, :, held].mT))
         return torch.cat(outputs, dim=2)
 
     def _absorbed(
-        self, queries: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], exact: Exact, mask: Tensor | None
+        self, queries: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], exact: Exact, pairs: Pairs
     ) -> Tensor:
         """Two attentions, each weighted with its share of the one softmax; shapes as above."""
-        (latent, rope_key), new = cached, queries[0].shape[2]
-        length, dtype, every = latent.shape[2], latent.dtype, slice(0, new)
-        far, near = far_and_near(new, length, every, self.exact_window, latent.device)
-        old, late = slice(0, far.shape[1]), slice(length - near.shape[1], length)
-        held = slice(exact.key.shape[2] - near.shape[1], exact.key.shape[2])
-        scores = exact.scores(every, held).to(torch.promote_types(dtype, torch.float32)) * self.scaling
+        (latent, rope_key), dtype = cached, cached[0].dtype
+        rows, held = slice(0, pairs.new), slice(0, exact.key.shape[2])
+        late = slice(pairs.length - held.stop, pairs.length)
+        scores = exact.scores(rows, held) * self.scaling
         if self.softcap is not None:
             scores = (scores / self.softcap).tanh() * self.softcap
-        scores = scores + bias_of(mask, near, every, late, scores.dtype)
-        near_total = scores.logsumexp(-1, keepdim=True)
-        near_output = scores_of((scores - near_total).exp().to(dtype), exact.value[:, :, held].mT)
-        if not far.shape[1]:
-            if self.sinks is None:
-                return near_output
-            return near_output * torch.sigmoid(near_total - self.sinks[:, None, None]).to(dtype)
-        far_mask = None if mask is None and new == 1 else bias_of(mask, far, every, old, dtype)
+        scores = scores + pairs.bias(rows, late, scores, old=False)
+        near_output = heads_product(scores.softmax(-1).to(dtype), exact.value.mT)
+        # the whole cache with a mask, not a slice of it, which kernels for 16 bits would copy
+        far_mask = pairs.bias(rows, slice(0, pairs.length), latent, old=True)
         features: dict[str, Any] = {"softcap": self.softcap, "sinks": self.sinks, "summed": True}
-        parts = (self.into_latent(queries[0]), queries[1], latent[:, :, old], rope_key[:, :, old], far_mask)
-        context, far_total = absorbed_attention(*parts, self.scaling, **features)
-        share = torch.sigmoid(far_total.to(near_total.dtype)[..., None] - near_total)  # type: ignore[union-attr]
+        query_latent, query_rope = self.into_latent(queries[0]), queries[1]
+        context, far_total = absorbed_attention(
+            query_latent, query_rope, latent, rope_key, far_mask, self.scaling, **features
+        )
+        share = torch.sigmoid(far_total.to(scores.dtype)[..., None] - scores.logsumexp(-1, keepdim=True))  # type: ignore[union-attr]
         return self.out_of_latent(context * share.to(dtype)) + near_output * (1 - share).to(dtype)

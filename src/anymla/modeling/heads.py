@@ -8,12 +8,18 @@ stored half-split, [real parts | imaginary parts], as Llama stores its rope pair
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .absorbed import additive_mask
+
+DROPOUTS = (  # a number or a Dropout, on attention weights and on the output
+    ("attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop"),
+    ("resid_dropout", "out_drop", "hidden_dropout"),
+)
 
 
 def multiply_pairs(pairs: Tensor, real: Tensor, imag: Tensor) -> Tensor:
@@ -131,3 +137,27 @@ def score_bias(
         return mask
     bias = additive_mask(bias, dtype)
     return bias if mask is None else additive_mask(mask, dtype) + bias
+
+
+def dropout_rates(module: Any) -> tuple[float, float]:
+    """The rates of ``module``, on attention weights and on its output, whatever it calls them."""
+    each = [next((getattr(module, name) for name in names if hasattr(module, name)), 0.0) for names in DROPOUTS]
+    attention, output = (float(getattr(found, "p", found)) for found in each)
+    return attention, output
+
+
+def taken(original: Any, name: str | None) -> Any:
+    """A copy of the part ``name`` of ``original``: conversion may permute its weights while the original is in use."""
+    return None if name is None else copy.deepcopy(getattr(original, name))
+
+
+def window_of(original: Any, config: Any, layer: int) -> int | None:
+    """The sliding window of ``layer``: none where the config says so, else the module's own, else the config's.
+
+    Mistral's modules read theirs from the config; EXAONE's keep the config's even in layers with full attention.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        return None
+    window: int | None = getattr(original, "sliding_window", getattr(config, "sliding_window", None))
+    return window

@@ -10,7 +10,6 @@ is [pairs | dims without rope], whatever order its family has: the conversion pe
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -24,38 +23,15 @@ from .absorbed import absorbed_attention, additive_mask
 from .heads import (
     attention_weights,
     causal_mask,
+    dropout_rates,
     multiply_pairs,
     query_temperature,
     rope_tables,
     score_bias,
     split_heads,
+    taken,
+    window_of,
 )
-
-DROPOUTS = ("attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop")
-OUTPUT_DROPOUTS = ("resid_dropout", "out_drop", "hidden_dropout")
-
-
-def dropout_rate(module: Any, names: tuple[str, ...]) -> float:
-    """The rate that ``module`` keeps under the first of ``names`` it has, as a number or a Dropout."""
-    found = next((getattr(module, name) for name in names if hasattr(module, name)), 0.0)
-    return float(getattr(found, "p", found))
-
-
-def taken(original: Any, name: str | None) -> Any:
-    """A copy of the part ``name`` of ``original``: conversion may permute its weights while the original is in use."""
-    return None if name is None else copy.deepcopy(getattr(original, name))
-
-
-def window_of(original: Any, config: Any, layer: int) -> int | None:
-    """The sliding window of ``layer``: none where the config says so, else the module's own, else the config's.
-
-    Mistral's modules read theirs from the config; EXAONE's keep the config's even in layers with full attention.
-    """
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[layer] != "sliding_attention":
-        return None
-    window: int | None = getattr(original, "sliding_window", getattr(config, "sliding_window", None))
-    return window
 
 
 class LatentAttention(nn.Module):
@@ -88,7 +64,7 @@ class LatentAttention(nn.Module):
         adds_residual: whether the module itself adds the residual stream, its second argument.
     """
 
-    keeps_keys = False  # whether true keys and values are cached too (exact_window.py)
+    keeps_values = False  # whether the original's values are made whatever the family (exact_window.py)
     query_rotation: Tensor
     channel_weight: Tensor
     channel_index: Tensor
@@ -134,8 +110,7 @@ class LatentAttention(nn.Module):
         self.rope_table, self.norm_over, self.clip, self.softcap = rope_table, norm_over, clip, softcap
         self.temperature, self.position_bias, self.local_window = temperature, position_bias, local_window
         self.adds_residual, self.gate_activation = adds_residual, gate_activation
-        self.attention_dropout = dropout_rate(original, DROPOUTS)
-        self.output_dropout = dropout_rate(original, OUTPUT_DROPOUTS)
+        self.attention_dropout, self.output_dropout = dropout_rates(original)
         self.sliding_window = window_of(original, config, self.layer_idx)
 
         self.q_norm, self.k_norm = (taken(original, name) for name in norms or (None, None))
@@ -153,13 +128,12 @@ class LatentAttention(nn.Module):
     def _make_projections(self, hidden: int, query_bias: bool, bias: bool, gate: int) -> None:
         keys, cached = self.num_kv_heads * self.head_dim, self.kv_lora_rank + self.qk_rope_head_dim
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=query_bias)
-        linear = self.v_norm is None and self.clip is None and not self.keeps_keys
-        if linear and self.k_norm is None:
+        if self.k_norm is None and self.v_norm is None and self.clip is None:
             self.kv_a_proj_with_mqa = nn.Linear(hidden, cached, bias=bias)
-        else:  # true keys are needed, or something not linear stands between x and the cache: encode the true ones
+        else:  # something not linear stands between x and the cache: encode the true keys and values
             self.k_proj = nn.Linear(hidden, keys)
             self.k_a_proj_with_mqa = nn.Linear(keys, cached, bias=False)
-            if linear:
+            if self.v_norm is None and self.clip is None and not self.keeps_values:
                 self.v_a_proj = nn.Linear(hidden, self.kv_lora_rank)
             else:
                 self.v_proj = nn.Linear(hidden, keys)
@@ -182,6 +156,14 @@ class LatentAttention(nn.Module):
             query = query * query_temperature(positions, **self.temperature).to(query.dtype)
         return query
 
+    def true_kv(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The original's keys before rope [B,G,T,d], and its values, or where no value is made what they come from."""
+        options: dict[str, Any] = {"clip": self.clip, "norm_over": self.norm_over}
+        key = split_heads(self.k_proj(hidden_states), self.head_dim, norm=self.k_norm, **options)
+        if not hasattr(self, "v_proj"):
+            return key, hidden_states
+        return key, split_heads(self.v_proj(hidden_states), self.head_dim, norm=self.v_norm, **options)
+
     def queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Position-free query [B,H,T,d] (expected rotation applied) and rotated channel query [B,H,T,R]."""
         pairs, rest = query.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
@@ -198,29 +180,23 @@ class LatentAttention(nn.Module):
             channels = channels.unflatten(-1, (2, self.channel_fold, -1)).sum(-2).flatten(-2)
         return query_nope, channels
 
-    def compress(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cache keeps of the new tokens: latent [B,1,T,r] and rotated rope key [B,1,T,R]."""
+    def compress(
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor, true_kv: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the cache keeps of the new tokens: latent [B,1,T,r] and rotated rope key [B,1,T,R].
+
+        ``true_kv``: what that method gives, where it was called already.
+        """
         if hasattr(self, "kv_a_proj_with_mqa"):
             compressed = self.kv_a_proj_with_mqa(hidden_states)
             latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         else:
-            latent, rope_key = self.encode(*self.true_kv(hidden_states))
+            key, value = self.true_kv(hidden_states) if true_kv is None else true_kv
+            compressed = self.k_a_proj_with_mqa(key.transpose(1, 2).flatten(2))
+            latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            latent = latent + self.v_a_proj(value.transpose(1, 2).flatten(2) if value.dim() == 4 else value)
         rope_key = multiply_pairs(rope_key.unsqueeze(1), cos[..., self.turns], sin[..., self.turns])
         return latent.unsqueeze(1), rope_key
-
-    def true_kv(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The original's keys before rope [B,G,T,d], and its values, or what the latent is linear in instead."""
-        options: dict[str, Any] = {"clip": self.clip, "norm_over": self.norm_over}
-        key = split_heads(self.k_proj(hidden_states), self.head_dim, norm=self.k_norm, **options)
-        if not hasattr(self, "v_proj"):
-            return key, hidden_states
-        return key, split_heads(self.v_proj(hidden_states), self.head_dim, norm=self.v_norm, **options)
-
-    def encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent [B,T,r] and rope key [B,T,R], not rotated yet, of what ``true_kv`` gives."""
-        compressed = self.k_a_proj_with_mqa(key.transpose(1, 2).flatten(2))
-        latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        return latent + self.v_a_proj(value.transpose(1, 2).flatten(2) if hasattr(self, "v_proj") else value), rope_key
 
     def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuilds key [B,G,S,d+R] and value [B,G,S,d] of every key/value head from the cached [B,1,S,r], [B,1,S,R]."""

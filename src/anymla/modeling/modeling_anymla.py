@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import Cache
+
+from .exact_cache import make_room
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
@@ -24,6 +27,19 @@ class LatentModelMixin(ReplacedAttention):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for layer in config.mla_layers:
             replace_attention(self, **layer)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As always; exact windows have their room in it before assisted decoding asks it to record."""
+        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        windowed = [part for part in self.modules() if isinstance(part, ExactWindowAttention)]  # type: ignore[attr-defined]
+        for attention in windowed if isinstance(cache, Cache) else ():
+            make_room(cache, attention.layer_idx, attention.exact_window)
+        if windowed and cache is not None and generation_config.is_assistant:
+            cache.activate_past_recording()
+        return made
 
 
 def replace_attention(model: Any, module: str, **features: Any) -> None:

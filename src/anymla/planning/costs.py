@@ -37,13 +37,14 @@ def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int, win
     """Cost of absorbed latent attention: H (2r + 2K) multiply-adds per cached token, 2 H d per one of the window."""
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     decoder = 2 * keys * rank
-    if window:  # true keys and values are made, then encoded; the mean of old keys
-        encoder = 2 * (hidden + 1) * keys + keys * (2 * rank + rope_dims) + rank + keys
-    elif spec.qk_norm:  # keys are made and normalised first, then encoded
-        encoder = (hidden + 1) * rank + (hidden + spec.qkv_bias) * keys + keys * (rank + rope_dims)
+    true_key, true_value = (hidden + spec.qkv_bias) * keys, (hidden + 1) * keys
+    if spec.qk_norm:  # keys are made and normalised first, then encoded, and with a window so are values
+        encoder = true_key + keys * (rank + rope_dims) + 2 * spec.head_dim
+        encoder += true_value + (keys + 1) * rank if window else (hidden + 1) * rank
     else:  # one matrix from x, with a bias
-        encoder = (hidden + 1) * (rank + rope_dims)
-    encoder += 2 * spec.head_dim * spec.qk_norm
+        encoder = (hidden + 1) * (rank + rope_dims) + (true_key + true_value if window else 0)
+    encoder += keys if window else 0  # the mean of old keys
+    window = min(window, CONTEXT)
     biases = queries * spec.qkv_bias + hidden
     channels = queries + spec.num_kv_heads * rope_dims + rope_dims // 2  # expected rotation, channel weights, indices
     projections = 2 * hidden * queries + encoder
@@ -77,6 +78,8 @@ def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:
     statistics = 8 * (12 * values**2 + 3 * queries * spec.head_dim + 6 * queries * hidden)
     # a copy of the attention, its gradient and Adam's two moments, in float32 or finer
     learned = 4 * max(4, width) * original_cost(spec, hidden).parameters * (recipe.reconstruction_steps != 0)
+    if recipe.exact_window:  # no fused kernel: scores, weights and their gradients
+        learned += 16 * STEP_TOKENS * min(recipe.calibration_length, blueprint.max_position_embeddings) * spec.num_heads
     head = blueprint.vocab_size * (2 * hidden * width + 4 * 4 * recipe.calibration_length)
     activations = recipe.calibration_tokens * hidden * (3 * width + max(4, width))
     return max(layer + max(statistics, learned), head) + min(activations, machine_memory() // 4) + RUNTIME_BYTES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anymla.architectures.blueprint import AttentionSpec, Blueprint
+from anymla.architectures.families import FAMILIES
 from anymla.errors import InfeasibleError, RecipeError, UnsupportedModelError
 from anymla.recipe import Recipe
 
@@ -23,6 +24,11 @@ def window_refusal(blueprint: Blueprint) -> str | None:
     """Why a model cannot have a window of exact tokens, or None."""
     if blueprint.has_vision:
         return "it sees images, whose tokens may look ahead"
+    family = FAMILIES[blueprint.text_model_type]
+    if family.temperature == "llama4":
+        return "its layers attend in chunks"
+    if family.all_layers_attend:
+        return "its layers mix tokens beside attention too, and transformers has a cache of its own kind for them"
     if all(spec.sliding_window is not None for spec in blueprint.attention_layers.values()):
         return "all its layers have a sliding window anyway"
     return None
@@ -44,6 +50,10 @@ def check_exact_window(model: str, blueprint: Blueprint, recipe: Recipe) -> None
     """
     if not (window := recipe.exact_window):
         return
+    if window == 1:
+        raise RecipeError(
+            "--exact-window 1 would keep nothing: a token sees itself anyway; give 2 or more, or 0 for none"
+        )
     if recipe.target is not None:
         raise RecipeError(
             f"--exact-window is for transformers only: --target {recipe.target} has no room for it, give one of them"
