@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCache:
-    """One layer's cache: numbers and bytes per token, and the bytes of its exact window once that is full."""
+    """One layer's cache: numbers and bytes per token, and the bytes of its exact window once that is full.
+
+    A window is counted as all its tokens, at the size of those that are there.
+    """
 
     numbers: float
     bytes: float

@@ -40,7 +40,7 @@ def model_card(report: Mapping[str, Any], source: str, auto: str) -> str:
     kept = after["cache_bytes_per_token"] / before["cache_bytes_per_token"]
     rows = "\n".join(
         f"| {name} | {scores['perplexity']:.4g} | {scores['kl']:.4g} | {scores['top1_agreement']:.1%} "
-        f"| {scores['cache_bytes_per_token']:g} |"
+        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} |"
         for name, scores in (("original", before), ("converted", after))
     )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -50,7 +50,7 @@ pipeline_tag: {TASKS[auto]}
 tags: [anymla, multi-head-latent-attention, kv-cache]
 {base}---
 
-# {public_name(source)} with multi-head latent attention, {kept:.2%} of the KV cache
+# {public_name(source)} with multi-head latent attention, {kept:.2%} of the KV cache{_headline(recipe)}
 
 On {after["tokens"]:,} held-out tokens of calibration text:
 
@@ -58,7 +58,7 @@ On {after["tokens"]:,} held-out tokens of calibration text:
 |---|---:|---:|---:|---:|
 {rows}
 
-The cache is measured from its tensors.{_window(recipe, after)} Calibration text: {text}.
+The cache is measured from its tensors.{_window(recipe)} Calibration text: {text}.
 
 ## How it was made
 
@@ -88,12 +88,20 @@ model = {auto}.from_pretrained("{FOLDER}")
 """
 
 
-def _window(recipe: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def _headline(recipe: Mapping[str, Any]) -> str:
+    return f" and a window of {recipe['exact_window']} exact tokens" if recipe["exact_window"] else ""
+
+
+def _once(scores: Mapping[str, Any]) -> str:
+    return f" + {scores['cache_window_bytes']:,} once" if scores["cache_window_bytes"] else ""
+
+
+def _window(recipe: Mapping[str, Any]) -> str:
     if not recipe["exact_window"]:
         return ""
     return (
-        f" The last {recipe['exact_window']} tokens are kept as in the original too: {after['cache_window_bytes']:,} "
-        "bytes more, however long the context is."
+        f" The last {recipe['exact_window']} tokens have full keys and values too: bytes that are there once, however "
+        "long the context is."
     )
 
 

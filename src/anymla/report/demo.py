@@ -74,7 +74,8 @@ def run_demo(output: Path, console: Console | None) -> dict[str, Any]:
             "seconds": time.monotonic() - started,
         }
         (folder / MARK).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        quality_plot(folder / "quality.png", _curves(rows), (base.cache_bytes_per_token, base.perplexity))
+        point = base.cache_bytes_per_token, base.perplexity
+        quality_plot(folder / "quality.png", _curves(rows), point, {OURS: "-", WINDOWED: ":"})
         if console is not None:
             _show(console, base, rows, stories, output)
     return results

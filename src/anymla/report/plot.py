@@ -7,11 +7,14 @@ from pathlib import Path
 
 
 def quality_plot(
-    path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], original: tuple[float, float]
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    original: tuple[float, float],
+    own: Mapping[str, str],
 ) -> None:
     """Draws perplexity against measured cache bytes per token, a curve per method, to ``path`` (.png or .svg).
 
-    The first two are drawn heavier, the second dotted.
+    ``own``: the methods to draw heavier, with their line styles.
     """
     import matplotlib
 
@@ -20,17 +23,17 @@ def quality_plot(
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
-    for number, ((name, points), marker) in enumerate(zip(curves.items(), "os^DvP", strict=False)):
-        first = number < 2
+    for (name, points), marker in zip(curves.items(), "os^DvP", strict=False):
+        heavy = name in own
         axes.plot(
             *zip(*sorted(points), strict=True),
             marker=marker,
             label=name,
-            linewidth=2.4 if first else 1.2,
-            linestyle=":" if number == 1 else "-",
-            color="#0b6e4f" if first else None,
-            alpha=1 if first else 0.75,
-            zorder=3 if first else 2,
+            linewidth=2.4 if heavy else 1.2,
+            linestyle=own.get(name, "-"),
+            color="#0b6e4f" if heavy else None,
+            alpha=1 if heavy else 0.75,
+            zorder=3 if heavy else 2,
         )
     axes.axhline(original[1], color="#444444", linestyle="--", linewidth=1)
     axes.annotate(

@@ -169,8 +169,9 @@ def conversion_layers_table(conversion: Conversion) -> Table:
 def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
     """Quality against the original (KL in nats, top-1 agreement) and cache (numbers per token and layer), per model.
 
-    Beside bytes per token stand those of an exact window, where there is one.
+    Where a model has an exact window, so do its bytes, which are there once.
     """
+    windows = any(score.cache_window_bytes for score in scores.values())
     rows = [
         (
             name,
@@ -178,13 +179,14 @@ def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
             "-" if score.kl is None else f"{score.kl:.4f}",
             "-" if score.top1_agreement is None else f"{score.top1_agreement:.1%}",
             f"{score.cache_numbers_per_token_per_layer:g}",
-            size(score.cache_bytes_per_token)
-            + (f" + {size(score.cache_window_bytes)}" if score.cache_window_bytes else ""),
+            size(score.cache_bytes_per_token),
+            *([size(score.cache_window_bytes)] if windows else []),
             f"{score.tokens:,}",
         )
         for name, score in scores.items()
     ]
-    columns = ("model", "perplexity", "KL", "top-1", "numbers", "per token", "tokens")
+    once = ("window, once",) if windows else ()
+    columns = ("model", "perplexity", "KL", "top-1", "numbers", "per token", *once, "tokens")
     return table(title, columns, rows)
 
 
