@@ -321,3 +321,10 @@ def test_json_summary_and_tensorboard(pair, tmp_path, monkeypatch, capfd):
     report = json.loads(run.out)
     assert {"before", "after", "gap_closed", "tokens", "seconds", "original_perplexity"} <= report.keys()
     assert list((tmp_path / "out" / "runs").glob("events*"))
+
+
+def test_a_rate_that_does_harm_is_named(pair, tmp_path, monkeypatch, capfd):
+    command = ["tune", pair[1], "--teacher", pair[0], "-o", tmp_path / "out", "--data", TRAIN, "--eval-data", VALID]
+    command += ["--length", 64, "--tokens", 256, "--eval-tokens", 256, "--device", "cpu", "--learning-rate", 0.5]
+    done = run_main([str(word) for word in command], monkeypatch, capfd)
+    assert done.code == 0 and "the held-out KL rose: give a lower --learning-rate" in done.err, done
