@@ -24,6 +24,7 @@ SCORES = {
     "top1_agreement",
     "cache_bytes_per_token",
     "cache_numbers_per_token_per_layer",
+    "cache_window_bytes",
     "tokens",
 }
 LAYERS, NUMBERS, BYTES = 5, 64, 1280  # of the bundled model: cached numbers per token and layer, bytes per token
@@ -33,6 +34,7 @@ OTHER_THAN_DEFAULT = {
     "rope": "uniform",
     "rope_dims": 4,
     "kv_rank": 9,
+    "exact_window": 16,
     "static_qk_norm": True,
     "factorization": "joint-svd",
     "expected_rotation": False,
@@ -339,7 +341,7 @@ def test_every_setting_is_an_option_of_convert(name, monkeypatch, capfd, tmp_pat
 
 
 def test_every_setting_is_an_option_of_plan(anymla):
-    settings = OTHER_THAN_DEFAULT | {"static_qk_norm": False}  # which goes with another target only
+    settings = OTHER_THAN_DEFAULT | {"static_qk_norm": False, "exact_window": 0}  # which go with another target only
     given = [part for name, value in settings.items() for part in option(name, value)]
     chosen = json.loads(anymla("plan", BUNDLED, "--json", *given))["recipe"]
     assert chosen == settings

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import anymla
+from anymla.calibration.cache_size import CacheSize
 from anymla.calibration.text import bundled_text
 from anymla.errors import CheckpointError
-from anymla.evaluation.scores import CacheSize, ScoreSums, measure_cache
+from anymla.evaluation.scores import ScoreSums, measure_cache
 from anymla.modeling import absorbed
 from anymla.modeling.absorbed import absorbed_attention
 from tests.families import FAST, logits, make_model, save_model, token_ids
@@ -49,7 +50,7 @@ def test_float16_overflow_is_said(tmp_path):
 
 
 def test_scores_of_nan_are_refused():
-    ids, cache = torch.zeros(1, 4, dtype=torch.long), CacheSize(numbers_per_layer=[1.0], bytes=4)
+    ids, cache = torch.zeros(1, 4, dtype=torch.long), CacheSize(numbers_per_layer=[1.0], bytes=4, window_bytes=0)
     sums = ScoreSums()
     sums.add(torch.full((1, 4, 8), torch.nan), ids, torch.zeros(1, 4, 8))
     with pytest.raises(CheckpointError, match="NaN"):
@@ -61,7 +62,7 @@ def test_hopeless_scores_are_finite():
     logits_of_wrong[..., 1] = 1e6
     sums = ScoreSums()
     sums.add(logits_of_wrong, torch.zeros(1, 4, dtype=torch.long), None)
-    scores = sums.scores(CacheSize(numbers_per_layer=[1.0], bytes=4))
+    scores = sums.scores(CacheSize(numbers_per_layer=[1.0], bytes=4, window_bytes=0))
     assert json.loads(json.dumps(scores.to_dict(), allow_nan=False))["perplexity"] > 1e300
 
 
@@ -72,7 +73,7 @@ def test_cache_of_a_window_smaller_than_the_probe():
 def test_few_cached_tokens_of_a_wide_latent(monkeypatch):
     monkeypatch.setattr(absorbed, "STREAM_SIZE", 0)
     tensors = torch.randn(1, 4, 1, 16), torch.randn(1, 4, 1, 2), torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 2)
-    assert absorbed_attention(*tensors, None, 0.1).shape == (1, 4, 1, 16)
+    assert absorbed_attention(*tensors, None, 0.1)[0].shape == (1, 4, 1, 16)
 
 
 def test_paths_and_one_layer_and_short_context(tmp_path):

@@ -83,10 +83,10 @@ def tune(
         )
     if not first_process():
         return
-    if report.after.kl > report.before.kl:
-        err.print("note: the held-out KL rose: give a lower --learning-rate", soft_wrap=True)
     if as_json:
         return print_json(report.to_dict())
+    if report.after.kl > report.before.kl:
+        err.print("note: the held-out KL rose: give a lower --learning-rate", soft_wrap=True)
     from anymla.report.tables import recovery_table
 
     out.print(recovery_table(report))
