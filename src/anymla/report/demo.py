@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from anymla.calibration.text import bundled_text, read_documents, token_windows, tokenize
 from anymla.errors import InfeasibleError, OutputError
 from anymla.evaluation.scores import Scores, score_model
@@ -172,6 +174,6 @@ def _show(console: Console, base: Scores, rows: list[dict[str, Any]], stories: d
     console.print("anymla: 99 gradient steps per layer; by default there are more, and less is lost.")
     console.print("MHA2MLA: joint SVD, the better of 2 and 4 rotated dims per head on held-out calibration text.")
     for name, story in stories.items():
-        console.print(f"\n[bold]{name}:[/bold] {story}")
+        console.print(Text.assemble("\n", (name, "bold"), ": ", story))
     console.print(f"\nWrote {output / 'model'}, {output / MARK} and {output / 'quality.png'}.")
     console.print("Next, on your own model:  anymla inspect MODEL  and  anymla convert MODEL -o OUT --kv-cache 0.25")
