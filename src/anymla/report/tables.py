@@ -167,9 +167,10 @@ def conversion_layers_table(conversion: Conversion) -> Table:
 
 
 def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
-    """Quality against the original (KL in nats, top-1 agreement) and cache (numbers per token and layer), per model.
+    """Quality against the original (KL in nats, top-1 agreement) and cache, per model.
 
-    Where a model has an exact window, so do its bytes, which are there once.
+    The cache as numbers per token and layer and bytes per token; where a model has an exact window, as bytes per token
+    and those of the window, which are there once.
     """
     windows = any(score.cache_window_bytes for score in scores.values())
     rows = [
@@ -178,16 +179,15 @@ def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
             f"{score.perplexity:.3f}",
             "-" if score.kl is None else f"{score.kl:.4f}",
             "-" if score.top1_agreement is None else f"{score.top1_agreement:.1%}",
-            f"{score.cache_numbers_per_token_per_layer:g}",
+            *([] if windows else [f"{score.cache_numbers_per_token_per_layer:g}"]),
             size(score.cache_bytes_per_token),
             *([size(score.cache_window_bytes)] if windows else []),
             f"{score.tokens:,}",
         )
         for name, score in scores.items()
     ]
-    once = ("window, once",) if windows else ()
-    columns = ("model", "perplexity", "KL", "top-1", "numbers", "per token", *once, "tokens")
-    return table(title, columns, rows)
+    cache = ("per token", "+ once") if windows else ("numbers", "per token")
+    return table(title, ("model", "perplexity", "KL", "top-1", *cache, "tokens"), rows)
 
 
 def recovery_table(report: Recovery) -> Table:
