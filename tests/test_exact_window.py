@@ -9,8 +9,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -292,8 +294,12 @@ def test_decode_never_expands_the_cache(model, monkeypatch):
     forward(model, ids[:, 30:31], past_key_values=cache)
 
 
+def has_sliding_layers(model):
+    return any("exact_window" not in layer for layer in model.config.mla_layers)
+
+
 def test_crop_until_the_window_is_full_or_recorded(model):
-    if len(model.config.mla_layers) > sum("exact_window" in layer for layer in model.config.mla_layers):
+    if has_sliding_layers(model):
         pytest.skip("transformers does not crop sliding-window caches")
     ids, cache = token_ids(), DynamicCache(config=model.config)
     expected = forward(model, ids, use_cache=False)
@@ -307,6 +313,8 @@ def test_crop_until_the_window_is_full_or_recorded(model):
 @pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
 def test_assisted_decoding(model, how):
     """Tokens that were guessed wrong leave the cache again, exact ones included."""
+    if how == "assistant" and has_sliding_layers(model) and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("transformers before 5.18 fails with an assistant of sliding windows (huggingface#48280)")
     ids = token_ids(1).repeat(1, 2)  # so that there is something to look up
     options = {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": model}
     assert torch.equal(model.generate(ids, **GREEDY | options), model.generate(ids, **GREEDY))
