@@ -17,7 +17,7 @@ from torch import Tensor
 from anymla.errors import TextError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
-PIECE_CHARACTERS = 16384  # a long document is drawn from in pieces, so that a sample covers the whole file
+PIECE_CHARACTERS = 2048  # a long document is drawn from in pieces of so many, or of about a window if that is more
 MINIMUM_TOKENS = 256
 WINDOWS_AT_LEAST = 8  # of calibration text: to fit on, to choose on, to report on
 DATASET_DOCUMENTS = 4096
@@ -130,11 +130,13 @@ def token_windows(ids: Iterable[int], length: int, source: str | Path, *, at_lea
 
 
 def calibration_windows(source: str | Path, tokenizer: Any, *, tokens: int, length: int, seed: int) -> Tensor:
-    """Windows [N, T] of about ``tokens`` tokens drawn from all over ``source``; the same seed draws the same."""
+    """Windows [N, T] of about ``tokens`` tokens drawn from all over ``source``; the same seed draws the same.
+
+    Long documents are drawn from in pieces of about a window, so that a sample has as many places as it has windows.
+    """
+    size = max(PIECE_CHARACTERS, 4 * length)
     pieces = [
-        document[start : start + PIECE_CHARACTERS]
-        for document in read_documents(source)
-        for start in range(0, len(document), PIECE_CHARACTERS)
+        document[start : start + size] for document in read_documents(source) for start in range(0, len(document), size)
     ]
     random.Random(seed).shuffle(pieces)
     ids = islice(tokenize(pieces, tokenizer), tokens)

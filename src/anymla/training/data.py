@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.calibration.text import PIECE_CHARACTERS, read_documents, token_windows, tokenize
+from anymla.calibration.text import read_documents, token_windows, tokenize
 from anymla.errors import RecipeError, TextError
 from anymla.training.recipe import Tuning
 
@@ -54,7 +54,7 @@ class Source:
         """
         import datasets
 
-        piece = max(PIECE_CHARACTERS, 8 * length)
+        piece = max(16384, 8 * length)
         path = Path(os.path.expanduser(self.name))
         if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
             documents = list(read_documents(self.name))
