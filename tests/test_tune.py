@@ -1,6 +1,7 @@
 """Recovery training in this process: losses, packing, mixtures, adapters, recipes, and what is refused."""
 
 import json
+import sys
 from itertools import pairwise
 
 import pytest
@@ -128,6 +129,13 @@ def test_packed_documents_do_not_see_each_other(pair, expanded):
         assert torch.allclose(packed[start : start + len(document)], alone, atol=1e-10)
         start += len(document)
     check_packing(model)
+
+
+def test_what_is_not_installed_is_named(pair, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RecipeError, match=r"package datasets: pip install 'anymla\[tune\]'"):
+        anymla.tune(pair[1], tmp_path / "out", teacher=pair[0], **TINY)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_mixes_packed_documents_is_refused(monkeypatch):

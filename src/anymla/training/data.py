@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,10 @@ def read_texts(tuning: Tuning, tokenizer: Any, length: int) -> Texts:
 
     Raises:
         TextError: a source cannot be read, or leaves nothing to learn from.
-        RecipeError: no data was given.
+        RecipeError: no data was given, or datasets is not installed.
     """
+    if find_spec("datasets") is None:
+        raise RecipeError("tuning needs the package datasets: pip install 'anymla[tune]'")
     if tuning.data is None:
         raise RecipeError("--data is missing: name a text file, a .jsonl file or a hub data set to learn from")
     sources = [Source.of(text) for text in tuning.data]
