@@ -143,10 +143,7 @@ class ExactWindowAttention(LatentAttention):
         outputs = []
         for start in range(0, new, BLOCK):
             rows = slice(start, min(new, start + BLOCK))
-            first, last = (
-                length - new + rows.start,
-                length - new + rows.stop,
-            )  # places of the first row, behind the last
+            first, last = length - new + rows.start, length - new + rows.stop  # the first row's place, behind the last
             old, late = slice(0, max(0, last - self.exact_window)), slice(max(0, first - self.exact_window + 1), last)
             held = slice(late.start - gone, late.stop - gone)
             far = heads_product(query[:, :, rows], key[:, :, old])
