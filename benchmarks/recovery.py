@@ -69,7 +69,7 @@ def curves_of(model: str, options: argparse.Namespace, scratch: Path, console: C
 def draw(path: Path, models: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
-    figure, rows = pyplot.subplots(len(models), figsize=(7.2, 4.2 * len(models)), layout="constrained", squeeze=False)
+    figure, rows = pyplot.subplots(len(models), figsize=(9.2, 4.2 * len(models)), layout="constrained", squeeze=False)
     for axes, (model, curves) in zip(rows[:, 0], models.items(), strict=True):
         for name, curve in curves.items():
             tokens, perplexities, _ = zip(*curve["points"], strict=True)
@@ -78,8 +78,10 @@ def draw(path: Path, models: dict[str, Any]) -> None:
         original = next(iter(curves.values()))["original"]
         axes.axhline(original, color="#444444", linestyle=":", linewidth=1, label=f"original: {original:.3g}")
         axes.set(yscale="log", xlabel="tokens learned from", ylabel="held-out perplexity (log scale)", title=model)
+        for written in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            written("{x:g}")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
 
 
