@@ -32,7 +32,7 @@ from care import filled_plan, input_grams, without_partial_rope
 from page import plot, write_page
 from peers import METHODS, Method, Settings
 from sensitivity import cases
-from testbed.corpus import documents
+from testbed.corpus import documents, domains
 
 import anymla
 from anymla.calibration.text import bundled_text, calibration_windows, token_windows, tokenize
@@ -119,10 +119,13 @@ def _calibration(model: Path, settings: Settings) -> torch.Tensor:
 
 
 def held_out_windows(model: Path, protocol: Protocol) -> torch.Tensor:
-    """Windows [N,T] to score on."""
-    texts = documents(map(Path, protocol.held_out), protocol.held_out_domain)
-    ids = islice(tokenize(texts, load_tokenizer(model)), protocol.tokens)
-    return token_windows(ids, protocol.length, protocol.held_out[0])
+    """Windows [N,T] to score on: a text's first; where it has several domains, some from all over it."""
+    paths, count = [Path(path) for path in protocol.held_out], protocol.tokens // protocol.length
+    ids = tokenize(documents(paths, protocol.held_out_domain), load_tokenizer(model))
+    if not domains(paths):
+        return token_windows(islice(ids, protocol.tokens), protocol.length, protocol.held_out[0])
+    windows = token_windows(ids, protocol.length, protocol.held_out[0])
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:count]]
 
 
 def measure(model: Path, protocol: Protocol, name: str, budget: float, settings: Settings) -> dict[str, Any]:

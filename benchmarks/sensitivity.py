@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from testbed.corpus import read_rows
+from testbed.corpus import domains
 
 BUDGET = 0.25
 PARTED = (0.25, 0.125)
@@ -36,14 +36,15 @@ def cases(protocol: Any, context: int, budgets: Sequence[float]) -> list[Case]:
     probed = replace(protocol, probe=min(PROBED, context))
     found += [case("probe", probed, PROBE, budget) for budget in budgets]
     found += [case(f"{count} calibration tokens", replace(protocol, calibration_tokens=count)) for count in TOKENS]
-    short = min(protocol.calibration_length, context // LONGER[-1])
-    for times in LONGER:
-        changed = replace(protocol, calibration_length=short, length=short * times)
-        found.append(case(f"windows of {short}, scored on {short * times}", changed))
+    longest = min(protocol.calibration_length, context // LONGER[-1])
+    for length in (longest, longest // 2):
+        for times in LONGER:
+            changed = replace(protocol, calibration_length=length, length=length * times)
+            found.append(case(f"windows of {length}, scored on {length * times}", changed))
     found += [case(f"in {dtype}", protocol, dtype=dtype) for dtype in ("float32", "bfloat16")]
-    domains = sorted({domain for path in protocol.text for domain, _ in read_rows(Path(path))} - {""})
-    for fitted in domains:
-        for scored in domains:
+    kinds = domains(map(Path, protocol.text))
+    for fitted in kinds:
+        for scored in kinds:
             changed = replace(protocol, domain=fitted, held_out_domain=scored)
             found.append(case(f"calibrated on {fitted}, scored on {scored}", changed))
     return found

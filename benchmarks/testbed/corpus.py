@@ -22,3 +22,8 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
 def documents(paths: Iterable[Path], domain: str = "") -> list[str]:
     """The documents of all files, of one domain where one is named."""
     return [text for path in paths for kind, text in read_rows(path) if not domain or kind == domain]
+
+
+def domains(paths: Iterable[Path]) -> list[str]:
+    """The domains of all files' documents; none where these name none."""
+    return sorted({domain for path in paths for domain, _ in read_rows(path)} - {""})
