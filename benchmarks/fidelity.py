@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import random
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from care import filled_plan, input_grams, without_partial_rope
 from page import plot, write_page
 from peers import METHODS, Method, Settings
 from sensitivity import cases
-from testbed.corpus import documents, domains
+from testbed.corpus import documents, domains, sample
 
 import anymla
 from anymla.calibration.text import bundled_text, calibration_windows, token_windows, tokenize
@@ -46,7 +45,6 @@ from anymla.report.demo import bundled_model
 
 BUDGETS = (0.5, 0.3125, 0.25, 0.125, 0.0625)
 CHOICE_TOKENS = 4096  # calibration text on which settings are tried
-SAMPLE_CHARACTERS = 8 << 20  # of a large text, drawn from all of it
 
 
 @dataclass(frozen=True)
@@ -62,19 +60,6 @@ class Protocol:
     domain: str = ""
     held_out_domain: str = ""
     probe: int = 0  # tokens of the longest probe, 0 for none
-
-
-def sample(paths: tuple[str, ...], domain: str, folder: Path) -> Path:
-    """A jsonl file of whole documents of ``paths``, in random order."""
-    texts, size = documents(map(Path, paths), domain), 0
-    random.Random(0).shuffle(texts)
-    target = folder / "calibration.jsonl"
-    with target.open("w") as file:
-        for text in texts:
-            if size < SAMPLE_CHARACTERS:
-                print(json.dumps({"text": text}), file=file)
-            size += len(text)
-    return target
 
 
 def convert_best(model: Path, out: Path, method: Method, budget: float, common: Settings) -> Settings:
@@ -133,7 +118,7 @@ def measure(model: Path, protocol: Protocol, name: str, budget: float, settings:
     method, started = METHODS[name], time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         common: Settings = {
-            "calibration": str(sample(protocol.text, protocol.domain, Path(scratch))),
+            "calibration": sample(map(Path, protocol.text), Path(scratch) / "calibration.jsonl", protocol.domain),
             "calibration_tokens": protocol.calibration_tokens,
             "calibration_length": protocol.calibration_length,
         } | settings

@@ -14,12 +14,13 @@ INTRODUCTION = """# Fidelity
 Made by `python benchmarks/fidelity.py`. All conversions are training-free: anymla's own takes gradient steps,
 one layer at a time against the original layer's output, but sees no labels and goes through no more than that
 layer. KL (nats per token) and top-1 agreement are to the original, on held-out text that neither calibration
-nor any choice of settings has seen. Bytes per token are read from the live cache; only those of CARE without
-partial RoPE are counted, as no cache here holds them: it rebuilds and rotates all keys at every step and cannot
-decode from the latent. The exact window (`--exact-window`) takes half of the bytes in contexts as long as those
-scored, and the latent the other half; in longer ones the window's part vanishes. A method with settings gets
-those that do best on calibration text that was not fitted on. Seconds are those of the whole row, the tries, the
-conversion and the scoring; peak memory is that of its process, most of which is Python, torch and transformers.
+nor any choice of settings has seen; where it has several domains, on windows drawn from all over it. Bytes per
+token are read from the live cache; only those of CARE without partial RoPE are counted, as no cache here holds
+them: it rebuilds and rotates all keys at every step and cannot decode from the latent. The exact window
+(`--exact-window`) takes half of the bytes in contexts as long as those scored, and the latent the other half;
+in longer ones the window's part vanishes. A method with settings gets those that do best on calibration text
+that was not fitted on. Seconds are those of the whole row, the tries, the conversion and the scoring; peak
+memory is that of its process, most of which is Python, torch and transformers.
 """
 
 

@@ -1,6 +1,6 @@
 """Quality against tuning tokens: four recipes, from the paper's conversion and from ours.
 
-python benchmarks/recovery.py [MODEL ...] [--data TEXT] [--held-out TEXT] [--tokens 200000] [--kv-cache 0.125]
+python benchmarks/recovery.py [MODEL ...] [--data TEXT ...] [--held-out TEXT ...] [--tokens 200000] [--kv-cache 0.125]
 
 Prints a table, and writes docs/images/recovery.png and recovery.json beside it. Points along a curve are of one
 run, whose learning rate falls to 0 at its end.
@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib
 from rich.console import Console
+from testbed.corpus import sample
 
 import anymla
 from anymla.calibration.text import bundled_text
@@ -25,6 +26,7 @@ from anymla.report.tables import table
 
 matplotlib.use("Agg")
 
+PIECE = 2048  # characters of held-out text in a row: from all over it
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 STARTS: dict[str, dict[str, Any]] = {
     "anymla": {},
@@ -41,10 +43,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def curves_of(model: str, options: argparse.Namespace, scratch: Path, console: Console) -> dict[str, Any]:
     """(tokens, perplexity, KL) along each run, by start and recipe; what cannot be converted is left out."""
+    data = sample(options.data, scratch / "data.jsonl")
+    held_out = sample(options.held_out, scratch / "held-out.jsonl", piece=PIECE)
     curves: dict[str, Any] = {}
     for start, conversion in STARTS.items():
         try:
-            text = {"calibration": options.data, "calibration_length": options.length}
+            text = {"calibration": data, "calibration_length": options.length}
             anymla.convert(model, scratch / start, kv_cache=options.kv_cache, **text, **conversion)
         except InfeasibleError as error:
             console.print(f"{start}: {error}")
@@ -52,7 +56,7 @@ def curves_of(model: str, options: argparse.Namespace, scratch: Path, console: C
         for recipe, settings in RECIPES.items():
             output = scratch / f"{start}-{len(curves)}"
             sizes = {"tokens": options.tokens, "length": options.length}
-            texts = {"data": options.data, "eval_data": options.held_out, "eval_tokens": options.eval_tokens}
+            texts = {"data": data, "eval_data": held_out, "eval_tokens": options.eval_tokens}
             report = anymla.tune(scratch / start, output, teacher=model, **sizes, **texts, **settings)
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             scored = [line for line in lines if "eval_kl" in line]
@@ -88,10 +92,10 @@ def draw(path: Path, models: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=[str(bundled_model())])
-    parser.add_argument("--data", default=str(bundled_text("train")))
-    parser.add_argument("--held-out", default=str(bundled_text("valid")))
+    parser.add_argument("--data", type=Path, nargs="+", default=[bundled_text("train")])
+    parser.add_argument("--held-out", type=Path, nargs="+", default=[bundled_text("valid")])
     parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--eval-tokens", type=int, default=8192)
+    parser.add_argument("--eval-tokens", type=int, default=16384)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row: not above what the model has learned")
     parser.add_argument("--kv-cache", type=float, default=0.125)
     options = parser.parse_args()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import lzma
+import random
 from collections.abc import Iterable
 from pathlib import Path
 
 from anymla.calibration.text import DOCUMENT_SEPARATOR
+
+SAMPLE_CHARACTERS = 8 << 20  # of a large text, drawn from all of it
 
 
 def read_rows(path: Path) -> list[tuple[str, str]]:
@@ -27,3 +30,17 @@ def documents(paths: Iterable[Path], domain: str = "") -> list[str]:
 def domains(paths: Iterable[Path]) -> list[str]:
     """The domains of all files' documents; none where these name none."""
     return sorted({domain for path in paths for domain, _ in read_rows(path)} - {""})
+
+
+def sample(paths: Iterable[Path], target: Path, domain: str = "", piece: int | None = None) -> str:
+    """Writes documents, or pieces of ``piece`` characters of them, in random order; returns the jsonl file's name."""
+    texts, size = documents(paths, domain), 0
+    if piece is not None:
+        texts = [text[start : start + piece] for text in texts for start in range(0, len(text), piece)]
+    random.Random(0).shuffle(texts)
+    with target.open("w") as file:
+        for text in texts:
+            if size < SAMPLE_CHARACTERS:
+                print(json.dumps({"text": text}), file=file)
+            size += len(text)
+    return str(target)
