@@ -19,8 +19,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from fidelity import Protocol, held_out_windows, sample
+from fidelity import Protocol, held_out_windows
 from rich.console import Console
+from testbed.corpus import sample
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -114,7 +115,7 @@ def main() -> None:
     windows = held_out_windows(options.model, protocol)
     whole = score_model(original, windows)
     with tempfile.TemporaryDirectory() as scratch:
-        out, text = Path(scratch) / "out", sample(protocol.text, "", Path(scratch))
+        out, text = Path(scratch) / "out", sample(map(Path, protocol.text), Path(scratch) / "calibration.jsonl")
         common = {"calibration": text, "calibration_length": options.length, "overwrite": True}
         for share, window in CASES:
             anymla.convert(options.model, out, kv_cache=share, exact_window=window, **common)

@@ -1,10 +1,12 @@
-"""The fidelity benchmark: its corpus, CARE's ranks, and rows that are not measured twice."""
+"""The benchmarks: their corpus, held-out text, CARE's ranks, rows that are not measured twice."""
 
 from __future__ import annotations
 
 import json
 import lzma
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,9 @@ import care
 import fidelity
 import page
 import peers
-from testbed.corpus import documents, read_rows
+from testbed.corpus import documents, domains, read_rows, sample
+
+BENCHMARKS = Path(fidelity.__file__).parent
 
 
 def test_corpus_reads_every_kind(tmp_path):
@@ -34,6 +38,42 @@ def test_corpus_reads_every_kind(tmp_path):
     assert read_rows(tmp_path / "a.jsonl") == read_rows(tmp_path / "a.jsonl.xz") == expected
     assert read_rows(tmp_path / "a.txt") == [("", "one"), ("", "two")]
     assert documents([tmp_path / "a.jsonl"] * 2, "code") == ["two", "two"]
+    assert domains([tmp_path / "a.jsonl", tmp_path / "a.txt"]) == ["books", "code"]
+    assert domains([tmp_path / "a.txt"]) == []
+
+
+def test_sample_is_all_text_in_random_pieces(tmp_path):
+    (tmp_path / "a.txt").write_text("one two three\n<|endoftext|>\nfour")
+    drawn = [text for _, text in read_rows(Path(sample([tmp_path / "a.txt"], tmp_path / "b.jsonl", piece=4)))]
+    assert sorted(drawn) == sorted(["one", "two", "thre", "e", "four"])
+
+
+def test_held_out_windows_come_from_every_domain(tmp_path):
+    texts = {"books": "the sun", "code": "a dog"}  # hundreds of windows of one, then of the other
+    rows = [{"domain": domain, "text": text * 2000} for domain, text in texts.items()]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(row["text"] for row in rows))
+    protocol = fidelity.Protocol((), (), 1024, 64, 1024, 64)
+
+    def scored(name, **changes):
+        paths = {"held_out": (str(tmp_path / name),)}
+        windows = fidelity.held_out_windows(bundled_model(), replace(protocol, **paths, **changes))
+        assert windows.shape == (16, 64)
+        return set(windows.unique().tolist()) - {1}  # without BOS
+
+    books, code = (scored("a.jsonl", held_out_domain=domain) for domain in texts)
+    assert scored("a.jsonl") & (code - books)
+    assert scored("a.txt").isdisjoint(code - books)
+
+
+SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if "def main" in path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_benchmark_starts(script):
+    started = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    assert "usage" in started.stdout
 
 
 @given(st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=1, max_size=4), st.integers(0, 12))
