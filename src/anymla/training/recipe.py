@@ -30,7 +30,7 @@ class Tuning(Settings):
     eval_data: str | None = Field(
         None, min_length=1, description="Text to score on while tuning. Default: some documents of the data."
     )
-    eval_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens to score on.")
+    eval_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens to score on; of --eval-data the first.")
     tokens: int = Field(200_000, ge=256, le=MOST, description="Tokens to learn from, over all stages and processes.")
     layerwise: float = Field(
         0.1,
