@@ -25,6 +25,7 @@ from anymla.conversion.refit import refit_output
 from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.factorization import FACTORIZATIONS
 from anymla.modeling.absorbed import additive_mask
+from anymla.modeling.arguments import without_cache
 from anymla.modeling.heads import rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.planning.costs import TRIED_FROM
@@ -155,7 +156,7 @@ class LayerStep:
     def _check(self, step: AttentionStep, index: int) -> None:
         """Refuses to convert what is not understood: at full budget a window's attention must be the original's."""
         whole = self._whole(self.read)
-        arguments = {name: value for name, value in step.arguments.items() if name != "past_key_values"}
+        arguments = without_cache(step.arguments)
         found, expected = first(whole(step.inputs[:1], **arguments)).double(), step.attended[:1].double()
         off = ((found - expected).square().mean() / expected.square().mean().clamp_min(1e-300)).sqrt().item()
         if off > (0.1 if step.inputs.dtype.itemsize == 2 else 1e-2):
@@ -167,7 +168,7 @@ class LayerStep:
     def _add_norms_lost(self, step: AttentionStep, chosen: slice) -> None:
         """Adds the squared loss of a batch's output that static norms make at full budget."""
         if len(inputs := step.inputs[chosen]):
-            arguments = {name: value for name, value in step.arguments.items() if name != "past_key_values"}
+            arguments = without_cache(step.arguments)
             lost = first(self._whole(self.source)(inputs, **arguments)).double() - step.attended[chosen].double()
             self.norms_lost += lost.square().sum().item()
 

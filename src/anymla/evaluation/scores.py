@@ -13,6 +13,7 @@ from torch import Tensor
 from anymla.calibration.cache_size import CacheSize, LayerCache
 from anymla.calibration.parallel import all_sum
 from anymla.errors import CheckpointError
+from anymla.modeling.arguments import cache_of
 
 CACHE_PROBE_TOKENS = 8
 LARGEST_LOSS = 700.0  # nats; keeps the perplexity a finite number
@@ -101,7 +102,7 @@ class ScoreSums:
 def measure_cache(model: Any) -> CacheSize:
     """Runs a few tokens through ``model`` and reads the tensors that its cache then holds."""
     ids = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long, device=model.device)
-    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    layers = cache_of(model(input_ids=ids, use_cache=True)).layers
     return CacheSize.of([LayerCache.of(layer) for layer in layers if getattr(layer, "keys", None) is not None])
 
 

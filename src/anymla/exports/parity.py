@@ -14,6 +14,7 @@ from torch import Tensor
 from anymla.errors import ParityError
 from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.io.config import read_object
+from anymla.modeling.arguments import cache_argument, cache_of
 
 PROMPTS = (
     "Once upon a time, there was a little girl who",
@@ -219,14 +220,14 @@ def _continued(model: Any, ids: Tensor, count: int) -> Tensor:
     """``ids`` [1,T] and the ``count`` likeliest tokens behind it, decoded one by one with a cache."""
     new, cache = ids, None
     for _ in range(count):
-        output = model(input_ids=new, past_key_values=cache, use_cache=True)
-        cache, new = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=new, use_cache=True, **{cache_argument(model): cache})
+        cache, new = cache_of(output), output.logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, new], dim=1)
     return ids
 
 
 @torch.no_grad()
 def _cached_numbers(model: Any, ids: Tensor) -> float:
-    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    layers = cache_of(model(input_ids=ids, use_cache=True)).layers
     held: int = sum(tensor.numel() for layer in layers for tensor in (layer.keys, layer.values))
     return held / ids.shape[1] / len(layers)

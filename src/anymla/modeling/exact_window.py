@@ -121,9 +121,11 @@ class ExactWindowAttention(LatentAttention):
         precision = torch.promote_types(query.dtype, torch.float32)
         missing = heads_product(queries[0].to(precision), self.key_mean[None, :, None].to(precision))
         exact = Exact(true_query, late[0], late[1], missing)
-        in_latent_space = self.absorbs(query.shape[2], mask)
         pairs = Pairs(mask, query.shape[2], cached[0].shape[2], self.exact_window)
-        output = (self._absorbed if in_latent_space else self._expanded)(queries, cached, exact, pairs)
+        if self.absorbs(query.shape[2], mask) and (up := self.up_projections(query)) is not None:
+            output = self._absorbed(queries, cached, exact, pairs, up)
+        else:
+            output = self._expanded(queries, cached, exact, pairs)
         return output.transpose(1, 2), None
 
     def _turned(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -157,9 +159,14 @@ class ExactWindowAttention(LatentAttention):
         return torch.cat(outputs, dim=2)
 
     def _absorbed(
-        self, queries: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], exact: Exact, pairs: Pairs
+        self,
+        queries: tuple[Tensor, Tensor],
+        cached: tuple[Tensor, Tensor],
+        exact: Exact,
+        pairs: Pairs,
+        up: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Two attentions, each weighted with its share of the one softmax; shapes as above."""
+        """Two attentions, each weighted with its share of the one softmax; shapes as above, ``up``: W_uk and W_uv."""
         (latent, rope_key), dtype = cached, cached[0].dtype
         rows, held = slice(0, pairs.new), slice(0, exact.key.shape[2])
         late = slice(pairs.length - held.stop, pairs.length)
@@ -171,9 +178,9 @@ class ExactWindowAttention(LatentAttention):
         # the whole cache with a mask, not a slice of it, which kernels for 16 bits would copy
         far_mask = pairs.bias(rows, slice(0, pairs.length), latent, old=True)
         features: dict[str, Any] = {"softcap": self.softcap, "sinks": self.sinks, "summed": True}
-        query_latent, query_rope = self.into_latent(queries[0]), queries[1]
+        query_latent, query_rope = self.into_latent(queries[0], up[0]), queries[1]
         context, far_total = absorbed_attention(
             query_latent, query_rope, latent, rope_key, far_mask, self.scaling, **features
         )
         share = torch.sigmoid(far_total.to(scores.dtype)[..., None] - scores.logsumexp(-1, keepdim=True))  # type: ignore[union-attr]
-        return self.out_of_latent(context * share.to(dtype)) + near_output * (1 - share).to(dtype)
+        return self.out_of_latent(context * share.to(dtype), up[1]) + near_output * (1 - share).to(dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .arguments import make_fit, take_cache
 from .heads import multiply_pairs, rope_tables, split_heads
 
 
@@ -157,12 +158,18 @@ class FamilyAttention(nn.Module):
         residual: Tensor | None = None,
         position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        *,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention over ``hidden_states`` [B,T,D] and the cache, as the layers of transformers call it."""
-        cache = kwargs.pop("layer_past", None) if past_key_values is None else past_key_values
+        """Attention over ``hidden_states`` [B,T,D] and the cache, as the layers of transformers call it.
+
+        Raises:
+            TypeError: an argument that holds a cache or a tensor is not known (arguments.py).
+        """
+        cache = take_cache(kwargs)
+        if cache is not None:
+            make_fit(cache, self.mla.layer_idx, hidden_states, self.mla.kv_lora_rank, self.mla.qk_rope_head_dim)
         cos, sin = rope_tables(
             self.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states, self.config
         )

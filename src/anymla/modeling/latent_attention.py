@@ -20,6 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .absorbed import absorbed_attention, additive_mask
+from .arguments import make_fit, take_cache
+from .dense_weight import dense_weight, is_plain
 from .heads import (
     attention_weights,
     causal_mask,
@@ -205,24 +207,36 @@ class LatentAttention(nn.Module):
         key_nope, value = expanded.permute(3, 0, 2, 1, 4).unbind()
         return torch.cat([key_nope, k_pe.expand(-1, key_nope.shape[1], -1, -1)], dim=-1), value
 
-    def attend_absorbed(
-        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """W_uk moves to the query and W_uv behind the attention; returns [B,T,H,d]."""
-        cached = (latent, rope_key, mask, self.scaling)
-        query_latent = self.into_latent(query_nope)
-        context, _ = absorbed_attention(query_latent, query_rope, *cached, softcap=self.softcap, sinks=self.sinks)
-        return self.out_of_latent(context).transpose(1, 2)
+    def up_projections(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """W_uk and W_uv [G,d,r], in the dtype of ``like``; None where an adapter makes them no matrices."""
+        weight = dense_weight(self.kv_b_proj, self.kv_lora_rank, like)
+        if weight is None:
+            return None
+        up_key, up_value = weight.unflatten(0, (-1, 2, self.head_dim)).unbind(1)
+        return up_key, up_value
 
-    def into_latent(self, query_nope: Tensor) -> Tensor:
-        """The position-free query [B,H,T,d] times W_uk: [B,H,T,r]."""
-        up_key = self.kv_b_proj.weight.unflatten(0, (-1, 2, self.head_dim))[:, 0]  # [G,d,r]
+    def attend_absorbed(
+        self,
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latent: Tensor,
+        rope_key: Tensor,
+        mask: Tensor | None,
+        up: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """W_uk moves to the query and W_uv behind the attention (``up``: both); returns [B,T,H,d]."""
+        cached = (latent, rope_key, mask, self.scaling)
+        query_latent = self.into_latent(query_nope, up[0])
+        context, _ = absorbed_attention(query_latent, query_rope, *cached, softcap=self.softcap, sinks=self.sinks)
+        return self.out_of_latent(context, up[1]).transpose(1, 2)
+
+    def into_latent(self, query_nope: Tensor, up_key: Tensor) -> Tensor:
+        """The position-free query [B,H,T,d] times W_uk [G,d,r]: [B,H,T,r]."""
         groups = query_nope.reshape(len(query_nope), len(up_key), -1, self.head_dim)
         return (groups @ up_key).view(*query_nope.shape[:3], -1)
 
-    def out_of_latent(self, context: Tensor) -> Tensor:
-        """Attention over latents [B,H,T,r] times W_uv: [B,H,T,d]."""
-        up_value = self.kv_b_proj.weight.unflatten(0, (-1, 2, self.head_dim))[:, 1]
+    def out_of_latent(self, context: Tensor, up_value: Tensor) -> Tensor:
+        """Attention over latents [B,H,T,r] times W_uv [G,d,r]: [B,H,T,d]."""
         groups = context.reshape(len(context), len(up_value), -1, self.kv_lora_rank)
         return (groups @ up_value.mT).view(*context.shape[:3], -1)
 
@@ -262,7 +276,7 @@ class LatentAttention(nn.Module):
 
     def absorbs(self, new: int, mask: Tensor | None) -> bool:
         """Whether latent space takes fewer multiply-adds than expanding the cache, and the mask allows it."""
-        if self.training and self.attention_dropout > 0:
+        if self.training and (self.attention_dropout > 0 or not is_plain(self.kv_b_proj)):  # adapters drop out, too
             return False
         if not (mask is None and new == 1) and not (isinstance(mask, Tensor) and mask.dim() == 4):
             return False
@@ -275,14 +289,19 @@ class LatentAttention(nn.Module):
         residual: Tensor | None = None,
         position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        *,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention over ``hidden_states`` [B,T,D] and the cache, as the layers of transformers call it."""
+        """Attention over ``hidden_states`` [B,T,D] and the cache, as the layers of transformers call it.
+
+        Raises:
+            NotImplementedError: attention weights are asked for.
+            TypeError: an argument that holds a cache or a tensor is not known (arguments.py).
+        """
         if kwargs.pop("output_attentions", False):
             raise NotImplementedError("a converted model does not return attention weights: decode never forms them")
-        cache = kwargs.pop("layer_past", None) if past_key_values is None else past_key_values
+        cache = take_cache(kwargs)
         if position_ids is None and self.temperature is not None:
             seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
             position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device)[None]
@@ -306,11 +325,12 @@ class LatentAttention(nn.Module):
         query_nope, query_rope = self.queries(query, *rope)
         latent, rope_key = self.compress(hidden_states, *rope)
         if cache is not None:
+            make_fit(cache, self.layer_idx, hidden_states, self.kv_lora_rank, self.qk_rope_head_dim)
             latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
         mask = score_bias(mask, self, hidden_states, latent.shape[-2], kwargs)
         inputs = (query_nope, query_rope, latent, rope_key, mask)
-        if self.absorbs(query.shape[2], mask):
-            return self.attend_absorbed(*inputs), None
+        if self.absorbs(query.shape[2], mask) and (up := self.up_projections(query)) is not None:
+            return self.attend_absorbed(*inputs, up), None
         return self.attend_expanded(*inputs, **kwargs)
 
     def _project(self, output: Tensor, hidden_states: Tensor, residual: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import Cache
 
+from .arguments import CACHE_NAMES
 from .exact_cache import make_room
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
@@ -33,7 +34,7 @@ class LatentModelMixin(ReplacedAttention):
     ) -> Any:
         """As always; exact windows have their room in it before assisted decoding asks it to record."""
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        cache = model_kwargs.get("past_key_values")
+        cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
         windowed = [part for part in self.modules() if isinstance(part, ExactWindowAttention)]  # type: ignore[attr-defined]
         for attention in windowed if isinstance(cache, Cache) else ():
             make_room(cache, attention.layer_idx, attention.exact_window)

@@ -1,0 +1,72 @@
+"""The matrix that a linear module stands for: absorbed attention needs it as it is, not a product with it.
+
+One of the modelling files that travel with every converted checkpoint; it needs torch only. The weight of a module may
+be quantised, on another device until a hook fetches it, or have an adapter beside it. All of them know how to multiply,
+so the module is asked for its products with the unit vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SETTINGS = (bool, int, float, str, tuple, list, dict, set)  # types of attributes that adapters are steered by
+_KEPT = "_dense_weight"  # where a module keeps its matrix and the state that the matrix is of
+_EVERY_MODULE = {*vars(nn.Module()), _KEPT} - {"training"}
+
+
+def dense_weight(module: nn.Module, size: int, like: Tensor) -> Tensor | None:
+    """The weight [out,size] of a linear ``module``, adapters and quantisation included, in the dtype of ``like``.
+
+    None where the module adds a constant: then no matrix does what it does. What products gave is kept until the
+    module's parameters or settings change; never while gradients flow or where hooks are at work.
+    """
+    if is_plain(module):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight
+    if _hooked(module) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _products(module, size, like)
+    state = (like.dtype, like.device, _state(module))
+    kept = module.__dict__.get(_KEPT)
+    if kept is None or kept[0] != state:
+        kept = (state, _products(module, size, like))
+        module.__dict__[_KEPT] = kept
+    return kept[1]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module is a linear layer whose weight is what it looks like."""
+    if type(module) is not nn.Linear or _hooked(module) or module.bias is not None:
+        return False
+    return type(module.weight) in (nn.Parameter, Tensor) and module.weight.is_floating_point()
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether something else acts when the module, or a part of it, is called."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) or "_hf_hook" in vars(part)
+        for part in module.modules()
+    )
+
+
+def _products(module: nn.Module, size: int, like: Tensor) -> Tensor | None:
+    """The products of the module with all unit vectors, less what it makes of zero."""
+    unit = torch.eye(size + 1, size, dtype=like.dtype, device=like.device)  # the last row is zero
+    products: Tensor = module(unit[None])[0].to(like.dtype)
+    if products[-1].any():
+        return None
+    return products[:-1].mT
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """What changes when the module does: which tensors it has, how often they were written to, its settings."""
+    tensors = [(id(t), t.data_ptr(), t._version) for t in (*module.parameters(), *module.buffers())]
+    settings = [
+        (name, key, repr(value))
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if key not in _EVERY_MODULE and isinstance(value, _SETTINGS)
+    ]
+    return tuple(tensors), tuple(settings)
