@@ -25,7 +25,7 @@ class LatentModelMixin(ReplacedAttention):
     """Puts LatentAttention into the stock model, where ``config.mla_layers`` says, before any weight is loaded."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(config, *args, **kwargs)
         for layer in config.mla_layers:
             replace_attention(self, **layer)
 
