@@ -215,7 +215,7 @@ def _convert(
 
     sequence = Sequence(streamed, blueprint, plan, windows, work)
     converted = sequence.run(sizes.memory // world(), sizes.shard, progress)
-    before, after = held_out_scores(streamed, converted, tuples=sequence.family.layers_give_tuples)
+    before, after = held_out_scores(streamed, converted, tuples=sequence.tuples)
     results = [record.result for record in converted.records]
     report = Conversion(
         output=work.output,

@@ -36,7 +36,6 @@ class Family:
     temperature: str | None = None  # of queries by position: 'llama4' or 'ministral3'
     position_bias: str | None = None  # modeling/heads.py, score_bias
     batched: bool = True  # layers take the mask and position bias of one window for many
-    layers_give_tuples: bool = False  # decoder layers return (hidden states, ...)
     gate_activation: str | None = None  # of a gate on the heads' output; None: sigmoid
     adds_residual: bool = False  # the attention module itself adds the residual stream
     beyond: str | None = None  # what its attention does that the latent attention of engines does not
@@ -61,21 +60,19 @@ _POST_NORM = Family(plain_residual=False)
 FAMILIES: dict[str, Family] = {
     "afmoe": Family(beyond=_GATE, qk_norm=True, rope_layers="sliding", plain_residual=False),
     "apertus": Family(qk_norm=True),
+    "apertus1p5_text": Family(qk_norm=True),
     "arcee": Family(),
     "aria_text": Family(),
-    "bamba": replace(_PARTIAL, defaults=_HALF_ROPE, layers_give_tuples=True),
+    "bamba": replace(_PARTIAL, defaults=_HALF_ROPE),
     "biogpt": replace(_GPT, unserved="its head is not called lm_head, the only one that vLLM looks for"),
     "bitnet": Family(beyond="a norm before the output projection"),
-    "bloom": replace(
-        _GPT, fused="grouped", position_bias="alibi", batched=False, layers_give_tuples=True, adds_residual=True
-    ),
+    "bloom": replace(_GPT, fused="grouped", position_bias="alibi", batched=False, adds_residual=True),
     "codegen": Family(
         defaults={"rotary_dim": 64},
         fused="codegen",
         rope="interleaved",
         rope_table="sinusoids",
         partial_rope="rotary_dim",
-        layers_give_tuples=True,
         qkv_bias=False,
         output_bias=False,
     ),
@@ -88,6 +85,7 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family(qk_norm=True),
     "ernie4_5": Family(plain_block=True, rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
     "ernie4_5_moe": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
+    "exaone": Family(),
     "exaone4": Family(
         defaults={"sliding_window_pattern": 4}, qk_norm=True, rope_layers="sliding-or-all", plain_residual=False
     ),
@@ -98,11 +96,10 @@ FAMILIES: dict[str, Family] = {
         fused="grouped",
         position_bias="scaled-alibi",
         batched=False,
-        layers_give_tuples=True,
         qkv_bias="bias",
         output_bias="bias",
     ),
-    "falcon_h1": Family(all_layers_attend=True, plain_residual=False, layers_give_tuples=True),
+    "falcon_h1": Family(all_layers_attend=True, plain_residual=False),
     "flex_olmo": Family(qk_norm=True, plain_residual=False),
     "flint": Family(beyond=_SINKS, qk_norm=True, rope_layers="sliding"),
     "gemma": Family(),
@@ -116,7 +113,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": replace(_PARTIAL, defaults=_HALF_ROPE, qk_norm="use_qk_norm"),
     "gpt2": _GPT,
     "gpt_bigcode": replace(_GPT, defaults={"multi_query": True}, fused="grouped"),
-    "gpt_neo": replace(_GPT, qkv_bias=False, position_bias="window", scaling=1.0, layers_give_tuples=True),
+    "gpt_neo": replace(_GPT, qkv_bias=False, position_bias="window", scaling=1.0),
     "gpt_neox": Family(
         defaults={"rotary_pct": 0.25}, fused="grouped", partial_rope="rotary_pct", qkv_bias=True, output_bias=True
     ),
@@ -126,7 +123,6 @@ FAMILIES: dict[str, Family] = {
         rope="interleaved",
         rope_table="sinusoids",
         partial_rope="rotary_dim",
-        layers_give_tuples=True,
         qkv_bias=False,
         output_bias=False,
     ),
@@ -152,6 +148,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": Family(qk_norm=True),
     "lfm3": Family(beyond=_GATE, qk_norm=True),
     "llama": Family(plain_block=True),
+    "lara_mini": Family(qk_norm=True, rope_layers="sliding"),
     "llama4_text": Family(
         defaults={"use_qk_norm": True},
         rope="interleaved",
@@ -169,7 +166,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(plain_block=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family(),
     "modernbert-decoder": Family(),
-    "mpt": Family(rope=None, clip=True, batched=False, position_bias="mpt", layers_give_tuples=True),
+    "mpt": Family(rope=None, clip=True, batched=False, position_bias="mpt"),
     "nanochat": Family(qk_norm=True, norm_after_rope=True, rope_table="backwards"),
     "nemotron": replace(_PARTIAL, defaults=_HALF_ROPE),
     "nemotron_h": Family(rope=None),
@@ -198,6 +195,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_text": Family(inside=True, qk_norm=True),
     "qwen3_next": replace(_PARTIAL, beyond=_GATE, defaults=_QWEN_NEXT, qk_norm=True),
     "seed_oss": Family(plain_block=True, qkv_bias="attention_bias", output_bias="attention_out_bias"),
+    "sarvam_moe": replace(_PARTIAL, qk_norm="use_qk_norm"),
     "smollm3": Family(plain_block=True, rope_layers="no_rope_layers"),
     "solar_open": _PARTIAL,
     "stablelm": replace(_PARTIAL, defaults={"partial_rotary_factor": 0.25}, qk_norm="qk_layernorm"),
@@ -275,6 +273,7 @@ REFUSED: dict[str, str] = {
             "kimi_linear",
             "longcat_flash",
             "minicpm3",
+            "sarvam_mla",
             "youtu",
         ),
         _MLA,
@@ -303,8 +302,10 @@ REFUSED: dict[str, str] = {
         "a multi-modal model that anymla has no test of",
     ),
     "gpt_neox_japanese": "its attention hands its output bias to the layer instead of adding it",
-    "hrm_text": "layers run several times per token, each with a cache of its own",
-    **dict.fromkeys(("inkling2_text", "inkling_text"), "keys and values pass a convolution over tokens"),
+    **dict.fromkeys(("dory", "hrm_text"), "layers run several times per token, each with a cache of its own"),
+    **dict.fromkeys(
+        ("inkling2_loop_text", "inkling2_text", "inkling_text"), "keys and values pass a convolution over tokens"
+    ),
     "jetmoe": "queries and outputs pass through experts (mixture of attention heads)",
     "mimo_v2_flash": "values are wider than keys",
     "mllama": "cross-attention layers on images between the text layers",
