@@ -177,3 +177,20 @@ def test_what_products_gave_is_kept_until_something_changes():
         layer.lora_A["default"].weight.mul_(2)
         assert dense_weight(layer, 8, torch.empty(0)) is not first
     assert dense_weight(layer, 8, torch.empty(0)).requires_grad  # gradients flow: nothing is kept
+
+
+def test_an_adapter_of_the_original_is_not_lost_without_a_word(folders, tmp_path):
+    """Its part on modules that both have is put on; of the rest peft says nothing, so the model does."""
+    targets = ["q_proj", "v_proj", "up_proj"]
+    trained = peft.get_peft_model(
+        load(folders.source), peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+    )
+    trained.save_pretrained(tmp_path / "adapter")
+    if any("v_proj" in name for name, _ in load(folders.out).named_modules()):
+        pytest.skip("an exact window keeps v_proj")
+    with pytest.warns(UserWarning, match=r"targets v_proj, which a converted model does not have.*--adapter"):
+        model = peft.PeftModel.from_pretrained(load(folders.out), tmp_path / "adapter").eval()
+    assert gap(model) < 1e-4
+    with pytest.warns(UserWarning, match="targets v_proj"):
+        load(folders.out).load_adapter(str(tmp_path / "adapter"))
+    assert (logits(model) - logits(model.unload())).abs().max() > 0.1
