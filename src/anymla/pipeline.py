@@ -27,7 +27,7 @@ from anymla.io.checkpoint import (
 )
 from anymla.io.device import machine_memory, pick_device
 from anymla.outcomes import Conversion, Inspection
-from anymla.planning.plan import Plan, check_plan, explain, make_plan
+from anymla.planning.plan import Plan, check_plan, explain, make_plan, plan_bytes
 from anymla.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -217,12 +217,14 @@ def _convert(
     converted = sequence.run(sizes.memory // world(), sizes.shard, progress)
     before, after = held_out_scores(streamed, converted, tuples=sequence.family.layers_give_tuples)
     results = [record.result for record in converted.records]
+    final = _final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results)
     report = Conversion(
         output=work.output,
-        plan=_final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results),
+        plan=final,
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
+        cache_bytes_at=plan_bytes(final, blueprint),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
         anymla_version=__version__,

@@ -19,10 +19,18 @@ RUNTIME_BYTES = 500 << 20  # Python, torch and transformers themselves
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Attention weights of one layer, and floating point operations of one decoded token at 4096 cached tokens."""
+    """Attention weights of one layer, and floating point operations of one decoded token behind 4096 others.
+
+    A layer with a sliding window or chunks looks at no more of them than it sees.
+    """
 
     parameters: int
     flops_per_token: int
+
+
+def _seen(spec: AttentionSpec) -> int:
+    """Tokens of ``CONTEXT`` that a layer's attention looks at."""
+    return min(CONTEXT, spec.sliding_window or CONTEXT, spec.cache_window or CONTEXT)
 
 
 def original_cost(spec: AttentionSpec, hidden: int) -> LayerCost:
@@ -30,7 +38,7 @@ def original_cost(spec: AttentionSpec, hidden: int) -> LayerCost:
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     projections = 2 * hidden * queries + 2 * hidden * keys
     biases = (queries + 2 * keys) * spec.qkv_bias + hidden * spec.output_bias + 2 * spec.head_dim * spec.qk_norm
-    return LayerCost(projections + biases, 2 * (projections + 2 * queries * CONTEXT))
+    return LayerCost(projections + biases, 2 * (projections + 2 * queries * _seen(spec)))
 
 
 def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int, window: int = 0) -> LayerCost:
@@ -44,12 +52,13 @@ def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int, win
     else:  # one matrix from x, with a bias
         encoder = (hidden + 1) * (rank + rope_dims) + (true_key + true_value if window else 0)
     encoder += keys if window else 0  # the mean of old keys
-    window = min(window, CONTEXT)
+    seen = _seen(spec)
+    window = min(window, seen)
     biases = queries * spec.qkv_bias + hidden
     channels = queries + spec.num_kv_heads * rope_dims + rope_dims // 2  # expected rotation, channel weights, indices
     projections = 2 * hidden * queries + encoder
     absorption = 2 * queries * rank  # W_uk on the query, W_uv on the context: once per query head
-    attention = spec.num_heads * (2 * rank + rope_dims) * (CONTEXT - window) + 2 * queries * window
+    attention = spec.num_heads * (2 * rank + rope_dims) * (seen - window) + 2 * queries * window
     return LayerCost(projections + decoder + biases + channels, 2 * (projections + absorption + attention))
 
 

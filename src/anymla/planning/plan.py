@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
 from anymla.errors import InfeasibleError, RecipeError
+from anymla.planning.cache import converted_bytes, original_bytes, told_lengths
 from anymla.planning.costs import latent_cost, original_cost, peak_memory
 from anymla.planning.exact_window import check_exact_window, exact_numbers, exact_window_of, window_hint
 from anymla.planning.targets import LIMITS, check_target, kernel_note, most_channels, most_rope_dims
@@ -251,6 +252,18 @@ def typical_split(layer: LayerPlan) -> tuple[int, int]:
     return rope_dims, layer.cached_numbers - rope_dims
 
 
+def plan_bytes(plan: Plan, blueprint: Blueprint) -> dict[str, dict[str, int]]:
+    """Bytes of the cache before and after, by the number of tokens in it."""
+    numbers = {index: layer.cached_numbers for index, layer in enumerate(plan.layers) if layer is not None}
+    return {
+        str(length): {
+            "before": original_bytes(blueprint, length, plan.recipe.dtype),
+            "after": converted_bytes(blueprint, plan.recipe, numbers, length),
+        }
+        for length in told_lengths(blueprint)
+    }
+
+
 def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
     """The plan's costs, ready for a table or JSON: per layer and in total, before and after."""
     layers = []
@@ -285,6 +298,7 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
             "before": blueprint.cache_bytes // DTYPE_BYTES[blueprint.dtype] * width,
             "after": sum(layer.cached_numbers for layer in plan.layers if layer) * width,
         },
+        "cache_bytes_at": plan_bytes(plan, blueprint),
         "exact_window_bytes": exact_numbers(blueprint, plan.recipe) * width,
         "predicted_peak_bytes": peak_memory(blueprint, plan.recipe),
     }
