@@ -10,10 +10,10 @@ from anymla.recipe import Recipe
 
 CONTEXT = 4096  # cached tokens at which FLOPs per token are counted
 STEP_TOKENS = 1024  # of one step of the reconstruction
-MOST_STEPS, FEWEST_STEPS = 300, 10  # of the default; below, they are not worth their time
+MOST_STEPS = 300  # of the default
 TRIED_FROM = 100  # steps from which on candidates are tried with a part of them; a part of fewer misjudges
 WITH_TRIALS = 3  # all gradient steps of a layer, those of its candidates included, over its own
-OPERATIONS = {"cpu": 3e13, "other": 3e16}  # about ten minutes of two cores, or of a GPU
+STEP_OPERATIONS = 3e13  # of all steps with trials in the default: about ten minutes of two cores
 RUNTIME_BYTES = 500 << 20  # Python, torch and transformers themselves
 
 
@@ -62,17 +62,18 @@ def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int, win
     return LayerCost(projections + decoder + biases + channels, 2 * (projections + absorption + attention))
 
 
-def reconstruction_steps(blueprint: Blueprint, recipe: Recipe, device: str) -> int:
-    """Gradient steps per layer: the recipe's, or as many as are done in about ten minutes, at most 300."""
+def reconstruction_steps(blueprint: Blueprint, recipe: Recipe) -> int:
+    """Gradient steps per layer: the recipe's, or a number that the model's size alone decides (docs/choices.md).
+
+    300 with trials for a small model, fewer for a larger one, and the most that do without trials for all others.
+    """
     if recipe.reconstruction_steps is not None:
         return recipe.reconstruction_steps
     parameters = sum(
         original_cost(spec, blueprint.hidden_size).parameters for spec in blueprint.attention_layers.values()
     )
-    fitting = int(OPERATIONS["cpu" if device == "cpu" else "other"] / (6 * STEP_TOKENS * parameters))
-    if fitting < WITH_TRIALS * TRIED_FROM:
-        return 0 if fitting < FEWEST_STEPS else min(fitting, TRIED_FROM - 1)
-    return min(fitting // WITH_TRIALS, MOST_STEPS)
+    tried = int(STEP_OPERATIONS / (WITH_TRIALS * 6 * STEP_TOKENS * parameters))
+    return min(tried, MOST_STEPS) if tried >= TRIED_FROM else TRIED_FROM - 1
 
 
 def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:

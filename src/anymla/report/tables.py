@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anymla.planning.cache import original_bytes, reduced_bytes, told_lengths
+from anymla.planning.duration import spoken
 
 if TYPE_CHECKING:
     from anymla.architectures.blueprint import AttentionSpec
@@ -128,7 +129,8 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
         f"Cache per token: {size(cache['before'])} -> {size(cache['after'])}"
         + (f", and {size(costs['exact_window_bytes'])} for the exact window" if costs["exact_window_bytes"] else "")
         + f"{_at_lengths(costs['cache_bytes_at'])}. "
-        f"Predicted peak memory of the conversion: {size(costs['predicted_peak_bytes'])}.",
+        f"Predicted peak memory of the conversion: {size(costs['predicted_peak_bytes'])}; time on this machine's "
+        f"processor: {spoken(costs['estimated_seconds'])}.",
     ]
     if costs["kept_layers"]:
         notes.append(
