@@ -53,7 +53,7 @@ def test_what_is_faster_is_offered_with_its_time():
     assert "takes about" in said and "--reconstruction-steps 0 (about" in said
     assert faster(blueprint_of(), recipe, QUICK) is None
     bare = anymla.Recipe(reconstruction_steps=0, calibration_tokens=1024)
-    assert faster(blueprint_of(), bare, 1e4).endswith(" here")  # nothing is left to leave out
+    assert faster(blueprint_of(), bare, 1e4).endswith(" here.")  # nothing is left to leave out
     fewer = faster(blueprint_of(), anymla.Recipe(reconstruction_steps=0, calibration_tokens=1 << 20), SLOW)
     assert "--calibration-tokens 8192 (about" in fewer and "--reconstruction-steps" not in fewer
 
@@ -71,7 +71,7 @@ def test_a_plan_says_how_long(slow):
 def test_a_plan_of_a_small_model_offers_nothing_faster():
     costs = explain_plan(anymla.plan(bundled_model(), **FAST))
     assert 0 < costs["estimated_seconds"] < 600
-    assert not any("faster" in note for note in costs["notes"])
+    assert not any("Faster" in note for note in costs["notes"])
 
 
 @pytest.mark.parametrize("long", [True, False])
@@ -83,5 +83,5 @@ def test_the_command_says_it_once_before_long_work(long, tmp_path, monkeypatch, 
         ["convert", str(bundled_model()), "-o", str(tmp_path / "out"), "--json", *options], monkeypatch, capfd
     )
     assert done.code == 0 and json.loads(done.out)
-    assert done.err.count("note: the conversion takes about") == long
+    assert done.err.count("note: The conversion takes about") == long
     assert ("--reconstruction-steps 0 (about" in done.err) == long

@@ -57,8 +57,8 @@ def faster(blueprint: Blueprint, recipe: Recipe, speed: float, layers: int | Non
         other = estimated_seconds(blueprint, recipe.model_copy(update=changes), speed, layers)
         if other < 0.9 * seconds:
             offers.append(f"{option} (about {spoken(other)})")
-    offered = f"; faster, at a loss of quality: {' or '.join(offers)}" if offers else ""
-    return f"the conversion takes about {spoken(seconds)} here{offered}"
+    offered = f" Faster, at a loss of quality: {' or '.join(offers)}." if offers else ""
+    return f"The conversion takes about {spoken(seconds)} here.{offered}"
 
 
 def spoken(seconds: float) -> str:

@@ -126,7 +126,7 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
     notes = [
         "2K rope dims and latent rank r, both in the cache; parameters and FLOPs are of the attention, FLOPs of one "
         "decoded token at 4096 cached tokens.",
-        f"Cache per token: {size(cache['before'])} -> {size(cache['after'])}"
+        f"Cache per token{_while_short(costs)}: {size(cache['before'])} -> {size(cache['after'])}"
         + (f", and {size(costs['exact_window_bytes'])} for the exact window" if costs["exact_window_bytes"] else "")
         + f"{_at_lengths(costs['cache_bytes_at'])}. "
         f"Predicted peak memory of the conversion: {size(costs['predicted_peak_bytes'])}; time on this machine's "
@@ -139,6 +139,13 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
     if any(layer["chosen_on_calibration"] for layer in costs["layers"]):
         notes.append("~ marks a typical split; conversion chooses it per layer on calibration text.")
     return Group(table(costs["model"], columns, rows), *(Text(note) for note in (*notes, *costs["notes"])))
+
+
+def _while_short(costs: Mapping[str, Any]) -> str:
+    """Where layers slide: up to when a token takes what is said."""
+    each, sizes = costs["cache_bytes_per_token"]["before"], costs["cache_bytes_at"]
+    slides = any(found["before"] < int(length) * each for length, found in sizes.items())
+    return " until sliding windows are full" if slides else ""
 
 
 def _at_lengths(sizes: Mapping[str, Mapping[str, int]]) -> str:
