@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymla.architectures.blueprint import ALREADY, Blueprint
 from anymla.io.versions import versions
+from anymla.planning.cache import original_bytes, reduced_bytes, told_lengths
 from anymla.planning.plan import Plan
 from anymla.planning.targets import verdicts
 
@@ -45,7 +46,8 @@ class Inspection:
             return facts
         facts["cache_numbers_per_token_per_layer"] = blueprint.cached_numbers
         facts["cache_bytes_per_token"] = blueprint.cache_bytes
-        facts["cache_bytes_per_token_at"] = {f"{times}x": blueprint.cache_bytes / times for times in REDUCTIONS}
+        facts["cache_bytes_per_token_at"] = {f"{times}x": reduced_bytes(blueprint, times, 1) for times in REDUCTIONS}
+        facts["cache_bytes_at"] = {str(length): original_bytes(blueprint, length) for length in told_lengths(blueprint)}
         first = asdict(next(iter(blueprint.attention_layers.values())))
         facts |= {"family": blueprint.model_type, "num_layers": len(blueprint.layers)}
         facts |= {name: first[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
@@ -60,13 +62,17 @@ class Inspection:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after."""
+    """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after.
+
+    ``cache_bytes_at``: bytes of the cache before and after, by the number of tokens in it.
+    """
 
     output: Path
     plan: Plan
     layers: tuple[LayerResult, ...]
     before: Scores
     after: Scores
+    cache_bytes_at: dict[str, dict[str, int]]
     seconds: float
     peak_rss_bytes: int
     anymla_version: str
@@ -79,6 +85,7 @@ class Conversion:
             "layers": [asdict(layer) for layer in self.layers],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
+            "cache_bytes_at": self.cache_bytes_at,
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "anymla_version": self.anymla_version,

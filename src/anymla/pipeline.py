@@ -25,9 +25,10 @@ from anymla.io.checkpoint import (
     parse_size,
     safe_config,
 )
-from anymla.io.device import machine_memory, pick_device
+from anymla.io.device import machine_memory, matmul_speed, pick_device
 from anymla.outcomes import Conversion, Inspection
-from anymla.planning.plan import Plan, check_plan, explain, make_plan
+from anymla.planning.duration import faster
+from anymla.planning.plan import Plan, check_plan, explain, make_plan, plan_bytes
 from anymla.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def convert(
     max_shard_size: str = "5GB",
     max_memory: str | None = None,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Conversion:
     """Converts a model to multi-head latent attention and writes it to ``output``.
@@ -108,6 +110,7 @@ def convert(
             ``output``. Default: a quarter of the machine's memory.
         progress: called after each layer with (layers done, layers, result), and once before the first where a stopped
             conversion goes on.
+        notify: called before the work where it will take more than ten minutes, with how long and what is faster.
         settings: fields of :class:`~anymla.Recipe` that override the recipe, as ``kv_cache=0.25``.
 
     What is done is kept in a folder beside ``output`` until all is; the same call goes on from there. Under torchrun
@@ -133,7 +136,7 @@ def convert(
         _check_tokenizer(str(model), source, blueprint)
     windows = _calibration(chosen.recipe, source, blueprint)
 
-    from anymla.calibration.parallel import join_processes
+    from anymla.calibration.parallel import join_processes, world
     from anymla.conversion.progress import claim, fingerprint, kept
     from anymla.io.streamed import StreamedModel
     from anymla.io.work import WorkFolder
@@ -143,6 +146,9 @@ def convert(
     same = {"anymla": __version__, "--max-shard-size": shard_size}
     claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
     with kept(work, len(blueprint.layers)):
+        left = len(blueprint.layers) - len(work.progress["layers"])
+        if notify and (long := faster(blueprint, chosen.recipe, world() * matmul_speed(device), left)):
+            notify(long)
         return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
 
 
@@ -217,12 +223,14 @@ def _convert(
     converted = sequence.run(sizes.memory // world(), sizes.shard, progress)
     before, after = held_out_scores(streamed, converted, tuples=sequence.tuples)
     results = [record.result for record in converted.records]
+    final = _final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results)
     report = Conversion(
         output=work.output,
-        plan=_final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results),
+        plan=final,
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
+        cache_bytes_at=plan_bytes(final, blueprint),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
         anymla_version=__version__,

@@ -155,12 +155,13 @@ def convert(
             max_shard_size=max_shard_size,
             max_memory=max_memory,
             progress=progress,
+            notify=_note if first_process() else None,
             **device,
         )
     if not first_process():
         return
     for note in _notes(conversion):
-        err.print(f"note: {note}", soft_wrap=True)
+        _note(note)
     if as_json:
         return print_json(conversion.to_dict())
     from anymla.report.tables import conversion_layers_table, scores_table
@@ -173,6 +174,10 @@ def convert(
         f"Wrote {output} in {conversion.seconds:.0f} s. Next: anymla eval {output} --against {model} --text YOUR.txt",
         soft_wrap=True,
     )
+
+
+def _note(text: str) -> None:
+    err.print(f"note: {text}", soft_wrap=True)
 
 
 def _notes(conversion: Conversion) -> Iterator[str]:

@@ -40,9 +40,11 @@ def model_card(report: Mapping[str, Any], source: str, auto: str) -> str:
     kept = after["cache_bytes_per_token"] / before["cache_bytes_per_token"]
     rows = "\n".join(
         f"| {name} | {scores['perplexity']:.4g} | {scores['kl']:.4g} | {scores['top1_agreement']:.1%} "
-        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} |"
-        for name, scores in (("original", before), ("converted", after))
+        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} "
+        f"| {' | '.join(f'{sizes[when]:,}' for sizes in report['cache_bytes_at'].values())} |"
+        for name, when, scores in (("original", "before", before), ("converted", "after", after))
     )
+    lengths = " | ".join(f"bytes at {int(length):,} tokens" for length in report["cache_bytes_at"])
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"""---
 library_name: transformers
@@ -54,11 +56,11 @@ tags: [anymla, multi-head-latent-attention, kv-cache]
 
 On {after["tokens"]:,} held-out tokens of calibration text:
 
-| | perplexity | KL to the original | top-1 agreement | cache bytes per token |
-|---|---:|---:|---:|---:|
+| | perplexity | KL to the original | top-1 agreement | cache bytes per token | {lengths} |
+|---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
 {rows}
 
-The cache is measured from its tensors.{_window(recipe)} Calibration text: {text}.
+The cache per token is measured from its tensors.{_slides(report)}{_window(recipe)} Calibration text: {text}.
 
 ## How it was made
 
@@ -94,6 +96,13 @@ def _headline(recipe: Mapping[str, Any]) -> str:
 
 def _once(scores: Mapping[str, Any]) -> str:
     return f" + {scores['cache_window_bytes']:,} once" if scores["cache_window_bytes"] else ""
+
+
+def _slides(report: Mapping[str, Any]) -> str:
+    each = report["before"]["cache_bytes_per_token"]
+    if all(sizes["before"] >= int(length) * each for length, sizes in report["cache_bytes_at"].items()):
+        return ""
+    return " Layers with a sliding window hold no more than their window, so long texts take less than that per token."
 
 
 def _window(recipe: Mapping[str, Any]) -> str:

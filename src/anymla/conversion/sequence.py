@@ -121,7 +121,7 @@ class Sequence:
         work: WorkFolder,
     ) -> None:
         self.source, self.specs, self.work = source, blueprint.layers, work
-        steps = reconstruction_steps(blueprint, plan.recipe, torch.device(source.device).type)
+        steps = reconstruction_steps(blueprint, plan.recipe)
         self.blueprint, self.plans = blueprint, plan.layers
         self.recipe = plan.recipe.model_copy(update={"reconstruction_steps": steps})
         self.family = FAMILIES[blueprint.text_model_type]
