@@ -59,6 +59,7 @@ def test_layers_get_what_they_get_in_the_model_loaded_whole(tmp_path, family):
         pytest.skip(f"transformers runs {family} since {since}")
     tiny_model(family, torch.float32).save_pretrained(tmp_path)
     source = StreamedModel(tmp_path, dtype=None, device="cpu")
+    assert source.notes == []  # every tensor has its place
     whole = load(tmp_path, attn_implementation=source.model.config._attn_implementation)  # older Gemma 2: eager
     ids, tuples = token_ids(1, 24), FAMILIES[family].layers_give_tuples
     freed = [torch.full((n, n), torch.nan) for n in (30, 100, 300) for _ in range(9)]  # what is read from it, shows

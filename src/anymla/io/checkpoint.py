@@ -16,6 +16,7 @@ from anymla.io.auto import auto_class
 from anymla.io.config import danger, read_object
 from anymla.io.extra import misplaced
 from anymla.io.hub_cache import in_part
+from anymla.io.mistaken import other_config
 from anymla.io.shards import INDEX, check_amount, check_index, held_tensors, shard_files
 from anymla.io.work import clear_abandoned, hold, remove
 
@@ -42,8 +43,9 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} holds pickled weights (.bin) only, which can run code when opened; anymla reads safetensors: "
             "save the model with save_pretrained of transformers 5"
         )
-    if os.path.islink(single):
-        raise CheckpointError(f"{single} is a link to {os.readlink(single)}, which is not there{in_part(folder)}")
+    for path in (single, index):
+        if os.path.islink(path):
+            raise CheckpointError(f"{path} is a link to {os.readlink(path)}, which is not there{in_part(folder)}")
     raise CheckpointError(f"{folder} has no model.safetensors and no {INDEX}{in_part(folder)}")
 
 
@@ -88,7 +90,8 @@ def safe_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    if (reason := danger(read_object(folder / "config.json"))) is not None:
+    fields = read_object(folder / "config.json")
+    if (reason := other_config(fields) or danger(fields)) is not None:
         raise CheckpointError(f"{folder}/{reason}")
     quiet_transformers()
     _check_generation(folder)

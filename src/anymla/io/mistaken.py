@@ -69,7 +69,9 @@ def other_config(config: Mapping[str, Any]) -> str | None:
 _STARTS = {
     b"version https://git-lfs": "a git-lfs pointer, not the file itself: run `git lfs pull` in its folder",
     b"PK\x03\x04": "a zip file, as torch.save writes",
-    b"\x80": "a pickle",
+    b"\x80\x02}": "a pickle",
+    b"\x80\x02\x8a": "a pickle, as older torch.save writes",
+    b"\x80\x04\x95": "a pickle",
     b"GGUF": "a GGUF file",
 }
 _OTHER_FOLDERS = {

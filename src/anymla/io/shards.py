@@ -68,21 +68,22 @@ def held_tensors(files: Sequence[Path]) -> dict[str, int]:
     held: dict[str, int] = {}
     for file in files:
         try:
+            found = stand_in(file)  # first, for safetensors calls a file that may not be read a missing one
             with safe_open(file, framework="pt") as weights:
                 slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 not a dict
                 headers = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
         except SafetensorError as error:
-            found = stand_in(file)
             reason = f"{error!s:.160}" if found is None else f"it is {found}"
             raise CheckpointError(f"{file} is truncated or not a safetensors file: {reason}") from error
         for name, (dtype, shape) in headers.items():
             if name in places:
                 raise CheckpointError(f"{file}: tensor {name} is in {places[name].name} as well")
             if dtype not in FLOATS and name.endswith("weight"):
+                scales = "; float8 needs scales, and the quantization_config that names them" if "F8" in dtype else ""
                 raise CheckpointError(
-                    f"{file}: tensor {name} is of dtype {dtype}, where anymla reads {', '.join(FLOATS)}"
+                    f"{file}: tensor {name} is of dtype {dtype}, where anymla reads {', '.join(FLOATS)}{scales}"
                 )
             places[name], held[name] = file, prod(shape)
     return held
