@@ -178,6 +178,17 @@ def test_tensors_of_another_model_are_refused(source, tmp_path, name):
             run()
 
 
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}])
+def test_an_index_without_metadata(source, tmp_path, metadata):
+    """Conversion does not need it; transformers' own loading does."""
+    sharded(source, ["a.safetensors"])
+    index = json.loads((source / INDEX).read_text())
+    (source / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]} | metadata))
+    anymla.convert(source, tmp_path / "out", **FULL)
+    with pytest.raises(CheckpointError, match=r"index\.json has no metadata, which transformers asks for"):
+        load_model(source)
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1081999\n"
 PAGE = "<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
 
@@ -201,6 +212,13 @@ def test_another_file_in_the_place_of_one(source, tmp_path, name, content, words
     with pytest.raises(CheckpointError, match=rf"{name}.* it is .*{words}") as error:
         anymla.convert(source, tmp_path / "out", **FULL)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_for_the_tokenizer(source, tmp_path, name):
+    (source / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=f"tokenizer cannot be loaded: {name} is a git-lfs pointer"):
+        anymla.convert(source, tmp_path / "out", **FULL)
 
 
 @pytest.mark.parametrize(

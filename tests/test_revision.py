@@ -1,4 +1,4 @@
-"""Models of the hub at a revision, org/name@revision or --revision: from the hub's cache, and from a fake of the hub."""
+"""Models of the hub at a revision, org/name@revision or --revision: from the hub's cache and from a fake of the hub."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_what_the_hub_is_asked_for(tmp_path, monkeypatch):
     """Shards in a subfolder, or under other names, are asked for once the index has come."""
     asked, remote = [], sharded(save_model(make_model("llama"), tmp_path / "remote"), ["weights/a.safetensors"])
 
-    def download(repo, *, revision, allow_patterns):
+    def download(repo, *, revision, allow_patterns, local_files_only):
         asked.append((repo, revision, allow_patterns))
         (tmp_path / "local" / "weights").mkdir(parents=True, exist_ok=True)
         for file in remote.rglob("*"):

@@ -142,6 +142,16 @@ def test_other_names_of_head_and_embeddings(tmp_path, family, head):
     assert source.tied_away() == (set() if head == "different" else {name})
 
 
+def test_two_names_in_the_files_for_one_tensor(tmp_path):
+    """Stock transformers takes one of them, and so does conversion."""
+    tiny_model("gpt2", torch.float32, tie_word_embeddings=True).save_pretrained(tmp_path)
+    with_head(tmp_path, "equal", *OTHERS["gpt2"])
+    stored(tmp_path, lambda tensors: tensors.update({"wte.weight": torch.ones(tensors["lm_head.weight"].shape)}))
+    found, source = streamed_logits(tmp_path, token_ids())
+    assert torch.equal(found, logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), token_ids()))
+    assert source.notes == []
+
+
 def test_embeddings_that_are_stored_as_the_head_alone(tmp_path):
     source, out = (
         save_model(make_model("llama", torch.float32, tie_word_embeddings=True), tmp_path / "source"),

@@ -16,8 +16,8 @@ from anymla.io.auto import auto_class
 from anymla.io.config import danger, read_object
 from anymla.io.extra import misplaced
 from anymla.io.hub_cache import in_part
-from anymla.io.mistaken import other_config
-from anymla.io.shards import INDEX, check_amount, check_index, held_tensors, shard_files
+from anymla.io.mistaken import other_config, stand_in
+from anymla.io.shards import INDEX, SINGLE, check_amount, check_index, held_tensors, index_of, shard_files
 from anymla.io.work import clear_abandoned, hold, remove
 
 
@@ -33,17 +33,16 @@ def check_weights(folder: Path) -> list[Path]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index, single = folder / INDEX, folder / "model.safetensors"
-    if os.path.isfile(single):  # what transformers takes where there are both
-        return [single]
-    if os.path.isfile(index):
+    if (index := index_of(folder)) is not None:
         return shard_files(index)
+    if os.path.isfile(single := folder / SINGLE):
+        return [single]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
             f"{folder} holds pickled weights (.bin) only, which can run code when opened; anymla reads safetensors: "
             "save the model with save_pretrained of transformers 5"
         )
-    for path in (single, index):
+    for path in (single, folder / INDEX):
         if os.path.islink(path):
             raise CheckpointError(f"{path} is a link to {os.readlink(path)}, which is not there{in_part(folder)}")
     raise CheckpointError(f"{folder} has no model.safetensors and no {INDEX}{in_part(folder)}")
@@ -59,6 +58,8 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
 
     config = safe_config(folder)
     held = held_tensors(check_weights(folder))
+    if (index := index_of(folder)) is not None and not isinstance(read_object(index).get("metadata"), dict):
+        raise CheckpointError(f'{index} has no metadata, which transformers asks for: add "metadata": {{}} to it')
     try:
         check_amount(folder, config, held)
         model, info = auto_class(config.model_type).from_pretrained(
@@ -166,9 +167,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise anything, bare Exception included
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded: {' '.join(str(error).split()):.200}"
-        ) from error
+        files = [folder / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+        found = [f"{file.name} is {what}" for file in files if os.path.isfile(file) and (what := stand_in(file))]
+        reason = found[0] if found else f"{' '.join(str(error).split()):.200}"
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
 
 
 def check_output(output: Path, source: Path, *, overwrite: bool) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from anymla.errors import CheckpointError, RecipeError
-from anymla.io.shards import INDEX, index_map
+from anymla.io.shards import index_map, index_of
 
 CONFIG_FILES = ["config.json"]
 MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -53,12 +53,13 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
 
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     name = repo if revision is None else f"{repo}@{revision}"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        offline = is_offline_mode()  # said to the client, for some would ask the hub about a commit even so
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
     except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own
@@ -68,9 +69,9 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _other_shards(folder: Path) -> list[str] | None:
     """Files that the index names, some of which MODEL_FILES does not: in a subfolder, or with names of their own."""
-    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
+    if (index := index_of(folder)) is None:
         return None
-    names = sorted(set(index_map(folder / INDEX).values()))
+    names = sorted(set(index_map(index).values()))
     return names if any(not os.path.isfile(folder / name) for name in names) else None
 
 

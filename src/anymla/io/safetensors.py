@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from anymla.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 BLOCK = 1 << 24  # bytes read at once
@@ -65,22 +64,14 @@ class Stored:
                 raise OSError(f"{self.file} ends too early")
         return content.view(getattr(torch, DTYPES[self.dtype])).view(self.shape)
 
-    def blocks(self, size: int = BLOCK) -> Iterator[bytes]:
+    def blocks(self) -> Iterator[bytes]:
         """The bytes, a block at a time."""
         with open(self.file, "rb") as file:
             file.seek(self.start)
-            for left in range(self.size, 0, -size):
-                if not (block := file.read(min(size, left))):
+            for left in range(self.size, 0, -BLOCK):
+                if not (block := file.read(min(BLOCK, left))):
                     raise OSError(f"{self.file} ends too early")
                 yield block
-
-    def numbers(self, count: int) -> Iterator[Tensor]:
-        """The numbers, at most ``count`` at a time."""
-        import torch
-
-        dtype = getattr(torch, DTYPES[self.dtype])
-        for block in self.blocks(count * dtype.itemsize):
-            yield torch.frombuffer(bytearray(block), dtype=dtype)
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -124,12 +115,6 @@ def scan(path: Path, dtype: str | None) -> str:
                 if not numbers.to(getattr(torch, dtype) if dtype else kind).isfinite().all():
                     raise CheckpointError(f"{path.parent}: tensor {name} holds NaN or infinity")
     return digest.hexdigest()
-
-
-def equal_numbers(one: Stored, other: Stored, dtype: torch.dtype) -> bool:
-    """Whether two tensors of one shape hold the same numbers, once they are cast to ``dtype``."""
-    pairs = zip(one.numbers(BLOCK // 8), other.numbers(BLOCK // 8), strict=True)
-    return all(bool((first.to(dtype) == second.to(dtype)).all()) for first, second in pairs)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | Stored]) -> None:

@@ -13,8 +13,13 @@ from anymla.io.config import read_object
 from anymla.io.hub_cache import in_part
 from anymla.io.mistaken import stand_in
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def index_of(folder: Path) -> Path | None:
+    """The index of a checkpoint in several files; None where there is one file, which transformers takes before it."""
+    return folder / INDEX if os.path.isfile(folder / INDEX) and not os.path.isfile(folder / SINGLE) else None
 
 
 def index_map(index: Path) -> dict[str, str]:
@@ -91,7 +96,7 @@ def held_tensors(files: Sequence[Path]) -> dict[str, int]:
 
 def check_index(folder: Path, held: Collection[str], tied: Collection[str]) -> None:
     """Refuses an index that names tensors which its files do not hold, save those that are ``tied`` to others."""
-    if os.path.isfile(folder / "model.safetensors") or not os.path.isfile(index := folder / INDEX):
+    if (index := index_of(folder)) is None:
         return
     named, ends = index_map(index), tuple(_end(name) for name in tied)
     if absent := sorted(name for name in named.keys() - {*held} if _end(name) not in ends):

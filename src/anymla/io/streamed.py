@@ -18,7 +18,7 @@ from anymla.errors import CheckpointError
 from anymla.io.auto import stock_class
 from anymla.io.checkpoint import check_loading, check_weights, implementations, safe_config
 from anymla.io.extra import left_out
-from anymla.io.safetensors import Stored, equal_numbers, read_header
+from anymla.io.safetensors import Stored, read_header
 from anymla.io.shards import check_amount
 
 
@@ -130,10 +130,12 @@ class StreamedModel:
         ]
 
     def _differ(self, name: str, other: str) -> bool:
-        """Whether two tensors of the files, as the model holds them, differ."""
-        dtype: torch.dtype = self.model.get_parameter(name).dtype
-        first, second = ([self.stored[part] for part in self._sources[tensor]] for tensor in (name, other))
-        return not all(equal_numbers(*pair, dtype) for pair in zip(first, second, strict=True))
+        """Whether two tensors of the files differ once they are loaded, in the model's dtype."""
+        self._load((name, other))
+        differ = not torch.equal(self.model.get_parameter(name), self.model.get_parameter(other))
+        for loaded in (name, other):
+            unload(self.model.get_submodule(loaded.rpartition(".")[0]), recurse=False)
+        return differ
 
     def _first(self, name: str) -> str:
         """The first tensor in the files of those that ``name`` is tied with; ``name`` where there is none."""
