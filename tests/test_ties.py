@@ -208,3 +208,16 @@ def test_the_text_model_of_a_vision_language_model_says_otherwise(tmp_path, insi
     stock, converted = (auto.from_pretrained(folder).eval() for folder in (source, out))
     assert (prefill(converted, inputs) - prefill(stock, inputs)).abs().max() < 1e-3
     assert torch.equal(converted.lm_head.weight, stock.lm_head.weight)
+
+
+@pytest.mark.parametrize("target", ["deepseek", "vllm"])
+def test_exports_have_the_head_that_was_kept(tmp_path, target):
+    source, out = (
+        save_model(make_model("llama", torch.float32, tie_word_embeddings=True), tmp_path / "source"),
+        tmp_path / "out",
+    )
+    with_head(source, "different")
+    anymla.convert(source, out, kv_cache=0.5, target=target, **FAST)
+    anymla.export(out, tmp_path / "served", to=target)  # compares logits with those of the converted model
+    head = load_file(tmp_path / "served" / WEIGHTS)["lm_head.weight"]
+    assert torch.equal(head, load_file(source / WEIGHTS)["lm_head.weight"])
