@@ -59,6 +59,7 @@ def test_layers_get_what_they_get_in_the_model_loaded_whole(tmp_path, family):
         pytest.skip(f"transformers runs {family} since {since}")
     tiny_model(family, torch.float32).save_pretrained(tmp_path)
     source = StreamedModel(tmp_path, dtype=None, device="cpu")
+    assert source.notes == []  # every tensor has its place
     whole = load(tmp_path, attn_implementation=source.model.config._attn_implementation)  # older Gemma 2: eager
     ids = token_ids(1, 24)
     tuples = layers_give_tuples(whole, ids)

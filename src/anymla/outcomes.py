@@ -24,6 +24,7 @@ class Inspection:
     """What a model is and what its cache costs; ``blueprint`` is None where ``supported`` is False."""
 
     model: str
+    commit: str | None  # of the hub, where it came from there
     supported: bool
     reason: str | None
     blueprint: Blueprint | None
@@ -40,7 +41,8 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """The facts under their stable JSON names."""
-        facts: dict[str, Any] = {"model": self.model, "supported": self.supported, "reason": self.reason}
+        facts: dict[str, Any] = {"model": self.model, "commit": self.commit, "supported": self.supported}
+        facts["reason"] = self.reason
         facts |= {"cache_numbers_per_token_per_layer": None, "cache_bytes_per_token": None}
         if (blueprint := self.blueprint) is None:
             return facts
@@ -65,6 +67,7 @@ class Conversion:
     """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after.
 
     ``cache_bytes_at``: bytes of the cache before and after, by the number of tokens in it.
+    ``commit``: the source's, where it came from the hub. ``notes``: how the source's files differ from its config.
     """
 
     output: Path
@@ -73,6 +76,8 @@ class Conversion:
     before: Scores
     after: Scores
     cache_bytes_at: dict[str, dict[str, int]]
+    commit: str | None
+    notes: tuple[str, ...]
     seconds: float
     peak_rss_bytes: int
     anymla_version: str
@@ -81,6 +86,9 @@ class Conversion:
         """The report under its stable JSON names."""
         return {
             "output": str(self.output),
+            "model": self.plan.model,
+            "commit": self.commit,
+            "notes": list(self.notes),
             "recipe": self.plan.recipe.model_dump(),
             "layers": [asdict(layer) for layer in self.layers],
             "before": self.before.to_dict(),

@@ -20,12 +20,13 @@ from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
     check_output,
     check_weights,
-    find_model,
     load_tokenizer,
     parse_size,
     safe_config,
 )
 from anymla.io.device import machine_memory, matmul_speed, pick_device
+from anymla.io.find import find_model, with_revision
+from anymla.io.hub_cache import commit_of
 from anymla.outcomes import Conversion, Inspection
 from anymla.planning.duration import faster
 from anymla.planning.plan import Plan, check_plan, explain, make_plan, plan_bytes
@@ -41,35 +42,42 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
 
 
-def inspect(model: str | Path) -> Inspection:
+def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
     """Reads a model's facts from its config alone.
 
     Args:
-        model: a local checkpoint folder or a hub id.
+        model: a local checkpoint folder or a hub id, also ``org/name@revision``.
+        revision: a branch, tag or commit of a model on the hub.
 
     Raises:
         CheckpointError: there is no such model, or its config cannot be read.
+        RecipeError: ``revision`` of a local folder.
     """
-    config = read_config(find_model(model, config_only=True))
+    name = with_revision(model, revision)
+    folder = find_model(name, config_only=True)
+    facts: dict[str, Any] = {"model": name, "commit": commit_of(folder)}
+    config = read_config(folder)
     try:
-        return Inspection(model=str(model), supported=True, reason=None, blueprint=read_blueprint(config))
+        return Inspection(**facts, supported=True, reason=None, blueprint=read_blueprint(config))
     except UnsupportedModelError as error:
-        return Inspection(model=str(model), supported=False, reason=str(error), blueprint=None)
+        return Inspection(**facts, supported=False, reason=str(error), blueprint=None)
 
 
-def plan(model: str | Path, recipe: Recipe | None = None, **settings: Any) -> Plan:
+def plan(model: str | Path, recipe: Recipe | None = None, *, revision: str | None = None, **settings: Any) -> Plan:
     """A dry run from the config alone: cached numbers, rope dims and rank of every layer.
 
     Args:
-        model: a local checkpoint folder or a hub id.
+        model: a local checkpoint folder or a hub id, also ``org/name@revision``.
         recipe: settings to start from. Default: the default recipe.
+        revision: a branch, tag or commit of a model on the hub.
         settings: fields of :class:`~anymla.Recipe` that override it, as ``kv_cache=0.25``.
 
     Raises:
         UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError: as the message says.
     """
-    blueprint = read_blueprint(read_config(find_model(model, config_only=True)))
-    return make_plan(str(model), blueprint, with_settings(recipe, settings))
+    name = with_revision(model, revision)
+    blueprint = read_blueprint(read_config(find_model(name, config_only=True)))
+    return make_plan(name, blueprint, with_settings(recipe, settings))
 
 
 def explain_plan(plan: Plan) -> dict[str, Any]:
@@ -88,6 +96,7 @@ def convert(
     output: str | Path,
     recipe: Recipe | Plan | None = None,
     *,
+    revision: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
     max_shard_size: str = "5GB",
@@ -99,10 +108,11 @@ def convert(
     """Converts a model to multi-head latent attention and writes it to ``output``.
 
     Args:
-        model: a local checkpoint folder or a hub id; it is only read.
+        model: a local checkpoint folder or a hub id, also ``org/name@revision``; it is only read.
         output: the folder to write; loads with ``AutoModelForCausalLM.from_pretrained`` (a vision-language model with
             ``AutoModelForImageTextToText``) after ``import anymla``, or with ``trust_remote_code=True`` without it.
         recipe: settings to start from, or a plan of :func:`plan`.
+        revision: a branch, tag or commit of a model on the hub.
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped conversion to ``output`` left, instead of going on from there.
         max_shard_size: as in ``save_pretrained``.
@@ -123,7 +133,8 @@ def convert(
         AnymlaError: one of its kinds, each one clear line.
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
-    source = find_model(model)
+    name = with_revision(model, revision)
+    source = find_model(name)
     read_blueprint(read_config(source))  # what is wrong with config.json is said in its own words
     check_output(output, source, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
@@ -131,9 +142,9 @@ def convert(
     check_weights(source)
     # with transformers' defaults where config.json says nothing
     blueprint = read_blueprint(safe_config(source).to_dict())
-    chosen = _chosen_plan(str(model), blueprint, recipe, settings)
+    chosen = _chosen_plan(name, blueprint, recipe, settings)
     if chosen.recipe.target == "gguf":
-        _check_tokenizer(str(model), source, blueprint)
+        _check_tokenizer(name, source, blueprint)
     windows = _calibration(chosen.recipe, source, blueprint)
 
     from anymla.calibration.parallel import join_processes, world
@@ -231,6 +242,8 @@ def _convert(
         before=before,
         after=after,
         cache_bytes_at=plan_bytes(final, blueprint),
+        commit=commit_of(streamed.folder),
+        notes=tuple(streamed.notes),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
         anymla_version=__version__,
@@ -261,4 +274,4 @@ def _write_report(folder: Path, report: Conversion) -> None:
     (folder / "recipe.yaml").write_text(report.plan.recipe.to_yaml(), encoding="utf-8")
     (folder / "plan.yaml").write_text(report.plan.to_yaml(), encoding="utf-8")
     (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(report.to_dict(), report.plan.model, auto), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report.to_dict(), auto), encoding="utf-8")

@@ -17,8 +17,9 @@ from anymla.architectures.blueprint import context_of, read_config
 from anymla.calibration.parallel import join_processes, rank, wait_for_all
 from anymla.conversion.progress import claim
 from anymla.errors import CheckpointError, RecipeError, TextError
-from anymla.io.checkpoint import check_output, copy_companions, find_model, load_model, load_tokenizer
+from anymla.io.checkpoint import check_output, copy_companions, load_model, load_tokenizer
 from anymla.io.device import pick_device
+from anymla.io.find import find_model, with_revision
 from anymla.io.work import WorkFolder
 from anymla.training.card import tuned_card
 from anymla.training.data import Texts, read_texts
@@ -41,19 +42,22 @@ def tune(
     overwrite: bool = False,
     restart: bool = False,
     report_to: list[str] | None = None,
+    revision: str | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Recovery:
     """Trains a converted model until it gives what the original gave, and writes it to ``output``.
 
     Args:
-        converted: a local folder or hub id of a model that anymla converted; it is only read.
+        converted: a local folder or hub id (also ``org/name@revision``) of a model that anymla converted; it is only
+            read.
         output: the folder to write; loads as ``converted`` does.
-        teacher: the original, a local folder or hub id.
+        teacher: the original, likewise.
         recipe: settings to start from. Default: the default recipe.
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped tuning to ``output`` left, instead of going on from there.
         report_to: 'tensorboard' and 'trackio', beside metrics.jsonl and a plot, which are always written.
+        revision: of ``converted`` on the hub, a branch, tag or commit.
         progress: called with :class:`TuneProgress` after each step, and once before the first where a stopped tuning
             goes on.
         settings: fields of :class:`Tuning` that override the recipe, as ``data="my-text.txt"``.
@@ -67,7 +71,7 @@ def tune(
     started, place = time.monotonic(), Path(os.path.expanduser(output))
     base = {} if recipe is None else recipe.model_dump(exclude_unset=True)
     tuning = Tuning.of(base | settings, "settings")
-    student, original = find_model(converted), find_model(teacher)
+    student, original = find_model(with_revision(converted, revision)), find_model(teacher)
     check_pair(student, original)
     for source in (student, original):
         check_output(place, source, overwrite=overwrite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from anymla.architectures.positions import RopeSpec, read_rope, rope_pairs
 from anymla.architectures.vision import VISION, text_config
 from anymla.errors import CheckpointError, UnsupportedModelError, shown
 from anymla.io.config import danger, read_object
+from anymla.io.mistaken import no_config, no_folder, other_config
 
 ALREADY = "already multi-head latent attention"
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -96,16 +98,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: the folder or the file is missing, or is not a JSON object.
     """
     path = folder / "config.json"
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: MODEL must be a local checkpoint folder or a hub id")
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json: MODEL must be a Hugging Face checkpoint folder")
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} {no_folder(folder)}")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{folder} {no_config(folder)}")
     return read_object(path)
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
     """Why the model of this config cannot be converted, or None."""
     model_type = config.get("model_type")
+    if (reason := other_config(config)) is not None:
+        return reason
     if not isinstance(model_type, str):
         return f"config.json: model_type must be a family's name, got {shown(model_type)}"
     if model_type.startswith("anymla_"):

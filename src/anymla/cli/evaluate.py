@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anymla.cli.options import Device, Dtype, Json, Model, app, err, out, print_json
+from anymla.cli.options import Device, Dtype, Json, Model, Revision, app, err, out, print_json
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation
 from anymla.evaluation.evaluate import evaluate as run_evaluation
 from anymla.recipe import MOST
@@ -34,7 +34,9 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="Text file, .jsonl (field 'text') or hub data set name[:config[:split]].")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="The original model, to compare to.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The original model, to compare to; also org/name@revision.")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=256, max=MOST, help="Read at most this many tokens of the text. Default: all.")
     ] = None,
@@ -57,6 +59,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL to the original and cache bytes on a text; lm-eval tasks; probes of the context."""
@@ -83,6 +86,7 @@ def evaluate(
         length=length,
         dtype=dtype,
         device=device,
+        revision=revision,
         track=_track,
     )
     command = shlex.join(["anymla", *sys.argv[1:]])
@@ -112,10 +116,18 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")] = 0,
     device: Device = "auto",
     dtype: Dtype = None,
+    revision: Revision = None,
 ) -> None:
     """Continue a prompt, streaming, through transformers' own generate."""
     from anymla.evaluation.story import stream_continuation
 
     stream_continuation(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device, dtype=dtype
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        revision=revision,
     )

@@ -27,7 +27,13 @@ app = typer.Typer(
 plain = functools.partial(Console, highlight=False, markup=False, emoji=False)  # file names may hold brackets
 out, err = plain(), plain(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="A local checkpoint folder or a hub id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="A local checkpoint folder or a hub id, also org/name@revision.", show_default=False)
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a MODEL on the hub; org/name@revision says the same."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A YAML file with any of these settings; options override it.")

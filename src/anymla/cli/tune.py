@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anymla.cli.options import Json, app, err, first_process, how_to_go_on, options_of, out, print_json
+from anymla.cli.options import Json, Revision, app, err, first_process, how_to_go_on, options_of, out, print_json
 from anymla.training.recipe import Tuning, read_tuning
 
 if TYPE_CHECKING:
@@ -44,9 +44,13 @@ def _step_bar() -> Iterator[Progress]:
 @app.command()
 @options_of(Tuning)
 def tune(
-    converted: Annotated[str, typer.Argument(help="A folder that anymla convert wrote.", show_default=False)],
+    converted: Annotated[
+        str, typer.Argument(help="A folder that anymla convert wrote, or a hub id.", show_default=False)
+    ],
     settings: dict[str, Any],
-    teacher: Annotated[str, typer.Option(help="The original model, a local folder or a hub id.")],
+    teacher: Annotated[
+        str, typer.Option(help="The original model: a local folder or a hub id, also org/name@revision.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tuned model to.")],
     recipe: Annotated[
         str | None,
@@ -63,6 +67,7 @@ def tune(
     report_to: Annotated[
         list[str] | None, typer.Option(help="tensorboard or trackio, beside metrics.jsonl; may be given twice.")
     ] = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Train a converted model until it gives what the original gave."""
@@ -79,6 +84,7 @@ def tune(
             overwrite=overwrite,
             restart=restart,
             report_to=report_to,
+            revision=revision,
             progress=progress,
         )
     if not first_process():

@@ -29,13 +29,15 @@ SOURCES = {  # whose method a setting of the recipe is, where it is not anymla's
 }
 
 
-def model_card(report: Mapping[str, Any], source: str, auto: str) -> str:
+def model_card(report: Mapping[str, Any], auto: str) -> str:
     """README.md of the output folder: what it is, how it was made, what was measured, how to use it, its limits.
 
     ``report`` is conversion.json; ``auto`` names the Auto class that loads the model.
     """
     before, after, recipe = report["before"], report["after"], report["recipe"]
-    base = f"base_model: {source}\n" if "/" in public_name(source) else ""
+    source, commit = report["model"], report["commit"]
+    repo = public_name(source).partition("@")[0]
+    base = f"base_model: {repo}\n" if "/" in repo else ""
     text = public_name(recipe["calibration"] or "the stories bundled with anymla")
     kept = after["cache_bytes_per_token"] / before["cache_bytes_per_token"]
     rows = "\n".join(
@@ -60,7 +62,7 @@ On {after["tokens"]:,} held-out tokens of calibration text:
 |---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
 {rows}
 
-The cache per token is measured from its tensors.{_slides(report)}{_window(recipe)} Calibration text: {text}.
+The cache per token is measured from its tensors.{_slides(report)}{_window(recipe)} Calibration text: {text}.{_from(repo, commit)}
 
 ## How it was made
 
@@ -87,7 +89,11 @@ model = {auto}.from_pretrained("{FOLDER}")
 - The original's licence and limits apply.
 - Quality was measured on text like the calibration text; on other text it may be lower.
 - Dropped rotations are right for distances within a calibration window, at most {recipe["calibration_length"]} tokens.
-"""
+{"".join(f"- Of the original, {note}.{chr(10)}" for note in report["notes"])}"""
+
+
+def _from(repo: str, commit: str | None) -> str:
+    return "" if commit is None else f" The original is commit `{commit}` of {repo}."
 
 
 def _headline(recipe: Mapping[str, Any]) -> str:
@@ -135,7 +141,8 @@ def command(source: str, recipe: Mapping[str, Any]) -> str:
 def public_name(source: str | Path) -> str:
     """What a card calls ``source``: a hub id as it is, of a local path only the last name, for cards are published."""
     text = str(source)
-    return text if text.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
+    repo = text.partition("@")[0]  # a revision may hold slashes
+    return text if repo.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
 
 
 def _method(recipe: Mapping[str, Any]) -> str:

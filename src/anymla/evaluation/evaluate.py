@@ -10,8 +10,10 @@ from anymla.architectures.blueprint import context_of
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation, prepare
 from anymla.evaluation.measures import compare
-from anymla.io.checkpoint import find_model, load_model, load_tokenizer
+from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.io.device import pick_device
+from anymla.io.find import find_model, with_revision
+from anymla.io.hub_cache import commit_of
 from anymla.io.versions import versions
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def evaluate(
     length: int = 1024,
     dtype: str | None = None,
     device: str = "auto",
+    revision: str | None = None,
 ) -> Scores: ...
 
 
@@ -45,6 +48,7 @@ def evaluate(
     length: int = 1024,
     dtype: str | None = None,
     device: str = "auto",
+    revision: str | None = None,
     track: Track | None = None,
 ) -> Evaluation: ...
 
@@ -59,12 +63,13 @@ def evaluate(
     length: int = 1024,
     dtype: str | None = None,
     device: str = "auto",
+    revision: str | None = None,
     track: Track | None = None,
 ) -> Scores | Evaluation:
     """Perplexity of a model on a text, its KL and top-1 agreement to another, and its live cache's size; benchmarks.
 
     Args:
-        model: a local folder or hub id, converted or not.
+        model: a local folder or hub id (also ``org/name@revision``), converted or not.
         text: a text file, a .jsonl file or a hub data set, as for calibration; read in order, not sampled.
         against: the original to compare to.
         benchmarks: what else to measure, with or without a text; what is returned then holds all of it.
@@ -72,6 +77,7 @@ def evaluate(
         length: tokens per window of the text, and of the longest probe (at most the model's context).
         dtype: dtype to run in. Default: the checkpoint's.
         device: cpu, cuda, ...; auto takes a GPU where there is one.
+        revision: of ``model`` on the hub, a branch, tag or commit.
         track: given steps and what they do, gives the steps again; to show how far it is.
 
     Raises:
@@ -82,6 +88,7 @@ def evaluate(
     from anymla.evaluation.likelihood import untracked
     from anymla.evaluation.scores import score_model
 
+    model = with_revision(model, revision)
     folder, track = find_model(model), track or untracked
     context, tokenizer = context_of(folder), load_tokenizer(folder)
     window = min(length, context or length)
@@ -92,7 +99,8 @@ def evaluate(
     loaded = load_model(folder, dtype=dtype, device=device)
     if windows is not None:
         _check_vocabulary(windows, loaded, text)
-    original = None if against is None else load_model(find_model(against), dtype=dtype, device=device)
+    theirs = None if against is None else find_model(against)
+    original = None if theirs is None else load_model(theirs, dtype=dtype, device=device)
     _check_original(loaded, original, model, against)
     results = {
         kind: compare(run(loaded, "model"), None if original is None else run(original, "original"))
@@ -102,8 +110,10 @@ def evaluate(
     if benchmarks is None and scores is not None:
         return scores
     settings = {
-        "model": str(model),
+        "model": model,
+        "commit": commit_of(folder),
         "against": None if against is None else str(against),
+        "against_commit": None if theirs is None else commit_of(theirs),
         "text": None if text is None else str(text),
         "tokens": tokens,
         "length": window,

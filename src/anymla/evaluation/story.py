@@ -6,8 +6,9 @@ from typing import Any
 
 from anymla.architectures.blueprint import context_of
 from anymla.errors import AnymlaError, CheckpointError, RecipeError, TextError
-from anymla.io.checkpoint import find_model, load_model, load_tokenizer
+from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.io.device import pick_device
+from anymla.io.find import find_model, with_revision
 
 LEAST_TEMPERATURE = 0.01  # below it, logits divided by it overflow
 
@@ -35,7 +36,15 @@ def continuation(
 
 
 def stream_continuation(
-    model: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, device: str, dtype: str | None
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str,
+    dtype: str | None,
+    revision: str | None = None,
 ) -> None:
     """Prints the continuation to stdout as it is made.
 
@@ -48,7 +57,7 @@ def stream_continuation(
     if 0 < temperature < LEAST_TEMPERATURE:
         raise RecipeError(f"--temperature {temperature} is too small: give 0, or at least {LEAST_TEMPERATURE}")
 
-    folder = find_model(model)
+    folder = find_model(with_revision(model, revision))
     context_of(folder)  # refuses sizes that are none
     loaded, tokenizer = load_model(folder, dtype=dtype, device=pick_device(device)), load_tokenizer(folder)
     torch.manual_seed(seed)

@@ -81,7 +81,7 @@ def load_fused(folder: Path) -> Any:
     model, info = getattr(modeling_mla, architecture).from_pretrained(
         folder, dtype="float32", use_safetensors=True, output_loading_info=True, local_files_only=True
     )
-    check_loading(folder, info, model.all_tied_weights_keys or {})
+    check_loading(folder, info, model)
     _check_head(model.eval().requires_grad_(False))
     return model
 
