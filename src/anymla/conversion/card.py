@@ -62,7 +62,8 @@ On {after["tokens"]:,} held-out tokens of calibration text:
 |---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
 {rows}
 
-The cache per token is measured from its tensors.{_slides(report)}{_window(recipe)} Calibration text: {text}.{_from(repo, commit)}
+The cache per token is measured from its tensors.{_slides(report)}{_window(recipe)}
+Calibration text: {text}.{_from(repo, commit)}
 
 ## How it was made
 
