@@ -20,12 +20,16 @@ REDUCTIONS = (4, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a model is and what its cache costs; ``blueprint`` is None where ``supported`` is False."""
+    """What a model is and what its cache costs; ``blueprint`` is None where ``supported`` is False.
+
+    ``notes``: what a conversion does to its files first, where they are not plain.
+    """
 
     model: str
     supported: bool
     reason: str | None
     blueprint: Blueprint | None
+    notes: tuple[str, ...] = ()
 
     @property
     def already_latent(self) -> bool:
@@ -40,6 +44,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """The facts under their stable JSON names."""
         facts: dict[str, Any] = {"model": self.model, "supported": self.supported, "reason": self.reason}
+        facts["notes"] = list(self.notes)
         facts |= {"cache_numbers_per_token_per_layer": None, "cache_bytes_per_token": None}
         if (blueprint := self.blueprint) is None:
             return facts
@@ -60,13 +65,17 @@ class Inspection:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after."""
+    """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after.
+
+    ``notes``: what was done to the source's files first, where they were not plain.
+    """
 
     output: Path
     plan: Plan
     layers: tuple[LayerResult, ...]
     before: Scores
     after: Scores
+    notes: tuple[str, ...]
     seconds: float
     peak_rss_bytes: int
     anymla_version: str
@@ -75,6 +84,7 @@ class Conversion:
         """The report under its stable JSON names."""
         return {
             "output": str(self.output),
+            "notes": list(self.notes),
             "recipe": self.plan.recipe.model_dump(),
             "layers": [asdict(layer) for layer in self.layers],
             "before": self.before.to_dict(),

@@ -20,12 +20,14 @@ from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
     check_output,
     check_weights,
-    find_model,
     load_tokenizer,
     parse_size,
     safe_config,
 )
 from anymla.io.device import machine_memory, pick_device
+from anymla.io.sources.locate import Located, locate
+from anymla.io.sources.plain import Plain, notes_of, plain_source
+from anymla.io.work import WorkFolder
 from anymla.outcomes import Conversion, Inspection
 from anymla.planning.plan import Plan, check_plan, explain, make_plan
 from anymla.recipe import Recipe
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
     from anymla.conversion.step import LayerResult
     from anymla.io.streamed import StreamedModel
-    from anymla.io.work import WorkFolder
 
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
 
@@ -49,11 +50,12 @@ def inspect(model: str | Path) -> Inspection:
     Raises:
         CheckpointError: there is no such model, or its config cannot be read.
     """
-    config = read_config(find_model(model, config_only=True))
+    source = locate(model, config_only=True)
     try:
-        return Inspection(model=str(model), supported=True, reason=None, blueprint=read_blueprint(config))
+        blueprint, notes = read_blueprint(_config(source)), notes_of(source)
     except UnsupportedModelError as error:
         return Inspection(model=str(model), supported=False, reason=str(error), blueprint=None)
+    return Inspection(model=str(model), supported=True, reason=None, blueprint=blueprint, notes=notes)
 
 
 def plan(model: str | Path, recipe: Recipe | None = None, **settings: Any) -> Plan:
@@ -67,13 +69,19 @@ def plan(model: str | Path, recipe: Recipe | None = None, **settings: Any) -> Pl
     Raises:
         UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError: as the message says.
     """
-    blueprint = read_blueprint(read_config(find_model(model, config_only=True)))
-    return make_plan(str(model), blueprint, with_settings(recipe, settings))
+    chosen = with_settings(recipe, settings)
+    blueprint = read_blueprint(_config(locate(model, adapter=chosen.adapter, config_only=True)))
+    return make_plan(str(model), blueprint, chosen)
 
 
 def explain_plan(plan: Plan) -> dict[str, Any]:
     """A plan's costs before and after: per layer cached numbers, parameters, FLOPs per token; predicted peak bytes."""
-    return explain(plan, read_blueprint(read_config(find_model(plan.model, config_only=True))))
+    source = locate(plan.model, adapter=plan.recipe.adapter, config_only=True)
+    return explain(plan, read_blueprint(_config(source)))
+
+
+def _config(source: Located) -> dict[str, Any]:
+    return read_config(source.base) if source.gguf is None else source.gguf.config
 
 
 def with_settings(recipe: Recipe | None, settings: dict[str, Any]) -> Recipe:
@@ -97,7 +105,7 @@ def convert(
     """Converts a model to multi-head latent attention and writes it to ``output``.
 
     Args:
-        model: a local checkpoint folder or a hub id; it is only read.
+        model: a local checkpoint folder, a GGUF file, an adapter's folder or a hub id; it is only read.
         output: the folder to write; loads with ``AutoModelForCausalLM.from_pretrained`` (a vision-language model with
             ``AutoModelForImageTextToText``) after ``import anymla``, or with ``trust_remote_code=True`` without it.
         recipe: settings to start from, or a plan of :func:`plan`.
@@ -120,30 +128,20 @@ def convert(
         AnymlaError: one of its kinds, each one clear line.
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
-    source = find_model(model)
-    read_blueprint(read_config(source))  # what is wrong with config.json is said in its own words
-    check_output(output, source, overwrite=overwrite)
+    adapter = (recipe.recipe if isinstance(recipe, Plan) else with_settings(recipe, settings)).adapter
+    source = locate(model, adapter=adapter)
+    read_blueprint(_config(source))  # what is wrong with config.json is said in its own words
+    for path in source.paths:
+        check_output(output, path, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
     memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
-    check_weights(source)
-    # with transformers' defaults where config.json says nothing
-    blueprint = read_blueprint(safe_config(source).to_dict())
-    chosen = _chosen_plan(str(model), blueprint, recipe, settings)
-    if chosen.recipe.target == "gguf":
-        _check_tokenizer(str(model), source, blueprint)
-    windows = _calibration(chosen.recipe, source, blueprint)
-
-    from anymla.calibration.parallel import join_processes
-    from anymla.conversion.progress import claim, fingerprint, kept
-    from anymla.io.streamed import StreamedModel
-    from anymla.io.work import WorkFolder
-
-    device = join_processes(pick_device(chosen.recipe.device))
-    streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
-    same = {"anymla": __version__, "--max-shard-size": shard_size}
-    claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
-    with kept(work, len(blueprint.layers)):
-        return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
+    with plain_source(source, beside=output) as plain:
+        check_weights(plain.folder)
+        # with transformers' defaults where config.json says nothing
+        blueprint = read_blueprint(safe_config(plain.folder).to_dict())
+        chosen = _chosen_plan(str(model), blueprint, recipe, settings)
+        sizes = _Sizes(memory, shard_size)
+        return _convert_plain(plain, blueprint, chosen, WorkFolder(output), sizes, restart, progress, started)
 
 
 def peak_rss() -> int:
@@ -197,8 +195,36 @@ class _Sizes:
     shard: int
 
 
+def _convert_plain(
+    source: Plain,
+    blueprint: Blueprint,
+    chosen: Plan,
+    work: WorkFolder,
+    sizes: _Sizes,
+    restart: bool,
+    progress: Progress | None,
+    started: float,
+) -> Conversion:
+    """Takes up what ``work`` holds of this conversion, or begins it."""
+    if chosen.recipe.target == "gguf":
+        _check_tokenizer(chosen.model, source.folder, blueprint)
+    windows = _calibration(chosen.recipe, source.folder, blueprint)
+
+    from anymla.calibration.parallel import join_processes
+    from anymla.conversion.progress import claim, fingerprint, kept
+    from anymla.io.streamed import StreamedModel
+
+    device = join_processes(pick_device(chosen.recipe.device))
+    streamed = StreamedModel(source.folder, dtype=chosen.recipe.dtype, device=device)
+    same = {"anymla": __version__, "--max-shard-size": sizes.shard}
+    claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
+    with kept(work, len(blueprint.layers)):
+        return _convert(streamed, source.notes, blueprint, chosen, windows, work, sizes, progress, started)
+
+
 def _convert(
     streamed: StreamedModel,
+    notes: tuple[str, ...],
     blueprint: Blueprint,
     plan: Plan,
     windows: torch.Tensor,
@@ -223,6 +249,7 @@ def _convert(
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
+        notes=notes,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
         anymla_version=__version__,

@@ -21,6 +21,7 @@ from anymla.cli.options import (
     how_to_go_on,
     out,
     print_json,
+    print_note,
     recipe_options,
 )
 from anymla.errors import RecipeError
@@ -160,7 +161,7 @@ def convert(
     if not first_process():
         return
     for note in _notes(conversion):
-        err.print(f"note: {note}", soft_wrap=True)
+        print_note(note)
     if as_json:
         return print_json(conversion.to_dict())
     from anymla.report.tables import conversion_layers_table, scores_table
@@ -179,6 +180,7 @@ def _notes(conversion: Conversion) -> Iterator[str]:
     """What the user should know of how the model was made."""
     from anymla.conversion.card import static_norms_cost
 
+    yield from conversion.notes
     if conversion.plan.recipe.calibration is None:
         yield "calibrated on the bundled children's stories; --calibration with text like yours keeps more quality"
     if lost := [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anymla.cli.options import Json, app, err, first_process, how_to_go_on, options_of, out, print_json
+from anymla.cli.options import (
+    Adapter,
+    Json,
+    app,
+    err,
+    first_process,
+    how_to_go_on,
+    options_of,
+    out,
+    print_json,
+    print_note,
+)
 from anymla.training.recipe import Tuning, read_tuning
 
 if TYPE_CHECKING:
@@ -63,6 +74,7 @@ def tune(
     report_to: Annotated[
         list[str] | None, typer.Option(help="tensorboard or trackio, beside metrics.jsonl; may be given twice.")
     ] = None,
+    adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
     """Train a converted model until it gives what the original gave."""
@@ -79,7 +91,9 @@ def tune(
             overwrite=overwrite,
             restart=restart,
             report_to=report_to,
+            adapter=adapter,
             progress=progress,
+            note=print_note if first_process() else None,
         )
     if not first_process():
         return

@@ -85,7 +85,7 @@ model = {auto}.from_pretrained("{FOLDER}")
 - The original's licence and limits apply.
 - Quality was measured on text like the calibration text; on other text it may be lower.
 - Dropped rotations are right for distances within a calibration window, at most {recipe["calibration_length"]} tokens.
-"""
+{"".join(f"- Of the original, {note}.{chr(10)}" for note in report["notes"])}"""
 
 
 def _headline(recipe: Mapping[str, Any]) -> str:
@@ -119,7 +119,7 @@ def command(source: str, recipe: Mapping[str, Any]) -> str:
         if isinstance(value, bool) and value != field.default:
             words.append(f"--{option}" if value else f"--no-{option}")
         elif name == "kv_cache" or value not in (field.default, None):
-            words += [f"--{option}", public_name(str(value)) if name == "calibration" else str(value)]
+            words += [f"--{option}", public_name(str(value)) if name in ("calibration", "adapter") else str(value)]
     return shlex.join(words)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -10,8 +12,10 @@ from anymla.architectures.blueprint import context_of
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation, prepare
 from anymla.evaluation.measures import compare
-from anymla.io.checkpoint import find_model, load_model, load_tokenizer
+from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.io.device import pick_device
+from anymla.io.sources.locate import locate
+from anymla.io.sources.plain import plain_source
 from anymla.io.versions import versions
 
 if TYPE_CHECKING:
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 
     from anymla.evaluation.likelihood import Track
     from anymla.evaluation.scores import Scores
+
+Note = Callable[[str], None]
 
 
 @overload
@@ -31,6 +37,8 @@ def evaluate(
     length: int = 1024,
     dtype: str | None = None,
     device: str = "auto",
+    adapter: str | Path | None = None,
+    note: Note | None = None,
 ) -> Scores: ...
 
 
@@ -45,7 +53,9 @@ def evaluate(
     length: int = 1024,
     dtype: str | None = None,
     device: str = "auto",
+    adapter: str | Path | None = None,
     track: Track | None = None,
+    note: Note | None = None,
 ) -> Evaluation: ...
 
 
@@ -59,7 +69,9 @@ def evaluate(
     length: int = 1024,
     dtype: str | None = None,
     device: str = "auto",
+    adapter: str | Path | None = None,
     track: Track | None = None,
+    note: Note | None = None,
 ) -> Scores | Evaluation:
     """Perplexity of a model on a text, its KL and top-1 agreement to another, and its live cache's size; benchmarks.
 
@@ -72,7 +84,9 @@ def evaluate(
         length: tokens per window of the text, and of the longest probe (at most the model's context).
         dtype: dtype to run in. Default: the checkpoint's.
         device: cpu, cuda, ...; auto takes a GPU where there is one.
+        adapter: a peft adapter to merge into the original: into ``against``, into ``model`` where that is not given.
         track: given steps and what they do, gives the steps again; to show how far it is.
+        note: called with what was done to a source that is no plain folder, in words.
 
     Raises:
         CheckpointError, RecipeError, TextError: as the message says.
@@ -82,17 +96,22 @@ def evaluate(
     from anymla.evaluation.likelihood import untracked
     from anymla.evaluation.scores import score_model
 
-    folder, track = find_model(model), track or untracked
-    context, tokenizer = context_of(folder), load_tokenizer(folder)
-    window = min(length, context or length)
-    wanted = benchmarks or Benchmarks()
-    prepared = prepare(wanted, tokenizer, context=context, length=window, track=track)
-    windows = None if text is None else _windows(text, tokenizer, tokens, window)
-    device = pick_device(device)
-    loaded = load_model(folder, dtype=dtype, device=device)
-    if windows is not None:
-        _check_vocabulary(windows, loaded, text)
-    original = None if against is None else load_model(find_model(against), dtype=dtype, device=device)
+    track = track or untracked
+    with ExitStack() as stack:
+        ours, theirs = (adapter, None) if against is None else (None, adapter)
+        folder = _plain(stack, model, ours, note)
+        context, tokenizer = context_of(folder), load_tokenizer(folder)
+        window = min(length, context or length)
+        wanted = benchmarks or Benchmarks()
+        prepared = prepare(wanted, tokenizer, context=context, length=window, track=track)
+        windows = None if text is None else _windows(text, tokenizer, tokens, window)
+        device = pick_device(device)
+        loaded = load_model(folder, dtype=dtype, device=device)
+        if windows is not None:
+            _check_vocabulary(windows, loaded, text)
+        original = None
+        if against is not None:
+            original = load_model(_plain(stack, against, theirs, note), dtype=dtype, device=device)
     _check_original(loaded, original, model, against)
     results = {
         kind: compare(run(loaded, "model"), None if original is None else run(original, "original"))
@@ -104,6 +123,7 @@ def evaluate(
     settings = {
         "model": str(model),
         "against": None if against is None else str(against),
+        "adapter": None if adapter is None else str(adapter),
         "text": None if text is None else str(text),
         "tokens": tokens,
         "length": window,
@@ -113,6 +133,13 @@ def evaluate(
     }
     others = ("lm-eval", "datasets") if wanted.tasks else ()
     return Evaluation(scores=scores, benchmarks=results, settings=settings, versions=versions(*others))
+
+
+def _plain(stack: ExitStack, model: str | Path, adapter: str | Path | None, note: Note | None) -> Path:
+    plain = stack.enter_context(plain_source(locate(model, adapter=adapter)))
+    for text in plain.notes if note is not None else ():
+        note(f"{model}: {text}")
+    return plain.folder
 
 
 def _windows(text: str | Path, tokenizer: Any, tokens: int | None, length: int) -> Tensor:
