@@ -78,8 +78,9 @@ def tune(
     for path in (student, *source.paths):
         check_output(place, path, overwrite=overwrite)
     with plain_source(source, beside=place) as plain:
-        for text in plain.notes if note is not None else ():
-            note(f"{teacher}: {text}")
+        if note is not None:
+            for text in plain.notes:
+                note(f"{teacher}: {text}")
         check_pair(student, plain.folder)
         tokenizer = load_tokenizer(student)
         length = min(tuning.length, context_of(student) or tuning.length)

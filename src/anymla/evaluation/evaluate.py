@@ -137,8 +137,9 @@ def evaluate(
 
 def _plain(stack: ExitStack, model: str | Path, adapter: str | Path | None, note: Note | None) -> Path:
     plain = stack.enter_context(plain_source(locate(model, adapter=adapter)))
-    for text in plain.notes if note is not None else ():
-        note(f"{model}: {text}")
+    if note is not None:
+        for text in plain.notes:
+            note(f"{model}: {text}")
     return plain.folder
 
 

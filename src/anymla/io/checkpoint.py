@@ -17,8 +17,9 @@ from anymla.io.config import danger, read_object
 from anymla.io.shards import check_amount, check_index, held_tensors, index_map
 from anymla.io.work import clear_abandoned, hold, remove
 
-CONFIG_FILES = ["config.json"]
-MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+CONFIG_FILES = ["config.json", "adapter_config.json"]
+MODEL_FILES = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.model", "*.txt", "*.jinja"]
+MODEL_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
 INDEX = "model.safetensors.index.json"
 OLD_BUFFERS = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias|causal_mask)$|\.inv_freq$")  # masks, not weights
 
@@ -288,7 +289,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for file in source.iterdir():
         skip = (
             file.suffix in weights
-            or file.name in ("config.json", "README.md", INDEX)
+            or file.name in ("config.json", "README.md", "adapter_config.json", INDEX)
             or file.name.endswith(".index.json")
         )
         if file.is_file() and not skip and not file.name.startswith("."):

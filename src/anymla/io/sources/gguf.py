@@ -99,11 +99,12 @@ def _config(file: Path, reader: Any) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
     quiet_transformers()
+    architecture = _field(reader, "general.architecture")
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).to_dict()
     except Exception as error:  # a KeyError where a key is absent, ValueErrors and others
         raise UnsupportedModelError(
-            f"{file}: transformers cannot read a GGUF file of architecture {shown(_field(reader, 'general.architecture'))} "
+            f"{file}: transformers cannot read a GGUF file of architecture {architecture} "
             f"({' '.join(str(error).split()):.120}): give the model's safetensors"
         ) from error
     model_type = config["model_type"]
@@ -112,7 +113,6 @@ def _config(file: Path, reader: Any) -> dict[str, Any]:
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     config |= {"architectures": [CLASSES[model_type]], "dtype": _dtype(reader)} | _token_ids(reader)
-    architecture = _field(reader, "general.architecture")
     config["rope_parameters"] = scaled_rope(
         file,
         config,
@@ -155,8 +155,8 @@ def _mapping(file: Path, reader: Any, config: Mapping[str, Any]) -> tuple[Any, d
     placed = mapping.keys() | {f"{name}.weight" for name in mapping} | {FACTORS}  # experts go by names without .weight
     if others := [tensor.name for tensor in reader.tensors if tensor.name not in placed]:
         raise UnsupportedModelError(
-            f"{file}: transformers has no place for its tensor {shown(others[0])} in a {config['model_type']}: give the "
-            "model's safetensors"
+            f"{file}: transformers has no place for its tensor {shown(others[0])} in a {config['model_type']}: give "
+            "the model's safetensors"
         )
     return processor, mapping
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+SAFE = ("*.safetensors", "*.safetensors.index.json")
+WEIGHTS = (*SAFE, "*.bin", "*.gguf")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
@@ -79,7 +82,7 @@ def _weights(path: Path) -> Path:
             raise CheckpointError(f"{path} is a file: MODEL must be a checkpoint folder, a .gguf file or a hub id")
         return path
     files = sorted(path.glob("*.gguf"))
-    if not files or (path / "config.json").is_file() and _has_weights(path):
+    if not files or _has_weights(path, SAFE):
         return path
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:8])
@@ -87,9 +90,8 @@ def _weights(path: Path) -> Path:
     return files[0]
 
 
-def _has_weights(folder: Path) -> bool:
+def _has_weights(folder: Path, kinds: tuple[str, ...] = WEIGHTS) -> bool:
     """Whether a folder holds weights other than an adapter's."""
-    kinds = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
     return any(not file.name.startswith("adapter_") for kind in kinds for file in folder.glob(kind))
 
 

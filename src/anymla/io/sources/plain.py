@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anymla.errors import AnymlaError, OutputError
+from anymla.io.sources.adapter_kinds import check_adapter
 from anymla.io.sources.locate import Located
 from anymla.io.work import clear_abandoned, hold
 
@@ -60,6 +61,7 @@ def notes_of(source: Located) -> tuple[str, ...]:
     """
     notes = [] if source.gguf is None else [source.gguf.note]
     if source.adapter is not None:
+        check_adapter(source.adapter)
         notes.append(f"the adapter in {source.adapter.name} is merged into its weights")
     if source.hidden:
         notes.append(
@@ -69,10 +71,14 @@ def notes_of(source: Located) -> tuple[str, ...]:
 
 
 def _fill(folder: Path, source: Located) -> None:
+    from anymla.io.sources.folder import folder_source
     from anymla.io.sources.source import write_source
 
-    if source.gguf is not None:
-        found = source.gguf.source()
+    found = folder_source(source.base) if source.gguf is None else source.gguf.source()
+    if source.adapter is not None:
+        from anymla.io.sources.adapter import with_adapter
+
+        found = with_adapter(found, source.adapter)
     write_source(found, folder)
 
 
