@@ -47,14 +47,14 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
         raise CheckpointError(f"{name} is not a local folder, and the hub did not give it: {reason:.160}") from error
 
 
-def check_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each opened and found whole.
+def check_weights(folder: Path, *, floats: bool = True) -> list[Path]:
+    """The safetensors files of a checkpoint, each opened and found whole; with ``floats``, its weights are of floats.
 
     Raises:
         CheckpointError: no safetensors, a shard is missing or truncated, or the index names a file outside the folder.
     """
     files = _weight_files(folder)
-    held = held_tensors(files)
+    held = held_tensors(files, floats=floats)
     if (index := folder / INDEX).is_file() and files != [folder / "model.safetensors"]:
         check_index(index, index_map(index), held)
     return files

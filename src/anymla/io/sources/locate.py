@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from anymla.errors import CheckpointError, shown
 from anymla.io.checkpoint import find_model
 from anymla.io.config import read_object
+from anymla.io.sources.quantised_kinds import quantization_note
 
 if TYPE_CHECKING:
     from anymla.io.sources.gguf import GgufFile
@@ -42,6 +43,12 @@ class Located:
         from anymla.io.sources.gguf import GgufFile
 
         return GgufFile(self.base)
+
+    @cached_property
+    def quantised(self) -> str | None:
+        """What becomes of quantised weights, in words; None where there are none."""
+        path = self.base / "config.json"
+        return quantization_note(read_object(path)) if path.is_file() else None
 
     @property
     def paths(self) -> tuple[Path, ...]:

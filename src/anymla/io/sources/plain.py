@@ -60,6 +60,8 @@ def notes_of(source: Located) -> tuple[str, ...]:
         CheckpointError, UnsupportedModelError: it cannot be read.
     """
     notes = [] if source.gguf is None else [source.gguf.note]
+    if source.quantised is not None:
+        notes.append(source.quantised)
     if source.adapter is not None:
         check_adapter(source.adapter)
         notes.append(f"the adapter in {source.adapter.name} is merged into its weights")
@@ -74,7 +76,14 @@ def _fill(folder: Path, source: Located) -> None:
     from anymla.io.sources.folder import folder_source
     from anymla.io.sources.source import write_source
 
-    found = folder_source(source.base) if source.gguf is None else source.gguf.source()
+    if source.gguf is not None:
+        found = source.gguf.source()
+    elif source.quantised is not None:
+        from anymla.io.sources.quantised import quantised_source
+
+        found = quantised_source(source.base)
+    else:
+        found = folder_source(source.base)
     if source.adapter is not None:
         from anymla.io.sources.adapter import with_adapter
 

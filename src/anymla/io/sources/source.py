@@ -21,8 +21,8 @@ SHARD = 1 << 29  # bytes of tensors that are gathered before they are written
 class Source:
     """A checkpoint as plain tensors.
 
-    ``config``: of config.json; ``names``: of the tensors; ``size``: the bytes of all; ``tensors``: makes them one after
-    the other, always in the same order; ``companions``: writes tokenizer and other files into a folder.
+    ``config``: of config.json; ``names``: of the tensors; ``size``: about the bytes of all; ``tensors``: makes them one
+    after the other, always in the same order; ``companions``: writes tokenizer and other files into a folder.
     """
 
     config: Mapping[str, Any]
@@ -42,11 +42,13 @@ def write_source(source: Source, folder: Path) -> None:
     source.companions(folder)
     write_json(folder / "config.json", source.config)
     placed: dict[str, str] = {}
+    size = 0
     for number, shard in enumerate(_shards(source.tensors()), 1):
         file = f"model-{number:05}.safetensors"
         write_tensors(folder / file, shard)
         placed |= dict.fromkeys(shard, file)
-    write_json(folder / INDEX, {"metadata": {"total_size": source.size}, "weight_map": placed})
+        size += sum(tensor.nbytes for tensor in shard.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
 
 
 def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
