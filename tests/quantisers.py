@@ -180,3 +180,11 @@ def mxfp4(weight):
 def packed_mxfp4(weight):
     codes, scale, meant = mxfp4(weight)
     return {"weight_packed": codes.flatten(-2), "weight_scale": scale}, meant
+
+
+def mxfp8(weight):
+    blocks = weight.unflatten(1, (-1, 32))
+    power = (blocks.abs().amax(2) / 448).log2().ceil()
+    codes = (blocks / power.exp2()[..., None]).to(torch.float8_e4m3fn)
+    meant = (codes.float() * power.exp2()[..., None]).flatten(1)
+    return {"weight": codes.flatten(1), "weight_scale": (power + 127).to(torch.uint8)}, meant

@@ -26,6 +26,7 @@ FORMATS = {  # of compressed-tensors
     "pack-quantized": "packed integers",
     "nvfp4-pack-quantized": "NVFP4",
     "mxfp4-pack-quantized": "MXFP4",
+    "mxfp8-quantized": "MXFP8",
     "mixed-precision": "several formats",
 }
 ALGORITHMS = ("FP8", "FP8_PB_WO", "NVFP4", "MIXED_PRECISION")  # of modelopt
