@@ -25,8 +25,11 @@ from anymla.io.checkpoint import (
     safe_config,
 )
 from anymla.io.device import machine_memory, pick_device
-from anymla.io.find import find_model, with_revision
+from anymla.io.find import with_revision
 from anymla.io.hub_cache import commit_of
+from anymla.io.sources.locate import Located, locate
+from anymla.io.sources.plain import Plain, notes_of, plain_source
+from anymla.io.work import WorkFolder
 from anymla.outcomes import Conversion, Inspection
 from anymla.planning.plan import Plan, check_plan, explain, make_plan
 from anymla.recipe import Recipe
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
 
     from anymla.conversion.step import LayerResult
     from anymla.io.streamed import StreamedModel
-    from anymla.io.work import WorkFolder
 
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
 
@@ -53,13 +55,13 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
         RecipeError: ``revision`` of a local folder.
     """
     name = with_revision(model, revision)
-    folder = find_model(name, config_only=True)
-    facts: dict[str, Any] = {"model": name, "commit": commit_of(folder)}
-    config = read_config(folder)
+    source = locate(name, config_only=True)
+    facts: dict[str, Any] = {"model": name, "commit": commit_of(source.base)}
     try:
-        return Inspection(**facts, supported=True, reason=None, blueprint=read_blueprint(config))
+        blueprint, notes = read_blueprint(_config(source)), notes_of(source)
     except UnsupportedModelError as error:
         return Inspection(**facts, supported=False, reason=str(error), blueprint=None)
+    return Inspection(**facts, supported=True, reason=None, blueprint=blueprint, notes=notes)
 
 
 def plan(model: str | Path, recipe: Recipe | None = None, *, revision: str | None = None, **settings: Any) -> Plan:
@@ -74,14 +76,19 @@ def plan(model: str | Path, recipe: Recipe | None = None, *, revision: str | Non
     Raises:
         UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError: as the message says.
     """
-    name = with_revision(model, revision)
-    blueprint = read_blueprint(read_config(find_model(name, config_only=True)))
-    return make_plan(name, blueprint, with_settings(recipe, settings))
+    name, chosen = with_revision(model, revision), with_settings(recipe, settings)
+    blueprint = read_blueprint(_config(locate(name, adapter=chosen.adapter, config_only=True)))
+    return make_plan(name, blueprint, chosen)
 
 
 def explain_plan(plan: Plan) -> dict[str, Any]:
     """A plan's costs before and after: per layer cached numbers, parameters, FLOPs per token; predicted peak bytes."""
-    return explain(plan, read_blueprint(read_config(find_model(plan.model, config_only=True))))
+    source = locate(plan.model, adapter=plan.recipe.adapter, config_only=True)
+    return explain(plan, read_blueprint(_config(source)))
+
+
+def _config(source: Located) -> dict[str, Any]:
+    return read_config(source.base) if source.gguf is None else source.gguf.config
 
 
 def with_settings(recipe: Recipe | None, settings: dict[str, Any]) -> Recipe:
@@ -106,7 +113,8 @@ def convert(
     """Converts a model to multi-head latent attention and writes it to ``output``.
 
     Args:
-        model: a local checkpoint folder or a hub id, also ``org/name@revision``; it is only read.
+        model: a local checkpoint folder, a GGUF file, an adapter's folder or a hub id, also
+            ``org/name@revision``; it is only read.
         output: the folder to write; loads with ``AutoModelForCausalLM.from_pretrained`` (a vision-language model with
             ``AutoModelForImageTextToText``) after ``import anymla``, or with ``trust_remote_code=True`` without it.
         recipe: settings to start from, or a plan of :func:`plan`.
@@ -131,30 +139,20 @@ def convert(
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
     name = with_revision(model, revision)
-    source = find_model(name)
-    read_blueprint(read_config(source))  # what is wrong with config.json is said in its own words
-    check_output(output, source, overwrite=overwrite)
+    adapter = (recipe.recipe if isinstance(recipe, Plan) else with_settings(recipe, settings)).adapter
+    source = locate(name, adapter=adapter)
+    read_blueprint(_config(source))  # what is wrong with config.json is said in its own words
+    for path in source.paths:
+        check_output(output, path, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
     memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
-    check_weights(source)
-    # with transformers' defaults where config.json says nothing
-    blueprint = read_blueprint(safe_config(source).to_dict())
-    chosen = _chosen_plan(name, blueprint, recipe, settings)
-    if chosen.recipe.target == "gguf":
-        _check_tokenizer(name, source, blueprint)
-    windows = _calibration(chosen.recipe, source, blueprint)
-
-    from anymla.calibration.parallel import join_processes
-    from anymla.conversion.progress import claim, fingerprint, kept
-    from anymla.io.streamed import StreamedModel
-    from anymla.io.work import WorkFolder
-
-    device = join_processes(pick_device(chosen.recipe.device))
-    streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
-    same = {"anymla": __version__, "--max-shard-size": shard_size}
-    claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
-    with kept(work, len(blueprint.layers)):
-        return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
+    with plain_source(source, beside=output) as plain:
+        check_weights(plain.folder)
+        # with transformers' defaults where config.json says nothing
+        blueprint = read_blueprint(safe_config(plain.folder).to_dict())
+        chosen = _chosen_plan(name, blueprint, recipe, settings)
+        sizes = _Sizes(memory, shard_size)
+        return _convert_plain(plain, blueprint, chosen, WorkFolder(output), sizes, restart, progress, started)
 
 
 def peak_rss() -> int:
@@ -208,8 +206,36 @@ class _Sizes:
     shard: int
 
 
+def _convert_plain(
+    source: Plain,
+    blueprint: Blueprint,
+    chosen: Plan,
+    work: WorkFolder,
+    sizes: _Sizes,
+    restart: bool,
+    progress: Progress | None,
+    started: float,
+) -> Conversion:
+    """Takes up what ``work`` holds of this conversion, or begins it."""
+    if chosen.recipe.target == "gguf":
+        _check_tokenizer(chosen.model, source.folder, blueprint)
+    windows = _calibration(chosen.recipe, source.folder, blueprint)
+
+    from anymla.calibration.parallel import join_processes
+    from anymla.conversion.progress import claim, fingerprint, kept
+    from anymla.io.streamed import StreamedModel
+
+    device = join_processes(pick_device(chosen.recipe.device))
+    streamed = StreamedModel(source.folder, dtype=chosen.recipe.dtype, device=device)
+    same = {"anymla": __version__, "--max-shard-size": sizes.shard}
+    claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
+    with kept(work, len(blueprint.layers)):
+        return _convert(streamed, source, blueprint, chosen, windows, work, sizes, progress, started)
+
+
 def _convert(
     streamed: StreamedModel,
+    source: Plain,
     blueprint: Blueprint,
     plan: Plan,
     windows: torch.Tensor,
@@ -234,8 +260,8 @@ def _convert(
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
-        commit=commit_of(streamed.folder),
-        notes=tuple(streamed.notes),
+        commit=source.commit,
+        notes=(*source.notes, *streamed.notes),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
         anymla_version=__version__,

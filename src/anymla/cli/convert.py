@@ -22,6 +22,7 @@ from anymla.cli.options import (
     how_to_go_on,
     out,
     print_json,
+    print_note,
     recipe_options,
 )
 from anymla.errors import RecipeError
@@ -165,7 +166,7 @@ def convert(
     if not first_process():
         return
     for note in _notes(conversion):
-        err.print(f"note: {note}", soft_wrap=True)
+        print_note(note)
     if as_json:
         return print_json(conversion.to_dict())
     from anymla.report.tables import conversion_layers_table, scores_table

@@ -68,6 +68,7 @@ def inspection_table(inspection: Inspection) -> Group:
         ("query and key norms", _yes(first.qk_norm)),
         ("sliding window", ", ".join(str(window or "none") for window in sorted(windows, key=str))),
         ("dtype", facts.dtype),
+        *(("before conversion", note) for note in inspection.notes),
     ]
     costs = [("now", 1), *((f"{times}x less", times) for times in (4, 8, 16))]
     cache = [
