@@ -15,7 +15,7 @@ import anymla
 from anymla.conversion.card import command, public_name
 from anymla.errors import CheckpointError, RecipeError
 from anymla.evaluation.story import stream_continuation
-from anymla.io.find import find_model
+from anymla.io.find import CONFIG_FILES, find_model
 from anymla.io.hub_cache import commit_of, repo_of
 from tests.damage import BUNDLED, VALID, run_main
 from tests.families import FAST, make_model, save_model
@@ -131,6 +131,7 @@ def test_eval_generate_and_tune(cache, tmp_path, monkeypatch, capfd):
     settings = json.loads(Path("results/results.json").read_text())["settings"]
     assert (settings["model"], settings["commit"], settings["against_commit"]) == ("org/name@v1.0", OLD, OLD)
     options = {"max_new_tokens": 2, "temperature": 0, "seed": 0, "device": "cpu", "dtype": None}
+    options |= {"adapter": None, "note": print}
     counted = []
     monkeypatch.setattr(
         "anymla.evaluation.story.continuation", lambda model, *_, **__: counted.append(len(model.model.layers))
@@ -163,7 +164,7 @@ def test_what_the_hub_is_asked_for(tmp_path, monkeypatch):
     assert asked[1][2] == ["weights/a.safetensors"]
     assert (folder / "weights" / "a.safetensors").is_file()
     find_model("org/name", config_only=True)
-    assert asked[2] == ("org/name", None, ["config.json"])
+    assert asked[2] == ("org/name", None, CONFIG_FILES)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])

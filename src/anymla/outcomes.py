@@ -21,13 +21,17 @@ REDUCTIONS = (4, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a model is and what its cache costs; ``blueprint`` is None where ``supported`` is False."""
+    """What a model is and what its cache costs; ``blueprint`` is None where ``supported`` is False.
+
+    ``notes``: what a conversion does to its files first, where they are not plain.
+    """
 
     model: str
     commit: str | None  # of the hub, where it came from there
     supported: bool
     reason: str | None
     blueprint: Blueprint | None
+    notes: tuple[str, ...] = ()
 
     @property
     def already_latent(self) -> bool:
@@ -43,6 +47,7 @@ class Inspection:
         """The facts under their stable JSON names."""
         facts: dict[str, Any] = {"model": self.model, "commit": self.commit, "supported": self.supported}
         facts["reason"] = self.reason
+        facts["notes"] = list(self.notes)
         facts |= {"cache_numbers_per_token_per_layer": None, "cache_bytes_per_token": None}
         if (blueprint := self.blueprint) is None:
             return facts
@@ -67,7 +72,8 @@ class Conversion:
     """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after.
 
     ``cache_bytes_at``: bytes of the cache before and after, by the number of tokens in it.
-    ``commit``: the source's, where it came from the hub. ``notes``: how the source's files differ from its config.
+    ``commit``: the source's, where it came from the hub. ``notes``: what was done to its files first, where they were
+    not plain, and how they differ from its config.
     """
 
     output: Path

@@ -25,8 +25,11 @@ from anymla.io.checkpoint import (
     safe_config,
 )
 from anymla.io.device import machine_memory, matmul_speed, pick_device
-from anymla.io.find import find_model, with_revision
+from anymla.io.find import with_revision
 from anymla.io.hub_cache import commit_of
+from anymla.io.sources.locate import Located, locate
+from anymla.io.sources.plain import Plain, notes_of, plain_source
+from anymla.io.work import WorkFolder
 from anymla.outcomes import Conversion, Inspection
 from anymla.planning.duration import faster
 from anymla.planning.plan import Plan, check_plan, explain, make_plan, plan_bytes
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
 
     from anymla.conversion.step import LayerResult
     from anymla.io.streamed import StreamedModel
-    from anymla.io.work import WorkFolder
 
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
 
@@ -54,13 +56,13 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
         RecipeError: ``revision`` of a local folder.
     """
     name = with_revision(model, revision)
-    folder = find_model(name, config_only=True)
-    facts: dict[str, Any] = {"model": name, "commit": commit_of(folder)}
-    config = read_config(folder)
+    source = locate(name, config_only=True)
+    facts: dict[str, Any] = {"model": name, "commit": commit_of(source.base)}
     try:
-        return Inspection(**facts, supported=True, reason=None, blueprint=read_blueprint(config))
+        blueprint, notes = read_blueprint(_config(source)), notes_of(source)
     except UnsupportedModelError as error:
         return Inspection(**facts, supported=False, reason=str(error), blueprint=None)
+    return Inspection(**facts, supported=True, reason=None, blueprint=blueprint, notes=notes)
 
 
 def plan(model: str | Path, recipe: Recipe | None = None, *, revision: str | None = None, **settings: Any) -> Plan:
@@ -75,14 +77,19 @@ def plan(model: str | Path, recipe: Recipe | None = None, *, revision: str | Non
     Raises:
         UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError: as the message says.
     """
-    name = with_revision(model, revision)
-    blueprint = read_blueprint(read_config(find_model(name, config_only=True)))
-    return make_plan(name, blueprint, with_settings(recipe, settings))
+    name, chosen = with_revision(model, revision), with_settings(recipe, settings)
+    blueprint = read_blueprint(_config(locate(name, adapter=chosen.adapter, config_only=True)))
+    return make_plan(name, blueprint, chosen)
 
 
 def explain_plan(plan: Plan) -> dict[str, Any]:
     """A plan's costs before and after: per layer cached numbers, parameters, FLOPs per token; predicted peak bytes."""
-    return explain(plan, read_blueprint(read_config(find_model(plan.model, config_only=True))))
+    source = locate(plan.model, adapter=plan.recipe.adapter, config_only=True)
+    return explain(plan, read_blueprint(_config(source)))
+
+
+def _config(source: Located) -> dict[str, Any]:
+    return read_config(source.base) if source.gguf is None else source.gguf.config
 
 
 def with_settings(recipe: Recipe | None, settings: dict[str, Any]) -> Recipe:
@@ -108,7 +115,8 @@ def convert(
     """Converts a model to multi-head latent attention and writes it to ``output``.
 
     Args:
-        model: a local checkpoint folder or a hub id, also ``org/name@revision``; it is only read.
+        model: a local checkpoint folder, a GGUF file, an adapter's folder or a hub id, also
+            ``org/name@revision``; it is only read.
         output: the folder to write; loads with ``AutoModelForCausalLM.from_pretrained`` (a vision-language model with
             ``AutoModelForImageTextToText``) after ``import anymla``, or with ``trust_remote_code=True`` without it.
         recipe: settings to start from, or a plan of :func:`plan`.
@@ -134,33 +142,20 @@ def convert(
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
     name = with_revision(model, revision)
-    source = find_model(name)
-    read_blueprint(read_config(source))  # what is wrong with config.json is said in its own words
-    check_output(output, source, overwrite=overwrite)
+    adapter = (recipe.recipe if isinstance(recipe, Plan) else with_settings(recipe, settings)).adapter
+    source = locate(name, adapter=adapter)
+    read_blueprint(_config(source))  # what is wrong with config.json is said in its own words
+    for path in source.paths:
+        check_output(output, path, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
     memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
-    check_weights(source)
-    # with transformers' defaults where config.json says nothing
-    blueprint = read_blueprint(safe_config(source).to_dict())
-    chosen = _chosen_plan(name, blueprint, recipe, settings)
-    if chosen.recipe.target == "gguf":
-        _check_tokenizer(name, source, blueprint)
-    windows = _calibration(chosen.recipe, source, blueprint)
-
-    from anymla.calibration.parallel import join_processes, world
-    from anymla.conversion.progress import claim, fingerprint, kept
-    from anymla.io.streamed import StreamedModel
-    from anymla.io.work import WorkFolder
-
-    device = join_processes(pick_device(chosen.recipe.device))
-    streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
-    same = {"anymla": __version__, "--max-shard-size": shard_size}
-    claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
-    with kept(work, len(blueprint.layers)):
-        left = len(blueprint.layers) - len(work.progress["layers"])
-        if notify and (long := faster(blueprint, chosen.recipe, world() * matmul_speed(device), left)):
-            notify(long)
-        return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
+    with plain_source(source, beside=output) as plain:
+        check_weights(plain.folder)
+        # with transformers' defaults where config.json says nothing
+        blueprint = read_blueprint(safe_config(plain.folder).to_dict())
+        chosen = _chosen_plan(name, blueprint, recipe, settings)
+        run = _Run(WorkFolder(output), memory, shard_size, restart, progress, notify, started)
+        return _convert_plain(plain, blueprint, chosen, run)
 
 
 def peak_rss() -> int:
@@ -207,52 +202,71 @@ def _calibration(recipe: Recipe, source: Path, blueprint: Blueprint) -> torch.Te
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Bytes of activations in memory, and of a shard."""
+class _Run:
+    """How a conversion runs: its work folder, bytes of activations in memory and of a shard, whom it tells."""
 
+    work: WorkFolder
     memory: int
     shard: int
+    restart: bool
+    progress: Progress | None
+    notify: Callable[[str], None] | None
+    started: float
+
+
+def _convert_plain(source: Plain, blueprint: Blueprint, chosen: Plan, run: _Run) -> Conversion:
+    """Takes up what the work folder holds of this conversion, or begins it."""
+    if chosen.recipe.target == "gguf":
+        _check_tokenizer(chosen.model, source.folder, blueprint)
+    windows = _calibration(chosen.recipe, source.folder, blueprint)
+
+    from anymla.calibration.parallel import join_processes, world
+    from anymla.conversion.progress import claim, fingerprint, kept
+    from anymla.io.streamed import StreamedModel
+
+    device = join_processes(pick_device(chosen.recipe.device))
+    streamed = StreamedModel(source.folder, dtype=chosen.recipe.dtype, device=device)
+    same = {"anymla": __version__, "--max-shard-size": run.shard}
+    claim(run.work, lambda: same | fingerprint(streamed, chosen, windows), restart=run.restart)
+    with kept(run.work, len(blueprint.layers)):
+        left = len(blueprint.layers) - len(run.work.progress["layers"])
+        if run.notify and (long := faster(blueprint, chosen.recipe, world() * matmul_speed(device), left)):
+            run.notify(long)
+        return _convert(streamed, source, blueprint, chosen, windows, run)
 
 
 def _convert(
-    streamed: StreamedModel,
-    blueprint: Blueprint,
-    plan: Plan,
-    windows: torch.Tensor,
-    work: WorkFolder,
-    sizes: _Sizes,
-    progress: Progress | None,
-    started: float,
+    streamed: StreamedModel, source: Plain, blueprint: Blueprint, plan: Plan, windows: torch.Tensor, run: _Run
 ) -> Conversion:
-    """Converts what ``work`` does not hold yet, scores it, and puts it in the output's place."""
+    """Converts what the work folder does not hold yet, scores it, and puts it in the output's place."""
     from anymla.calibration.parallel import rank, wait_for_all, world
     from anymla.conversion.checkpoint import write_checkpoint
     from anymla.conversion.sequence import Sequence
     from anymla.evaluation.held_out import held_out_scores
 
-    sequence = Sequence(streamed, blueprint, plan, windows, work)
-    converted = sequence.run(sizes.memory // world(), sizes.shard, progress)
+    sequence = Sequence(streamed, blueprint, plan, windows, run.work)
+    converted = sequence.run(run.memory // world(), run.shard, run.progress)
     before, after = held_out_scores(streamed, converted, tuples=sequence.tuples)
     results = [record.result for record in converted.records]
     final = _final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results)
     report = Conversion(
-        output=work.output,
+        output=run.work.output,
         plan=final,
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
         cache_bytes_at=plan_bytes(final, blueprint),
-        commit=commit_of(streamed.folder),
-        notes=tuple(streamed.notes),
-        seconds=time.monotonic() - started,
+        commit=source.commit,
+        notes=(*source.notes, *streamed.notes),
+        seconds=time.monotonic() - run.started,
         peak_rss_bytes=peak_rss(),
         anymla_version=__version__,
     )
     if rank() == 0:
         attentions = [record.attention for record in converted.records if record.attention is not None]
-        write_checkpoint(streamed, work, attentions, max_shard_size=sizes.shard)
-        _write_report(work.model, report)
-        work.finish()
+        write_checkpoint(streamed, run.work, attentions, max_shard_size=run.shard)
+        _write_report(run.work.model, report)
+        run.work.finish()
     wait_for_all()
     return report
 

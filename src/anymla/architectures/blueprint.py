@@ -18,6 +18,7 @@ from anymla.architectures.vision import VISION, text_config
 from anymla.errors import CheckpointError, UnsupportedModelError, shown
 from anymla.io.config import danger, read_object
 from anymla.io.mistaken import no_config, no_folder, other_config
+from anymla.io.sources.quantised_kinds import quantization_refusal
 
 ALREADY = "already multi-head latent attention"
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -124,11 +125,8 @@ def refusal(config: Mapping[str, Any]) -> str | None:
             return f"the text model of '{model_type}': {reason}"
     elif (reason := _family_refusal(model_type)) is not None:
         return reason
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        return (
-            f"the weights are quantised ({method!s:.40}): convert the unquantised checkpoint, then quantise the result"
-        )
+    if (reason := quantization_refusal(config)) is not None:
+        return reason
     return danger(config)
 
 

@@ -22,6 +22,7 @@ from anymla.cli.options import (
     how_to_go_on,
     out,
     print_json,
+    print_note,
     recipe_options,
 )
 from anymla.errors import RecipeError
@@ -160,13 +161,13 @@ def convert(
             max_shard_size=max_shard_size,
             max_memory=max_memory,
             progress=progress,
-            notify=_note if first_process() else None,
+            notify=print_note if first_process() else None,
             **device,
         )
     if not first_process():
         return
     for note in _notes(conversion):
-        _note(note)
+        print_note(note)
     if as_json:
         return print_json(conversion.to_dict())
     from anymla.report.tables import conversion_layers_table, scores_table
@@ -180,10 +181,6 @@ def convert(
         f"anymla eval {output} --against {conversion.plan.model} --text YOUR.txt",
         soft_wrap=True,
     )
-
-
-def _note(text: str) -> None:
-    err.print(f"note: {text}", soft_wrap=True)
 
 
 def _notes(conversion: Conversion) -> Iterator[str]:

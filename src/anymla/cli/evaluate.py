@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anymla.cli.options import Device, Dtype, Json, Model, Revision, app, err, out, print_json
+from anymla.cli.options import Adapter, Device, Dtype, Json, Model, Revision, app, err, out, print_json, print_note
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation
 from anymla.evaluation.evaluate import evaluate as run_evaluation
 from anymla.recipe import MOST
@@ -57,6 +57,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for results.json and results.png.")
     ] = None,
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = None,
     revision: Revision = None,
@@ -87,7 +88,9 @@ def evaluate(
         dtype=dtype,
         device=device,
         revision=revision,
+        adapter=adapter,
         track=_track,
+        note=print_note,
     )
     command = shlex.join(["anymla", *sys.argv[1:]])
     if output is not None:
@@ -114,6 +117,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to add at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")] = 0,
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = None,
     revision: Revision = None,
@@ -130,4 +134,6 @@ def generate(
         device=device,
         dtype=dtype,
         revision=revision,
+        adapter=adapter,
+        note=print_note,
     )

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anymla.cli.options import Json, Revision, app, err, first_process, how_to_go_on, options_of, out, print_json
+from anymla.cli.options import (
+    Adapter,
+    Json,
+    Revision,
+    app,
+    err,
+    first_process,
+    how_to_go_on,
+    options_of,
+    out,
+    print_json,
+    print_note,
+)
 from anymla.training.recipe import Tuning, read_tuning
 
 if TYPE_CHECKING:
@@ -68,6 +80,7 @@ def tune(
         list[str] | None, typer.Option(help="tensorboard or trackio, beside metrics.jsonl; may be given twice.")
     ] = None,
     revision: Revision = None,
+    adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
     """Train a converted model until it gives what the original gave."""
@@ -85,7 +98,9 @@ def tune(
             restart=restart,
             report_to=report_to,
             revision=revision,
+            adapter=adapter,
             progress=progress,
+            note=print_note if first_process() else None,
         )
     if not first_process():
         return

@@ -135,7 +135,7 @@ def command(source: str, recipe: Mapping[str, Any]) -> str:
         if isinstance(value, bool) and value != field.default:
             words.append(f"--{option}" if value else f"--no-{option}")
         elif name == "kv_cache" or value not in (field.default, None):
-            words += [f"--{option}", public_name(str(value)) if name == "calibration" else str(value)]
+            words += [f"--{option}", public_name(str(value)) if name in ("calibration", "adapter") else str(value)]
     return shlex.join(words)
 
 

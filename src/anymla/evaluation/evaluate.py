@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -12,8 +14,9 @@ from anymla.evaluation.benchmarks import Benchmarks, Evaluation, prepare
 from anymla.evaluation.measures import compare
 from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.io.device import pick_device
-from anymla.io.find import find_model, with_revision
-from anymla.io.hub_cache import commit_of
+from anymla.io.find import with_revision
+from anymla.io.sources.locate import locate
+from anymla.io.sources.plain import Plain, plain_source
 from anymla.io.versions import versions
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
     from anymla.evaluation.likelihood import Track
     from anymla.evaluation.scores import Scores
+
+Note = Callable[[str], None]
 
 
 @overload
@@ -34,6 +39,8 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | Path | None = None,
+    note: Note | None = None,
 ) -> Scores: ...
 
 
@@ -49,7 +56,9 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | Path | None = None,
     track: Track | None = None,
+    note: Note | None = None,
 ) -> Evaluation: ...
 
 
@@ -64,7 +73,9 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | Path | None = None,
     track: Track | None = None,
+    note: Note | None = None,
 ) -> Scores | Evaluation:
     """Perplexity of a model on a text, its KL and top-1 agreement to another, and its live cache's size; benchmarks.
 
@@ -78,7 +89,9 @@ def evaluate(
         dtype: dtype to run in. Default: the checkpoint's.
         device: cpu, cuda, ...; auto takes a GPU where there is one.
         revision: of ``model`` on the hub, a branch, tag or commit.
+        adapter: a peft adapter to merge into the original: into ``against``, into ``model`` where that is not given.
         track: given steps and what they do, gives the steps again; to show how far it is.
+        note: called with what was done to a source that is no plain folder, in words.
 
     Raises:
         CheckpointError, RecipeError, TextError: as the message says.
@@ -89,18 +102,22 @@ def evaluate(
     from anymla.evaluation.scores import score_model
 
     model = with_revision(model, revision)
-    folder, track = find_model(model), track or untracked
-    context, tokenizer = context_of(folder), load_tokenizer(folder)
-    window = min(length, context or length)
-    wanted = benchmarks or Benchmarks()
-    prepared = prepare(wanted, tokenizer, context=context, length=window, track=track)
-    windows = None if text is None else _windows(text, tokenizer, tokens, window)
-    device = pick_device(device)
-    loaded = load_model(folder, dtype=dtype, device=device)
-    if windows is not None:
-        _check_vocabulary(windows, loaded, text)
-    theirs = None if against is None else find_model(against)
-    original = None if theirs is None else load_model(theirs, dtype=dtype, device=device)
+    track = track or untracked
+    with ExitStack() as stack:
+        ours, theirs = (adapter, None) if against is None else (None, adapter)
+        plain = _plain(stack, model, ours, note)
+        folder = plain.folder
+        context, tokenizer = context_of(folder), load_tokenizer(folder)
+        window = min(length, context or length)
+        wanted = benchmarks or Benchmarks()
+        prepared = prepare(wanted, tokenizer, context=context, length=window, track=track)
+        windows = None if text is None else _windows(text, tokenizer, tokens, window)
+        device = pick_device(device)
+        loaded = load_model(folder, dtype=dtype, device=device)
+        if windows is not None:
+            _check_vocabulary(windows, loaded, text)
+        other = None if against is None else _plain(stack, against, theirs, note)
+        original = None if other is None else load_model(other.folder, dtype=dtype, device=device)
     _check_original(loaded, original, model, against)
     results = {
         kind: compare(run(loaded, "model"), None if original is None else run(original, "original"))
@@ -111,9 +128,10 @@ def evaluate(
         return scores
     settings = {
         "model": model,
-        "commit": commit_of(folder),
+        "commit": plain.commit,
         "against": None if against is None else str(against),
-        "against_commit": None if theirs is None else commit_of(theirs),
+        "against_commit": None if other is None else other.commit,
+        "adapter": None if adapter is None else str(adapter),
         "text": None if text is None else str(text),
         "tokens": tokens,
         "length": window,
@@ -123,6 +141,14 @@ def evaluate(
     }
     others = ("lm-eval", "datasets") if wanted.tasks else ()
     return Evaluation(scores=scores, benchmarks=results, settings=settings, versions=versions(*others))
+
+
+def _plain(stack: ExitStack, model: str | Path, adapter: str | Path | None, note: Note | None) -> Plain:
+    plain = stack.enter_context(plain_source(locate(model, adapter=adapter)))
+    if note is not None:
+        for text in plain.notes:
+            note(f"{model}: {text}")
+    return plain
 
 
 def _windows(text: str | Path, tokenizer: Any, tokens: int | None, length: int) -> Tensor:

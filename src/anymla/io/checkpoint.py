@@ -21,14 +21,14 @@ from anymla.io.shards import INDEX, SINGLE, check_amount, check_index, held_tens
 from anymla.io.work import clear_abandoned, hold, remove
 
 
-def check_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each opened and found whole.
+def check_weights(folder: Path, *, floats: bool = True) -> list[Path]:
+    """The safetensors files of a checkpoint, each opened and found whole; with ``floats``, its weights are of floats.
 
     Raises:
         CheckpointError: no safetensors, a shard is missing or truncated, or the index names a file outside the folder.
     """
     files = _weight_files(folder)
-    held_tensors(files)
+    held_tensors(files, floats=floats)
     return files
 
 
@@ -266,7 +266,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for file in source.iterdir():
         skip = (
             file.suffix in weights
-            or file.name in ("config.json", "README.md", INDEX)
+            or file.name in ("config.json", "README.md", "adapter_config.json", INDEX)
             or file.name.endswith(".index.json")
         )
         if file.is_file() and not skip and not file.name.startswith("."):

@@ -8,8 +8,9 @@ from pathlib import Path
 from anymla.errors import CheckpointError, RecipeError
 from anymla.io.shards import index_map, index_of
 
-CONFIG_FILES = ["config.json"]
-MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+CONFIG_FILES = ["config.json", "adapter_config.json"]
+MODEL_FILES = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.model", "*.txt", "*.jinja"]
+MODEL_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
 
 
 def with_revision(model: str | Path, revision: str | None) -> str:

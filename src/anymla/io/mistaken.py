@@ -28,13 +28,13 @@ def no_folder(path: Path) -> str:
     if name.endswith(".json"):
         return "is one file of a checkpoint, not a folder: give the folder that it is in"
     if head.startswith(b"GGUF") or name.endswith(".gguf"):
-        return "is a GGUF file, not a folder: give the Hugging Face checkpoint folder that it was made from"
+        return "is a GGUF file, not a folder: name it so that it ends in .gguf"
     if name.endswith(WEIGHTS):
         of = "pickled weights, which anymla does not open" if name.endswith(PICKLES) else "weights only"
         return f"is a file of {of}, not a folder: give a folder with config.json and safetensors files"
     if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf")) or name.endswith((".tar", ".zip", ".gz", ".7z")):
         return "is an archive, not a folder: unpack it, and give the folder with config.json"
-    return "is a file, not a folder: MODEL must be a local checkpoint folder or a hub id"
+    return "is a file, not a folder: MODEL must be a checkpoint folder, a .gguf file or a hub id"
 
 
 def no_config(folder: Path) -> str:

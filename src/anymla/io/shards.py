@@ -61,11 +61,11 @@ def _leaves(name: str) -> bool:
     return not path.parts or path.is_absolute() or ".." in path.parts or odd
 
 
-def held_tensors(files: Sequence[Path]) -> dict[str, int]:
+def held_tensors(files: Sequence[Path], *, floats: bool = True) -> dict[str, int]:
     """How many numbers each tensor of these files has.
 
     Raises:
-        CheckpointError: a file is not whole, a tensor is in two of them, or a weight is not of a float dtype.
+        CheckpointError: a file is not whole, a tensor is in two of them, or, with ``floats``, a weight holds none.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -85,7 +85,7 @@ def held_tensors(files: Sequence[Path]) -> dict[str, int]:
         for name, (dtype, shape) in headers.items():
             if name in places:
                 raise CheckpointError(f"{file}: tensor {name} is in {places[name].name} as well")
-            if dtype not in FLOATS and name.endswith("weight"):
+            if floats and dtype not in FLOATS and name.endswith("weight"):
                 scales = "; float8 needs scales, and the quantization_config that names them" if "F8" in dtype else ""
                 raise CheckpointError(
                     f"{file}: tensor {name} is of dtype {dtype}, where anymla reads {', '.join(FLOATS)}{scales}"

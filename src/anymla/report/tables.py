@@ -71,6 +71,7 @@ def inspection_table(inspection: Inspection) -> Group:
         ("query and key norms", _yes(first.qk_norm)),
         ("sliding window", ", ".join(str(window or "none") for window in sorted(windows, key=str))),
         ("dtype", facts.dtype),
+        *(("before conversion", note) for note in inspection.notes),
     ]
     lengths = told_lengths(facts)
     widest = max(layer.cached_numbers for layer in attending.values())
