@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,9 +22,13 @@ from anymla.cli.options import (
     print_json,
     recipe_options,
 )
+from anymla.cli.progress import Report, shown, tracked
 from anymla.errors import RecipeError
 from anymla.outcomes import Conversion
 from anymla.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from anymla.conversion.step import LayerResult
 
 
 @app.command()
@@ -36,7 +39,8 @@ def demo(
     """Convert the bundled model at several budgets, compare to the paper's method, and let it tell a story."""
     from anymla.report.demo import run_demo
 
-    results = run_demo(output, None if as_json else out)
+    with shown("demo") as report:
+        results = run_demo(output, None if as_json else out, tracked(report))
     if as_json:
         print_json(results)
 
@@ -88,35 +92,6 @@ def plan(
         out.print(f"Wrote {output}. Next: anymla convert {model} -o OUT --plan {output}")
 
 
-@contextmanager
-def _layer_bar() -> Iterator[pipeline.Progress]:
-    """A progress bar on stderr, a step per layer; none where stderr is not a terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal or not first_process(),
-    ) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def progress(done: int, total: int, result: Any) -> None:
-            text = f"layer {result.layer}: 2K={result.rope_dims} r={result.kv_rank}"
-            bar.update(task, description=text, completed=done, total=total)
-
-        yield progress
-
-
 @app.command()
 @recipe_options
 def convert(
@@ -145,7 +120,7 @@ def convert(
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = Plan.read(plan) if plan is not None else chosen_recipe(recipe, settings)
     device = settings if plan is not None else {}
-    with _layer_bar() as progress, how_to_go_on():
+    with shown("convert") as report, how_to_go_on():
         conversion = pipeline.convert(
             model,
             output,
@@ -154,7 +129,7 @@ def convert(
             restart=restart,
             max_shard_size=max_shard_size,
             max_memory=max_memory,
-            progress=progress,
+            progress=_layers(report),
             **device,
         )
     if not first_process():
@@ -173,6 +148,18 @@ def convert(
         f"Wrote {output} in {conversion.seconds:.0f} s. Next: anymla eval {output} --against {model} --text YOUR.txt",
         soft_wrap=True,
     )
+
+
+def _layers(report: Report) -> pipeline.Progress:
+    """Reports each layer, and what comes before and behind them."""
+
+    def progress(done: int, total: int, result: LayerResult) -> None:
+        report(done, total, "layer", f"2K={result.rope_dims} r={result.kv_rank}")
+        if done == total:
+            report(0, None, "scoring and writing")
+
+    report(0, None, "reading, then the first layer")
+    return progress
 
 
 def _notes(conversion: Conversion) -> Iterator[str]:

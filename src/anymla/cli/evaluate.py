@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from anymla.cli.options import Device, Dtype, Json, Model, app, err, out, print_json
+from anymla.cli.options import Device, Dtype, Json, Model, app, out, print_json
+from anymla.cli.progress import shown, tracked
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation
 from anymla.evaluation.evaluate import evaluate as run_evaluation
 from anymla.recipe import MOST
@@ -19,13 +19,6 @@ from anymla.recipe import MOST
 def _help(name: str) -> Any:
     """The option's help, which is that of the setting."""
     return typer.Option(help=Benchmarks.model_fields[name].description, show_default=False)
-
-
-def _track(steps: Sequence[Any], text: str) -> Iterable[Any]:
-    """A progress bar on stderr over ``steps``; none where stderr is not a terminal."""
-    from rich.progress import track
-
-    return track(steps, text, console=err, transient=True, disable=not err.is_terminal)
 
 
 @app.command(name="eval")
@@ -74,17 +67,18 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
     )
-    evaluation = run_evaluation(
-        model,
-        text,
-        against,
-        benchmarks=benchmarks,
-        tokens=tokens,
-        length=length,
-        dtype=dtype,
-        device=device,
-        track=_track,
-    )
+    with shown("eval") as report:
+        evaluation = run_evaluation(
+            model,
+            text,
+            against,
+            benchmarks=benchmarks,
+            tokens=tokens,
+            length=length,
+            dtype=dtype,
+            device=device,
+            track=tracked(report),
+        )
     command = shlex.join(["anymla", *sys.argv[1:]])
     if output is not None:
         write_evaluation(output, evaluation, command)
@@ -116,6 +110,7 @@ def generate(
     """Continue a prompt, streaming, through transformers' own generate."""
     from anymla.evaluation.story import stream_continuation
 
-    stream_continuation(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device, dtype=dtype
-    )
+    with shown("generate"):
+        stream_continuation(
+            model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device, dtype=dtype
+        )

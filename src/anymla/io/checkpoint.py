@@ -14,6 +14,7 @@ from typing import Any
 from anymla.errors import CheckpointError, OutputError, shown
 from anymla.io.auto import auto_class
 from anymla.io.config import danger, read_object
+from anymla.io.download import bar_class
 from anymla.io.shards import check_amount, check_index, held_tensors, index_map
 from anymla.io.work import clear_abandoned, hold, remove
 
@@ -38,7 +39,8 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=CONFIG_FILES if config_only else MODEL_FILES))
+        patterns = CONFIG_FILES if config_only else MODEL_FILES
+        return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bar_class()))
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
     except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own
