@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import Annotated, NoReturn
 
@@ -12,6 +13,9 @@ from anymla import __version__
 from anymla.cli import convert, evaluate, export, push, tune
 from anymla.cli.options import app, out
 from anymla.errors import AnymlaError
+
+# Of libraries that transformers imports where they are installed; they warn of kernels that the machine lacks.
+CHATTY = ("bitsandbytes", "torch.utils._pytree", "torchao")
 
 __all__ = ["app", "convert", "evaluate", "export", "main", "push", "tune"]
 
@@ -35,6 +39,8 @@ def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == 130:  # typer makes Ctrl-C this code

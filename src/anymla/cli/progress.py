@@ -101,7 +101,7 @@ class Lines:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._stop.set()
         self._thread.join()
-        if kind is None and self.phase is not None and self.phase.last[0]:
+        if kind is None:
             self._print_last()
 
     def __call__(
@@ -133,8 +133,8 @@ class Lines:
             self.beat()
 
     def _print_last(self) -> None:
-        """Prints the last report, as of its time, where that was not done yet."""
-        if self.phase is not None and self.phase.silent:
+        """Prints the last step, as of its end, where there is one and that was not done yet."""
+        if self.phase is not None and self.phase.silent and self.phase.last[0]:
             self.phase.silent = False
             self._print(f"{self.phase.told}, ", self.phase.last[1])
 
