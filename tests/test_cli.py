@@ -52,7 +52,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: thread
 
 @pytest.fixture
 def anymla(monkeypatch, capfd):
-    """Runs a command in this process; it must go well and say nothing on stderr but how far it is. Gives what it printed."""
+    """Runs a command in this process; it must go well and say on stderr how far it is and no more. Gives its stdout."""
 
     def run(*arguments):
         done = run_main([str(argument) for argument in arguments], monkeypatch, capfd)

@@ -18,9 +18,10 @@ from anymla.cli import progress
 from anymla.errors import CheckpointError
 from anymla.io.checkpoint import find_model
 from anymla.io.download import listening
-from tests.damage import BUNDLED, FAST, PROGRESS, TRAIN, VALID, run_main
+from tests.damage import BUNDLED, FAST, PROGRESS, TRAIN, VALID, Run, run_main
+from tests.hub_server import hub_of
 
-LINE = re.compile(r"(\w+): (.+) (\d+) of (\d+)(?: \((.+)\))?, (\d+) s(?:, about (\d+) s left)?\n")
+LINE = re.compile(r"\w+: .+ (\d+) of (\d+)(?: \(.+\))?, (\d+) s(?:, about (\d+) s left)?\n?")
 
 
 class Clock:
@@ -55,8 +56,13 @@ def end(log):
 
 def numbers(line):
     """Done, total, seconds and seconds left of a line."""
-    found = LINE.fullmatch(line + "\n")
-    return tuple(None if found[group] is None else int(found[group]) for group in (3, 4, 6, 7))
+    return tuple(None if number is None else int(number) for number in LINE.fullmatch(line).groups())
+
+
+def steps_of(run):
+    """The lines that tell of a step's end; others say that the command is at work."""
+    assert (run.code, run.err) == (0, "")
+    return [line for line in run.progress if " so far" not in line]
 
 
 def test_at_most_a_line_in_thirty_seconds(log):
@@ -183,20 +189,14 @@ def test_bars_of_tracked_steps_go_with_them(monkeypatch):
     assert "2 of 2" in console.file.getvalue()
 
 
-def spoken(run):
-    """The numbers of each line, once all are lines of progress."""
-    assert run.code == 0 and run.progress, run
-    return [numbers(line.rstrip("\n")) for line in run.progress]
-
-
 def test_convert_says_how_far_it_is(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     arguments = ["convert", BUNDLED, "-o", tmp_path / "out", *FAST.split(), "--calibration", TRAIN, "--json"]
     run = run_main([str(part) for part in arguments], monkeypatch, capfd)
-    steps = [line for line in run.progress if " so far" not in line]
-    assert [numbers(line.rstrip("\n"))[:2] for line in steps] == [(layer, 5) for layer in range(1, 6)]
+    steps = steps_of(run)
+    assert [numbers(line)[:2] for line in steps] == [(layer, 5) for layer in range(1, 6)]
     assert re.match(r"convert: layer 2 of 5 \(2K=\d+ r=\d+\), \d+ s, about \d+ s left\n", steps[1])
-    assert run.err == "" and json.loads(run.out)["layers"]
+    assert json.loads(run.out)["layers"]
 
 
 def test_a_redirected_conversion_writes_lines_at_once(tmp_path):
@@ -217,12 +217,12 @@ def test_eval_says_how_far_it_is(kind, monkeypatch, capfd, tmp_path):
     passages.write_text('{"text": "Once upon a time there was a cat"}\n' * 40)
     what = {"text": ["--text", VALID, "--tokens", 640], "probe": ["--probe"], "lambada": ["--lambada", passages]}
     run = run_main(["eval", str(BUNDLED), "--length", "64", "--json", *map(str, what[kind])], monkeypatch, capfd)
-    steps = [line for line in run.progress if " so far" not in line]
+    steps = steps_of(run)
     label = {"text": "text:", "probe": "probe, model:", "lambada": "lambada, model:"}[kind]
     assert all(line.startswith(f"eval: {label} 1 of ") for line in steps[:1]) and "s left" in steps[0]
-    done, total, _, left = numbers(steps[-1].rstrip("\n"))
+    done, total, _, left = numbers(steps[-1])
     assert done == total > 1 and left is None
-    assert run.err == "" and json.loads(run.out)
+    assert json.loads(run.out)
 
 
 def test_tune_says_how_far_it_is(converted_folder, monkeypatch, capfd, tmp_path):
@@ -230,10 +230,10 @@ def test_tune_says_how_far_it_is(converted_folder, monkeypatch, capfd, tmp_path)
     arguments = ["tune", converted_folder, "--teacher", BUNDLED, "-o", tmp_path / "out", "--tokens", 256]
     arguments += ["--data", TRAIN, "--length", 32, "--eval-tokens", 256, "--json"]
     run = run_main([str(part) for part in arguments], monkeypatch, capfd)
-    steps = [line for line in run.progress if " so far" not in line]
-    assert [numbers(line.rstrip("\n"))[:2] for line in steps] == [(step, 8) for step in range(1, 9)]
+    steps = steps_of(run)
+    assert [numbers(line)[:2] for line in steps] == [(step, 8) for step in range(1, 9)]
     assert re.match(r"tune: step 2 of 8 \(\w+, loss [\d.]+, [\d,]+ tokens/s\), \d+ s, about \d+ s left\n", steps[1])
-    assert run.err == "" and json.loads(run.out)["steps"] == 8
+    assert json.loads(run.out)["steps"] == 8
 
 
 def test_demo_says_how_far_it_is(monkeypatch, capfd, tmp_path):
@@ -246,13 +246,13 @@ def test_demo_says_how_far_it_is(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(demo, "FAST", small | {"reconstruction_steps": 2})
     monkeypatch.setattr(demo, "PAPER_SETTINGS", demo.PAPER_SETTINGS | small)
     run = run_main(["demo", "-o", str(tmp_path / "demo"), "--json"], monkeypatch, capfd)
-    steps = [line for line in run.progress if " so far" not in line]
-    assert [numbers(line.rstrip("\n"))[:2] for line in steps] == [(1, 3), (2, 3), (3, 3)]
+    steps = steps_of(run)
+    assert [numbers(line)[:2] for line in steps] == [(1, 3), (2, 3), (3, 3)]
     assert steps[0].startswith("demo: conversion: 1 of 3, ") and "s left" in steps[0]
     assert [row["method"] for row in json.loads(run.out)["rows"]] == ["anymla", "anymla, exact window", "high"]
 
 
-def fake_hub(monkeypatch, folder, pieces, seconds=0.0):
+def fake_hub(monkeypatch, folder, pieces):
     """A hub client that downloads ``pieces``, as many bytes each, through the bars that it is given."""
 
     def snapshot_download(name, *, allow_patterns, tqdm_class=None, **_):
@@ -262,7 +262,6 @@ def fake_hub(monkeypatch, folder, pieces, seconds=0.0):
             bar.total += sum(pieces)
             bar.refresh()
             for piece in pieces:
-                time.sleep(seconds)
                 bar.update(piece)
         bar.set_description("Download complete")
         transfer.close()
@@ -299,22 +298,20 @@ def test_commands_show_their_downloads(command, monkeypatch, capfd, tmp_path):
         "generate": ["--prompt", "Once", "--max-new-tokens", 2],
     }
     run = run_main([command, "someone/model", *map(str, rest[command])], monkeypatch, capfd)
-    assert (run.code, run.err) == (0, "")
-    downloads = [line for line in run.progress if f"{command}: download " in line and " so far" not in line]
+    downloads = [line for line in steps_of(run) if f"{command}: download " in line]
     assert downloads[0].startswith(f"{command}: download 3 MiB of 4 MiB, ")
     assert downloads[-1].startswith(f"{command}: download 8 MiB of 8 MiB, ")
     assert any(re.search(r"download 7 MiB of 8 MiB, \d+ s, about \d+ s left\n", line) for line in downloads)
 
 
-def test_the_hub_clients_bars_are_made_of_ours(monkeypatch, tmp_path):
-    """The real client of the installed version, on files that a fake transport serves."""
-    from huggingface_hub.utils.tqdm import hf_thread_map
-
-    from anymla.io.download import bar_class
-
-    told = []
-    with listening(lambda *bytes_: told.append(bytes_)):
-        kind = bar_class()
-        assert hf_thread_map(str, [1, 2], desc="Fetching", max_workers=2, tqdm_class=kind) in (None, ["1", "2"])
-    assert told == []
-    assert os.environ.get("HF_HUB_OFFLINE") == "1"
+def test_a_real_client_tells_its_bytes(tmp_path):
+    """The installed version of the hub client, in a process of its own, from a hub on this machine."""
+    arguments = [Path(sys.executable).parent / "anymla", "generate", "someone/model", "--prompt", "Once"]
+    with hub_of(BUNDLED) as address:
+        online = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [*arguments, "--max-new-tokens", "2"], capture_output=True, text=True, timeout=120, env=os.environ | online
+        )
+    run = Run.of(done.returncode, done.stdout, done.stderr)
+    assert (run.code, run.err) == (0, "") and run.out.startswith("Once")
+    assert re.fullmatch(r"generate: download .+ of 1.0 MiB, \d+ s\n", run.progress[-1])
