@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENGINES ?= llama vllm
 
-.PHONY: env demo test lint types imports pytest test-engines families oldest benchmarks clean
+.PHONY: env demo test lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
 
 env: .venv/made
 
@@ -54,10 +54,22 @@ oldest: .venv-oldest/made
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data,eval,gguf,tune] --group dev
 	touch $@
 
+newest: newest-env
+	.venv-newest/bin/pytest -n 2 -m "not slow and not engines"
+
+# Whatever the registry serves today, save torch: a newer one may be a build for GPUs, of gigabytes.
+newest-env:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade pip
+	.venv-newest/bin/pip install --quiet -c constraints.txt torch
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager \
+		"$$(grep ^torch== constraints.txt)" -e .[data,eval,gguf,tune] --group dev
+	.venv-newest/bin/pip list | grep -iE '^(torch|transformers|accelerate|huggingface_hub|peft|tokenizers) '
+
 benchmarks: env
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/streaming.py
 
 clean:
-	rm -rf .venv .venv-oldest anymla-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest anymla-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

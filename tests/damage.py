@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -40,16 +41,24 @@ ON_TEXT = f"convert {{model}} -o {{out}} {FAST} --calibration {{tmp}}/text"
 ON_PLAN = "convert {model} -o {out} --plan {tmp}/plan.yaml"
 ON_RECIPE = "convert {model} -o {out} --recipe {tmp}/recipe.yaml"
 EVAL = "eval {model} --tokens 512 --length 64 --text"
+PROGRESS = re.compile(r"(convert|demo|eval|export|generate|push|tune): .*\d s( so far)?(, about \d+ s left)?$")
 GENERATE = "generate {model} --max-new-tokens 2 --prompt"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a command gave back."""
+    """What a command gave back; ``err`` is without the lines that say how far it was, which are in ``progress``."""
 
     code: int
     out: str
     err: str
+    progress: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, code: int, out: str, err: str) -> "Run":
+        lines = err.splitlines(keepends=True)
+        progress = [line for line in lines if PROGRESS.match(line)]
+        return cls(code, out, "".join(line for line in lines if line not in progress), tuple(progress))
 
 
 def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
@@ -59,7 +68,7 @@ def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytes
     with pytest.raises(SystemExit) as stop:
         cli.main()
     streams = capfd.readouterr()
-    return Run(int(stop.value.code or 0), streams.out, streams.err)
+    return Run.of(int(stop.value.code or 0), streams.out, streams.err)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def tree(folder):
 
 def console(arguments, cwd, **options):
     done = subprocess.run([ANYMLA, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **options)
-    return Run(done.returncode, done.stdout, done.stderr)
+    return Run.of(done.returncode, done.stdout, done.stderr)
 
 
 def message_of(run):

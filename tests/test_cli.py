@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from anymla import cli, pipeline
 from anymla.errors import AnymlaError
 from anymla.recipe import Recipe
-from tests.damage import BUNDLED, FAST, TRAIN, VALID, run_main
+from tests.damage import BUNDLED, FAST, TRAIN, VALID, Run, run_main
 
 COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate", "export", "push", "refresh")
 SCORES = {
@@ -52,7 +52,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: thread
 
 @pytest.fixture
 def anymla(monkeypatch, capfd):
-    """Runs a command in this process; it must go well and say nothing on stderr. Gives what it printed."""
+    """Runs a command in this process; it must go well and say on stderr how far it is and no more. Gives its stdout."""
 
     def run(*arguments):
         done = run_main([str(argument) for argument in arguments], monkeypatch, capfd)
@@ -90,8 +90,9 @@ def conversion(tmp_path_factory):
     arguments = [str(argument) for argument in convert_arguments(folder, "--json", "--kv-cache", "0.5")]
     console = Path(sys.executable).parent / "anymla"
     done = subprocess.run([console, *arguments], capture_output=True, text=True, timeout=120, env=ONE_THREAD)
-    assert (done.returncode, done.stderr) == (0, "")
-    return SimpleNamespace(folder=folder, report=json.loads(done.stdout))
+    run = Run.of(done.returncode, done.stdout, done.stderr)
+    assert (run.code, run.err) == (0, "")
+    return SimpleNamespace(folder=folder, report=json.loads(run.out))
 
 
 def test_inspect_json(anymla):

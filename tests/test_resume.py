@@ -17,6 +17,7 @@ from anymla.calibration.activations import Activations, Budget
 from anymla.errors import CheckpointError, OutputError
 from anymla.io import work as work_files
 from anymla.report.demo import bundled_model
+from tests.damage import Run
 from tests.families import make_model, save_model
 
 SETTINGS = {
@@ -173,9 +174,9 @@ def test_a_file_size_limit_behind_the_layers(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
     done = run(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert "5 of 5 layers are kept" in done.stderr
+    said = Run.of(done.returncode, done.stdout, done.stderr)
+    assert (said.code, said.err.count("\n")) == (1, 1), said
+    assert "5 of 5 layers are kept" in said.err
     assert run().returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -193,7 +194,7 @@ def test_signals_keep_the_work_and_say_so(tmp_path, sent):
     while not progress.is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(sent)
-    message = process.communicate(timeout=60)[1]
+    message = Run.of(0, "", process.communicate(timeout=60)[1]).err
     assert process.returncode == 130
     assert message.count("\n") == 1, message
     assert "layers are kept: the same command goes on" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import Annotated, NoReturn
 
@@ -35,6 +36,7 @@ def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+    _quiet_libraries()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == 130:  # typer makes Ctrl-C this code
@@ -56,6 +58,12 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # what the option parser raises; typer has its own copy of click
             raise
         _fail(error.format_message())
+
+
+def _quiet_libraries() -> None:
+    """Silences what transformers imports where it is installed, and what warns of kernels that the machine lacks."""
+    for name in ("bitsandbytes", "torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _fail(message: str) -> NoReturn:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +16,6 @@ from anymla.cli.options import (
     Revision,
     app,
     chosen_recipe,
-    err,
     first_process,
     how_to_go_on,
     out,
@@ -25,9 +23,13 @@ from anymla.cli.options import (
     print_note,
     recipe_options,
 )
+from anymla.cli.progress import Report, shown, tracked
 from anymla.errors import RecipeError
 from anymla.outcomes import Conversion
 from anymla.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from anymla.conversion.step import LayerResult
 
 
 @app.command()
@@ -38,7 +40,8 @@ def demo(
     """Convert the bundled model at several budgets, compare to the paper's method, and let it tell a story."""
     from anymla.report.demo import run_demo
 
-    results = run_demo(output, None if as_json else out)
+    with shown("demo") as report:
+        results = run_demo(output, None if as_json else out, tracked(report))
     if as_json:
         print_json(results)
 
@@ -92,35 +95,6 @@ def plan(
         out.print(f"Wrote {output}. Next: anymla convert {planned.model} -o OUT --plan {output}")
 
 
-@contextmanager
-def _layer_bar() -> Iterator[pipeline.Progress]:
-    """A progress bar on stderr, a step per layer; none where stderr is not a terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal or not first_process(),
-    ) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def progress(done: int, total: int, result: Any) -> None:
-            text = f"layer {result.layer}: 2K={result.rope_dims} r={result.kv_rank}"
-            bar.update(task, description=text, completed=done, total=total)
-
-        yield progress
-
-
 @app.command()
 @recipe_options
 def convert(
@@ -150,7 +124,7 @@ def convert(
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = Plan.read(plan) if plan is not None else chosen_recipe(recipe, settings)
     device = settings if plan is not None else {}
-    with _layer_bar() as progress, how_to_go_on():
+    with shown("convert") as report, how_to_go_on():
         conversion = pipeline.convert(
             model,
             output,
@@ -160,7 +134,7 @@ def convert(
             restart=restart,
             max_shard_size=max_shard_size,
             max_memory=max_memory,
-            progress=progress,
+            progress=_layers(report),
             notify=print_note if first_process() else None,
             **device,
         )
@@ -181,6 +155,18 @@ def convert(
         f"anymla eval {output} --against {conversion.plan.model} --text YOUR.txt",
         soft_wrap=True,
     )
+
+
+def _layers(report: Report) -> pipeline.Progress:
+    """Reports each layer, and what comes before and behind them."""
+
+    def progress(done: int, total: int, result: LayerResult) -> None:
+        report(done, total, "layer", f"2K={result.rope_dims} r={result.kv_rank}")
+        if done == total:
+            report(0, None, "scoring and writing")
+
+    report(0, None, "reading, then the first layer")
+    return progress
 
 
 def _notes(conversion: Conversion) -> Iterator[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from anymla.cli.options import Adapter, Device, Dtype, Json, Model, Revision, app, err, out, print_json, print_note
+from anymla.cli.options import Adapter, Device, Dtype, Json, Model, Revision, app, out, print_json, print_note
+from anymla.cli.progress import shown, tracked
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation
 from anymla.evaluation.evaluate import evaluate as run_evaluation
 from anymla.recipe import MOST
@@ -19,13 +19,6 @@ from anymla.recipe import MOST
 def _help(name: str) -> Any:
     """The option's help, which is that of the setting."""
     return typer.Option(help=Benchmarks.model_fields[name].description, show_default=False)
-
-
-def _track(steps: Sequence[Any], text: str) -> Iterable[Any]:
-    """A progress bar on stderr over ``steps``; none where stderr is not a terminal."""
-    from rich.progress import track
-
-    return track(steps, text, console=err, transient=True, disable=not err.is_terminal)
 
 
 @app.command(name="eval")
@@ -78,20 +71,21 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
     )
-    evaluation = run_evaluation(
-        model,
-        text,
-        against,
-        benchmarks=benchmarks,
-        tokens=tokens,
-        length=length,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        adapter=adapter,
-        track=_track,
-        note=print_note,
-    )
+    with shown("eval") as report:
+        evaluation = run_evaluation(
+            model,
+            text,
+            against,
+            benchmarks=benchmarks,
+            tokens=tokens,
+            length=length,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            adapter=adapter,
+            track=tracked(report),
+            note=print_note,
+        )
     command = shlex.join(["anymla", *sys.argv[1:]])
     if output is not None:
         write_evaluation(output, evaluation, command)
@@ -125,15 +119,16 @@ def generate(
     """Continue a prompt, streaming, through transformers' own generate."""
     from anymla.evaluation.story import stream_continuation
 
-    stream_continuation(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        adapter=adapter,
-        note=print_note,
-    )
+    with shown("generate"):
+        stream_continuation(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            adapter=adapter,
+            note=print_note,
+        )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from anymla.cli.options import Json, app, err, out, print_json
+from anymla.cli.progress import shown
 from anymla.recipe import Target
 
 
@@ -30,7 +31,9 @@ def export(
     """Write a converted model for serving engines, and check that it gives the same logits and tokens."""
     from anymla.exports.export import export as run_export
 
-    done = run_export(converted, output, to, dtype=dtype, pad=pad, overwrite=overwrite)
+    with shown("export") as report:
+        report(0, None, "writing and checking")
+        done = run_export(converted, output, to, dtype=dtype, pad=pad, overwrite=overwrite)
     if done.parity.engine_failed is not None:
         err.print(f"warning: {done.parity.engine_failed}; checked in {done.parity.engine} only", soft_wrap=True)
     if done.warning is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from anymla.cli.options import Json, app, out, print_json
+from anymla.cli.progress import shown
 
 
 @app.command()
@@ -25,7 +26,8 @@ def push(
     """Upload a model with its card to the Hugging Face hub."""
     from anymla import hub
 
-    done = hub.push(folder, repo, private=private, dry_run=dry_run)
+    with shown("push"):
+        done = hub.push(folder, repo, private=private, dry_run=dry_run)
     if as_json:
         return print_json(done.to_dict())
     from anymla.report.tables import size, table

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,35 +21,30 @@ from anymla.cli.options import (
     print_json,
     print_note,
 )
+from anymla.cli.progress import Report, shown
 from anymla.training.recipe import Tuning, read_tuning
 
 if TYPE_CHECKING:
     from anymla.training.logs import Progress, TuneProgress
 
 
-@contextmanager
-def _step_bar() -> Iterator[Progress]:
-    """A progress bar on stderr, a step each, with tokens per second; none where stderr is not a terminal."""
-    import time
+def _steps(report: Report) -> Progress:
+    """Reports each step, with tokens per second of this run."""
+    begun = (0, time.monotonic())
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def progress(now: TuneProgress) -> None:
+        nonlocal begun
+        if now.loss is None:
+            err.print(f"going on behind step {now.step} of {now.steps}; --restart begins anew")
+            begun = (now.tokens, time.monotonic())
+            return report(now.step, now.steps, "step")
+        rate = (now.tokens - begun[0]) / max(time.monotonic() - begun[1], 1e-9)
+        report(now.step, now.steps, "step", f"{now.stage}, loss {now.loss:.4f}, {rate:,.0f} tokens/s")
+        if now.step == now.steps:
+            report(0, None, "scoring and writing")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = err.is_terminal and first_process()
-    with Progress(*columns, console=err, transient=True, disable=not shown) as bar:
-        task, begun = bar.add_task("reading", total=None), (0, time.monotonic())
-
-        def progress(now: TuneProgress) -> None:
-            nonlocal begun
-            if now.loss is None:
-                err.print(f"going on behind step {now.step} of {now.steps}; --restart begins anew")
-                begun = (now.tokens, time.monotonic())
-                return
-            rate = (now.tokens - begun[0]) / max(time.monotonic() - begun[1], 1e-9)
-            text = f"{now.stage}: loss {now.loss:.4f}, {rate:,.0f} tokens/s"
-            bar.update(task, description=text, completed=now.step, total=now.steps)
-
-        yield progress
+    report(0, None, "reading, then the first step")
+    return progress
 
 
 @app.command()
@@ -88,7 +82,7 @@ def tune(
     chosen = Tuning.of(base | settings, "settings")
     from anymla import recovery
 
-    with _step_bar() as progress, how_to_go_on():
+    with shown("tune") as told, how_to_go_on():
         report = recovery.tune(
             converted,
             output,
@@ -99,7 +93,7 @@ def tune(
             report_to=report_to,
             revision=revision,
             adapter=adapter,
-            progress=progress,
+            progress=_steps(told),
             note=print_note if first_process() else None,
         )
     if not first_process():

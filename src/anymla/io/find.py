@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from anymla.errors import CheckpointError, RecipeError
+from anymla.io.download import bar_class
 from anymla.io.shards import index_map, index_of
 
 CONFIG_FILES = ["config.json", "adapter_config.json"]
@@ -60,7 +61,8 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     name = repo if revision is None else f"{repo}@{revision}"
     try:
         offline = is_offline_mode()  # said to the client, for some would ask the hub about a commit even so
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        options = {"allow_patterns": patterns, "local_files_only": offline, "tqdm_class": bar_class()}
+        return Path(snapshot_download(repo, revision=revision, **options))
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
     except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own

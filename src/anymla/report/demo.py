@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from anymla.calibration.text import bundled_text, read_documents, token_windows, tokenize
 from anymla.errors import InfeasibleError, OutputError
+from anymla.evaluation.likelihood import untracked
 from anymla.evaluation.scores import Scores, score_model
 from anymla.evaluation.story import continuation
 from anymla.io.checkpoint import load_model, load_tokenizer, new_folder
@@ -23,6 +23,8 @@ from anymla.report.tables import table
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from anymla.evaluation.likelihood import Track
 
 BUDGETS = (0.5, 0.3125, 0.25, 0.125)
 KEPT = 0.3125  # the converted model that the demo leaves behind
@@ -50,7 +52,7 @@ def bundled_model() -> Path:
     return bundled_text("train").parent / "stories260K"
 
 
-def run_demo(output: Path, console: Console | None) -> dict[str, Any]:
+def run_demo(output: Path, console: Console | None, track: Track = untracked) -> dict[str, Any]:
     """Converts, scores, tells a story and writes ``output``; returns what it wrote to results.json.
 
     Raises:
@@ -65,9 +67,10 @@ def run_demo(output: Path, console: Console | None) -> dict[str, Any]:
     ]
     base = score_model(original, windows, original)
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        with nullcontext() if console is None else console.status("converting") as shown:
-            status = (lambda text: None) if shown is None else shown.update
-            rows = _convert_all(source, folder, Path(scratch), windows, original, status)
+        rows = [
+            _row(source, folder, Path(scratch), budget, method, windows, original)
+            for budget, method in track(list(product(BUDGETS, (OURS, WINDOWED, *PAPER))), "conversion")
+        ]
         converted = load_model(folder / "model")
         stories = {
             name: continuation(model, tokenizer, PROMPT, max_new_tokens=96, do_sample=False)
@@ -87,27 +90,21 @@ def run_demo(output: Path, console: Console | None) -> dict[str, Any]:
     return results
 
 
-def _convert_all(
-    source: Path, folder: Path, scratch: Path, windows: Any, original: Any, status: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """One row per budget and method; the kept model goes to folder/model."""
-    rows: list[dict[str, Any]] = []
-    for budget in BUDGETS:
+def _row(
+    source: Path, folder: Path, scratch: Path, budget: float, method: str, windows: Any, original: Any
+) -> dict[str, Any]:
+    """What a method makes of a budget; the kept model goes to folder/model."""
+    if method in PAPER:
+        scored = _paper_row(source, scratch, budget, method, windows, original)
+        return {"budget": budget, "method": method} | scored
+    settings: dict[str, Any] = {"kv_cache": budget}
+    if method == WINDOWED:
         tokens = round(budget * WINDOW / 2)  # half of the bytes, in contexts as long as those scored
-        halves = {"kv_cache": budget - tokens / WINDOW, "exact_window": tokens}
-        for method, settings in ((OURS, {"kv_cache": budget}), (WINDOWED, halves)):
-            status(f"converting to {budget:.4g} of the cache: {method}")
-            target = folder / "model" if (budget, method) == (KEPT, OURS) else scratch / OURS
-            convert(source, target, overwrite=True, **FAST | settings)
-            scores = score_model(load_model(target), windows, original)
-            rows.append({"budget": budget, "method": method, "scores": scores} | settings)
-        for strategy in PAPER:
-            status(f"converting to {budget:.4g} of the cache: MHA2MLA, {strategy}")
-            rows.append(
-                {"budget": budget, "method": strategy}
-                | _paper_row(source, scratch, budget, strategy, windows, original)
-            )
-    return rows
+        settings = {"kv_cache": budget - tokens / WINDOW, "exact_window": tokens}
+    target = folder / "model" if (budget, method) == (KEPT, OURS) else scratch / OURS
+    convert(source, target, overwrite=True, **FAST | settings)
+    scores = score_model(load_model(target), windows, original)
+    return {"budget": budget, "method": method, "scores": scores} | settings
 
 
 def _paper_row(
