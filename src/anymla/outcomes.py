@@ -14,6 +14,7 @@ from anymla.planning.targets import verdicts
 if TYPE_CHECKING:
     from anymla.conversion.step import LayerResult
     from anymla.evaluation.scores import Scores
+    from anymla.io.computing import Computing
 
 REDUCTIONS = (4, 8, 16)
 
@@ -67,6 +68,7 @@ class Conversion:
     layers: tuple[LayerResult, ...]
     before: Scores
     after: Scores
+    computing: Computing
     seconds: float
     peak_rss_bytes: int
     anymla_version: str
@@ -79,6 +81,7 @@ class Conversion:
             "layers": [asdict(layer) for layer in self.layers],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
+            "computing": asdict(self.computing),
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "anymla_version": self.anymla_version,

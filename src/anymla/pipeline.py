@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from anymla.conversion.step import LayerResult
+    from anymla.io.computing import Computing
     from anymla.io.streamed import StreamedModel
     from anymla.io.work import WorkFolder
 
@@ -134,7 +135,7 @@ def convert(
     windows = _calibration(chosen.recipe, source, blueprint)
 
     from anymla.calibration.parallel import join_processes
-    from anymla.conversion.progress import claim, fingerprint, kept
+    from anymla.conversion.progress import claim, decide_computing, fingerprint, kept
     from anymla.io.streamed import StreamedModel
     from anymla.io.work import WorkFolder
 
@@ -143,7 +144,10 @@ def convert(
     same = {"anymla": __version__, "--max-shard-size": shard_size}
     claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
     with kept(work, len(blueprint.layers)):
-        return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
+        computing = decide_computing(work, streamed.stored_dtype, device, chosen.recipe.dtype)
+        streamed.compute_in(computing.dtype)
+        sizes = _Sizes(memory, shard_size)
+        return _convert(streamed, blueprint, chosen, windows, work, sizes, computing, progress, started)
 
 
 def peak_rss() -> int:
@@ -204,6 +208,7 @@ def _convert(
     windows: torch.Tensor,
     work: WorkFolder,
     sizes: _Sizes,
+    computing: Computing,
     progress: Progress | None,
     started: float,
 ) -> Conversion:
@@ -223,6 +228,7 @@ def _convert(
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
+        computing=computing,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
         anymla_version=__version__,

@@ -90,6 +90,9 @@ def evaluate(
         write_evaluation(output, evaluation, command)
     if as_json:
         return print_json(_printed(evaluation, command))
+    if (used := evaluation.settings)["dtype"] != used["checkpoint_dtype"]:
+        faster = f"computed in {used['dtype']}, which this CPU multiplies faster than {used['checkpoint_dtype']}"
+        err.print(f"note: {faster}; cache bytes are those of {used['checkpoint_dtype']}", soft_wrap=True)
     for each in evaluation_tables(evaluation):
         out.print(each)
     if output is not None:

@@ -100,10 +100,14 @@ class ScoreSums:
 
 @torch.no_grad()
 def measure_cache(model: Any) -> CacheSize:
-    """Runs a few tokens through ``model`` and reads the tensors that its cache then holds."""
+    """Runs a few tokens through ``model`` and reads the tensors that its cache then holds.
+
+    Bytes are counted in the checkpoint's dtype, ``model.config.dtype``, where the model computes in a wider one.
+    """
     ids = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long, device=model.device)
     layers = cache_of(model(input_ids=ids, use_cache=True)).layers
-    return CacheSize.of([LayerCache.of(layer) for layer in layers if getattr(layer, "keys", None) is not None])
+    width = (model.config.dtype or model.dtype).itemsize / model.dtype.itemsize
+    return CacheSize.of([LayerCache.of(layer, width) for layer in layers if getattr(layer, "keys", None) is not None])
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ from typing import Any
 
 from anymla.architectures.blueprint import context_of
 from anymla.errors import AnymlaError, CheckpointError, RecipeError, TextError
-from anymla.io.checkpoint import find_model, load_model, load_tokenizer
+from anymla.io.checkpoint import find_model, load_tokenizer
+from anymla.io.computing import load_to_compute
 from anymla.io.device import pick_device
 
 LEAST_TEMPERATURE = 0.01  # below it, logits divided by it overflow
@@ -50,7 +51,7 @@ def stream_continuation(
 
     folder = find_model(model)
     context_of(folder)  # refuses sizes that are none
-    loaded, tokenizer = load_model(folder, dtype=dtype, device=pick_device(device)), load_tokenizer(folder)
+    loaded, tokenizer = load_to_compute(folder, dtype=dtype, device=pick_device(device)), load_tokenizer(folder)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
