@@ -46,7 +46,7 @@ class StreamedModel:
             weight_mapping=mapping,
             ignore_mismatched_sizes=True,
         )
-        self.saved = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
+        self.saved: dict[str, torch.dtype] = {name: value.dtype for name, value in self.model.state_dict().items()}
         self._dtype: torch.dtype = dtype_now
         self._computing: torch.dtype = dtype_now
         self._sources = self._renamed(mapping)
