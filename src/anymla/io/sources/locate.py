@@ -86,7 +86,9 @@ def _weights(path: Path) -> Path:
     """``path``, or the GGUF file that is all the weights there are in it."""
     if path.is_file():
         if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is a file: MODEL must be a checkpoint folder, a .gguf file or a hub id")
+            raise CheckpointError(
+                f"{path} is not a folder: MODEL must be a checkpoint folder, a .gguf file or a hub id"
+            )
         return path
     files = sorted(path.glob("*.gguf"))
     if not files or _has_weights(path, SAFE):
