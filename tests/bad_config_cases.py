@@ -98,7 +98,7 @@ REFUSED_CONFIGS = [
     Case("encoder-decoder", "", ("'t5'", "encoder-decoder"), config(model_type="t5", is_encoder_decoder=True)),
     Case("mla-deepseek", "", ("already", "kv_lora_rank 512"), config(model_type="deepseek_v3", kv_lora_rank=512)),
     Case("mla-anymla", "", ("already", "anymla"), config(model_type="anymla_llama", kv_lora_rank=12)),
-    Case("quantised", "", ("quantised", "gptq"), config(quantization_config={"quant_method": "gptq", "bits": 4})),
+    Case("quantised", "", ("quantised", "hqq"), config(quantization_config={"quant_method": "hqq", "bits": 4})),
     Case("size-missing", "", (CONFIG_FILE, "hidden_size", "required"), config(hidden_size=REMOVED)),
     Case("heads-not-divisible", "", ("num_attention_heads 8", "num_key_value_heads 3"), config(num_key_value_heads=3)),
     Case(

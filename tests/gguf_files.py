@@ -45,9 +45,9 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf_model(file, kind, family="llama", *, extra=None, keys=None, **changes):
+def write_gguf_model(file, kind, family="llama", *, extra=None, keys=None, splits="smollm", **changes):
     """Writes a random model whose matrices are of that kind; returns the model, with other numbers in them."""
-    model, tokenizer = make_model(family, torch.float32, **SHAPE | changes), byte_level("smollm")
+    model, tokenizer = make_model(family, torch.float32, **SHAPE | changes), byte_level(splits)
     config, architecture = model.config, ARCHITECTURES[family]
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("tiny")

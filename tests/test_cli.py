@@ -42,6 +42,7 @@ OTHER_THAN_DEFAULT = {
     "calibration": "stories.txt",
     "calibration_tokens": 999,
     "calibration_length": 77,
+    "adapter": "none",
     "device": "cuda:3",
     "dtype": "bfloat16",
     "seed": 5,

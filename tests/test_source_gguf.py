@@ -18,7 +18,8 @@ from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
 from tests.families import FAST, logits, token_ids
 from tests.gguf_files import Kind, write_gguf_model
-from tests.tokenizers import TEMPLATE, byte_level
+from tests.tokenizers import KINDS as TOKENIZERS
+from tests.tokenizers import LINES, TEMPLATE, byte_level
 
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 KINDS |= {kind.name: "bfloat16" for kind in _type_traits if kind.name not in KINDS}  # all that gguf de-quantises
@@ -137,6 +138,17 @@ def test_plan_eval_and_generate_take_one(tmp_path, capsys, monkeypatch):
     assert "note: the tensors of model.gguf" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", list(TOKENIZERS))
+def test_the_tokenizer_splits_as_the_file_says(tmp_path, kind):
+    write_gguf_model(tmp_path / "model.gguf", Kind.F32, splits=kind)
+    with plain_source(locate(tmp_path)) as plain:
+        got = AutoTokenizer.from_pretrained(plain.folder)
+    expected = byte_level(kind)
+    for text in (*dict.fromkeys(LINES), "a  4 567  words<tool><|end|> it'LL", "   x\n\n\n y\t12345"):
+        assert got(text).input_ids == expected(text).input_ids, text
+        assert got.decode(got(text).input_ids) == expected.decode(expected(text).input_ids)
+
+
 def llama3_factors(dim, theta, factor):
     """As llama.cpp's converter computes them."""
     factors = []
@@ -205,7 +217,7 @@ def test_files_that_are_no_source_are_named(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="truncated or not a GGUF"):
         anymla.inspect(tmp_path / "other.gguf")
     (tmp_path / "text.txt").write_text("no model")
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         anymla.inspect(tmp_path / "text.txt")
     writer = gguf.GGUFWriter(tmp_path / "new.gguf", "unheard-of")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))

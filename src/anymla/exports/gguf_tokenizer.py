@@ -8,19 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anymla.errors import UnsupportedModelError, shown
+from anymla.io.sources.gguf_tokenizer import DIGIT, GPT2, LLAMA3, QWEN2, QWEN35
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
 SPACE = "\u2581"
-DIGIT = r"\p{N}"
-SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-LINES = r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+" + LINES
-QWEN2 = LLAMA3.replace("{1,3}", "")
-QWEN35 = SHORT + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+" + LINES
 # how text is split, and whether a word of the vocabulary skips the merges: llama.cpp's name (src/llama-vocab.cpp)
 SPLITS = {
     ((LLAMA3,), True): "llama-bpe",

@@ -14,6 +14,7 @@ from anymla.errors import CheckpointError, UnsupportedModelError, shown
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import quiet_transformers
 from anymla.io.sources.gguf_rope import FACTORS, scaled_rope
+from anymla.io.sources.gguf_tokenizer import read_tokenizer
 from anymla.io.sources.source import Source
 from anymla.io.work import write_json
 
@@ -199,13 +200,6 @@ def _companions(file: Path, reader: Any, folder: Path) -> None:
     Raises:
         UnsupportedModelError: transformers cannot read its tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    except Exception as error:  # tokenizers raise anything
-        raise UnsupportedModelError(
-            f"{file}: transformers cannot read its tokenizer: {' '.join(str(error).split()):.200}"
-        ) from error
+    tokenizer = read_tokenizer(file, partial(_field, reader))
     tokenizer.save_pretrained(folder)
     write_json(folder / "generation_config.json", _token_ids(reader))

@@ -39,8 +39,8 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return None
     for part in (config, config.get("text_config")):
         for name in ("quantization_config", "compression_config"):
-            if isinstance(part, Mapping) and isinstance(found := part.get(name), Mapping) and found:
-                return found
+            if isinstance(part, Mapping) and (found := part.get(name)):
+                return found if isinstance(found, Mapping) else {"quant_method": "unknown"}
     return None
 
 
