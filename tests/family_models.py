@@ -68,6 +68,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
     "exaone4": SLIDING,
+    "lara_mini": SLIDING,
     "exaone_moe": SLIDING,
     "falcon_h1": MAMBA | {"mamba_d_ssm": 96},
     "flint": SLIDING,

@@ -9,6 +9,8 @@ from torch.overrides import TorchFunctionMode
 
 TABLES = (torch.Tensor.cos, torch.Tensor.sin, torch.cos, torch.sin, torch.log, torch.log1p, torch.polar)
 
+PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
 
 def _is_double(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.float64, torch.complex128)
@@ -42,4 +44,6 @@ class Exact(TorchFunctionMode):
                 kwargs["dtype"] = torch.float64
         elif func in TABLES and first.dtype is torch.float32:
             args = tuple(value.double() if isinstance(value, torch.Tensor) else value for value in args)
+        elif func in PRODUCTS and len(args) > 1 and _is_double(args[1]):  # made in float32 for numbers cast to it
+            args = (first.double(), *args[1:])
         return func(*args, **kwargs)

@@ -17,7 +17,7 @@ from anymla.errors import AnymlaError
 from anymla.recipe import Recipe
 from tests.damage import BUNDLED, FAST, TRAIN, VALID, Run, run_main
 
-COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate", "export", "push")
+COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate", "export", "push", "refresh")
 SCORES = {
     "perplexity",
     "kl",

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from anymla.cli import progress
 from anymla.errors import CheckpointError
-from anymla.io.checkpoint import find_model
 from anymla.io.download import listening
+from anymla.io.find import find_model
 from tests.damage import BUNDLED, FAST, PROGRESS, TRAIN, VALID, Run, run_main
 from tests.hub_server import hub_of
 

@@ -47,6 +47,8 @@ def spec_of(heads, kv_heads, d, pairs):
         output_bias=False,
         qk_norm=False,
         sliding_window=None,
+        cache_window=None,
+        cached_heads=kv_heads,
     )
 
 

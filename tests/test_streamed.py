@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
-from anymla.calibration.stream import decoder_layers, layer_inputs
+from anymla.calibration.stream import decoder_layers, layer_inputs, layers_give_tuples
 from anymla.errors import CheckpointError
 from anymla.io.safetensors import read_header, scan, write_tensors
 from anymla.io.streamed import StreamedModel
@@ -59,8 +59,10 @@ def test_layers_get_what_they_get_in_the_model_loaded_whole(tmp_path, family):
         pytest.skip(f"transformers runs {family} since {since}")
     tiny_model(family, torch.float32).save_pretrained(tmp_path)
     source = StreamedModel(tmp_path, dtype=None, device="cpu")
+    assert source.notes == []  # every tensor has its place
     whole = load(tmp_path, attn_implementation=source.model.config._attn_implementation)  # older Gemma 2: eager
-    ids, tuples = token_ids(1, 24), FAMILIES[family].layers_give_tuples
+    ids = token_ids(1, 24)
+    tuples = layers_give_tuples(whole, ids)
     freed = [torch.full((n, n), torch.nan) for n in (30, 100, 300) for _ in range(9)]  # what is read from it, shows
     del freed
     with source.on_demand(decoder_layers(source.model), embeddings=True):

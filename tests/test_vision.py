@@ -53,7 +53,12 @@ def decode(model, inputs):
 def save_tiny(folder, model_type, dtype, text_type=None):
     if model_type not in CONFIG_MAPPING or (text_type or VISION[model_type]) not in CONFIG_MAPPING:
         pytest.skip(f"the installed transformers has no {model_type} with {text_type}")
-    return save_model(tiny_vision_model(model_type, dtype, text_type), folder / "source")
+    model = tiny_vision_model(model_type, dtype, text_type)
+    try:
+        prefill(model, {"input_ids": torch.arange(5, 20)[None]})
+    except AttributeError as error:  # Llama 4 in transformers 5.24.0
+        pytest.skip(f"the installed transformers cannot run {model_type}: {error}")
+    return save_model(model, folder / "source")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -20,14 +20,19 @@ from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
     check_output,
     check_weights,
-    find_model,
     load_tokenizer,
     parse_size,
     safe_config,
 )
-from anymla.io.device import machine_memory, pick_device
+from anymla.io.device import machine_memory, matmul_speed, pick_device
+from anymla.io.find import with_revision
+from anymla.io.hub_cache import commit_of
+from anymla.io.sources.locate import Located, locate
+from anymla.io.sources.plain import Plain, notes_of, plain_source
+from anymla.io.work import WorkFolder
 from anymla.outcomes import Conversion, Inspection
-from anymla.planning.plan import Plan, check_plan, explain, make_plan
+from anymla.planning.duration import faster
+from anymla.planning.plan import Plan, check_plan, explain, make_plan, plan_bytes
 from anymla.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,45 +40,56 @@ if TYPE_CHECKING:
 
     from anymla.conversion.step import LayerResult
     from anymla.io.streamed import StreamedModel
-    from anymla.io.work import WorkFolder
 
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
 
 
-def inspect(model: str | Path) -> Inspection:
+def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
     """Reads a model's facts from its config alone.
 
     Args:
-        model: a local checkpoint folder or a hub id.
+        model: a local checkpoint folder or a hub id, also ``org/name@revision``.
+        revision: a branch, tag or commit of a model on the hub.
 
     Raises:
         CheckpointError: there is no such model, or its config cannot be read.
+        RecipeError: ``revision`` of a local folder.
     """
-    config = read_config(find_model(model, config_only=True))
+    name = with_revision(model, revision)
+    source = locate(name, config_only=True)
+    facts: dict[str, Any] = {"model": name, "commit": commit_of(source.base)}
     try:
-        return Inspection(model=str(model), supported=True, reason=None, blueprint=read_blueprint(config))
+        blueprint, notes = read_blueprint(_config(source)), notes_of(source)
     except UnsupportedModelError as error:
-        return Inspection(model=str(model), supported=False, reason=str(error), blueprint=None)
+        return Inspection(**facts, supported=False, reason=str(error), blueprint=None)
+    return Inspection(**facts, supported=True, reason=None, blueprint=blueprint, notes=notes)
 
 
-def plan(model: str | Path, recipe: Recipe | None = None, **settings: Any) -> Plan:
+def plan(model: str | Path, recipe: Recipe | None = None, *, revision: str | None = None, **settings: Any) -> Plan:
     """A dry run from the config alone: cached numbers, rope dims and rank of every layer.
 
     Args:
-        model: a local checkpoint folder or a hub id.
+        model: a local checkpoint folder or a hub id, also ``org/name@revision``.
         recipe: settings to start from. Default: the default recipe.
+        revision: a branch, tag or commit of a model on the hub.
         settings: fields of :class:`~anymla.Recipe` that override it, as ``kv_cache=0.25``.
 
     Raises:
         UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError: as the message says.
     """
-    blueprint = read_blueprint(read_config(find_model(model, config_only=True)))
-    return make_plan(str(model), blueprint, with_settings(recipe, settings))
+    name, chosen = with_revision(model, revision), with_settings(recipe, settings)
+    blueprint = read_blueprint(_config(locate(name, adapter=chosen.adapter, config_only=True)))
+    return make_plan(name, blueprint, chosen)
 
 
 def explain_plan(plan: Plan) -> dict[str, Any]:
     """A plan's costs before and after: per layer cached numbers, parameters, FLOPs per token; predicted peak bytes."""
-    return explain(plan, read_blueprint(read_config(find_model(plan.model, config_only=True))))
+    source = locate(plan.model, adapter=plan.recipe.adapter, config_only=True)
+    return explain(plan, read_blueprint(_config(source)))
+
+
+def _config(source: Located) -> dict[str, Any]:
+    return read_config(source.base) if source.gguf is None else source.gguf.config
 
 
 def with_settings(recipe: Recipe | None, settings: dict[str, Any]) -> Recipe:
@@ -87,20 +103,24 @@ def convert(
     output: str | Path,
     recipe: Recipe | Plan | None = None,
     *,
+    revision: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
     max_shard_size: str = "5GB",
     max_memory: str | None = None,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Conversion:
     """Converts a model to multi-head latent attention and writes it to ``output``.
 
     Args:
-        model: a local checkpoint folder or a hub id; it is only read.
+        model: a local checkpoint folder, a GGUF file, an adapter's folder or a hub id, also
+            ``org/name@revision``; it is only read.
         output: the folder to write; loads with ``AutoModelForCausalLM.from_pretrained`` (a vision-language model with
             ``AutoModelForImageTextToText``) after ``import anymla``, or with ``trust_remote_code=True`` without it.
         recipe: settings to start from, or a plan of :func:`plan`.
+        revision: a branch, tag or commit of a model on the hub.
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped conversion to ``output`` left, instead of going on from there.
         max_shard_size: as in ``save_pretrained``.
@@ -108,6 +128,7 @@ def convert(
             ``output``. Default: a quarter of the machine's memory.
         progress: called after each layer with (layers done, layers, result), and once before the first where a stopped
             conversion goes on.
+        notify: called before the work where it will take more than ten minutes, with how long and what is faster.
         settings: fields of :class:`~anymla.Recipe` that override the recipe, as ``kv_cache=0.25``.
 
     What is done is kept in a folder beside ``output`` until all is; the same call goes on from there. Under torchrun
@@ -120,30 +141,21 @@ def convert(
         AnymlaError: one of its kinds, each one clear line.
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
-    source = find_model(model)
-    read_blueprint(read_config(source))  # what is wrong with config.json is said in its own words
-    check_output(output, source, overwrite=overwrite)
+    name = with_revision(model, revision)
+    adapter = (recipe.recipe if isinstance(recipe, Plan) else with_settings(recipe, settings)).adapter
+    source = locate(name, adapter=adapter)
+    read_blueprint(_config(source))  # what is wrong with config.json is said in its own words
+    for path in source.paths:
+        check_output(output, path, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
     memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
-    check_weights(source)
-    # with transformers' defaults where config.json says nothing
-    blueprint = read_blueprint(safe_config(source).to_dict())
-    chosen = _chosen_plan(str(model), blueprint, recipe, settings)
-    if chosen.recipe.target == "gguf":
-        _check_tokenizer(str(model), source, blueprint)
-    windows = _calibration(chosen.recipe, source, blueprint)
-
-    from anymla.calibration.parallel import join_processes
-    from anymla.conversion.progress import claim, fingerprint, kept
-    from anymla.io.streamed import StreamedModel
-    from anymla.io.work import WorkFolder
-
-    device = join_processes(pick_device(chosen.recipe.device))
-    streamed, work = StreamedModel(source, dtype=chosen.recipe.dtype, device=device), WorkFolder(output)
-    same = {"anymla": __version__, "--max-shard-size": shard_size}
-    claim(work, lambda: same | fingerprint(streamed, chosen, windows), restart=restart)
-    with kept(work, len(blueprint.layers)):
-        return _convert(streamed, blueprint, chosen, windows, work, _Sizes(memory, shard_size), progress, started)
+    with plain_source(source, beside=output) as plain:
+        check_weights(plain.folder)
+        # with transformers' defaults where config.json says nothing
+        blueprint = read_blueprint(safe_config(plain.folder).to_dict())
+        chosen = _chosen_plan(name, blueprint, recipe, settings)
+        run = _Run(WorkFolder(output), memory, shard_size, restart, progress, notify, started)
+        return _convert_plain(plain, blueprint, chosen, run)
 
 
 def peak_rss() -> int:
@@ -190,48 +202,71 @@ def _calibration(recipe: Recipe, source: Path, blueprint: Blueprint) -> torch.Te
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Bytes of activations in memory, and of a shard."""
+class _Run:
+    """How a conversion runs: its work folder, bytes of activations in memory and of a shard, whom it tells."""
 
+    work: WorkFolder
     memory: int
     shard: int
+    restart: bool
+    progress: Progress | None
+    notify: Callable[[str], None] | None
+    started: float
+
+
+def _convert_plain(source: Plain, blueprint: Blueprint, chosen: Plan, run: _Run) -> Conversion:
+    """Takes up what the work folder holds of this conversion, or begins it."""
+    if chosen.recipe.target == "gguf":
+        _check_tokenizer(chosen.model, source.folder, blueprint)
+    windows = _calibration(chosen.recipe, source.folder, blueprint)
+
+    from anymla.calibration.parallel import join_processes, world
+    from anymla.conversion.progress import claim, fingerprint, kept
+    from anymla.io.streamed import StreamedModel
+
+    device = join_processes(pick_device(chosen.recipe.device))
+    streamed = StreamedModel(source.folder, dtype=chosen.recipe.dtype, device=device)
+    same = {"anymla": __version__, "--max-shard-size": run.shard}
+    claim(run.work, lambda: same | fingerprint(streamed, chosen, windows), restart=run.restart)
+    with kept(run.work, len(blueprint.layers)):
+        left = len(blueprint.layers) - len(run.work.progress["layers"])
+        if run.notify and (long := faster(blueprint, chosen.recipe, world() * matmul_speed(device), left)):
+            run.notify(long)
+        return _convert(streamed, source, blueprint, chosen, windows, run)
 
 
 def _convert(
-    streamed: StreamedModel,
-    blueprint: Blueprint,
-    plan: Plan,
-    windows: torch.Tensor,
-    work: WorkFolder,
-    sizes: _Sizes,
-    progress: Progress | None,
-    started: float,
+    streamed: StreamedModel, source: Plain, blueprint: Blueprint, plan: Plan, windows: torch.Tensor, run: _Run
 ) -> Conversion:
-    """Converts what ``work`` does not hold yet, scores it, and puts it in the output's place."""
+    """Converts what the work folder does not hold yet, scores it, and puts it in the output's place."""
     from anymla.calibration.parallel import rank, wait_for_all, world
     from anymla.conversion.checkpoint import write_checkpoint
     from anymla.conversion.sequence import Sequence
     from anymla.evaluation.held_out import held_out_scores
 
-    sequence = Sequence(streamed, blueprint, plan, windows, work)
-    converted = sequence.run(sizes.memory // world(), sizes.shard, progress)
-    before, after = held_out_scores(streamed, converted, tuples=sequence.family.layers_give_tuples)
+    sequence = Sequence(streamed, blueprint, plan, windows, run.work)
+    converted = sequence.run(run.memory // world(), run.shard, run.progress)
+    before, after = held_out_scores(streamed, converted, tuples=sequence.tuples)
     results = [record.result for record in converted.records]
+    final = _final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results)
     report = Conversion(
-        output=work.output,
-        plan=_final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results),
+        output=run.work.output,
+        plan=final,
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
-        seconds=time.monotonic() - started,
+        cache_bytes_at=plan_bytes(final, blueprint),
+        commit=source.commit,
+        notes=(*source.notes, *streamed.notes),
+        seconds=time.monotonic() - run.started,
         peak_rss_bytes=peak_rss(),
         anymla_version=__version__,
     )
     if rank() == 0:
         attentions = [record.attention for record in converted.records if record.attention is not None]
-        write_checkpoint(streamed, work, attentions, max_shard_size=sizes.shard)
-        _write_report(work.model, report)
-        work.finish()
+        write_checkpoint(streamed, run.work, attentions, max_shard_size=run.shard)
+        _write_report(run.work.model, report)
+        run.work.finish()
     wait_for_all()
     return report
 
@@ -253,4 +288,4 @@ def _write_report(folder: Path, report: Conversion) -> None:
     (folder / "recipe.yaml").write_text(report.plan.recipe.to_yaml(), encoding="utf-8")
     (folder / "plan.yaml").write_text(report.plan.to_yaml(), encoding="utf-8")
     (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(report.to_dict(), report.plan.model, auto), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report.to_dict(), auto), encoding="utf-8")

@@ -105,7 +105,7 @@ class Recipe(Settings):
         ge=0,
         le=1_000_000,
         description="Gradient steps per layer against the original layer's output, after output-aware; 0 for none. "
-        "Default: 300, fewer where a large model would take more than about ten minutes for them.",
+        "Default: 300, fewer for a model with more than 16 million attention weights, and at least 99.",
     )
     calibration: str | None = Field(
         None,
@@ -116,13 +116,19 @@ class Recipe(Settings):
     calibration_length: int = Field(
         1024, ge=8, le=MOST, description="Tokens per calibration window (at most the model's context)."
     )
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="A peft adapter (a folder or a hub id) to merge into the original's weights first; none leaves out "
+        "one that lies beside them. Default: that one, where there is one.",
+    )
     device: str = Field(
         "auto", max_length=60, description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
     )
     dtype: DtypeName | None = Field(None, description="Dtype to load and save in. Default: the checkpoint's.")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Which pieces of the calibration text are drawn.")
 
-    @field_validator("calibration", mode="before")
+    @field_validator("calibration", "adapter", mode="before")
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,11 @@ from anymla.architectures.blueprint import context_of, read_config
 from anymla.calibration.parallel import join_processes, rank, wait_for_all
 from anymla.conversion.progress import claim
 from anymla.errors import CheckpointError, RecipeError, TextError
-from anymla.io.checkpoint import check_output, copy_companions, find_model, load_model, load_tokenizer
+from anymla.io.checkpoint import check_output, copy_companions, load_model, load_tokenizer
 from anymla.io.device import pick_device
+from anymla.io.find import find_model, with_revision
+from anymla.io.sources.locate import locate
+from anymla.io.sources.plain import plain_source
 from anymla.io.work import WorkFolder
 from anymla.training.card import tuned_card
 from anymla.training.data import Texts, read_texts
@@ -41,21 +45,28 @@ def tune(
     overwrite: bool = False,
     restart: bool = False,
     report_to: list[str] | None = None,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Recovery:
     """Trains a converted model until it gives what the original gave, and writes it to ``output``.
 
     Args:
-        converted: a local folder or hub id of a model that anymla converted; it is only read.
+        converted: a local folder or hub id (also ``org/name@revision``) of a model that anymla converted; it is only
+            read.
         output: the folder to write; loads as ``converted`` does.
-        teacher: the original, a local folder or hub id.
+        teacher: the original, a folder, a GGUF file, an adapter's folder or a hub id (``org/name@revision``).
         recipe: settings to start from. Default: the default recipe.
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped tuning to ``output`` left, instead of going on from there.
         report_to: 'tensorboard' and 'trackio', beside metrics.jsonl and a plot, which are always written.
+        revision: of ``converted`` on the hub, a branch, tag or commit.
+        adapter: a peft adapter to merge into the teacher.
         progress: called with :class:`TuneProgress` after each step, and once before the first where a stopped tuning
             goes on.
+        note: called with what was done to a teacher that is no plain folder, in words.
         settings: fields of :class:`Tuning` that override the recipe, as ``data="my-text.txt"``.
 
     Checkpoints are kept in a folder beside ``output`` until all is done; the same call goes on from the last one. Under
@@ -67,26 +78,30 @@ def tune(
     started, place = time.monotonic(), Path(os.path.expanduser(output))
     base = {} if recipe is None else recipe.model_dump(exclude_unset=True)
     tuning = Tuning.of(base | settings, "settings")
-    student, original = find_model(converted), find_model(teacher)
-    check_pair(student, original)
-    for source in (student, original):
-        check_output(place, source, overwrite=overwrite)
-    tokenizer = load_tokenizer(student)
-    length = min(tuning.length, context_of(student) or tuning.length)
-    stages = make_stages(tuning, length, int(os.environ.get("WORLD_SIZE", "1")))
-    texts = read_texts(tuning, tokenizer, length)
-    device = join_processes(pick_device(tuning.device))
-    run = _Run(student, original, tuning, stages, texts, tokenizer, device.partition(":")[0])
-    work = WorkFolder(place, kind="tuning", counted="checkpoints")
-    claim(work, lambda: fingerprint(student, original, tuning), restart=restart)
-    with kept(work, stages, tuning):
-        run.all_stages(work, progress, _reporters(report_to, work.model))
-        report = _report(work, place, tuning, stages, started)
-        if rank() == 0:
-            copy_companions(student, work.model)
-            _write_report(work.model, student, report)
-            work.finish()
-        wait_for_all()
+    source, student = locate(teacher, adapter=adapter), find_model(with_revision(converted, revision))
+    for path in (student, *source.paths):
+        check_output(place, path, overwrite=overwrite)
+    with plain_source(source, beside=place) as plain:
+        if note is not None:
+            for text in plain.notes:
+                note(f"{teacher}: {text}")
+        check_pair(student, plain.folder)
+        tokenizer = load_tokenizer(student)
+        length = min(tuning.length, context_of(student) or tuning.length)
+        stages = make_stages(tuning, length, int(os.environ.get("WORLD_SIZE", "1")))
+        texts = read_texts(tuning, tokenizer, length)
+        device = join_processes(pick_device(tuning.device))
+        run = _Run(student, plain.folder, tuning, stages, texts, tokenizer, device.partition(":")[0])
+        work = WorkFolder(place, kind="tuning", counted="checkpoints")
+        claim(work, lambda: fingerprint(student, plain.folder, tuning), restart=restart)
+        with kept(work, stages, tuning):
+            run.all_stages(work, progress, _reporters(report_to, work.model))
+            report = _report(work, place, tuning, stages, started)
+            if rank() == 0:
+                copy_companions(student, work.model)
+                _write_report(work.model, student, report)
+                work.finish()
+            wait_for_all()
     return report
 
 

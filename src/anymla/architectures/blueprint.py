@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 from anymla.architectures.block import beyond_latent, has_experts, other_block
 from anymla.architectures.families import FAMILIES, REFUSED, TEXT_ONLY_INSIDE, Family
 from anymla.architectures.fields import Fields, read_fields
-from anymla.architectures.layers import attends, has_rope, heads_of, layer_type, window_of
+from anymla.architectures.layers import attends, cache_window_of, has_rope, heads_of, layer_type, window_of
 from anymla.architectures.positions import RopeSpec, read_rope, rope_pairs
 from anymla.architectures.vision import VISION, text_config
 from anymla.errors import CheckpointError, UnsupportedModelError, shown
 from anymla.io.config import danger, read_object
+from anymla.io.mistaken import no_config, no_folder, other_config
+from anymla.io.sources.quantised_kinds import quantization_refusal
 
 ALREADY = "already multi-head latent attention"
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -33,11 +36,18 @@ class AttentionSpec:
     output_bias: bool
     qk_norm: bool
     sliding_window: int | None
+    cache_window: int | None  # tokens of which transformers' cache keeps all but the oldest; None: it keeps every token
+    cached_heads: int  # heads in transformers' cache: H where a family repeats keys and values before they are cached
 
     @property
     def cached_numbers(self) -> int:
-        """Numbers that the original caches per token: 2 G d."""
+        """Numbers per token that a cache of keys and values needs: 2 G d."""
         return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def stored_numbers(self) -> int:
+        """Numbers per token that transformers' cache of the original holds: the same, save where heads are repeated."""
+        return 2 * self.cached_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +81,15 @@ class Blueprint:
     @property
     def cached_numbers(self) -> int:
         """Numbers that one layer of the original caches per token (the largest, where layers differ)."""
-        return max(spec.cached_numbers for spec in self.attention_layers.values())
+        return max(spec.stored_numbers for spec in self.attention_layers.values())
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the original caches per token, over all attention layers, in the checkpoint's dtype."""
-        return sum(spec.cached_numbers for spec in self.attention_layers.values()) * DTYPE_BYTES[self.dtype]
+        """Bytes that a token takes in the original's cache, over all attention layers, in the checkpoint's dtype.
+
+        Layers with a window hold their last tokens only (planning/cache.py).
+        """
+        return sum(spec.stored_numbers for spec in self.attention_layers.values()) * DTYPE_BYTES[self.dtype]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -86,16 +99,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: the folder or the file is missing, or is not a JSON object.
     """
     path = folder / "config.json"
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: MODEL must be a local checkpoint folder or a hub id")
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json: MODEL must be a Hugging Face checkpoint folder")
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} {no_folder(folder)}")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{folder} {no_config(folder)}")
     return read_object(path)
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
     """Why the model of this config cannot be converted, or None."""
     model_type = config.get("model_type")
+    if (reason := other_config(config)) is not None:
+        return reason
     if not isinstance(model_type, str):
         return f"config.json: model_type must be a family's name, got {shown(model_type)}"
     if model_type.startswith("anymla_"):
@@ -110,11 +125,8 @@ def refusal(config: Mapping[str, Any]) -> str | None:
             return f"the text model of '{model_type}': {reason}"
     elif (reason := _family_refusal(model_type)) is not None:
         return reason
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        return (
-            f"the weights are quantised ({method!s:.40}): convert the unquantised checkpoint, then quantise the result"
-        )
+    if (reason := quantization_refusal(config)) is not None:
+        return reason
     return danger(config)
 
 
@@ -214,6 +226,7 @@ def _layer(fields: Fields, config: Mapping[str, Any], family: Family, index: int
     turned = has_rope(config, family, index)
     if turned and head_dim % 2:
         raise UnsupportedModelError(f"config.json: head_dim {head_dim} must be even to hold rope pairs")
+    window = window_of(fields.sliding_window, config, family, index)
     return AttentionSpec(
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -222,7 +235,9 @@ def _layer(fields: Fields, config: Mapping[str, Any], family: Family, index: int
         qkv_bias=_flag(family.qkv_bias, config),
         output_bias=_flag(family.output_bias, config),
         qk_norm=_flag(family.qk_norm, config),
-        sliding_window=window_of(fields.sliding_window, config, family, index),
+        sliding_window=window,
+        cache_window=cache_window_of(window, config, family, index),
+        cached_heads=heads if fields.new_decoder_architecture else kv_heads,
     )
 
 

@@ -36,7 +36,6 @@ class Family:
     temperature: str | None = None  # of queries by position: 'llama4' or 'ministral3'
     position_bias: str | None = None  # modeling/heads.py, score_bias
     batched: bool = True  # layers take the mask and position bias of one window for many
-    layers_give_tuples: bool = False  # decoder layers return (hidden states, ...)
     gate_activation: str | None = None  # of a gate on the heads' output; None: sigmoid
     adds_residual: bool = False  # the attention module itself adds the residual stream
     beyond: str | None = None  # what its attention does that the latent attention of engines does not
@@ -49,6 +48,9 @@ _GATE, _SINKS, _GAIN = "a gate on the heads' output", "attention sinks", "norms 
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_NEXT = {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
 _HALF_ROPE = {"partial_rotary_factor": 0.5}
+# which layers attend to all tokens where layer_types is missing: the last of so many, or the first
+_ALL_FULL, _EVERY_SECOND = {"sliding_window_pattern": 1}, {"sliding_window_pattern": 2}
+_FIRST_OF_FOUR = {"full_attention_first_of": 4}
 _GPT = Family(rope=None, qkv_bias=True, output_bias=True)
 _QWEN2_VL = Family(inside=True, qkv_bias=True, output_bias=False, optional_sliding_window=True)
 _COHERE = Family(rope="interleaved", rope_table="repeated")
@@ -61,33 +63,34 @@ _POST_NORM = Family(plain_residual=False)
 FAMILIES: dict[str, Family] = {
     "afmoe": Family(beyond=_GATE, qk_norm=True, rope_layers="sliding", plain_residual=False),
     "apertus": Family(qk_norm=True),
+    "apertus1p5_text": Family(qk_norm=True),
     "arcee": Family(),
     "aria_text": Family(),
-    "bamba": replace(_PARTIAL, defaults=_HALF_ROPE, layers_give_tuples=True),
+    "bamba": replace(_PARTIAL, defaults=_HALF_ROPE),
     "biogpt": replace(_GPT, unserved="its head is not called lm_head, the only one that vLLM looks for"),
     "bitnet": Family(beyond="a norm before the output projection"),
-    "bloom": replace(
-        _GPT, fused="grouped", position_bias="alibi", batched=False, layers_give_tuples=True, adds_residual=True
-    ),
+    "bloom": replace(_GPT, fused="grouped", position_bias="alibi", batched=False, adds_residual=True),
     "codegen": Family(
         defaults={"rotary_dim": 64},
         fused="codegen",
         rope="interleaved",
         rope_table="sinusoids",
         partial_rope="rotary_dim",
-        layers_give_tuples=True,
         qkv_bias=False,
         output_bias=False,
     ),
     "cohere": replace(_COHERE, qk_norm="use_qk_norm"),
     "cohere2": replace(_COHERE, defaults={"sliding_window_pattern": 4}, rope_layers="sliding"),
     "cohere2_moe": replace(_COHERE, rope_layers="sliding-or-dense"),
-    "cohere_compass_text": Family(),
-    "cwm": Family(plain_block=True),
+    "cohere_compass_text": Family(defaults=_ALL_FULL),
+    "cwm": Family(plain_block=True, defaults=_FIRST_OF_FOUR),
     "dbrx": Family(clip=True, qkv_bias=False, output_bias=False),
-    "dots1": Family(qk_norm=True),
+    "dots1": Family(
+        qk_norm=True, defaults={"use_sliding_window": True, "max_window_layers": 62}, optional_sliding_window=True
+    ),
     "ernie4_5": Family(plain_block=True, rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
     "ernie4_5_moe": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
+    "exaone": Family(),
     "exaone4": Family(
         defaults={"sliding_window_pattern": 4}, qk_norm=True, rope_layers="sliding-or-all", plain_residual=False
     ),
@@ -98,15 +101,14 @@ FAMILIES: dict[str, Family] = {
         fused="grouped",
         position_bias="scaled-alibi",
         batched=False,
-        layers_give_tuples=True,
         qkv_bias="bias",
         output_bias="bias",
     ),
-    "falcon_h1": Family(all_layers_attend=True, plain_residual=False, layers_give_tuples=True),
+    "falcon_h1": Family(all_layers_attend=True, plain_residual=False),
     "flex_olmo": Family(qk_norm=True, plain_residual=False),
     "flint": Family(beyond=_SINKS, qk_norm=True, rope_layers="sliding"),
     "gemma": Family(),
-    "gemma2": replace(_POST_NORM, softcap=True),
+    "gemma2": replace(_POST_NORM, softcap=True, defaults=_EVERY_SECOND),
     "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
     "glm": replace(_PARTIAL, plain_block=True, defaults=_HALF_ROPE, rope="interleaved"),
     "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_HALF_ROPE | {"attention_bias": True}, output_bias=False),
@@ -116,25 +118,24 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": replace(_PARTIAL, defaults=_HALF_ROPE, qk_norm="use_qk_norm"),
     "gpt2": _GPT,
     "gpt_bigcode": replace(_GPT, defaults={"multi_query": True}, fused="grouped"),
-    "gpt_neo": replace(_GPT, qkv_bias=False, position_bias="window", scaling=1.0, layers_give_tuples=True),
+    "gpt_neo": replace(_GPT, qkv_bias=False, position_bias="window", scaling=1.0),
     "gpt_neox": Family(
         defaults={"rotary_pct": 0.25}, fused="grouped", partial_rope="rotary_pct", qkv_bias=True, output_bias=True
     ),
-    "gpt_oss": Family(beyond=_SINKS),
+    "gpt_oss": Family(beyond=_SINKS, defaults=_EVERY_SECOND),
     "gptj": Family(
         defaults={"rotary_dim": 64},
         rope="interleaved",
         rope_table="sinusoids",
         partial_rope="rotary_dim",
-        layers_give_tuples=True,
         qkv_bias=False,
         output_bias=False,
     ),
     "granite": replace(_POST_NORM, plain_block=True),
     "granite_docling_text": replace(_POST_NORM, inside=True),
-    "granite_swa": replace(_POST_NORM, beyond=_SINKS),
+    "granite_swa": replace(_POST_NORM, beyond=_SINKS, defaults=_FIRST_OF_FOUR),
     "granitemoe": _POST_NORM,
-    "granitemoe_swa": replace(_POST_NORM, beyond=_SINKS),
+    "granitemoe_swa": replace(_POST_NORM, beyond=_SINKS, defaults=_FIRST_OF_FOUR),
     "granitemoehybrid": replace(_POST_NORM, defaults={"position_embedding_type": None}),
     "granitemoeshared": _POST_NORM,
     "helium": Family(plain_block=True, rope="interleaved"),
@@ -147,20 +148,21 @@ FAMILIES: dict[str, Family] = {
     "jais2": Family(),
     "jamba": Family(defaults={"attn_layer_period": 8, "attn_layer_offset": 4}, rope=None),
     "kolibri1": Family(qk_norm=True),
-    "laguna": replace(_PARTIAL, beyond=_GATE, qk_norm=True, gate_activation="softplus"),
+    "laguna": replace(_PARTIAL, defaults=_ALL_FULL, beyond=_GATE, qk_norm=True, gate_activation="softplus"),
     "lfm2": Family(qk_norm=True),
     "lfm2_moe": Family(qk_norm=True),
     "lfm3": Family(beyond=_GATE, qk_norm=True),
     "llama": Family(plain_block=True),
+    "lara_mini": Family(qk_norm=True, rope_layers="sliding"),
     "llama4_text": Family(
-        defaults={"use_qk_norm": True},
+        defaults={"use_qk_norm": True, "attention_chunk_size": 8192},
         rope="interleaved",
         rope_table="complex",
         rope_layers="no_rope_layers",
         qk_norm="use_qk_norm",
         temperature="llama4",
     ),
-    "mellum": Family(qk_norm=True),
+    "mellum": Family(qk_norm=True, defaults=_ALL_FULL),
     "minimax": _POST_NORM,
     "minimax_m2": replace(_PARTIAL, qk_norm=True),
     "minimax_m3_vl_text": Family(qk_norm=True),
@@ -168,8 +170,8 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family(temperature="ministral3"),
     "mistral": Family(plain_block=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family(),
-    "modernbert-decoder": Family(),
-    "mpt": Family(rope=None, clip=True, batched=False, position_bias="mpt", layers_give_tuples=True),
+    "modernbert-decoder": Family(defaults={"sliding_window": 64, "full_attention_first_of": 3}),
+    "mpt": Family(rope=None, clip=True, batched=False, position_bias="mpt"),
     "nanochat": Family(qk_norm=True, norm_after_rope=True, rope_table="backwards"),
     "nemotron": replace(_PARTIAL, defaults=_HALF_ROPE),
     "nemotron_h": Family(rope=None),
@@ -198,11 +200,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_text": Family(inside=True, qk_norm=True),
     "qwen3_next": replace(_PARTIAL, beyond=_GATE, defaults=_QWEN_NEXT, qk_norm=True),
     "seed_oss": Family(plain_block=True, qkv_bias="attention_bias", output_bias="attention_out_bias"),
+    "sarvam_moe": replace(_PARTIAL, qk_norm="use_qk_norm"),
     "smollm3": Family(plain_block=True, rope_layers="no_rope_layers"),
     "solar_open": _PARTIAL,
     "stablelm": replace(_PARTIAL, defaults={"partial_rotary_factor": 0.25}, qk_norm="qk_layernorm"),
     "starcoder2": Family(qkv_bias="use_bias", output_bias="use_bias"),
-    "vaultgemma": replace(_POST_NORM, softcap=True),
+    "vaultgemma": replace(_POST_NORM, softcap=True, defaults=_EVERY_SECOND),
     "xglm": replace(_GPT, batched=False),
 }
 
@@ -275,6 +278,7 @@ REFUSED: dict[str, str] = {
             "kimi_linear",
             "longcat_flash",
             "minicpm3",
+            "sarvam_mla",
             "youtu",
         ),
         _MLA,
@@ -303,8 +307,10 @@ REFUSED: dict[str, str] = {
         "a multi-modal model that anymla has no test of",
     ),
     "gpt_neox_japanese": "its attention hands its output bias to the layer instead of adding it",
-    "hrm_text": "layers run several times per token, each with a cache of its own",
-    **dict.fromkeys(("inkling2_text", "inkling_text"), "keys and values pass a convolution over tokens"),
+    **dict.fromkeys(("dory", "hrm_text"), "layers run several times per token, each with a cache of its own"),
+    **dict.fromkeys(
+        ("inkling2_loop_text", "inkling2_text", "inkling_text"), "keys and values pass a convolution over tokens"
+    ),
     "jetmoe": "queries and outputs pass through experts (mixture of attention heads)",
     "mimo_v2_flash": "values are wider than keys",
     "mllama": "cross-attention layers on images between the text layers",

@@ -64,6 +64,8 @@ class Fields(BaseModel):
     attn_layer_period: PositiveInt | None = None
     attn_layer_offset: NonNegativeInt | None = None
     full_attention_interval: PositiveInt | None = None
+    full_attention_first_of: PositiveInt | None = None
+    attention_chunk_size: PositiveInt | None = None
     no_rope_layers: Annotated[list[int | bool], Field(max_length=MOST_LAYERS)] | None = None
     no_rope_layer_interval: PositiveInt | None = None
     num_attention_heads_per_layer: Annotated[list[Size], Field(max_length=MOST_LAYERS)] | None = None

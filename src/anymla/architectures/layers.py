@@ -33,6 +33,8 @@ def layer_type(config: Mapping[str, Any], index: int) -> str | None:
         return "attention" if index % period == (config.get("attn_layer_offset") or 0) else "mamba"
     if interval := config.get("full_attention_interval"):
         return "full_attention" if (index + 1) % interval == 0 else "linear_attention"
+    if interval := config.get("full_attention_first_of"):  # no config says it: what families.py gives as a default
+        return "full_attention" if index % interval == 0 else "sliding_attention"
     pattern = config.get("sliding_window_pattern")  # of configs older than layer_types
     if isinstance(pattern, int) and pattern > 0 and not config.get("first_k_dense_replace"):
         return "full_attention" if (index + 1) % pattern == 0 else "sliding_attention"
@@ -93,6 +95,17 @@ def window_of(window: int | None, config: Mapping[str, Any], family: Family, ind
         if kind is None:
             return window if index >= (config.get("max_window_layers") or 0) else None
     return window if kind in (None, "sliding_attention", "local") else None
+
+
+def cache_window_of(window: int | None, config: Mapping[str, Any], family: Family, index: int) -> int | None:
+    """The window of transformers' cache of layer ``index``, whose attention has the sliding ``window``."""
+    kind = layer_type(config, index)
+    if kind == "local":  # GPT-Neo's mask alone has the window
+        return None
+    alone = kind is None and family.rope_layers == "no_rope_layers"  # Llama 4 without layer_types
+    if kind == "chunked_attention" or (alone and has_rope(config, family, index)):
+        return config.get("attention_chunk_size")
+    return window
 
 
 def _entry(values: Sequence[Any], index: int, name: str, *, cycle: bool = False) -> Any:

@@ -5,6 +5,7 @@ Imports of transformers, direct or not, stand inside the functions: they run :fu
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
@@ -32,3 +33,11 @@ def register() -> None:
         auto.register(model.config_class, model, exist_ok=True)
         model.config_class.register_for_auto_class()
         model.register_for_auto_class(auto.__name__)
+
+
+def modelling_files(module: Any) -> list[Path]:
+    """The file of ``module``, one of anymla.modeling, and all that it imports: what travels with a checkpoint."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    own = Path(module.__file__)
+    return [own, *(Path(file) for file in get_relative_import_files(own))]

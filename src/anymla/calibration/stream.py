@@ -64,10 +64,34 @@ def batch_size(heads: int, length: int) -> int:
 
 
 @torch.no_grad()
+def layers_give_tuples(model: Any, ids: Tensor) -> bool:
+    """Whether the decoder takes apart what its layers return: a family's may do so in one release and not in the next.
+
+    Told by what becomes of a tuple that the first layer returns. ``ids`` [B,T]: any tokens.
+    """
+    given: list[Any] = []
+
+    def run(index: int, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        given.append(hidden_states)
+        if index == 1:
+            raise _Reached
+        return hidden_states, None
+
+    with _layers_run(decoder_layers(model), run):
+        try:
+            model.base_model(input_ids=ids, use_cache=False)
+        except _Reached:
+            return isinstance(given[1], Tensor)
+        except (TypeError, AttributeError):  # of something that is done to hidden states
+            return False
+    return True  # a single layer
+
+
+@torch.no_grad()
 def layer_inputs(model: Any, ids: Tensor, *, tuples: bool, use_cache: bool = False) -> LayerInputs:
     """Embeds windows ``ids`` [B,T] and records what each layer is called with: mask, rope tables, cache.
 
-    Runs no layer and nothing behind them. ``tuples``: whether layers of this family return tuples.
+    Runs no layer and nothing behind them. ``tuples``: what layers_give_tuples says of the model.
     """
     layers = decoder_layers(model)
     names = [list(inspect.signature(layer.forward).parameters)[1:] for layer in layers]  # after the hidden states

@@ -13,13 +13,14 @@ from anymla.cli.options import (
     Json,
     Model,
     RecipeFile,
+    Revision,
     app,
     chosen_recipe,
-    err,
     first_process,
     how_to_go_on,
     out,
     print_json,
+    print_note,
     recipe_options,
 )
 from anymla.cli.progress import Report, shown, tracked
@@ -49,18 +50,19 @@ def demo(
 def inspect(
     model: Model,
     targets: Annotated[bool, typer.Option("--targets", help="Show which engines' layouts can hold it.")] = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model is, whether it can be converted, and what its cache costs. Reads its config alone."""
-    inspection = pipeline.inspect(model)
+    inspection = pipeline.inspect(model, revision=revision)
     if as_json:
         return print_json(inspection.to_dict())
     from anymla.report.tables import inspection_table, targets_table
 
     if targets and inspection.already_latent:
         return out.print(
-            f"{model}: {inspection.reason}. Engines that know its own layout serve it as it is; a folder that anymla "
-            "convert wrote goes to them with anymla export.",
+            f"{inspection.model}: {inspection.reason}. Engines that know its own layout serve it as it is; a folder "
+            "that anymla convert wrote goes to them with anymla export.",
             soft_wrap=True,
         )
     out.print(targets_table(inspection) if targets and inspection.supported else inspection_table(inspection))
@@ -73,10 +75,11 @@ def plan(
     settings: dict[str, Any],
     recipe: RecipeFile = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this YAML file.")] = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Dry run: what every layer becomes and what it costs, from the config alone."""
-    planned = pipeline.plan(model, chosen_recipe(recipe, settings))
+    planned = pipeline.plan(model, chosen_recipe(recipe, settings), revision=revision)
     costs = pipeline.explain_plan(planned)
     if output is not None:
         try:
@@ -89,7 +92,7 @@ def plan(
 
     out.print(plan_table(costs))
     if output is not None:
-        out.print(f"Wrote {output}. Next: anymla convert {model} -o OUT --plan {output}")
+        out.print(f"Wrote {output}. Next: anymla convert {planned.model} -o OUT --plan {output}")
 
 
 @app.command()
@@ -100,6 +103,7 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the converted model to.")],
     recipe: RecipeFile = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.yaml of `anymla plan`, instead of a recipe.")] = None,
+    revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew where a stopped conversion to the same folder left work.")
@@ -125,17 +129,19 @@ def convert(
             model,
             output,
             chosen,
+            revision=revision,
             overwrite=overwrite,
             restart=restart,
             max_shard_size=max_shard_size,
             max_memory=max_memory,
             progress=_layers(report),
+            notify=print_note if first_process() else None,
             **device,
         )
     if not first_process():
         return
     for note in _notes(conversion):
-        err.print(f"note: {note}", soft_wrap=True)
+        print_note(note)
     if as_json:
         return print_json(conversion.to_dict())
     from anymla.report.tables import conversion_layers_table, scores_table
@@ -145,7 +151,8 @@ def convert(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
     out.print(
-        f"Wrote {output} in {conversion.seconds:.0f} s. Next: anymla eval {output} --against {model} --text YOUR.txt",
+        f"Wrote {output} in {conversion.seconds:.0f} s. Next: "
+        f"anymla eval {output} --against {conversion.plan.model} --text YOUR.txt",
         soft_wrap=True,
     )
 
@@ -166,6 +173,7 @@ def _notes(conversion: Conversion) -> Iterator[str]:
     """What the user should know of how the model was made."""
     from anymla.conversion.card import static_norms_cost
 
+    yield from conversion.notes
     if conversion.plan.recipe.calibration is None:
         yield "calibrated on the bundled children's stories; --calibration with text like yours keeps more quality"
     if lost := [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]:

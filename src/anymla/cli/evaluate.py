@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anymla.cli.options import Device, Dtype, Json, Model, app, out, print_json
+from anymla.cli.options import Adapter, Device, Dtype, Json, Model, Revision, app, out, print_json, print_note
 from anymla.cli.progress import shown, tracked
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation
 from anymla.evaluation.evaluate import evaluate as run_evaluation
@@ -27,7 +27,9 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="Text file, .jsonl (field 'text') or hub data set name[:config[:split]].")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="The original model, to compare to.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The original model, to compare to; also org/name@revision.")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=256, max=MOST, help="Read at most this many tokens of the text. Default: all.")
     ] = None,
@@ -48,8 +50,10 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for results.json and results.png.")
     ] = None,
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL to the original and cache bytes on a text; lm-eval tasks; probes of the context."""
@@ -77,7 +81,10 @@ def evaluate(
             length=length,
             dtype=dtype,
             device=device,
+            revision=revision,
+            adapter=adapter,
             track=tracked(report),
+            note=print_note,
         )
     command = shlex.join(["anymla", *sys.argv[1:]])
     if output is not None:
@@ -104,13 +111,24 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to add at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")] = 0,
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    revision: Revision = None,
 ) -> None:
     """Continue a prompt, streaming, through transformers' own generate."""
     from anymla.evaluation.story import stream_continuation
 
     with shown("generate"):
         stream_continuation(
-            model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device, dtype=dtype
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            adapter=adapter,
+            note=print_note,
         )

@@ -27,12 +27,23 @@ app = typer.Typer(
 plain = functools.partial(Console, highlight=False, markup=False, emoji=False)  # file names may hold brackets
 out, err = plain(), plain(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="A local checkpoint folder or a hub id.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint folder, a GGUF file, an adapter's folder, or a hub id, also org/name@revision.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a MODEL on the hub; org/name@revision says the same."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A YAML file with any of these settings; options override it.")
 ]
 Device = Annotated[str, typer.Option(help=Recipe.model_fields["device"].description)]
+Adapter = Annotated[str | None, typer.Option(help=Recipe.model_fields["adapter"].description)]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype to run in. Default: the checkpoint's.")]
 
 
@@ -75,6 +86,11 @@ def chosen_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
     if path is None:
         return Recipe.of(settings, "settings")
     return Recipe.of(Recipe.of(read_yaml(path), str(path)).model_dump(exclude_unset=True) | settings, "settings")
+
+
+def print_note(text: str) -> None:
+    """Prints what the user should know to stderr."""
+    err.print(f"note: {text}", soft_wrap=True)
 
 
 def first_process() -> bool:

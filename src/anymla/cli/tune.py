@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anymla.cli.options import Json, app, err, first_process, how_to_go_on, options_of, out, print_json
+from anymla.cli.options import (
+    Adapter,
+    Json,
+    Revision,
+    app,
+    err,
+    first_process,
+    how_to_go_on,
+    options_of,
+    out,
+    print_json,
+    print_note,
+)
 from anymla.cli.progress import Report, shown
 from anymla.training.recipe import Tuning, read_tuning
 
@@ -38,9 +50,13 @@ def _steps(report: Report) -> Progress:
 @app.command()
 @options_of(Tuning)
 def tune(
-    converted: Annotated[str, typer.Argument(help="A folder that anymla convert wrote.", show_default=False)],
+    converted: Annotated[
+        str, typer.Argument(help="A folder that anymla convert wrote, or a hub id.", show_default=False)
+    ],
     settings: dict[str, Any],
-    teacher: Annotated[str, typer.Option(help="The original model, a local folder or a hub id.")],
+    teacher: Annotated[
+        str, typer.Option(help="The original model: a local folder or a hub id, also org/name@revision.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tuned model to.")],
     recipe: Annotated[
         str | None,
@@ -57,6 +73,8 @@ def tune(
     report_to: Annotated[
         list[str] | None, typer.Option(help="tensorboard or trackio, beside metrics.jsonl; may be given twice.")
     ] = None,
+    revision: Revision = None,
+    adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
     """Train a converted model until it gives what the original gave."""
@@ -73,7 +91,10 @@ def tune(
             overwrite=overwrite,
             restart=restart,
             report_to=report_to,
+            revision=revision,
+            adapter=adapter,
             progress=_steps(told),
+            note=print_note if first_process() else None,
         )
     if not first_process():
         return

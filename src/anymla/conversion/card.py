@@ -29,20 +29,24 @@ SOURCES = {  # whose method a setting of the recipe is, where it is not anymla's
 }
 
 
-def model_card(report: Mapping[str, Any], source: str, auto: str) -> str:
+def model_card(report: Mapping[str, Any], auto: str) -> str:
     """README.md of the output folder: what it is, how it was made, what was measured, how to use it, its limits.
 
     ``report`` is conversion.json; ``auto`` names the Auto class that loads the model.
     """
     before, after, recipe = report["before"], report["after"], report["recipe"]
-    base = f"base_model: {source}\n" if "/" in public_name(source) else ""
+    source, commit = report["model"], report["commit"]
+    repo = public_name(source).partition("@")[0]
+    base = f"base_model: {repo}\n" if "/" in repo else ""
     text = public_name(recipe["calibration"] or "the stories bundled with anymla")
     kept = after["cache_bytes_per_token"] / before["cache_bytes_per_token"]
     rows = "\n".join(
         f"| {name} | {scores['perplexity']:.4g} | {scores['kl']:.4g} | {scores['top1_agreement']:.1%} "
-        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} |"
-        for name, scores in (("original", before), ("converted", after))
+        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} "
+        f"| {' | '.join(f'{sizes[when]:,}' for sizes in report['cache_bytes_at'].values())} |"
+        for name, when, scores in (("original", "before", before), ("converted", "after", after))
     )
+    lengths = " | ".join(f"bytes at {int(length):,} tokens" for length in report["cache_bytes_at"])
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"""---
 library_name: transformers
@@ -54,11 +58,12 @@ tags: [anymla, multi-head-latent-attention, kv-cache]
 
 On {after["tokens"]:,} held-out tokens of calibration text:
 
-| | perplexity | KL to the original | top-1 agreement | cache bytes per token |
-|---|---:|---:|---:|---:|
+| | perplexity | KL to the original | top-1 agreement | cache bytes per token | {lengths} |
+|---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
 {rows}
 
-The cache is measured from its tensors.{_window(recipe)} Calibration text: {text}.
+The cache per token is measured from its tensors.{_slides(report)}{_window(recipe)}
+Calibration text: {text}.{_from(repo, commit)}
 
 ## How it was made
 
@@ -85,7 +90,11 @@ model = {auto}.from_pretrained("{FOLDER}")
 - The original's licence and limits apply.
 - Quality was measured on text like the calibration text; on other text it may be lower.
 - Dropped rotations are right for distances within a calibration window, at most {recipe["calibration_length"]} tokens.
-"""
+{"".join(f"- Of the original, {note}.{chr(10)}" for note in report["notes"])}"""
+
+
+def _from(repo: str, commit: str | None) -> str:
+    return "" if commit is None else f" The original is commit `{commit}` of {repo}."
 
 
 def _headline(recipe: Mapping[str, Any]) -> str:
@@ -94,6 +103,13 @@ def _headline(recipe: Mapping[str, Any]) -> str:
 
 def _once(scores: Mapping[str, Any]) -> str:
     return f" + {scores['cache_window_bytes']:,} once" if scores["cache_window_bytes"] else ""
+
+
+def _slides(report: Mapping[str, Any]) -> str:
+    each = report["before"]["cache_bytes_per_token"]
+    if all(sizes["before"] >= int(length) * each for length, sizes in report["cache_bytes_at"].items()):
+        return ""
+    return " Layers with a sliding window hold no more than their window, so long texts take less than that per token."
 
 
 def _window(recipe: Mapping[str, Any]) -> str:
@@ -119,14 +135,15 @@ def command(source: str, recipe: Mapping[str, Any]) -> str:
         if isinstance(value, bool) and value != field.default:
             words.append(f"--{option}" if value else f"--no-{option}")
         elif name == "kv_cache" or value not in (field.default, None):
-            words += [f"--{option}", public_name(str(value)) if name == "calibration" else str(value)]
+            words += [f"--{option}", public_name(str(value)) if name in ("calibration", "adapter") else str(value)]
     return shlex.join(words)
 
 
 def public_name(source: str | Path) -> str:
     """What a card calls ``source``: a hub id as it is, of a local path only the last name, for cards are published."""
     text = str(source)
-    return text if text.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
+    repo = text.partition("@")[0]  # a revision may hold slashes
+    return text if repo.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
 
 
 def _method(recipe: Mapping[str, Any]) -> str:

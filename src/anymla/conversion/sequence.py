@@ -15,7 +15,7 @@ from anymla.architectures.families import FAMILIES
 from anymla.calibration.activations import Activations, Budget
 from anymla.calibration.cache_size import LayerCache
 from anymla.calibration.parallel import from_first, rank, wait_for_all, world
-from anymla.calibration.stream import decoder_layers, layer_inputs, pass_through
+from anymla.calibration.stream import decoder_layers, layer_inputs, layers_give_tuples, pass_through
 from anymla.conversion.progress import check_room
 from anymla.conversion.shards import pack, write_layer, write_outside
 from anymla.conversion.step import LayerResult, LayerStep, Split
@@ -121,7 +121,7 @@ class Sequence:
         work: WorkFolder,
     ) -> None:
         self.source, self.specs, self.work = source, blueprint.layers, work
-        steps = reconstruction_steps(blueprint, plan.recipe, torch.device(source.device).type)
+        steps = reconstruction_steps(blueprint, plan.recipe)
         self.blueprint, self.plans = blueprint, plan.layers
         self.recipe = plan.recipe.model_copy(update={"reconstruction_steps": steps})
         self.family = FAMILIES[blueprint.text_model_type]
@@ -130,7 +130,7 @@ class Sequence:
         self.records = [LayerRecord.of(fields) for fields in work.progress["layers"]]
         with source.on_demand(self.layers, embeddings=True):
             ids = self.windows[:1].to(source.device)
-            tuples = self.family.layers_give_tuples
+            self.tuples = tuples = layers_give_tuples(source.model, ids[:, :PROBE_TOKENS])
             inputs = layer_inputs(source.model, ids, tuples=tuples)
             self.arguments, self.hidden = inputs.arguments, inputs.hidden
             self.probes = [
@@ -168,7 +168,7 @@ class Sequence:
         with self.source.on_demand(self.layers, embeddings=True):
             for number, window in enumerate(self.windows):
                 ids = window[None].to(self.source.device)
-                hidden = layer_inputs(self.source.model, ids, tuples=self.family.layers_give_tuples).hidden
+                hidden = layer_inputs(self.source.model, ids, tuples=self.tuples).hidden
                 streams.original[number : number + 1] = streams.converted[number : number + 1] = hidden
         streams.save(0)
         streams.restore(0)

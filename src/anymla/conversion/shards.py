@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anymla.io.checkpoint import INDEX
 from anymla.io.safetensors import Stored, read_header, write_tensors
+from anymla.io.shards import INDEX
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder, write_json
 

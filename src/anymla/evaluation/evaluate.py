@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -10,8 +12,11 @@ from anymla.architectures.blueprint import context_of
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation, prepare
 from anymla.evaluation.measures import compare
-from anymla.io.checkpoint import find_model, load_model, load_tokenizer
+from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.io.device import pick_device
+from anymla.io.find import with_revision
+from anymla.io.sources.locate import locate
+from anymla.io.sources.plain import Plain, plain_source
 from anymla.io.versions import versions
 
 if TYPE_CHECKING:
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
 
     from anymla.evaluation.likelihood import Track
     from anymla.evaluation.scores import Scores
+
+Note = Callable[[str], None]
 
 
 @overload
@@ -31,6 +38,9 @@ def evaluate(
     length: int = 1024,
     dtype: str | None = None,
     device: str = "auto",
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    note: Note | None = None,
 ) -> Scores: ...
 
 
@@ -45,7 +55,10 @@ def evaluate(
     length: int = 1024,
     dtype: str | None = None,
     device: str = "auto",
+    revision: str | None = None,
+    adapter: str | Path | None = None,
     track: Track | None = None,
+    note: Note | None = None,
 ) -> Evaluation: ...
 
 
@@ -59,12 +72,15 @@ def evaluate(
     length: int = 1024,
     dtype: str | None = None,
     device: str = "auto",
+    revision: str | None = None,
+    adapter: str | Path | None = None,
     track: Track | None = None,
+    note: Note | None = None,
 ) -> Scores | Evaluation:
     """Perplexity of a model on a text, its KL and top-1 agreement to another, and its live cache's size; benchmarks.
 
     Args:
-        model: a local folder or hub id, converted or not.
+        model: a local folder or hub id (also ``org/name@revision``), converted or not.
         text: a text file, a .jsonl file or a hub data set, as for calibration; read in order, not sampled.
         against: the original to compare to.
         benchmarks: what else to measure, with or without a text; what is returned then holds all of it.
@@ -72,7 +88,10 @@ def evaluate(
         length: tokens per window of the text, and of the longest probe (at most the model's context).
         dtype: dtype to run in. Default: the checkpoint's.
         device: cpu, cuda, ...; auto takes a GPU where there is one.
+        revision: of ``model`` on the hub, a branch, tag or commit.
+        adapter: a peft adapter to merge into the original: into ``against``, into ``model`` where that is not given.
         track: given steps and what they do, gives the steps again; to show how far it is.
+        note: called with what was done to a source that is no plain folder, in words.
 
     Raises:
         CheckpointError, RecipeError, TextError: as the message says.
@@ -82,17 +101,23 @@ def evaluate(
     from anymla.evaluation.likelihood import untracked
     from anymla.evaluation.scores import score_model
 
-    folder, track = find_model(model), track or untracked
-    context, tokenizer = context_of(folder), load_tokenizer(folder)
-    window = min(length, context or length)
-    wanted = benchmarks or Benchmarks()
-    prepared = prepare(wanted, tokenizer, context=context, length=window, track=track)
-    windows = None if text is None else _windows(text, tokenizer, tokens, window)
-    device = pick_device(device)
-    loaded = load_model(folder, dtype=dtype, device=device)
-    if windows is not None:
-        _check_vocabulary(windows, loaded, text)
-    original = None if against is None else load_model(find_model(against), dtype=dtype, device=device)
+    model = with_revision(model, revision)
+    track = track or untracked
+    with ExitStack() as stack:
+        ours, theirs = (adapter, None) if against is None else (None, adapter)
+        plain = _plain(stack, model, ours, note)
+        folder = plain.folder
+        context, tokenizer = context_of(folder), load_tokenizer(folder)
+        window = min(length, context or length)
+        wanted = benchmarks or Benchmarks()
+        prepared = prepare(wanted, tokenizer, context=context, length=window, track=track)
+        windows = None if text is None else _windows(text, tokenizer, tokens, window)
+        device = pick_device(device)
+        loaded = load_model(folder, dtype=dtype, device=device)
+        if windows is not None:
+            _check_vocabulary(windows, loaded, text)
+        other = None if against is None else _plain(stack, against, theirs, note)
+        original = None if other is None else load_model(other.folder, dtype=dtype, device=device)
     _check_original(loaded, original, model, against)
     results = {
         kind: compare(run(loaded, "model"), None if original is None else run(original, "original"))
@@ -102,8 +127,11 @@ def evaluate(
     if benchmarks is None and scores is not None:
         return scores
     settings = {
-        "model": str(model),
+        "model": model,
+        "commit": plain.commit,
         "against": None if against is None else str(against),
+        "against_commit": None if other is None else other.commit,
+        "adapter": None if adapter is None else str(adapter),
         "text": None if text is None else str(text),
         "tokens": tokens,
         "length": window,
@@ -113,6 +141,14 @@ def evaluate(
     }
     others = ("lm-eval", "datasets") if wanted.tasks else ()
     return Evaluation(scores=scores, benchmarks=results, settings=settings, versions=versions(*others))
+
+
+def _plain(stack: ExitStack, model: str | Path, adapter: str | Path | None, note: Note | None) -> Plain:
+    plain = stack.enter_context(plain_source(locate(model, adapter=adapter)))
+    if note is not None:
+        for text in plain.notes:
+            note(f"{model}: {text}")
+    return plain
 
 
 def _windows(text: str | Path, tokenizer: Any, tokens: int | None, length: int) -> Tensor:

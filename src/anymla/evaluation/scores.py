@@ -23,6 +23,7 @@ LARGEST_LOSS = 700.0  # nats; keeps the perplexity a finite number
 class Scores:
     """Scores of a model on a text; ``kl`` (nats per token) and ``top1_agreement`` are None without an original.
 
+    ``cache_bytes_per_token``: of a token that every layer holds; one with a sliding window holds its last ones only.
     ``cache_window_bytes``: what the last tokens, kept exactly, take once beside the bytes of every token.
     """
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from anymla.architectures.blueprint import context_of
 from anymla.errors import AnymlaError, CheckpointError, RecipeError, TextError
-from anymla.io.checkpoint import find_model, load_model, load_tokenizer
+from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.io.device import pick_device
+from anymla.io.find import with_revision
+from anymla.io.sources.locate import locate
+from anymla.io.sources.plain import plain_source
 
 LEAST_TEMPERATURE = 0.01  # below it, logits divided by it overflow
 
@@ -35,9 +39,19 @@ def continuation(
 
 
 def stream_continuation(
-    model: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, device: str, dtype: str | None
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str,
+    dtype: str | None,
+    revision: str | None = None,
+    adapter: str | None,
+    note: Callable[[str], None],
 ) -> None:
-    """Prints the continuation to stdout as it is made.
+    """Prints the continuation to stdout as it is made; ``note`` is called with what was done to the model first.
 
     Raises:
         CheckpointError, RecipeError, TextError: as the message says.
@@ -48,9 +62,12 @@ def stream_continuation(
     if 0 < temperature < LEAST_TEMPERATURE:
         raise RecipeError(f"--temperature {temperature} is too small: give 0, or at least {LEAST_TEMPERATURE}")
 
-    folder = find_model(model)
-    context_of(folder)  # refuses sizes that are none
-    loaded, tokenizer = load_model(folder, dtype=dtype, device=pick_device(device)), load_tokenizer(folder)
+    with plain_source(locate(with_revision(model, revision), adapter=adapter)) as plain:
+        for text in plain.notes:
+            note(text)
+        context_of(plain.folder)  # refuses sizes that are none
+        loaded = load_model(plain.folder, dtype=dtype, device=pick_device(device))
+        tokenizer = load_tokenizer(plain.folder)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -59,4 +76,4 @@ def stream_continuation(
     except AnymlaError:
         raise
     except (TypeError, ValueError, ImportError, LookupError, AttributeError) as error:  # by its generation_config.json
-        raise CheckpointError(f"{folder} cannot continue the prompt: {' '.join(str(error).split()):.200}") from error
+        raise CheckpointError(f"{model} cannot continue the prompt: {' '.join(str(error).split()):.200}") from error

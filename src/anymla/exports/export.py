@@ -17,8 +17,9 @@ from anymla.exports.card import export_card
 from anymla.exports.commands import GGUF, checkpoint_commands, gguf_commands
 from anymla.exports.padding import PADS
 from anymla.exports.parity import Parity, check_parity, planned_numbers
-from anymla.io.checkpoint import check_output, find_model, new_folder
+from anymla.io.checkpoint import check_output, new_folder
 from anymla.io.config import read_object
+from anymla.io.find import find_model
 from anymla.io.versions import versions
 from anymla.io.work import write_json
 from anymla.recipe import Target

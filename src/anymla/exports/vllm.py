@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from anymla.architectures.register import modelling_files
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import Sizes
@@ -27,7 +28,6 @@ from anymla.io.config import read_object
 from anymla.modeling import modeling_anymla, modeling_mla
 from anymla.planning.targets import backend_refusal
 
-FILES = ("modeling_mla.py", "model_classes.py", "fused_attention.py", "heads.py", "absorbed.py")
 REFUSED = {
     "softcap": "a soft-cap on scores",
     "sinks": "attention sinks",
@@ -63,9 +63,8 @@ def write_vllm(converted: Path, folder: Path, *, pad: str = "cpu", dtype: str | 
     exponent = 10 if dtype == "float16" else 20  # 2^20 is more than a float16 holds
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, _tensors(source, sizes, exponent, getattr(torch, dtype)))
-    room = Path(modeling_mla.__file__).parent
-    for name in FILES:
-        shutil.copyfile(room / name, folder / name)
+    for file in modelling_files(modeling_mla):
+        shutil.copyfile(file, folder / file.name)
     copy_companions(converted, folder)
     fused_config(config, sizes, exponent, dtype).save_pretrained(folder)
     return sizes
@@ -82,7 +81,7 @@ def load_fused(folder: Path) -> Any:
     model, info = getattr(modeling_mla, architecture).from_pretrained(
         folder, dtype="float32", use_safetensors=True, output_loading_info=True, local_files_only=True
     )
-    check_loading(folder, info, model.all_tied_weights_keys or {})
+    check_loading(folder, info, model)
     _check_head(model.eval().requires_grad_(False))
     return model
 
@@ -136,7 +135,7 @@ def fused_config(config: Any, sizes: Sizes, exponent: int, dtype: str) -> Any:
     """The export's config: the converted one's fields under a model type of its own, DeepSeek's names for the sizes."""
     stock = getattr(transformers, config.architectures[0].removeprefix(modeling_anymla.PREFIX))
     base = transformers.AutoModel._model_mapping[stock.config_class]
-    module = FILES[0].removesuffix(".py")
+    module = modeling_mla.__name__.rpartition(".")[2]
     names = {"AutoConfig": stock.config_class, "AutoModel": base, "AutoModelForCausalLM": stock}
     fields = config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "qk_head_dim"):

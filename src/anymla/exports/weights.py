@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from anymla.io.checkpoint import INDEX
 from anymla.io.safetensors import write_tensors
+from anymla.io.shards import INDEX
 from anymla.io.work import write_json
 
 SHARD = 4 << 30  # bytes

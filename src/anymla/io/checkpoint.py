@@ -6,76 +6,46 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from anymla.errors import CheckpointError, OutputError, shown
+from anymla.errors import CheckpointError, OutputError
 from anymla.io.auto import auto_class
 from anymla.io.config import danger, read_object
-from anymla.io.download import bar_class
-from anymla.io.shards import check_amount, check_index, held_tensors, index_map
+from anymla.io.extra import misplaced
+from anymla.io.hub_cache import in_part
+from anymla.io.mistaken import other_config, stand_in
+from anymla.io.shards import INDEX, SINGLE, check_amount, check_index, held_tensors, index_of, shard_files
 from anymla.io.work import clear_abandoned, hold, remove
 
-CONFIG_FILES = ["config.json"]
-MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-INDEX = "model.safetensors.index.json"
-OLD_BUFFERS = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias|causal_mask)$|\.inv_freq$")  # masks, not weights
 
-
-def find_model(model: str | Path, *, config_only: bool = False) -> Path:
-    """The local folder of ``model``: itself, or the hub cache's copy of a hub id (downloaded where needed).
-
-    Raises:
-        CheckpointError: no such folder, or the hub does not have it or cannot be reached.
-    """
-    path, name = Path(os.path.expanduser(model)), str(model)
-    if os.path.exists(path):  # unlike Path.exists, False for names that no file system can hold
-        return path
-    if name.count("/") > 1 or name.startswith((".", "/", "~", "-")) or not name:
-        raise CheckpointError(f"{name} does not exist: MODEL must be a local checkpoint folder or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        patterns = CONFIG_FILES if config_only else MODEL_FILES
-        return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bar_class()))
-    except HFValidationError as error:
-        raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
-    except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{name} is not a local folder, and the hub did not give it: {reason:.160}") from error
-
-
-def check_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each opened and found whole.
+def check_weights(folder: Path, *, floats: bool = True) -> list[Path]:
+    """The safetensors files of a checkpoint, each opened and found whole; with ``floats``, its weights are of floats.
 
     Raises:
         CheckpointError: no safetensors, a shard is missing or truncated, or the index names a file outside the folder.
     """
     files = _weight_files(folder)
-    held = held_tensors(files)
-    if (index := folder / INDEX).is_file() and files != [folder / "model.safetensors"]:
-        check_index(index, index_map(index), held)
+    held_tensors(files, floats=floats)
     return files
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index, single = folder / INDEX, folder / "model.safetensors"
-    if single.is_file():  # what transformers takes where there are both
+    if (index := index_of(folder)) is not None:
+        return shard_files(index)
+    if os.path.isfile(single := folder / SINGLE):
         return [single]
-    if index.is_file():
-        names = sorted(set(index_map(index).values()))
-        if missing := [name for name in names if not os.path.isfile(folder / name)]:
-            raise CheckpointError(f"{folder} lacks the shard {shown(missing[0])} that {INDEX} names")
-        return [folder / name for name in names]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
             f"{folder} holds pickled weights (.bin) only, which can run code when opened; anymla reads safetensors: "
             "save the model with save_pretrained of transformers 5"
         )
-    raise CheckpointError(f"{folder} has no model.safetensors and no {INDEX}")
+    for path in (single, folder / INDEX):
+        if os.path.islink(path):
+            raise CheckpointError(f"{path} is a link to {os.readlink(path)}, which is not there{in_part(folder)}")
+    raise CheckpointError(f"{folder} has no model.safetensors and no {INDEX}{in_part(folder)}")
 
 
 def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -> Any:
@@ -88,6 +58,8 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
 
     config = safe_config(folder)
     held = held_tensors(check_weights(folder))
+    if (index := index_of(folder)) is not None and not isinstance(read_object(index).get("metadata"), dict):
+        raise CheckpointError(f'{index} has no metadata, which transformers asks for: add "metadata": {{}} to it')
     try:
         check_amount(folder, config, held)
         model, info = auto_class(config.model_type).from_pretrained(
@@ -104,7 +76,7 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str = "cpu") -
         raise
     except Exception as error:  # configs, tensors and transformers' own checks raise anything
         raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
-    check_loading(folder, info, model.all_tied_weights_keys or {})
+    check_loading(folder, info, model, held)
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: tensor {name} holds NaN or infinity")
@@ -119,7 +91,8 @@ def safe_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    if (reason := danger(read_object(folder / "config.json"))) is not None:
+    fields = read_object(folder / "config.json")
+    if (reason := other_config(fields) or danger(fields)) is not None:
         raise CheckpointError(f"{folder}/{reason}")
     quiet_transformers()
     _check_generation(folder)
@@ -129,23 +102,25 @@ def safe_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
 
 
-def check_loading(folder: Path, info: dict[str, Any], tied: Mapping[str, str]) -> None:
+def check_loading(folder: Path, info: dict[str, Any], model: Any, stored: Collection[str] | None = None) -> None:
     """Refuses a checkpoint whose tensors are not those of its model; ``info`` is transformers' account of loading it.
+
+    ``stored``: names in its files, to which its index is held.
 
     Raises:
         CheckpointError: names the first tensor that is missing, has the wrong shape, or has no place in a layer.
     """
-    unused = [
-        name for name in info["unexpected_keys"] if re.search(r"(^|\.)\d+\.", name) and not OLD_BUFFERS.search(name)
-    ]  # of a layer
+    tied = model.all_tied_weights_keys or {}
     for kind, names in (
-        ("has a tensor that its config has no place for:", unused),
+        ("has a tensor that its config has no place for:", misplaced(info["unexpected_keys"], model.config)),
         ("lacks the tensor", info["missing_keys"] - tied.keys() or info["missing_keys"]),
         ("has a tensor of wrong shape:", info["mismatched_keys"]),
     ):
         if names:
             first = sorted(names, key=str)[0]
             raise CheckpointError(f"{folder} {kind} {first if isinstance(first, str) else first[0]}")
+    if stored is not None:
+        check_index(folder, stored, {*tied, *tied.values()})
 
 
 def _check_generation(folder: Path) -> None:
@@ -192,9 +167,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise anything, bare Exception included
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded: {' '.join(str(error).split()):.200}"
-        ) from error
+        files = [folder / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+        found = [f"{file.name} is {what}" for file in files if os.path.isfile(file) and (what := stand_in(file))]
+        reason = found[0] if found else f"{' '.join(str(error).split()):.200}"
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
 
 
 def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
@@ -290,7 +266,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for file in source.iterdir():
         skip = (
             file.suffix in weights
-            or file.name in ("config.json", "README.md", INDEX)
+            or file.name in ("config.json", "README.md", "adapter_config.json", INDEX)
             or file.name.endswith(".index.json")
         )
         if file.is_file() and not skip and not file.name.startswith("."):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anymla.errors import CheckpointError, shown
+from anymla.io.mistaken import stand_in
 
 MOST_BYTES = 64 << 20  # of a JSON file: the index of the largest models has a few
 MOST_LAYERS = 1000
@@ -30,10 +31,14 @@ def read_object(path: Path) -> dict[str, Any]:
         if (length := path.stat().st_size) > MOST_BYTES:
             raise CheckpointError(f"{path} has {length >> 20} MiB: too large for a JSON file of a checkpoint")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} cannot be read as JSON: {error!s:.160}") from error
+        found = stand_in(path)
+        reason = f"{error!s:.160}" if found is None else f"it is {found}"
+        raise CheckpointError(f"{path} cannot be read as JSON: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return content

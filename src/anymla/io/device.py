@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
+from typing import Any
+
+import numpy as np
 
 from anymla.errors import RecipeError
 
@@ -23,6 +27,24 @@ def pick_device(device: str) -> str:
     except Exception as error:  # each backend of torch has errors of its own
         raise RecipeError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]:.160}") from error
     return device
+
+
+def matmul_speed(device: str = "cpu") -> float:
+    """Operations per second of a float32 product of matrices, measured in some milliseconds.
+
+    The processor is measured with numpy, so that a plan needs no torch.
+    """
+    size, seconds = (1024, []) if device == "cpu" else (4096, [])
+    matrix: Any = np.ones((size, size), dtype=np.float32)
+    if device != "cpu":
+        import torch
+
+        matrix = torch.from_numpy(matrix).to(device)
+    for _ in range(4):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # asking for a number waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return 3 * 2 * size**3 / sum(seconds[1:])  # the first one warms up
 
 
 def machine_memory() -> int:

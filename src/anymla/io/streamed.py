@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from anymla.errors import CheckpointError
 from anymla.io.auto import stock_class
 from anymla.io.checkpoint import check_loading, check_weights, implementations, safe_config
+from anymla.io.extra import left_out
 from anymla.io.safetensors import Stored, read_header
 from anymla.io.shards import check_amount
 
@@ -24,7 +25,8 @@ from anymla.io.shards import check_amount
 class StreamedModel:
     """A causal language model on the meta device; transformers' own loading fills one module at a time.
 
-    ``model``: the model; its non-persistent buffers (rope frequencies) are real and on ``device``.
+    ``model``: the model; its non-persistent buffers (rope frequencies) are real and on ``device``. ``notes``: what the
+    files hold that the config does not tell, in words.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or no place in the model.
@@ -47,6 +49,7 @@ class StreamedModel:
         )
         self._sources = self._renamed(mapping)
         self._ties = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        self.notes = [*left_out(self._placeless()), *self._untie()]
 
     def _skeleton(self, dtype: str | None) -> Any:
         """The model on the meta device, once every tensor in the files was found to have its place."""
@@ -69,7 +72,7 @@ class StreamedModel:
             raise
         except Exception as error:  # configs, tensors and transformers' own checks raise anything
             raise CheckpointError(f"{self.folder} cannot be loaded: {' '.join(str(error).split()):.300}") from error
-        check_loading(self.folder, info, model.all_tied_weights_keys or {})
+        check_loading(self.folder, info, model, self.stored)
         return model.eval().requires_grad_(False)
 
     def _fill_buffers(self, model: Any) -> None:
@@ -101,13 +104,48 @@ class StreamedModel:
             sources.setdefault(name if target not in state and name in state else target, []).append(name)
         return sources
 
-    def owner(self, name: str) -> str:
-        """The tensor that the files hold for ``name``: itself, or the one it is tied to."""
-        if name in self._sources:
-            return name
+    def _placeless(self) -> list[str]:
+        """Tensors in the files that transformers leaves out when it loads the model."""
+        state = self.model.state_dict()
+        return sorted(name for target, names in self._sources.items() if target not in state for name in names)
+
+    def _untie(self) -> list[str]:
+        """Takes a tie away where the files hold two different tensors, as transformers does when it loads them.
+
+        In the config too, so that the model that comes out keeps both. Returns a note for each.
+        """
+        stored = [name for name in self._ties if name in self._sources]
+        broken = [name for name in stored if (owner := self._first(name)) != name and self._differ(name, owner)]
+        for name in broken:
+            del self._ties[name]
+        for prefix, part in self.model.named_modules():
+            if isinstance(part, PreTrainedModel):
+                dotted = f"{prefix}." if prefix else ""
+                if any(f"{dotted}{name}" in broken for name in part.get_expanded_tied_weights_keys()):
+                    part.config.tie_word_embeddings = False
+        return [
+            f"config.json ties {name} to other weights, and the files hold a different one: it was kept, as "
+            "transformers does, and the new config says tie_word_embeddings false"
+            for name in broken
+        ]
+
+    def _differ(self, name: str, other: str) -> bool:
+        """Whether two tensors of the files differ once they are loaded, in the model's dtype."""
+        self._load((name, other))
+        differ = not torch.equal(self.model.get_parameter(name), self.model.get_parameter(other))
+        for loaded in (name, other):
+            unload(self.model.get_submodule(loaded.rpartition(".")[0]), recurse=False)
+        return differ
+
+    def _first(self, name: str) -> str:
+        """The first tensor in the files of those that ``name`` is tied with; ``name`` where there is none."""
         tied = self._ties.get(name, name)
         ring = [tied, *(other for other, source in self._ties.items() if source == tied)]
         return next((other for other in ring if other in self._sources), name)
+
+    def owner(self, name: str) -> str:
+        """The tensor that the files hold for ``name``: itself, or the one it is tied to."""
+        return name if name in self._sources else self._first(name)
 
     def name_of(self, module: nn.Module) -> str:
         """The dotted name of a module of the model."""
@@ -115,7 +153,7 @@ class StreamedModel:
 
     def tied_away(self) -> set[str]:
         """Names that the model ties to others, and that files leave out."""
-        return set(self._ties)
+        return set(self.model.get_expanded_tied_weights_keys(all_submodels=True))
 
     @contextmanager
     def layer(self, module: nn.Module) -> Iterator[None]:

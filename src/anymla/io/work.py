@@ -114,7 +114,7 @@ def clear_abandoned(output: Path) -> None:
     if not output.parent.is_dir():
         return
     for path in output.parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(output.name)}\.partial-\d+", path.name) and path.is_dir():
+        if re.fullmatch(rf"\.{re.escape(output.name)}\.(partial|source)-\d+", path.name) and path.is_dir():
             with suppress(OSError):  # held, or gone by now
                 held = hold(path)
                 shutil.rmtree(path, ignore_errors=True)

@@ -16,7 +16,7 @@ from transformers.cache_utils import StaticLayer
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # from 5.24 on, before, in families that keep an old name
 KNOWN = {  # tensors that latent attention uses elsewhere, hands on to the kernel, or rightly does without
     *("position_ids", "position_embeddings", "attention_mask", "alibi", "position_bias"),
-    *("cache_position", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"),
+    *("cache_position", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "token_type_ids", "mm_token_type_ids"),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _SETTINGS = (bool, int, float, str, tuple, list, dict, set)  # types of attributes that adapters are steered by
 _KEPT = "_dense_weight"  # where a module keeps its matrix and the state that the matrix is of
@@ -38,9 +39,12 @@ def dense_weight(module: nn.Module, size: int, like: Tensor) -> Tensor | None:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the module is a linear layer whose weight is what it looks like."""
-    if type(module) is not nn.Linear or _hooked(module) or module.bias is not None:
+    if type(module) is not nn.Linear or _hooked(module) or module._parameters.get("bias") is not None:
         return False
-    return type(module.weight) in (nn.Parameter, Tensor) and module.weight.is_floating_point()
+    weight: Any = module.weight
+    kind = type(weight)
+    traced = torch.compiler.is_compiling() and not is_traceable_wrapper_subclass(weight)  # a stand-in without numbers
+    return weight.is_floating_point() and (kind in (nn.Parameter, Tensor) or traced)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -53,7 +53,8 @@ def rope_tables(
 
     ``kind``: 'halves' (cos, sin), each pair's once in the first P columns; 'repeated' (cos, sin), each twice in a row;
     'backwards' the same as 'halves', turned the other way; 'either' one of the first two, as the release of
-    transformers has it; 'complex' e^{i t theta}; 'sinusoids' nothing but positions, base 10000; 'none' no rope at all.
+    transformers has it; 'complex' e^{i t theta}; 'sinusoids' (sin, cos), each pair's once, or in older releases nothing
+    but positions, base 10000; 'none' no rope at all.
     Tables of M-RoPE may come one per axis, [axes,B,T,d] in halves: ``config`` says which pairs go by which axis.
     """
     if kind == "none":
@@ -61,6 +62,8 @@ def rope_tables(
         return empty, empty
     if kind == "complex":
         cos, sin = position_embeddings.real, position_embeddings.imag
+    elif kind == "sinusoids" and position_embeddings is not None:  # transformers from 5.24 on
+        sin, cos = position_embeddings
     elif kind == "sinusoids":
         if position_ids is None:
             raise ValueError("this family's attention needs position_ids")

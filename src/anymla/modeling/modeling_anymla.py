@@ -8,6 +8,7 @@ without anymla.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import Cache
@@ -25,9 +26,36 @@ class LatentModelMixin(ReplacedAttention):
     """Puts LatentAttention into the stock model, where ``config.mla_layers`` says, before any weight is loaded."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(config, *args, **kwargs)
         for layer in config.mla_layers:
             replace_attention(self, **layer)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """What peft has put on the model, by the adapters' names."""
+        if "_peft_config" not in vars(self):
+            raise AttributeError("no adapter")
+        config: dict[str, Any] = vars(self)["_peft_config"]
+        return config
+
+    @peft_config.setter
+    def peft_config(self, config: dict[str, Any]) -> None:
+        """Warns of modules that an adapter targets and that only the original has: peft itself passes over them."""
+        vars(self)["_peft_config"] = config
+        names = [name.rpartition(".")[2] for name, _ in self.named_modules()]  # type: ignore[attr-defined]
+        for adapter, settings in config.items():
+            targets = getattr(settings, "target_modules", None)
+            targets = targets if isinstance(targets, list | set | tuple) else ()
+            if missing := sorted(each for each in targets if each.rpartition(".")[2] not in names):
+                warnings.warn(
+                    f"adapter {adapter!r} targets {', '.join(missing)}, which a converted model does not have: that "
+                    "part of it is lost. Put it on the original: `anymla convert ORIGINAL --adapter ADAPTER`",
+                    stacklevel=2,
+                )
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del vars(self)["_peft_config"]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any

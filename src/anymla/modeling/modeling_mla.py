@@ -33,7 +33,7 @@ class FusedModelMixin(ReplacedAttention):
             del stock.head_dim
         else:
             stock.head_dim = config.stock_head_dim
-        super().__init__(stock, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(stock, *args, **kwargs)
         if not in_vllm:
             config._attn_implementation = stock._attn_implementation
         for module in self.modules():  # type: ignore[attr-defined]

@@ -10,19 +10,27 @@ from anymla.recipe import Recipe
 
 CONTEXT = 4096  # cached tokens at which FLOPs per token are counted
 STEP_TOKENS = 1024  # of one step of the reconstruction
-MOST_STEPS, FEWEST_STEPS = 300, 10  # of the default; below, they are not worth their time
+MOST_STEPS = 300  # of the default
 TRIED_FROM = 100  # steps from which on candidates are tried with a part of them; a part of fewer misjudges
 WITH_TRIALS = 3  # all gradient steps of a layer, those of its candidates included, over its own
-OPERATIONS = {"cpu": 3e13, "other": 3e16}  # about ten minutes of two cores, or of a GPU
+STEP_OPERATIONS = 3e13  # of all steps with trials in the default: about ten minutes of two cores
 RUNTIME_BYTES = 500 << 20  # Python, torch and transformers themselves
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Attention weights of one layer, and floating point operations of one decoded token at 4096 cached tokens."""
+    """Attention weights of one layer, and floating point operations of one decoded token behind 4096 others.
+
+    A layer with a sliding window or chunks looks at no more of them than it sees.
+    """
 
     parameters: int
     flops_per_token: int
+
+
+def _seen(spec: AttentionSpec) -> int:
+    """Tokens of ``CONTEXT`` that a layer's attention looks at."""
+    return min(CONTEXT, spec.sliding_window or CONTEXT, spec.cache_window or CONTEXT)
 
 
 def original_cost(spec: AttentionSpec, hidden: int) -> LayerCost:
@@ -30,7 +38,7 @@ def original_cost(spec: AttentionSpec, hidden: int) -> LayerCost:
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     projections = 2 * hidden * queries + 2 * hidden * keys
     biases = (queries + 2 * keys) * spec.qkv_bias + hidden * spec.output_bias + 2 * spec.head_dim * spec.qk_norm
-    return LayerCost(projections + biases, 2 * (projections + 2 * queries * CONTEXT))
+    return LayerCost(projections + biases, 2 * (projections + 2 * queries * _seen(spec)))
 
 
 def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int, window: int = 0) -> LayerCost:
@@ -44,26 +52,28 @@ def latent_cost(spec: AttentionSpec, hidden: int, rope_dims: int, rank: int, win
     else:  # one matrix from x, with a bias
         encoder = (hidden + 1) * (rank + rope_dims) + (true_key + true_value if window else 0)
     encoder += keys if window else 0  # the mean of old keys
-    window = min(window, CONTEXT)
+    seen = _seen(spec)
+    window = min(window, seen)
     biases = queries * spec.qkv_bias + hidden
     channels = queries + spec.num_kv_heads * rope_dims + rope_dims // 2  # expected rotation, channel weights, indices
     projections = 2 * hidden * queries + encoder
     absorption = 2 * queries * rank  # W_uk on the query, W_uv on the context: once per query head
-    attention = spec.num_heads * (2 * rank + rope_dims) * (CONTEXT - window) + 2 * queries * window
+    attention = spec.num_heads * (2 * rank + rope_dims) * (seen - window) + 2 * queries * window
     return LayerCost(projections + decoder + biases + channels, 2 * (projections + absorption + attention))
 
 
-def reconstruction_steps(blueprint: Blueprint, recipe: Recipe, device: str) -> int:
-    """Gradient steps per layer: the recipe's, or as many as are done in about ten minutes, at most 300."""
+def reconstruction_steps(blueprint: Blueprint, recipe: Recipe) -> int:
+    """Gradient steps per layer: the recipe's, or a number that the model's size alone decides (docs/choices.md).
+
+    300 with trials for a small model, fewer for a larger one, and the most that do without trials for all others.
+    """
     if recipe.reconstruction_steps is not None:
         return recipe.reconstruction_steps
     parameters = sum(
         original_cost(spec, blueprint.hidden_size).parameters for spec in blueprint.attention_layers.values()
     )
-    fitting = int(OPERATIONS["cpu" if device == "cpu" else "other"] / (6 * STEP_TOKENS * parameters))
-    if fitting < WITH_TRIALS * TRIED_FROM:
-        return 0 if fitting < FEWEST_STEPS else min(fitting, TRIED_FROM - 1)
-    return min(fitting // WITH_TRIALS, MOST_STEPS)
+    tried = int(STEP_OPERATIONS / (WITH_TRIALS * 6 * STEP_TOKENS * parameters))
+    return min(tried, MOST_STEPS) if tried >= TRIED_FROM else TRIED_FROM - 1
 
 
 def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:

@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from anymla.architectures.blueprint import DTYPE_BYTES, AttentionSpec, Blueprint
 from anymla.errors import InfeasibleError, RecipeError
+from anymla.io.device import matmul_speed
+from anymla.planning.cache import converted_bytes, original_bytes, told_lengths
 from anymla.planning.costs import latent_cost, original_cost, peak_memory
+from anymla.planning.duration import estimated_seconds, faster
 from anymla.planning.exact_window import check_exact_window, exact_numbers, exact_window_of, window_hint
 from anymla.planning.targets import LIMITS, check_target, kernel_note, most_channels, most_rope_dims
 from anymla.recipe import MOST, SHARED_ROPES, Recipe, read_yaml, where
@@ -251,8 +254,23 @@ def typical_split(layer: LayerPlan) -> tuple[int, int]:
     return rope_dims, layer.cached_numbers - rope_dims
 
 
+def plan_bytes(plan: Plan, blueprint: Blueprint) -> dict[str, dict[str, int]]:
+    """Bytes of the cache before and after, by the number of tokens in it."""
+    numbers = {index: layer.cached_numbers for index, layer in enumerate(plan.layers) if layer is not None}
+    return {
+        str(length): {
+            "before": original_bytes(blueprint, length, plan.recipe.dtype),
+            "after": converted_bytes(blueprint, plan.recipe, numbers, length),
+        }
+        for length in told_lengths(blueprint)
+    }
+
+
 def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
-    """The plan's costs, ready for a table or JSON: per layer and in total, before and after."""
+    """The plan's costs, ready for a table or JSON: per layer and in total, before and after.
+
+    ``estimated_seconds`` are those of this machine's processor.
+    """
     layers = []
     for index, (layer, spec) in enumerate(zip(plan.layers, blueprint.layers, strict=True)):
         if layer is None or spec is None:
@@ -273,18 +291,23 @@ def explain(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
                 "flops_per_token": {"before": before.flops_per_token, "after": after.flops_per_token},
             }
         )
-    width = DTYPE_BYTES[plan.recipe.dtype or blueprint.dtype]
-    note = kernel_note(plan.recipe.target, max(typical_split(layer)[1] for layer in plan.layers if layer))
+    width, speed = DTYPE_BYTES[plan.recipe.dtype or blueprint.dtype], matmul_speed()
+    told = (
+        kernel_note(plan.recipe.target, max(typical_split(layer)[1] for layer in plan.layers if layer)),
+        faster(blueprint, plan.recipe, speed),
+    )
     return {
         "model": plan.model,
         "recipe": plan.recipe.model_dump(),
         "layers": layers,
         "kept_layers": [index for index, layer in enumerate(plan.layers) if layer is None],
-        "notes": [*([] if note is None else [note]), *window_hint(blueprint, plan.recipe)],
+        "notes": [*filter(None, told), *window_hint(blueprint, plan.recipe)],
         "cache_bytes_per_token": {
             "before": blueprint.cache_bytes // DTYPE_BYTES[blueprint.dtype] * width,
             "after": sum(layer.cached_numbers for layer in plan.layers if layer) * width,
         },
+        "cache_bytes_at": plan_bytes(plan, blueprint),
         "exact_window_bytes": exact_numbers(blueprint, plan.recipe) * width,
         "predicted_peak_bytes": peak_memory(blueprint, plan.recipe),
+        "estimated_seconds": round(estimated_seconds(blueprint, plan.recipe, speed)),
     }

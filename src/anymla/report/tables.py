@@ -10,6 +10,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from anymla.planning.cache import original_bytes, reduced_bytes, told_lengths
+from anymla.planning.duration import spoken
+
 if TYPE_CHECKING:
     from anymla.architectures.blueprint import AttentionSpec
     from anymla.architectures.positions import RopeSpec
@@ -68,22 +71,21 @@ def inspection_table(inspection: Inspection) -> Group:
         ("query and key norms", _yes(first.qk_norm)),
         ("sliding window", ", ".join(str(window or "none") for window in sorted(windows, key=str))),
         ("dtype", facts.dtype),
+        *(("before conversion", note) for note in inspection.notes),
     ]
-    costs = [("now", 1), *((f"{times}x less", times) for times in (4, 8, 16))]
-    cache = [
-        (
-            name,
-            f"{100 / times:g} %",
-            f"{facts.cached_numbers / times:g}",
-            size(facts.cache_bytes / times),
-            size(facts.cache_bytes / times * facts.max_position_embeddings),
-        )
-        for name, times in costs
-    ]
-    context = f"at {facts.max_position_embeddings} tokens"
+    lengths = told_lengths(facts)
+    widest = max(layer.cached_numbers for layer in attending.values())
+    now = [size(original_bytes(facts, length)) for length in (1, *lengths)]
+    cache = [("now", "100 %", f"{facts.cached_numbers}", *now)]
+    for times in (4, 8, 16):
+        less = [size(reduced_bytes(facts, times, length)) for length in (1, *lengths)]
+        cache.append((f"{times}x less", f"{100 / times:g} %", f"{widest / times:g}", *less))
+    at_lengths = [f"at {length:,} tokens" for length in lengths]
+    slides = any(layer.cache_window for layer in attending.values())
     return Group(
         table(inspection.model, ("fact", "value"), rows),
-        table("KV cache", ("", "--kv-cache", "numbers per layer", "per token", context), cache),
+        table("KV cache", ("", "--kv-cache", "numbers per layer", "per token", *at_lengths), cache),
+        *([Text("Per token: until windows are full. Layers with a window then hold no more.")] * slides),
         Text(f"Next: anymla plan {inspection.model} --kv-cache 0.25"),
     )
 
@@ -125,10 +127,11 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
     notes = [
         "2K rope dims and latent rank r, both in the cache; parameters and FLOPs are of the attention, FLOPs of one "
         "decoded token at 4096 cached tokens.",
-        f"Cache per token: {size(cache['before'])} -> {size(cache['after'])}"
+        f"Cache per token{_while_short(costs)}: {size(cache['before'])} -> {size(cache['after'])}"
         + (f", and {size(costs['exact_window_bytes'])} for the exact window" if costs["exact_window_bytes"] else "")
-        + ". "
-        f"Predicted peak memory of the conversion: {size(costs['predicted_peak_bytes'])}.",
+        + f"{_at_lengths(costs['cache_bytes_at'])}. "
+        f"Predicted peak memory of the conversion: {size(costs['predicted_peak_bytes'])}; time on this machine's "
+        f"processor: {spoken(costs['estimated_seconds'])}.",
     ]
     if costs["kept_layers"]:
         notes.append(
@@ -137,6 +140,21 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
     if any(layer["chosen_on_calibration"] for layer in costs["layers"]):
         notes.append("~ marks a typical split; conversion chooses it per layer on calibration text.")
     return Group(table(costs["model"], columns, rows), *(Text(note) for note in (*notes, *costs["notes"])))
+
+
+def _while_short(costs: Mapping[str, Any]) -> str:
+    """Where layers slide: up to when a token takes what is said."""
+    each, sizes = costs["cache_bytes_per_token"]["before"], costs["cache_bytes_at"]
+    slides = any(found["before"] < int(length) * each for length, found in sizes.items())
+    return " until sliding windows are full" if slides else ""
+
+
+def _at_lengths(sizes: Mapping[str, Mapping[str, int]]) -> str:
+    """What the whole cache takes, by the number of tokens in it."""
+    return "".join(
+        f"; at {int(length):,} tokens: {size(each['before'])} -> {size(each['after'])}"
+        for length, each in sizes.items()
+    )
 
 
 def _before_after(values: Mapping[str, int]) -> str:

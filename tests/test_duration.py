@@ -1,0 +1,87 @@
+"""How long a conversion takes is said before it begins, and only where that is long."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import anymla
+from anymla.architectures.blueprint import read_blueprint
+from anymla.io.device import matmul_speed
+from anymla.pipeline import explain_plan
+from anymla.planning.duration import estimated_seconds, faster, spoken
+from anymla.report.demo import bundled_model
+from tests.damage import run_main
+from tests.families import FAST
+from tests.family_models import tiny_config
+
+SLOW, QUICK = 1e6, 1e12  # operations per second
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A machine on which any conversion takes hours."""
+    for place in ("anymla.pipeline", "anymla.planning.plan"):
+        monkeypatch.setattr(f"{place}.matmul_speed", lambda device="cpu": SLOW)
+
+
+def blueprint_of(model_type="llama", **sizes):
+    return read_blueprint(tiny_config(model_type, **sizes).to_dict())
+
+
+def test_speed_is_measured():
+    assert 1e8 < matmul_speed() < 1e15
+
+
+def test_more_work_takes_longer():
+    recipe = anymla.Recipe()
+    least = estimated_seconds(blueprint_of(), recipe, SLOW)
+    assert least < estimated_seconds(blueprint_of(num_hidden_layers=4), recipe, SLOW)
+    assert least < estimated_seconds(blueprint_of(vocab_size=5000), recipe, SLOW)
+    assert least < estimated_seconds(blueprint_of(), recipe.model_copy(update={"calibration_tokens": 65536}), SLOW)
+    assert least > estimated_seconds(blueprint_of(), recipe.model_copy(update={"reconstruction_steps": 0}), SLOW)
+    assert least > estimated_seconds(blueprint_of(), recipe, SLOW, layers=1)  # a conversion that goes on
+    assert least > estimated_seconds(blueprint_of(), recipe, QUICK)
+    hybrid = blueprint_of("qwen3_next", num_hidden_layers=2)
+    assert estimated_seconds(hybrid, recipe, SLOW) > 0
+
+
+def test_what_is_faster_is_offered_with_its_time():
+    recipe = anymla.Recipe()
+    said = faster(blueprint_of(), recipe, SLOW)
+    assert "takes about" in said and "--reconstruction-steps 0 (about" in said
+    assert faster(blueprint_of(), recipe, QUICK) is None
+    bare = anymla.Recipe(reconstruction_steps=0, calibration_tokens=1024)
+    assert faster(blueprint_of(), bare, 1e4).endswith(" here.")  # nothing is left to leave out
+    fewer = faster(blueprint_of(), anymla.Recipe(reconstruction_steps=0, calibration_tokens=1 << 20), SLOW)
+    assert "--calibration-tokens 8192 (about" in fewer and "--reconstruction-steps" not in fewer
+
+
+def test_times_are_spoken():
+    assert [spoken(seconds) for seconds in (3, 600, 5940, 7200)] == ["1 min", "10 min", "99 min", "2 hours"]
+
+
+def test_a_plan_says_how_long(slow):
+    costs = explain_plan(anymla.plan(bundled_model()))
+    assert costs["estimated_seconds"] > 600
+    assert any("--reconstruction-steps 0" in note for note in costs["notes"])
+
+
+def test_a_plan_of_a_small_model_offers_nothing_faster():
+    costs = explain_plan(anymla.plan(bundled_model(), **FAST))
+    assert 0 < costs["estimated_seconds"] < 600
+    assert not any("Faster" in note for note in costs["notes"])
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_the_command_says_it_once_before_long_work(long, tmp_path, monkeypatch, capfd, request):
+    if long:
+        request.getfixturevalue("slow")
+    options = [text for name, value in FAST.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    done = run_main(
+        ["convert", str(bundled_model()), "-o", str(tmp_path / "out"), "--json", *options], monkeypatch, capfd
+    )
+    assert done.code == 0 and json.loads(done.out)
+    assert done.err.count("note: The conversion takes about") == long
+    assert ("--reconstruction-steps 0 (about" in done.err) == long
