@@ -12,6 +12,7 @@ import anymla
 from anymla.calibration.cache_size import CacheSize
 from anymla.calibration.text import bundled_text
 from anymla.errors import CheckpointError
+from anymla.evaluation.logits import Logits
 from anymla.evaluation.scores import ScoreSums, measure_cache
 from anymla.modeling import absorbed
 from anymla.modeling.absorbed import absorbed_attention
@@ -52,7 +53,7 @@ def test_float16_overflow_is_said(tmp_path):
 def test_scores_of_nan_are_refused():
     ids, cache = torch.zeros(1, 4, dtype=torch.long), CacheSize(numbers_per_layer=[1.0], bytes=4, window_bytes=0)
     sums = ScoreSums()
-    sums.add(torch.full((1, 4, 8), torch.nan), ids, torch.zeros(1, 4, 8))
+    sums.add(Logits.of(torch.full((1, 4, 8), torch.nan)), ids, Logits.of(torch.zeros(1, 4, 8)))
     with pytest.raises(CheckpointError, match="NaN"):
         sums.scores(cache)
 
@@ -61,7 +62,7 @@ def test_hopeless_scores_are_finite():
     logits_of_wrong = torch.zeros(1, 4, 8)
     logits_of_wrong[..., 1] = 1e6
     sums = ScoreSums()
-    sums.add(logits_of_wrong, torch.zeros(1, 4, dtype=torch.long), None)
+    sums.add(Logits.of(logits_of_wrong), torch.zeros(1, 4, dtype=torch.long), None)
     scores = sums.scores(CacheSize(numbers_per_layer=[1.0], bytes=4, window_bytes=0))
     assert json.loads(json.dumps(scores.to_dict(), allow_nan=False))["perplexity"] > 1e300
 

@@ -103,7 +103,7 @@ def test_processes_share_the_windows_of_each_step(tmp_path, monkeypatch):
             monkeypatch.setattr("anymla.conversion.reconstruct.world", lambda world=world: world)
             monkeypatch.setattr("anymla.conversion.reconstruct.rank", lambda rank=rank: rank)
             monkeypatch.setattr("anymla.conversion.reconstruct.all_sum_number", lambda *_: 12)
-            steps = Reconstruction(attention, room(values, tmp_path), room(values, tmp_path), {}, 1)
+            steps = Reconstruction(attention, room(values, tmp_path), room(values, tmp_path), {}, 1, torch.float32)
             batches = steps._batches(slice(0, 12 // world), seed=3)
             drawn[world, rank] = [[window * world + rank for window in next(batches)] for _ in range(9)]
     together = [sorted(a + b) for a, b in zip(drawn[2, 0], drawn[2, 1])]

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.architectures.blueprint import read_blueprint
 from anymla.errors import RecipeError
+from anymla.evaluation.logits import at_head
 from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.planning.plan import make_plan
 from anymla.recipe import Recipe
 from anymla.training.data import Source, Texts, packed_rows, padded_rows, read_texts, training_rows
-from anymla.training.losses import kl_loss, layer_loss, next_token_loss
+from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.packing import check_packing
 from anymla.training.pairs import AttentionPairs
 from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
@@ -24,6 +25,7 @@ from anymla.training.recipe import Tuning, read_tuning, shipped_names, shipped_r
 from anymla.training.stages import make_stages, save_tuned
 from tests.damage import BUNDLED, TRAIN, VALID, Case, run_main
 from tests.families import FAST, logits, make_model, save_model, token_ids
+from tests.family_models import tiny_model
 
 TINY = {"data": [str(TRAIN)], "length": 64, "eval_data": str(VALID), "eval_tokens": 256, "device": "cpu"}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -201,20 +203,28 @@ def test_rows_of_a_sorted_file_come_mixed(tmp_path):
 def test_losses():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 2, 5, 7, generator=generator, dtype=torch.float64).unbind()
-    weight = torch.ones(2, 5)
     log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
     expected = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).mean()
-    assert kl_loss(ours, theirs, weight, 1.0, None) == pytest.approx(expected.item(), rel=1e-5)
-    assert kl_loss(theirs, theirs, weight, 2.0, 3).abs() < 1e-6
-    few = kl_loss(ours, theirs, weight, 1.0, 3)
+    assert token_kl(ours, theirs, 1.0, None).mean() == pytest.approx(expected.item(), rel=1e-5)
+    assert token_kl(theirs, theirs, 2.0, 3).abs().max() < 1e-6
+    few = token_kl(ours, theirs, 1.0, 3).mean()
     assert 0 < few < expected
     ids = torch.randint(7, (2, 5), generator=generator)
     plain = torch.nn.functional.cross_entropy(ours[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert next_token_loss(ours, ids, weight) == pytest.approx(plain.item(), rel=1e-5)
-    weight[1] = 0
-    assert kl_loss(ours, theirs, weight, 1.0, None) == pytest.approx(
-        kl_loss(ours[:1], theirs[:1], weight[:1], 1.0, None).item() / 2, rel=1e-5
-    )
+    assert token_loss(ours[:, :-1], ids[:, 1:]).mean() == pytest.approx(plain.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [[slice(0, 5)], [slice(0, 2), slice(2, 5)], [slice(i, i + 1) for i in range(5)]])
+def test_losses_in_parts(parts):
+    """Mean over rows of weighted means; a row that does not count is a row of zeros."""
+    values = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    expected = (values[0].mean() + values[1, :2].mean()) / 3
+    counted = shares(weight)
+    found = sum_of_parts(lambda part: (values[:, part] * counted[:, part]).sum(), parts)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(each, values)[0] for each in (expected, found)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_merged_adapters_give_the_same_logits(pair, tmp_path):
@@ -315,7 +325,7 @@ def test_out_of_memory_names_what_takes_less(pair, tmp_path, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 99 bytes")
 
-    monkeypatch.setattr("anymla.training.trainer.kl_loss", full)
+    monkeypatch.setattr("anymla.training.trainer.token_kl", full)
     with pytest.raises(RecipeError, match=r"--micro-batch 2 or --length 64.*--gradient-checkpointing.*--train lora"):
         anymla.tune(pair[1], tmp_path / "out", teacher=pair[0], tokens=512, batch=2, layerwise=0.0, **TINY)
     assert list(tmp_path.iterdir()) == []
@@ -336,3 +346,44 @@ def test_a_rate_that_does_harm_is_named(pair, tmp_path, monkeypatch, capfd):
     command += ["--length", 64, "--tokens", 256, "--eval-tokens", 256, "--device", "cpu", "--learning-rate", 0.5]
     done = run_main([str(word) for word in command], monkeypatch, capfd)
     assert done.code == 0 and "the held-out KL rose: give a lower --learning-rate" in done.err, done
+
+
+@pytest.mark.parametrize("train", ["attention", "all", "lora"])
+@pytest.mark.parametrize("settings", [{}, {"cross_entropy": 0.5, "top_k": 7, "temperature": 2.0}], ids=str)
+def test_logits_in_parts_train_alike(pair, tmp_path, monkeypatch, train, settings):
+    """The same model comes out, whether the logits of a row are made at once or a few at a time."""
+    made = {}
+    for most in (1 << 24, 512 * 2 * 5):
+        monkeypatch.setattr("anymla.evaluation.logits.MOST", most)
+        options = TINY | {"tokens": 512, "batch": 2, "layerwise": 0.0, "train": train} | settings
+        report = anymla.tune(pair[1], tmp_path / str(most), teacher=pair[0], learning_rate=1e-4, **options)
+        made[most] = report, load_file(tmp_path / str(most) / "model.safetensors")
+    (whole, expected), (parts, found) = made.values()
+    assert (parts.before.kl, parts.after.kl) == pytest.approx((whole.before.kl, whole.after.kl), rel=1e-5)
+    for name, tensor in expected.items():
+        assert (found[name].double() - tensor.double()).norm() <= 1e-4 * tensor.double().norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_gradients_of_logits_in_parts(family, monkeypatch):
+    """Through the head and all below it, equal to those of whole logits; also of soft-capped and scaled heads."""
+    model = tiny_model(family, tie_word_embeddings=True).requires_grad_(True)
+    monkeypatch.setattr("anymla.evaluation.logits.MOST", 512 * 2 * 5)
+    ids, counted = token_ids(2, 24), shares(torch.ones(2, 24))
+    reference = torch.randn(2, 24, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def value(given, part):
+        return (token_kl(given, reference[:, part], 1.0, None) * counted[:, part]).sum()
+
+    whole = value(model(input_ids=ids, use_cache=False).logits, slice(0, 24))
+    weights = list(model.parameters())
+    expected = torch.autograd.grad(whole, weights)
+    parts = at_head(
+        model,
+        model,
+        {"input_ids": ids},
+        lambda logits: sum_of_parts(lambda part: value(logits.at(part), part), logits.parts()),
+    )
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+    for one, other in zip(torch.autograd.grad(parts, weights), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * other.abs().max().item())

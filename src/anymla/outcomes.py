@@ -15,6 +15,7 @@ from anymla.planning.targets import verdicts
 if TYPE_CHECKING:
     from anymla.conversion.step import LayerResult
     from anymla.evaluation.scores import Scores
+    from anymla.io.computing import Computing
 
 REDUCTIONS = (4, 8, 16)
 
@@ -84,6 +85,7 @@ class Conversion:
     cache_bytes_at: dict[str, dict[str, int]]
     commit: str | None
     notes: tuple[str, ...]
+    computing: Computing
     seconds: float
     peak_rss_bytes: int
     anymla_version: str
@@ -100,6 +102,7 @@ class Conversion:
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "cache_bytes_at": self.cache_bytes_at,
+            "computing": asdict(self.computing),
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "anymla_version": self.anymla_version,

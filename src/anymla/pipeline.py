@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from anymla.conversion.step import LayerResult
+    from anymla.io.computing import Computing
     from anymla.io.streamed import StreamedModel
 
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
@@ -221,7 +222,7 @@ def _convert_plain(source: Plain, blueprint: Blueprint, chosen: Plan, run: _Run)
     windows = _calibration(chosen.recipe, source.folder, blueprint)
 
     from anymla.calibration.parallel import join_processes, world
-    from anymla.conversion.progress import claim, fingerprint, kept
+    from anymla.conversion.progress import claim, decide_computing, fingerprint, kept
     from anymla.io.streamed import StreamedModel
 
     device = join_processes(pick_device(chosen.recipe.device))
@@ -230,13 +231,21 @@ def _convert_plain(source: Plain, blueprint: Blueprint, chosen: Plan, run: _Run)
     claim(run.work, lambda: same | fingerprint(streamed, chosen, windows), restart=run.restart)
     with kept(run.work, len(blueprint.layers)):
         left = len(blueprint.layers) - len(run.work.progress["layers"])
+        computing = decide_computing(run.work, streamed.stored_dtype, device, chosen.recipe.dtype)
+        streamed.compute_in(computing.dtype)
         if run.notify and (long := faster(blueprint, chosen.recipe, world() * matmul_speed(device), left)):
             run.notify(long)
-        return _convert(streamed, source, blueprint, chosen, windows, run)
+        return _convert(streamed, source, blueprint, chosen, windows, computing, run)
 
 
 def _convert(
-    streamed: StreamedModel, source: Plain, blueprint: Blueprint, plan: Plan, windows: torch.Tensor, run: _Run
+    streamed: StreamedModel,
+    source: Plain,
+    blueprint: Blueprint,
+    plan: Plan,
+    windows: torch.Tensor,
+    computing: Computing,
+    run: _Run,
 ) -> Conversion:
     """Converts what the work folder does not hold yet, scores it, and puts it in the output's place."""
     from anymla.calibration.parallel import rank, wait_for_all, world
@@ -258,6 +267,7 @@ def _convert(
         cache_bytes_at=plan_bytes(final, blueprint),
         commit=source.commit,
         notes=(*source.notes, *streamed.notes),
+        computing=computing,
         seconds=time.monotonic() - run.started,
         peak_rss_bytes=peak_rss(),
         anymla_version=__version__,

@@ -20,15 +20,16 @@ class LayerCache:
     window_bytes: float
 
     @classmethod
-    def of(cls, layer: Any) -> LayerCache:
+    def of(cls, layer: Any, width: float = 1) -> LayerCache:
         """Measures a layer of transformers' cache that holds some tokens.
 
-        Per token that it holds: a sliding window may hold fewer than were run.
+        Per token that it holds: a sliding window may hold fewer than were run. ``width``: the size of a
+        number in the checkpoint's dtype over its size in the one computed in: bytes are counted in the first.
         """
         numbers, size = _per_token(layer.keys, layer.values)
         exact = getattr(layer, "exact", None)
         window = 0.0 if exact is None else exact.sliding_window * _per_token(exact.keys, exact.values)[1]
-        return cls(numbers=numbers, bytes=size, window_bytes=window)
+        return cls(numbers=numbers, bytes=size * width, window_bytes=window * width)
 
 
 @dataclass(frozen=True, kw_only=True)

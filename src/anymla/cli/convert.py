@@ -176,6 +176,8 @@ def _notes(conversion: Conversion) -> Iterator[str]:
     yield from conversion.notes
     if conversion.plan.recipe.calibration is None:
         yield "calibrated on the bundled children's stories; --calibration with text like yours keeps more quality"
+    if (computing := conversion.computing).dtype != computing.stored:
+        yield f"computed in {computing.dtype}, saved in {computing.stored}: {computing.reason}"
     if lost := [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]:
         yield (
             f"fixed scales stand in for norms on queries and keys; {static_norms_cost(lost)}; the scores hold the loss "

@@ -91,6 +91,9 @@ def evaluate(
         write_evaluation(output, evaluation, command)
     if as_json:
         return print_json(_printed(evaluation, command))
+    if (used := evaluation.settings)["dtype"] != used["checkpoint_dtype"]:
+        faster = f"computed in {used['dtype']}, which this CPU multiplies faster than {used['checkpoint_dtype']}"
+        print_note(f"{faster}; cache bytes are those of {used['checkpoint_dtype']}")
     for each in evaluation_tables(evaluation):
         out.print(each)
     if output is not None:

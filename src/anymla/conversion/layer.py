@@ -127,15 +127,17 @@ def _encoders(
     return tensors | true_values | {"v_a_proj.weight": value_rows, "v_a_proj.bias": value_rows @ shift - offset}
 
 
-def build_attention(original: Any, source: SourceAttention, layer: ConvertedLayer, config: Any) -> LatentAttention:
-    """A LatentAttention in the original's dtype and device; float64 is cast here, once."""
+def build_attention(
+    original: Any, source: SourceAttention, layer: ConvertedLayer, config: Any, saved: torch.dtype
+) -> LatentAttention:
+    """A LatentAttention in the original's dtype and device, float64 being rounded to what is ``saved`` here, once."""
     like = next(original.parameters())
     sizes = {"kv_lora_rank": len(layer.latent.encoder), "qk_rope_head_dim": 2 * len(layer.channels)}
     sizes |= {"channel_fold": layer.channels.fold}
     with torch.device("meta"):
         attention = attention_class(source.features)(original, config, **source.features | sizes)
     cast = {
-        name: (tensor.to(like.dtype) if tensor.is_floating_point() else tensor).to(like.device).contiguous()
+        name: (tensor.to(saved).to(like.dtype) if tensor.is_floating_point() else tensor).to(like.device).contiguous()
         for name, tensor in latent_tensors(source, layer).items()
     }
     norms = {

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from anymla.calibration.parallel import first_decides, rank, world
 from anymla.errors import AnymlaError, OutputError
 from anymla.io.checkpoint import check_space
+from anymla.io.computing import Computing, computing_dtype
 from anymla.io.safetensors import scan
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
@@ -61,6 +63,13 @@ def claim(work: WorkFolder, fingerprint: Callable[[], dict[str, Any]], *, restar
     work.progress = first_decides(work.progress)
 
 
+def decide_computing(work: WorkFolder, stored: str, device: str, asked: str | None) -> Computing:
+    """What to compute in: what the stopped work was computed in, else what the first of all processes chooses."""
+    if "computing" not in work.progress:
+        work.progress["computing"] = first_decides(asdict(computing_dtype(stored, device, asked)))
+    return Computing(**work.progress["computing"])
+
+
 def check_room(work: WorkFolder, source: StreamedModel, hidden_bytes: int) -> None:
     """Refuses to begin where the disk has no room for the new weights and ``hidden_bytes`` of activations.
 
@@ -68,8 +77,9 @@ def check_room(work: WorkFolder, source: StreamedModel, hidden_bytes: int) -> No
         OSError: not enough room.
     """
     if not work.progress["layers"]:
-        names = source.model.state_dict()
-        check_space(work.path, sum(tensor.nbytes for tensor in names.values()) + hidden_bytes)
+        tensors = source.model.state_dict()
+        weights = sum(tensor.numel() * source.saved[name].itemsize for name, tensor in tensors.items())
+        check_space(work.path, weights + hidden_bytes)
 
 
 @contextmanager

@@ -28,14 +28,20 @@ LEARNED_BUFFERS = ("query_rotation", "channel_weight")
 class Reconstruction:
     """Adam on ``attention``'s tensors, in at least float32, against ``target`` [N,T,D] of ``inputs`` [N,T,D].
 
-    ``arguments``: what else the attention is called with; ``batch``: windows that fit into memory at once. Of several
-    processes each has every n-th window; all take the same steps.
+    ``arguments``: what else the attention is called with; ``batch``: windows that fit into memory at once; ``saved``:
+    the dtype that the result is rounded to. Of several processes each has every n-th window; all take the same steps.
     """
 
     def __init__(
-        self, attention: Any, inputs: Activations, target: Activations, arguments: dict[str, Any], batch: int
+        self,
+        attention: Any,
+        inputs: Activations,
+        target: Activations,
+        arguments: dict[str, Any],
+        batch: int,
+        saved: torch.dtype,
     ) -> None:
-        self.inputs, self.target, self.batch = inputs, target, batch
+        self.inputs, self.target, self.batch, self.saved = inputs, target, batch, saved
         like = next(attention.parameters())
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.arguments = {name: _cast(value, self.dtype) for name, value in arguments.items()}
@@ -105,7 +111,7 @@ class Reconstruction:
     def _keep(self) -> None:
         """Casts the tensors as they are now into the attention."""
         for name, tensor in self.tensors.items():
-            self.kept[name].data.copy_(tensor.detach())
+            self.kept[name].data.copy_(tensor.detach().to(self.saved))
 
 
 def _learned(attention: Any) -> dict[str, Tensor]:

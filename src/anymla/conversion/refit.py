@@ -55,9 +55,15 @@ def best_change(fit: NormalEquations, choice: NormalEquations, *, bias: bool = T
 
 
 def refit_output(
-    attention: Any, batches: Callable[[slice], Iterable[tuple[Tensor, Tensor]]], fit: slice, choice: slice
+    attention: Any,
+    batches: Callable[[slice], Iterable[tuple[Tensor, Tensor]]],
+    fit: slice,
+    choice: slice,
+    saved: torch.dtype,
 ) -> None:
-    """Changes ``attention.o_proj`` in place. ``batches(windows)`` yields its input and what its output still lacks.
+    """Changes ``attention.o_proj`` in place, to numbers that the dtype ``saved`` holds.
+
+    ``batches(windows)`` yields its input and what its output still lacks.
 
     The converted layer then makes up, as far as a linear map can, for what it and the converted layers below it lost:
     W_o moves by argmin ||X change - E||^2 + ridge ||change||^2, the ridge chosen on windows that were not fitted.
@@ -66,6 +72,6 @@ def refit_output(
     inputs, bias = projection.in_features, projection.bias is not None
     change = best_change(*(normal_equations(batches(part), bias=bias) for part in (fit, choice)), bias=bias)
     if change is not None:
-        projection.weight.data.copy_(projection.weight.double() + change[:inputs].T)
+        projection.weight.data.copy_((projection.weight.double() + change[:inputs].T).to(saved))
         if bias:
-            projection.bias.data.copy_(projection.bias.double() + change[inputs])
+            projection.bias.data.copy_((projection.bias.double() + change[inputs]).to(saved))

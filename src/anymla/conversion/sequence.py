@@ -195,8 +195,9 @@ class Sequence:
         if plan is None or spec is None:
             raise ValueError(f"layer {index} has no softmax attention")
         config = self.source.model.config.get_text_config()
-        arguments = self.arguments[index]
-        return LayerStep(self.layers[index], spec, self.family, config, plan, self.recipe, arguments, self.split)
+        layer, arguments = self.layers[index], self.arguments[index]
+        saved = self.source.saved_in(layer)
+        return LayerStep(layer, spec, self.family, config, plan, self.recipe, arguments, self.split, saved)
 
     def _convert(self, index: int, streams: Streams) -> LayerRecord:
         layer, arguments = self.layers[index], self.arguments[index]
@@ -229,7 +230,8 @@ class Sequence:
         """The live cache after a few tokens ran through the layer as it now is."""
         arguments = self.probes[probe].arguments[index]
         self.layers[index](self.probes[probe].hidden, **arguments)
-        return LayerCache.of(next(value for value in arguments.values() if isinstance(value, Cache)).layers[index])
+        cache = next(value for value in arguments.values() if isinstance(value, Cache))
+        return LayerCache.of(cache.layers[index], self.source.width)
 
     def _commit(self, record: LayerRecord, max_shard_size: int) -> None:
         """Counts a layer as done, once every process has saved what lies behind it."""

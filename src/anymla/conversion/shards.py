@@ -16,7 +16,8 @@ from anymla.io.work import WorkFolder, write_json
 def write_layer(source: StreamedModel, work: WorkFolder, layer: nn.Module, index: int) -> None:
     """Writes all weights of ``layer``, the model's ``index``-th."""
     prefix = source.name_of(layer)
-    write_tensors(_part(work, index + 1), {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()})
+    named = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
+    write_tensors(_part(work, index + 1), {name: source.as_saved(name, tensor) for name, tensor in named.items()})
 
 
 def write_outside(source: StreamedModel, work: WorkFolder, layers: nn.ModuleList, *, behind: bool) -> None:
@@ -29,7 +30,7 @@ def write_outside(source: StreamedModel, work: WorkFolder, layers: nn.ModuleList
         for name in wanted:
             if name not in source.tied_away():
                 source.fill(source.model.get_submodule(name.rpartition(".")[0]))
-                tensors[name] = source.model.get_parameter_or_buffer(name)
+                tensors[name] = source.as_saved(name, source.model.get_parameter_or_buffer(name))
         write_tensors(_part(work, len(layers) + 1 if behind else 0), tensors)
 
 

@@ -73,7 +73,8 @@ class LayerResult:
 class LayerStep:
     """One layer's conversion: holds that layer's activations, and no other's.
 
-    ``path`` is where in ``layer`` its attention is; ``config`` the language model's.
+    ``path`` is where in ``layer`` its attention is; ``config`` the language model's; ``saved`` the dtype of the new
+    weights in the checkpoint, to which they are rounded when they are made.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class LayerStep:
         recipe: Recipe,
         arguments: dict[str, Any],
         split: Split,
+        saved: torch.dtype,
     ) -> None:
         self.layer, self.spec, self.family, self.config = layer, spec, family, config
-        self.plan, self.recipe, self.call, self.split = plan, recipe, arguments, split
+        self.plan, self.recipe, self.call, self.split, self.saved = plan, recipe, arguments, split, saved
         if (path := attention_path(layer)) is None:
             raise UnsupportedModelError(f"{type(layer).__name__} has no attention where its config means one")
         self.path = path
@@ -159,7 +161,7 @@ class LayerStep:
         arguments = without_cache(step.arguments)
         found, expected = first(whole(step.inputs[:1], **arguments)).double(), step.attended[:1].double()
         off = ((found - expected).square().mean() / expected.square().mean().clamp_min(1e-300)).sqrt().item()
-        if off > (0.1 if step.inputs.dtype.itemsize == 2 else 1e-2):
+        if off > (0.1 if self.saved.itemsize == 2 else 1e-2):
             raise UnsupportedModelError(
                 f"layer {index}: at full budget its attention is off by {off:.0%}; config.json must say what this "
                 "family's config leaves to defaults: load the model with transformers and save it again"
@@ -174,7 +176,7 @@ class LayerStep:
 
     def _whole(self, source: SourceAttention) -> LatentAttention:
         """The attention at full budget."""
-        return build_attention(self.attention, source, whole_layer(source.weights), self.config)
+        return build_attention(self.attention, source, whole_layer(source.weights), self.config, self.saved)
 
     def _add(self, sums: MomentSums, inputs: Tensor, arguments: dict[str, Any]) -> None:
         """Adds one batch's moments; what the family puts on scores comes as one additive mask."""
@@ -264,11 +266,12 @@ class LayerStep:
         return attention, self._error(attention)
 
     def _refit(self, attention: LatentAttention) -> None:
-        refit_output(attention, lambda windows: self._lost(attention, windows), self.split.fit, self.split.choice)
+        split = self.split
+        refit_output(attention, lambda windows: self._lost(attention, windows), split.fit, split.choice, self.saved)
 
     def _reconstruct(self, attention: LatentAttention, steps: int) -> None:
         if steps:
-            reconstruction = Reconstruction(attention, self.inputs, self.target, self.arguments, self.batch)
+            reconstruction = Reconstruction(attention, self.inputs, self.target, self.arguments, self.batch, self.saved)
             reconstruction.run(steps, self.split.fit, self.split.choice, self.recipe.seed)
 
     def _rule(self, rope_step: int | None) -> RopeChoice:
@@ -285,7 +288,7 @@ class LayerStep:
             kv_rank=rank,
             expected_rotation=self.recipe.expected_rotation,
         )
-        return build_attention(self.attention, self.source, converted, self.config)
+        return build_attention(self.attention, self.source, converted, self.config, self.saved)
 
     def _lost(self, attention: LatentAttention, windows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch: the input of the output projection, and the target less its output."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from anymla.calibration.cache_size import CacheSize
 from anymla.calibration.stream import decoder_layers, logits_of
 from anymla.conversion.sequence import Converted
+from anymla.evaluation.logits import Logits
 from anymla.evaluation.scores import Scores, ScoreSums
 from anymla.io.streamed import StreamedModel
 
@@ -22,10 +27,16 @@ def held_out_scores(streamed: StreamedModel, converted: Converted, *, tuples: bo
             strict=True,
         )
         for (original, hidden), window in zip(pairs, converted.windows[converted.held_out], strict=True):
-            ids, reference = window[None].to(streamed.device), logits_of(streamed.model, original, tuples=tuples)
+            ids, reference = window[None].to(streamed.device), _logits(streamed.model, original, tuples)
             before.add(reference, ids, reference)
-            after.add(logits_of(streamed.model, hidden, tuples=tuples), ids, reference)
+            after.add(_logits(streamed.model, hidden, tuples), ids, reference)
     cache_before = CacheSize.of([record.before for record in converted.records if record.before is not None])
     cache_after = CacheSize.of([record.after for record in converted.records if record.after is not None])
     device = streamed.device
     return before.over_all_processes(device).scores(cache_before), after.over_all_processes(device).scores(cache_after)
+
+
+def _logits(model: Any, hidden: Tensor, tuples: bool) -> Logits:
+    """Those of final hidden states [B,T,D], through the model's own norm and head."""
+    shape = (*hidden.shape[:2], model.config.get_text_config().vocab_size)
+    return Logits(lambda part: logits_of(model, hidden[:, part], tuples=tuples), shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anymla.errors import CheckpointError, TextError
+from anymla.evaluation.logits import logits_of_pass
 from anymla.evaluation.measures import Measure
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]  # (steps, what they do): the steps, while a bar may show them
@@ -41,6 +41,11 @@ class Answer:
 
     log_probs: Tensor
     likeliest: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Answer]) -> Answer:
+        """The answer whose tokens were asked for in parts."""
+        return cls(torch.cat([part.log_probs for part in parts]), torch.cat([part.likeliest for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,16 @@ def _answer(model: Any, batch: Sequence[Query]) -> list[Answer]:
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     for row, query in enumerate(batch):
         ids[row, : len(query.ids)] = torch.tensor(query.ids)
-    needed = longest - min(query.start for query in batch) + 1
-    short = {"logits_to_keep": needed} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=ids.to(model.device), use_cache=False, **short).logits
-    before = longest - logits.shape[1]  # positions that were left out
-    return [
-        _of_row(logits[row, query.start - 1 - before : len(query.ids) - 1 - before], query)
-        for row, query in enumerate(batch)
-    ]
+    whole = logits_of_pass(model, {"input_ids": ids.to(model.device)})
+    found: list[list[Answer]] = [[] for _ in batch]
+    for part in whole.parts(min(query.start for query in batch) - 1, longest - 1):
+        logits = whole.at(part)
+        for row, query in enumerate(batch):
+            first, last = max(part.start, query.start - 1), min(part.stop, len(query.ids) - 1)
+            if first < last:
+                asked = Query(query.ids[: last + 1], first + 1, query.among)
+                found[row].append(_of_row(logits[row, first - part.start : last - part.start], asked))
+    return [Answer.joined(answers) for answers in found]
 
 
 def _of_row(logits: Tensor, query: Query) -> Answer:

@@ -13,6 +13,7 @@ from torch import Tensor
 from anymla.calibration.cache_size import CacheSize, LayerCache
 from anymla.calibration.parallel import all_sum
 from anymla.errors import CheckpointError
+from anymla.evaluation.logits import Logits, logits_of_pass
 from anymla.modeling.arguments import cache_of
 
 CACHE_PROBE_TOKENS = 8
@@ -41,24 +42,25 @@ class Scores:
 
 
 class ScoreSums:
-    """Running sums over batches of logits."""
+    """Running sums over batches of windows."""
 
     def __init__(self) -> None:
         self.tokens = self.scored = 0
         self.loss = self.kl = self.agreed = 0.0
         self.compared = False
 
-    def add(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
+    def add(self, logits: Logits, ids: Tensor, reference: Logits | None) -> None:
         """Adds windows ``ids`` [B,T] with ``logits`` [B,T,V] and those of the original."""
         self.tokens += ids.numel()
         self.scored += ids[:, 1:].numel()
-        for row, window in enumerate(ids):  # one window at a time: [T,V] is what fills memory
-            log_p = logits[row, :-1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            self.loss -= log_p.gather(-1, window[1:, None]).sum().item()
+        self.compared = self.compared or reference is not None
+        for part in logits.parts(last=ids.shape[1] - 1):
+            log_p = _log_softmax(logits.at(part))
+            following = ids[:, part.start + 1 : part.stop + 1, None]
+            self.loss -= log_p.gather(-1, following).sum(dtype=torch.float64).item()
             if reference is not None:
-                self.compared = True
-                log_q = reference[row, :-1].to(log_p.dtype).log_softmax(-1)
-                self.kl += (log_q.exp() * (log_q - log_p)).sum().item()
+                log_q = log_p if reference is logits else _log_softmax(reference.at(part).to(log_p.dtype))
+                self.kl += (log_q.exp() * (log_q - log_p)).sum(-1).sum(dtype=torch.float64).item()
                 self.agreed += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
 
     def over_all_processes(self, device: str) -> ScoreSums:
@@ -99,12 +101,21 @@ class ScoreSums:
         )
 
 
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In float32 or finer."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
 @torch.no_grad()
 def measure_cache(model: Any) -> CacheSize:
-    """Runs a few tokens through ``model`` and reads the tensors that its cache then holds."""
+    """Runs a few tokens through ``model`` and reads the tensors that its cache then holds.
+
+    Bytes are counted in the checkpoint's dtype, ``model.config.dtype``, where the model computes in a wider one.
+    """
     ids = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long, device=model.device)
     layers = cache_of(model(input_ids=ids, use_cache=True)).layers
-    return CacheSize.of([LayerCache.of(layer) for layer in layers if getattr(layer, "keys", None) is not None])
+    width = (model.config.dtype or model.dtype).itemsize / model.dtype.itemsize
+    return CacheSize.of([LayerCache.of(layer, width) for layer in layers if getattr(layer, "keys", None) is not None])
 
 
 @torch.no_grad()
@@ -113,6 +124,9 @@ def score_model(model: Any, windows: Iterable[Tensor], original: Any = None) -> 
     sums = ScoreSums()
     for window in windows:
         ids = window[None].to(model.device)
-        reference = None if original is None else original(input_ids=ids, use_cache=False).logits
-        sums.add(model(input_ids=ids, use_cache=False).logits, ids, reference)
+        logits = logits_of_pass(model, {"input_ids": ids})
+        reference = logits if original is model else None
+        if original is not None and original is not model:
+            reference = logits_of_pass(original, {"input_ids": ids})
+        sums.add(logits, ids, reference)
     return sums.scores(measure_cache(model))

@@ -7,7 +7,8 @@ from typing import Any
 
 from anymla.architectures.blueprint import context_of
 from anymla.errors import AnymlaError, CheckpointError, RecipeError, TextError
-from anymla.io.checkpoint import load_model, load_tokenizer
+from anymla.io.checkpoint import load_tokenizer
+from anymla.io.computing import load_to_compute
 from anymla.io.device import pick_device
 from anymla.io.find import with_revision
 from anymla.io.sources.locate import locate
@@ -66,7 +67,7 @@ def stream_continuation(
         for text in plain.notes:
             note(text)
         context_of(plain.folder)  # refuses sizes that are none
-        loaded = load_model(plain.folder, dtype=dtype, device=pick_device(device))
+        loaded = load_to_compute(plain.folder, dtype=dtype, device=pick_device(device))
         tokenizer = load_tokenizer(plain.folder)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

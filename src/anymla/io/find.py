@@ -61,8 +61,8 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     name = repo if revision is None else f"{repo}@{revision}"
     try:
         offline = is_offline_mode()  # said to the client, for some would ask the hub about a commit even so
-        wanted = {"revision": revision, "allow_patterns": patterns, "local_files_only": offline}
-        return Path(snapshot_download(repo, **wanted, tqdm_class=bar_class()))
+        options = {"allow_patterns": patterns, "local_files_only": offline, "tqdm_class": bar_class()}
+        return Path(snapshot_download(repo, revision=revision, **options))
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
     except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own

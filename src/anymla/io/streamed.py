@@ -25,8 +25,9 @@ from anymla.io.shards import check_amount
 class StreamedModel:
     """A causal language model on the meta device; transformers' own loading fills one module at a time.
 
-    ``model``: the model; its non-persistent buffers (rope frequencies) are real and on ``device``. ``notes``: what the
-    files hold that the config does not tell, in words.
+    ``model``: the model; its non-persistent buffers (rope frequencies) are real and on ``device``. ``saved``: the dtype
+    of each of its tensors, as transformers loads and saves it, whatever is computed in. ``notes``: what the files hold
+    that the config does not tell, in words.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or no place in the model.
@@ -47,6 +48,9 @@ class StreamedModel:
             weight_mapping=mapping,
             ignore_mismatched_sizes=True,
         )
+        self.saved: dict[str, torch.dtype] = {name: value.dtype for name, value in self.model.state_dict().items()}
+        self._dtype: torch.dtype = dtype_now
+        self._computing: torch.dtype = dtype_now
         self._sources = self._renamed(mapping)
         self._ties = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         self.notes = [*left_out(self._placeless()), *self._untie()]
@@ -137,6 +141,38 @@ class StreamedModel:
             unload(self.model.get_submodule(loaded.rpartition(".")[0]), recurse=False)
         return differ
 
+    def compute_in(self, dtype: str) -> None:
+        """Lets all weights be ``dtype`` once they are loaded, with the numbers that they have as saved."""
+        self._computing = getattr(torch, dtype)
+        if self._computing == self._dtype:
+            return
+        self.model.to(self._computing)
+        for module in self.model.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and value.dtype == self._dtype:  # kept beside the buffers
+                    setattr(module, name, value.to(self._computing))
+
+    def as_saved(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model in the dtype that it is saved in; a new one in the model's."""
+        if self._computing == self._dtype or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self.saved.get(name, self._dtype))
+
+    def saved_in(self, module: nn.Module) -> torch.dtype:
+        """The dtype that most of a module's numbers are saved in: that of its largest parameter."""
+        largest = max(module.named_parameters(), key=lambda named: named[1].numel())[0]
+        return self.saved[f"{self._names[module]}.{largest}"]
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of the checkpoint, which is what is saved in."""
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def width(self) -> float:
+        """The size of a saved number over that of a computed one."""
+        return self._dtype.itemsize / self._computing.itemsize
+
     def _first(self, name: str) -> str:
         """The first tensor in the files of those that ``name`` is tied with; ``name`` where there is none."""
         tied = self._ties.get(name, name)
@@ -219,10 +255,17 @@ class StreamedModel:
             for name, tensor in _own_tensors(part):
                 if tensor.is_meta:
                     raise CheckpointError(f"{self.folder} lacks the tensor {self._names.get(part, '')}.{name}")
+                value = self._ready(f"{prefix}.{name}" if (prefix := self._names[part]) else name, tensor)
                 if name in part._parameters:
-                    part._parameters[name] = nn.Parameter(tensor.to(self.device), requires_grad=False)
+                    part._parameters[name] = nn.Parameter(value, requires_grad=False)
                 else:
-                    part._buffers[name] = tensor.to(self.device)
+                    part._buffers[name] = value
+
+    def _ready(self, name: str, tensor: Tensor) -> Tensor:
+        """A loaded tensor, rounded as it is saved, in what is computed in."""
+        if self._computing == self._dtype or not tensor.is_floating_point():
+            return tensor.to(self.device)
+        return tensor.to(self.saved[name]).to(self.device, self._computing)
 
 
 def _say_device(model: nn.Module, device: str) -> None:

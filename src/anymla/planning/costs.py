@@ -79,9 +79,11 @@ def reconstruction_steps(blueprint: Blueprint, recipe: Recipe) -> int:
 def peak_memory(blueprint: Blueprint, recipe: Recipe) -> int:
     """Predicted peak bytes of a conversion, however many layers there are.
 
-    One decoder layer and its statistics, or the output head and its logits; activations in memory; the runtime.
+    One decoder layer and its statistics, or the output head and its logits; activations in memory; the runtime. All is
+    taken to be computed in float32 at least, as on a CPU that is slow in 16 bits.
     """
-    width, hidden = DTYPE_BYTES[recipe.dtype or blueprint.dtype], blueprint.hidden_size
+    stored, hidden = DTYPE_BYTES[recipe.dtype or blueprint.dtype], blueprint.hidden_size
+    width = stored if recipe.dtype is not None else max(4, stored)
     spec = max(blueprint.attention_layers.values(), key=lambda layer: layer.num_heads * layer.head_dim)
     values, queries = spec.cached_numbers, spec.num_heads * spec.head_dim
     layer = 2 * width * (original_cost(spec, hidden).parameters + 3 * hidden * blueprint.intermediate_size)

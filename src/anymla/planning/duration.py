@@ -11,9 +11,10 @@ START = 5  # seconds for Python, torch and transformers
 FEW_TOKENS = 8192  # of calibration text, offered to who has no time
 # passes of all calibration tokens, fitted to measured conversions: through whole layers (the original's, the converted
 # one's), through the attention alone (candidates, refit), and what the statistics take over an attention's scores
-LAYER_PASSES, ATTENTION_PASSES, STATISTICS = 2, 3, 5
+LAYER_PASSES, ATTENTION_PASSES, STATISTICS = 2, 3, 3
+STEP_PASSES = 5  # of a step's tokens: forward, backward, and the optimiser
 DECOMPOSITIONS = 100  # float32 operations of all float64 algebra of a layer, over the cube of its width
-PER_LOGIT = 4000  # operations in whose time a logit is scored
+PER_SCORE, PER_LOGIT = 150, 4000  # operations in whose time a softmax treats a score, and a logit is scored
 
 
 def estimated_seconds(blueprint: Blueprint, recipe: Recipe, speed: float, layers: int | None = None) -> float:
@@ -35,12 +36,15 @@ def _layer_operations(blueprint: Blueprint, spec: AttentionSpec | None, recipe: 
     if spec is None:
         return tokens * LAYER_PASSES * mlp
     queries = spec.num_heads * spec.head_dim
-    projections, scores = 2 * original_cost(spec, hidden).parameters, 4 * length * queries
+    projections, scores = (
+        2 * original_cost(spec, hidden).parameters,
+        length * (4 * queries + PER_SCORE * spec.num_heads),
+    )
     attention = projections + scores
     passes = LAYER_PASSES * (attention + mlp) + ATTENTION_PASSES * attention + STATISTICS * scores
     algebra = DECOMPOSITIONS * (queries**3 + spec.cached_numbers**3)
     steps = reconstruction_steps(blueprint, recipe) * (recipe.factorization == "output-aware")
-    trained = steps * (WITH_TRIALS if steps >= TRIED_FROM else 1) * STEP_TOKENS * 3 * attention
+    trained = steps * (WITH_TRIALS if steps >= TRIED_FROM else 1) * STEP_TOKENS * STEP_PASSES * attention
     return tokens * passes + algebra + trained
 
 

@@ -6,10 +6,11 @@ processes and parts of a batch. Shapes: B rows, T tokens, D hidden, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def layer_loss(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], weight: Tensor) -> Tensor:
@@ -26,8 +27,8 @@ def layer_loss(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], wei
     return torch.stack(errors).mean()
 
 
-def kl_loss(logits: Tensor, reference: Tensor, weight: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """KL divergence of ``logits`` [B,T,V] from the ``reference``'s, times temperature squared, in nats per token.
+def token_kl(logits: Tensor, reference: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """KL divergence [B,T] of ``logits`` [B,T,V] from the ``reference``'s, times temperature squared, in nats.
 
     The square keeps gradients of one size whatever the temperature (Hinton et al., arXiv 1503.02531). With ``top_k``,
     the reference's k likeliest tokens count one by one and all others as one: a lower bound of the whole.
@@ -38,8 +39,7 @@ def kl_loss(logits: Tensor, reference: Tensor, weight: Tensor, temperature: floa
         log_q, likeliest = log_q.topk(top_k, dim=-1)
         log_p = log_p.gather(-1, likeliest)
         log_q, log_p = (torch.cat([part, _rest(part)], dim=-1) for part in (log_q, log_p))
-    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return _row_means(kl, weight).mean() * temperature**2
+    return (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2
 
 
 def _rest(log_p: Tensor) -> Tensor:
@@ -48,10 +48,23 @@ def _rest(log_p: Tensor) -> Tensor:
     return left.clamp_min(torch.finfo(left.dtype).eps).log()
 
 
-def next_token_loss(logits: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-    """Cross-entropy of ``logits`` [B,T,V] on the tokens ``ids`` [B,T] that follow, in nats; ``weight`` [B,T]."""
-    log_p = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return -_row_means(log_p, weight[:, 1:]).mean()
+def token_loss(logits: Tensor, following: Tensor) -> Tensor:
+    """Cross-entropy [B,T] of ``logits`` [B,T,V] on the tokens ``following`` [B,T], in nats."""
+    return -logits.float().log_softmax(-1).gather(-1, following[..., None])[..., 0]
+
+
+def shares(weight: Tensor) -> Tensor:
+    """What each token's loss counts [B,T] in the mean over rows of means weighted by ``weight`` [B,T]."""
+    return weight / weight.sum(-1, keepdim=True).clamp_min(1) / len(weight)
+
+
+def sum_of_parts(loss: Callable[[slice], Tensor], parts: Iterable[slice]) -> Tensor:
+    """The sum of the losses of ``parts`` of the tokens.
+
+    What one part holds for its gradient is made again on the way back, so that no two parts are held at once.
+    """
+    sums: list[Tensor] = [checkpoint(loss, part, use_reentrant=False) for part in parts]
+    return torch.stack(sums).sum()
 
 
 def _row_means(values: Tensor, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import Trainer
 
 from anymla.calibration.stream import decoder_layers
+from anymla.evaluation.logits import Logits, at_head, logits_of_pass
 from anymla.evaluation.scores import ScoreSums
 from anymla.modeling.latent_attention import LatentAttention
-from anymla.training.losses import kl_loss, layer_loss, next_token_loss
+from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
 from anymla.training.recipe import Tuning
 
@@ -66,22 +68,34 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
             self._teach(inputs)
             model(**inputs, use_cache=False)
             return layer_loss(self.pairs.outputs, self.pairs.targets, weight)
-        share = self.tuning.cross_entropy
-        logits, loss = model(**inputs, use_cache=False).logits, torch.zeros((), device=weight.device)
-        if share > 0:
-            begins = inputs.get("position_ids")
-            told = weight if begins is None else (begins > 0).float()  # nothing tells how a document begins
-            loss = loss + share * next_token_loss(logits, inputs["input_ids"], told)
-        if share < 1:
-            reference = self._teach(inputs)
-            kl = kl_loss(logits, reference, weight, self.tuning.temperature, self.tuning.top_k)
-            loss = loss + (1 - share) * kl
+        reference = self._teach(inputs) if self.tuning.cross_entropy < 1 else None
+        loss: Tensor = at_head(
+            model, self._plain_model(), inputs, lambda logits: self._text_loss(logits, reference, inputs, weight)
+        )
         return loss
 
+    def _text_loss(self, logits: Logits, reference: Logits | None, inputs: dict[str, Tensor], weight: Tensor) -> Tensor:
+        """KL to the ``reference`` and cross-entropy on the text, in the recipe's shares."""
+        ids, share = inputs["input_ids"], self.tuning.cross_entropy
+        begins, following = inputs.get("position_ids"), ids.roll(-1, 1)
+        told = weight if begins is None else (begins > 0).float()  # nothing tells how a document begins
+        told = shares(torch.cat([told[:, 1:], torch.zeros_like(told[:, :1])], dim=1))
+        counted = shares(weight)
+
+        def loss(part: slice) -> Tensor:
+            given, total = logits.at(part), torch.zeros((), device=ids.device)
+            if share > 0:
+                total = total + share * (token_loss(given, following[:, part]) * told[:, part]).sum()
+            if reference is not None:
+                kl = token_kl(given, reference.at(part), self.tuning.temperature, self.tuning.top_k)
+                total = total + (1 - share) * (kl * counted[:, part]).sum()
+            return total
+
+        return sum_of_parts(loss, logits.parts())
+
     @torch.no_grad()
-    def _teach(self, inputs: dict[str, Tensor]) -> Tensor:
-        logits: Tensor = self.teacher(**inputs, use_cache=False).logits
-        return logits
+    def _teach(self, inputs: dict[str, Tensor]) -> Logits:
+        return logits_of_pass(self.teacher, inputs)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -92,7 +106,7 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         for window in self.windows:
             ids = window[None].to(self.args.device)
             reference = self._teach({"input_ids": ids})
-            sums.add(model(input_ids=ids, use_cache=False).logits, ids, reference)
+            at_head(model, self._plain_model(), {"input_ids": ids}, partial(sums.add, ids=ids, reference=reference))
             original.add(reference, ids, None)
         model.train(learning)
         perplexity, kl = sums.quality()

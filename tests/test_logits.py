@@ -1,0 +1,142 @@
+"""Logits in parts are those of the whole, for every family; memory does not grow with vocabulary times length."""
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
+from anymla.calibration.cache_size import CacheSize
+from anymla.calibration.stream import decoder_layers, logits_of
+from anymla.errors import CheckpointError
+from anymla.evaluation import logits as in_parts
+from anymla.evaluation.likelihood import Query, answers, untracked
+from anymla.evaluation.logits import Logits, logits_of_pass
+from anymla.evaluation.scores import ScoreSums, score_model
+from tests.families import logits, make_model, token_ids
+from tests.family_models import SINCE, tiny_model
+from tests.vision_models import CASES as VISION_CASES
+from tests.vision_models import tiny_vision_model
+
+HEADS = {  # what families do behind the last hidden states
+    "gemma2": {"final_logit_softcapping": 1.5},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 5.0},
+    "falcon_h1": {"lm_head_multiplier": 0.4},
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {"vocab_size": 640},  # more than the tokenizer has
+}
+NO_CACHE = CacheSize(numbers_per_layer=[1.0], bytes=4, window_bytes=0)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of three positions of two windows, where the vocabulary has 512."""
+    monkeypatch.setattr(in_parts, "MOST", 2 * 512 * 3 + 1)
+
+
+def whole_of(found: Logits) -> torch.Tensor:
+    parts = list(found.parts())
+    assert len(parts) > 3, "all at once"
+    return torch.cat([found.at(part) for part in parts], dim=1)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in TEXT_ONLY_INSIDE])
+@torch.no_grad()
+def test_parts_are_the_whole_for_every_family(small_parts, family):
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"the installed transformers has no {family}")
+    if Version(transformers.__version__) < Version(since := SINCE.get(family, "5")):
+        pytest.skip(f"transformers runs {family} since {since}")
+    model, ids = tiny_model(family, torch.float32), token_ids(2, 14)
+    heads = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: heads.append(output.numel()))
+    found = whole_of(logits_of_pass(model, {"input_ids": ids}))
+    most = max(heads)
+    expected = logits(model, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert most <= in_parts.MOST, "the head ran on all positions at once"
+
+
+@pytest.mark.parametrize("family", HEADS)
+@torch.no_grad()
+def test_what_heads_do_is_done_to_parts(small_parts, family):
+    model, plain, ids = tiny_model(family, **HEADS[family]), tiny_model(family), token_ids(2, 14)
+    expected = logits(model, ids)
+    torch.testing.assert_close(whole_of(logits_of_pass(model, {"input_ids": ids})), expected)
+    changes = HEADS[family].keys() & {"final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"}
+    assert not changes or not torch.allclose(expected, logits(plain, ids))
+
+
+@pytest.mark.parametrize("case", VISION_CASES)
+@torch.no_grad()
+def test_parts_are_the_whole_for_vision_language_models(small_parts, case):
+    model, ids = tiny_vision_model(case, torch.float32), token_ids(2, 14) % 400 + 3
+    try:
+        expected = logits(model, ids)
+    except AttributeError as error:  # Llama 4 in transformers 5.24
+        pytest.skip(f"the installed transformers does not run it: {error}")
+    found = whole_of(logits_of_pass(model, {"input_ids": ids}))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "opt"])
+@torch.no_grad()
+def test_tail_of_final_states_in_parts(small_parts, family):
+    """What conversion scores with: the model's own norm and head on some positions."""
+    model, ids, seen = tiny_model(family), token_ids(2, 14), []
+    hook = decoder_layers(model)[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = logits(model, ids)
+    hook.remove()
+    hidden, tuples = seen[0][0] if isinstance(seen[0], tuple) else seen[0], isinstance(seen[0], tuple)
+    found = Logits(lambda part: logits_of(model, hidden[:, part], tuples=tuples), tuple(expected.shape))
+    torch.testing.assert_close(whole_of(found), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scores_are_those_of_whole_logits(monkeypatch, dtype):
+    model, original = make_model("llama", dtype), make_model("llama", dtype, attention_bias=True)
+    windows = token_ids(3, 40)
+    whole = score_model(model, windows, original)
+    monkeypatch.setattr(in_parts, "MOST", 512 * 7)
+    parts = score_model(model, windows, original)
+    rounding = 1e-6 if dtype != torch.bfloat16 else 1e-3
+    assert (parts.perplexity, parts.kl) == pytest.approx((whole.perplexity, whole.kl), rel=rounding)
+    assert parts.top1_agreement == pytest.approx(whole.top1_agreement, abs=0.01)
+    with torch.no_grad():
+        log_p, log_q = (logits(each, windows)[:, :-1].double().log_softmax(-1) for each in (model, original))
+    kl = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).mean()
+    assert parts.kl == pytest.approx(kl.item(), rel=1e-6 if dtype != torch.bfloat16 else 1e-2)
+
+
+def test_answers_are_those_of_whole_logits(monkeypatch):
+    model, ids = make_model("llama", torch.float64), token_ids(3, 40).tolist()
+    queries = [Query(ids[0], 1), Query(ids[1][:23], 20), Query(ids[2][:9], 3, (5, ids[2][5], 9, *ids[2][3:9]))]
+    settings = {"context": None, "batch_size": 3, "track": untracked, "label": "test"}
+    whole = answers(model, queries, **settings)
+    monkeypatch.setattr(in_parts, "MOST", 3 * 512 * 4)
+    parts = answers(model, queries, **settings)
+    for one, other, query in zip(whole, parts, queries, strict=True):
+        assert len(one.log_probs) == len(query.ids) - query.start
+        torch.testing.assert_close(one.log_probs, other.log_probs)
+        assert torch.equal(one.likeliest, other.likeliest)
+
+
+def test_a_model_goes_on_as_before():
+    model, ids = make_model("llama", torch.float64), token_ids(1, 8)
+    expected = logits(model, ids)
+    with torch.no_grad():
+        found = logits_of_pass(model, {"input_ids": ids})
+        found.at(slice(0, 3))
+    assert torch.equal(logits(model, ids), expected)
+    assert not model._forward_hooks and not model.model._forward_hooks and "forward" not in vars(model.model)
+
+
+def test_nan_in_any_part_is_refused(monkeypatch):
+    monkeypatch.setattr(in_parts, "MOST", 8)
+    sums, values = ScoreSums(), torch.zeros(1, 4, 8)
+    values[:, 2] = torch.nan
+    sums.add(Logits.of(values), torch.zeros(1, 4, dtype=torch.long), None)
+    with pytest.raises(CheckpointError, match="NaN"):
+        sums.scores(NO_CACHE)
