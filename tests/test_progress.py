@@ -123,6 +123,17 @@ def test_long_steps_beat(log):
     ]
 
 
+def test_short_steps_tell_of_themselves(log):
+    """Every line is of a step's end, though the command is asked each second whether it is at work."""
+    for step in range(1, 21):
+        for _ in range(5):
+            log.clock.now += 1
+            log.lines.beat()
+        log(0, step, 20, "step")
+    lines = log.lines.stream.getvalue().splitlines()
+    assert [numbers(line)[0] for line in lines] == [1, 7, 13, 19]
+
+
 def test_short_phases_are_few_lines(log):
     for phase in ("probe, model", "probe, original", "blimp, model", "blimp, original", "text"):
         log(0, 0, 8, phase)
@@ -154,6 +165,7 @@ def test_a_log_that_is_gone_stops_nothing():
 
 def test_the_clock_of_a_running_command_beats(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.5)
+    monkeypatch.setattr(progress, "LONG", 0.5)
     stream = io.StringIO()
     with progress.Lines("push", stream):
         time.sleep(2.3)
