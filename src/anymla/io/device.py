@@ -7,8 +7,6 @@ import os
 import time
 from typing import Any
 
-import numpy as np
-
 from anymla.errors import RecipeError
 
 
@@ -34,6 +32,8 @@ def matmul_speed(device: str = "cpu") -> float:
 
     The processor is measured with numpy, so that a plan needs no torch.
     """
+    import numpy as np
+
     size, seconds = (1024, []) if device == "cpu" else (4096, [])
     matrix: Any = np.ones((size, size), dtype=np.float32)
     if device != "cpu":

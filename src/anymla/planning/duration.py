@@ -36,11 +36,8 @@ def _layer_operations(blueprint: Blueprint, spec: AttentionSpec | None, recipe: 
     if spec is None:
         return tokens * LAYER_PASSES * mlp
     queries = spec.num_heads * spec.head_dim
-    projections, scores = (
-        2 * original_cost(spec, hidden).parameters,
-        length * (4 * queries + PER_SCORE * spec.num_heads),
-    )
-    attention = projections + scores
+    scores = length * (4 * queries + PER_SCORE * spec.num_heads)
+    attention = 2 * original_cost(spec, hidden).parameters + scores
     passes = LAYER_PASSES * (attention + mlp) + ATTENTION_PASSES * attention + STATISTICS * scores
     algebra = DECOMPOSITIONS * (queries**3 + spec.cached_numbers**3)
     steps = reconstruction_steps(blueprint, recipe) * (recipe.factorization == "output-aware")
