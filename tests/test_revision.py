@@ -149,7 +149,7 @@ def test_what_the_hub_is_asked_for(tmp_path, monkeypatch):
     """Shards in a subfolder, or under other names, are asked for once the index has come."""
     asked, remote = [], sharded(save_model(make_model("llama"), tmp_path / "remote"), ["weights/a.safetensors"])
 
-    def download(repo, *, revision, allow_patterns, local_files_only):
+    def download(repo, *, revision, allow_patterns, local_files_only, **_):
         asked.append((repo, revision, allow_patterns))
         (tmp_path / "local" / "weights").mkdir(parents=True, exist_ok=True)
         for file in remote.rglob("*"):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from anymla.evaluation.likelihood import Track
 
 EVERY = 30.0  # seconds between two lines, at least
+LONG = 10.0  # seconds; a shorter step tells of itself soon enough
 
 
 class Report(Protocol):
@@ -83,7 +84,7 @@ class _Phase:
 class Lines:
     """Lines on ``stream``: when the first step is done, at most one per 30 s from then on, and the last step's.
 
-    Where a step takes longer, a line per 30 s says that it is at work.
+    Where a step takes long, a line per 30 s says that it is at work.
     """
 
     def __init__(self, command: str, stream: IO[str], clock: Callable[[], float] = time.monotonic) -> None:
@@ -122,9 +123,10 @@ class Lines:
                 self._print_last()
 
     def beat(self) -> None:
-        """Says that the command is at work, where nothing was said for 30 s."""
+        """Says that the command is at work, where nothing was said for 30 s and a step takes long."""
         with self._lock:
-            if (now := self.clock()) - self.printed >= EVERY:
+            now, reported = self.clock(), self.begun if self.phase is None else self.phase.last[1]
+            if now - self.printed >= EVERY and now - reported >= LONG:
                 told = "" if self.phase is None else f"{self.phase.told}{' done' if self.phase.total else ''}, "
                 self._print(told, now, " so far")
 
