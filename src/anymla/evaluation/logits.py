@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from anymla.calibration.stream import INNER_MODELS
 
@@ -47,9 +48,10 @@ def at_head(run: Any, model: Any, inputs: Mapping[str, Tensor], use: Callable[[L
     """Calls ``run``, which is ``model`` or wraps it, and gives what ``use`` makes of the logits, or the model's output.
 
     The last hidden states are made once. For each part the model's own forward pass is called again, with its body
-    giving that part of them: so whatever the family does behind them is done. It all happens within the call of
-    ``run``, where sharded weights are whole. A model whose body cannot be told from its head makes all logits at once.
+    giving that part of them: so whatever the family does behind them is done. All logits are made at once where the
+    body cannot be told from the head, and of sharded weights, which are gathered once for each pass.
     """
+    bodies = [] if any(isinstance(part, FSDPModule) for part in model.modules()) else list(_bodies(model))
     entered: list[nn.Module] = []  # the body: what the model calls first
     seen: list[Any] = []
 
@@ -67,7 +69,7 @@ def at_head(run: Any, model: Any, inputs: Mapping[str, Tensor], use: Callable[[L
         return use(_lazy(model, entered[0], seen[0], inputs["input_ids"]) if seen else Logits.of(output.logits))
 
     with ExitStack() as hooks:
-        for body in _bodies(model):
+        for body in bodies:
             hooks.callback(body.register_forward_pre_hook(before).remove)
             hooks.callback(body.register_forward_hook(behind).remove)
         hooks.callback(model.register_forward_hook(give, prepend=True).remove)
