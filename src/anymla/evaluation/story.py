@@ -58,7 +58,6 @@ def stream_continuation(
         CheckpointError, RecipeError, TextError: as the message says.
     """
     import torch
-    from transformers import TextStreamer
 
     if 0 < temperature < LEAST_TEMPERATURE:
         raise RecipeError(f"--temperature {temperature} is too small: give 0, or at least {LEAST_TEMPERATURE}")
@@ -71,10 +70,37 @@ def stream_continuation(
         tokenizer = load_tokenizer(plain.folder)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer = _streamer(tokenizer)
     try:
         continuation(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     except AnymlaError:
         raise
     except (TypeError, ValueError, ImportError, LookupError, AttributeError) as error:  # by its generation_config.json
         raise CheckpointError(f"{model} cannot continue the prompt: {' '.join(str(error).split()):.200}") from error
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints a text as it is made; the prompt with its first token, for bad settings show up in between."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        prompt: Any = None
+        begun = False
+
+        def put(self, value: Any) -> None:
+            if not self.begun:
+                self.prompt, self.begun = value, True
+                return
+            self._print_prompt()
+            super().put(value)
+
+        def end(self) -> None:
+            self._print_prompt()
+            super().end()
+
+        def _print_prompt(self) -> None:
+            if self.prompt is not None:
+                super().put(self.prompt)
+                self.prompt = None
+
+    return Streamer(tokenizer, skip_special_tokens=True)
