@@ -49,8 +49,8 @@ def stream_continuation(
     device: str,
     dtype: str | None,
     revision: str | None = None,
-    adapter: str | None,
-    note: Callable[[str], None],
+    adapter: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Prints the continuation to stdout as it is made; ``note`` is called with what was done to the model first.
 
