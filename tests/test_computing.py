@@ -179,3 +179,16 @@ def test_generates(stories, machine, capfd):
     settings = {"max_new_tokens": 8, "temperature": 0.0, "seed": 0, "device": "cpu", "dtype": None}
     stream_continuation(str(stories), "Once upon a time", **settings)
     assert capfd.readouterr().out.startswith("Once upon a time")
+
+
+@pytest.mark.parametrize("times", [6.0, 1.0])
+def test_an_original_in_16_bits_teaches_in_either(stories, tmp_path, machine, times):
+    machine(times)
+    anymla.convert(stories, tmp_path / "converted", **SETTINGS)
+    data = {"data": str(bundled_text("train")), "eval_data": str(bundled_text("valid")), "device": "cpu"}
+    sizes = {"tokens": 256, "length": 64, "eval_tokens": 256, "layerwise": 0.5}
+    report = anymla.tune(tmp_path / "converted", tmp_path / "tuned", teacher=stories, **data, **sizes)
+    tuned = load_file(tmp_path / "tuned" / "model.safetensors")
+    stored = getattr(torch, json.loads((stories / "config.json").read_text())["dtype"])
+    assert {tensor.dtype for tensor in tuned.values() if tensor.is_floating_point()} == {stored}
+    assert report.after.kl < 2 * report.before.kl

@@ -1,20 +1,26 @@
 """Logits in parts are those of the whole, for every family; memory does not grow with vocabulary times length."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import anymla
 from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
 from anymla.calibration.cache_size import CacheSize
 from anymla.calibration.stream import decoder_layers, logits_of
+from anymla.calibration.text import bundled_text
 from anymla.errors import CheckpointError
 from anymla.evaluation import logits as in_parts
 from anymla.evaluation.likelihood import Query, answers, untracked
 from anymla.evaluation.logits import Logits, logits_of_pass
 from anymla.evaluation.scores import ScoreSums, score_model
-from tests.families import logits, make_model, token_ids
+from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.family_models import SINCE, tiny_model
 from tests.vision_models import CASES as VISION_CASES
 from tests.vision_models import tiny_vision_model
@@ -140,3 +146,59 @@ def test_nan_in_any_part_is_refused(monkeypatch):
     sums.add(Logits.of(values), torch.zeros(1, 4, dtype=torch.long), None)
     with pytest.raises(CheckpointError, match="NaN"):
         sums.scores(NO_CACHE)
+
+
+PEAK = "import sys; from anymla.cli import app; from anymla.pipeline import peak_rss; app(standalone_mode=False); " + (
+    "sys.stderr.write(f'peak {peak_rss()}')"
+)
+LONG = {"max_position_embeddings": 2048, "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def large_vocabulary(tmp_path_factory):
+    """A model of which all but nothing is its embedding, and its conversion."""
+    folder = tmp_path_factory.mktemp("large")
+    changes = LONG | {"num_key_value_heads": 4, "vocab_size": 262_144, "tie_word_embeddings": True}
+    source = save_model(make_model("llama", torch.float32, **changes), folder / "source")
+    anymla.convert(source, folder / "converted", kv_cache=0.5, **FAST)
+    return source, folder / "converted"
+
+
+def peak_of(*words):
+    """Most bytes that a command held, in a process of its own."""
+    command = [sys.executable, "-c", PEAK, *(str(word) for word in words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.rpartition("peak ")[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("against", [True, False])
+def test_memory_of_an_evaluation_does_not_grow_with_length(large_vocabulary, against):
+    source, converted = large_vocabulary
+    other = ["--against", source] if against else []
+    text = ["--text", bundled_text("valid"), "--tokens", 2048, "--json"]
+    peaks = [peak_of("eval", converted, *text, *other, "--length", length) for length in (256, 2048)]
+    assert abs(peaks[1] / peaks[0] - 1) < 0.2, peaks
+    assert max(peaks) < 2 << 30
+
+
+@pytest.mark.slow
+def test_memory_of_a_tuning_does_not_grow_with_length(large_vocabulary, tmp_path):
+    source, converted = large_vocabulary
+    text = ["--data", bundled_text("train"), "--tokens", 2048, "--eval-data", bundled_text("valid"), "--batch", 1]
+    text += ["--teacher", source, "--layerwise", 0, "--eval-tokens", 2048, "--eval-every", 100, "--json"]
+    peaks = [
+        peak_of("tune", converted, "-o", tmp_path / str(length), *text, "--length", length) for length in (256, 2048)
+    ]
+    assert abs(peaks[1] / peaks[0] - 1) < 0.2, peaks
+
+
+@pytest.mark.slow
+def test_memory_of_a_conversion_does_not_grow_with_length(large_vocabulary, tmp_path):
+    options = ["--reconstruction-steps", 0, "--calibration-tokens", 16384, "--json"]
+    peaks = [
+        peak_of("convert", large_vocabulary[0], "-o", tmp_path / str(length), *options, "--calibration-length", length)
+        for length in (256, 2048)
+    ]
+    assert abs(peaks[1] / peaks[0] - 1) < 0.2, peaks

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from anymla import __version__
 from anymla.architectures.blueprint import context_of, read_config
 from anymla.calibration.parallel import join_processes, rank, wait_for_all
-from anymla.conversion.progress import claim
+from anymla.conversion.progress import claim, decide_computing
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.io.checkpoint import check_output, copy_companions, load_model, load_tokenizer
 from anymla.io.device import pick_device
@@ -24,6 +25,7 @@ from anymla.io.find import find_model, with_revision
 from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
 from anymla.io.work import WorkFolder
+from anymla.recipe import DtypeName
 from anymla.training.card import tuned_card
 from anymla.training.data import Texts, read_texts
 from anymla.training.keep import done_steps, fingerprint, kept
@@ -142,7 +144,7 @@ class _Run:
 
     def all_stages(self, work: WorkFolder, progress: Progress | None, reporters: list[TrainerCallback]) -> None:
         """Runs the stages that ``work`` does not hold yet; the last one's result is ``work.model``."""
-        teacher = self._teacher()
+        teacher = self._teacher(work)
         done, before, student = done_steps(work, self.stages), 0, self.student
         if rank() == 0:
             rewind_metrics(work.model, done)
@@ -190,10 +192,14 @@ class _Run:
             output=output,
         )
 
-    def _teacher(self) -> Any:
+    def _teacher(self, work: WorkFolder) -> Any:
         """The original, once it is known that texts fit it and that packed documents stay apart in it."""
         low = mixed(self.tuning, self.device) or self.tuning.precision == "bfloat16"
-        teacher = load_model(self.original, dtype="bfloat16" if low else None)
+        asked: DtypeName | None = "bfloat16" if low else None
+        teacher = load_model(self.original, dtype=asked)
+        computing = decide_computing(work, str(teacher.dtype).removeprefix("torch."), self.device, asked)
+        if computing.dtype != computing.stored:
+            teacher = teacher.to(getattr(torch, computing.dtype))
         size = int(teacher.config.get_text_config().vocab_size)
         if (largest := int(self.texts.held_out.max())) >= size:
             raise TextError(f"--data: the tokenizer gives id {largest} but the model has {size} tokens")
