@@ -44,6 +44,12 @@ class Located:
 
         return GgufFile(self.base)
 
+    @property
+    def is_converted(self) -> bool:
+        """Whether anymla wrote the weights' folder."""
+        path = self.base / "config.json"
+        return path.is_file() and str(read_object(path).get("model_type")).startswith("anymla_")
+
     @cached_property
     def quantised(self) -> str | None:
         """What becomes of quantised weights, in words; None where there are none."""
@@ -86,9 +92,7 @@ def _weights(path: Path) -> Path:
     """``path``, or the GGUF file that is all the weights there are in it."""
     if path.is_file():
         if path.suffix != ".gguf":
-            raise CheckpointError(
-                f"{path} is not a folder: MODEL must be a checkpoint folder, a .gguf file or a hub id"
-            )
+            raise CheckpointError(f"{path} is not a folder: MODEL must be one, a .gguf file or a hub id")
         return path
     files = sorted(path.glob("*.gguf"))
     if not files or _has_weights(path, SAFE):
