@@ -239,3 +239,24 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         locate(base, adapter=base)
     with pytest.raises(CheckpointError, match="is itself an adapter"):
         locate(adapter, adapter=adapter)
+
+
+def test_the_originals_adapter_on_a_conversion(tmp_path):
+    base, adapter = pair(tmp_path)
+    anymla.convert(base, tmp_path / "out", kv_cache=0.5, **FAST)
+    with (
+        pytest.raises(CheckpointError, match=r"targets .*v_proj"),
+        plain_source(locate(tmp_path / "out", adapter=adapter)),
+    ):
+        pass
+    other = train(AutoModelForCausalLM.from_pretrained(base), tmp_path / "mlp", target_modules=["up_proj", "lm_head"])
+    with plain_source(locate(tmp_path / "out", adapter=other)) as plain:
+        assert "outside attention" in plain.notes[1]
+        got = AutoModelForCausalLM.from_pretrained(plain.folder).state_dict()
+    whole, before = (
+        merged(base, other).state_dict(),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(),
+    )
+    for name, tensor in got.items():
+        expected = whole[name] if "up_proj" in name or "lm_head" in name else before[name]
+        assert torch.allclose(tensor, expected, atol=1e-6), name

@@ -45,6 +45,12 @@ class Located:
 
         return GgufFile(self.base)
 
+    @property
+    def is_converted(self) -> bool:
+        """Whether anymla wrote the weights' folder."""
+        path = self.base / "config.json"
+        return path.is_file() and str(read_object(path).get("model_type")).startswith("anymla_")
+
     @cached_property
     def quantised(self) -> str | None:
         """What becomes of quantised weights, in words; None where there are none."""

@@ -67,6 +67,11 @@ def notes_of(source: Located) -> tuple[str, ...]:
     if source.adapter is not None:
         check_adapter(source.adapter)
         notes.append(f"the adapter in {source.adapter.name} is merged into its weights")
+        if source.is_converted:
+            notes.append(
+                "of an adapter that was trained on the original, only what lies outside attention is right on a "
+                "conversion: give it to anymla convert with --adapter"
+            )
     if source.hidden:
         notes.append(
             f"the adapter beside its weights is left out{', as --adapter none says' * (source.adapter is None)}"

@@ -15,7 +15,7 @@ from anymla.io.work import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHARD = 1 << 29  # bytes of tensors that are gathered before they are written
+SHARD = 1 << 28  # bytes of tensors that are gathered before they are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ def write_source(source: Source, folder: Path) -> None:
         write_tensors(folder / file, shard)
         placed |= dict.fromkeys(shard, file)
         size += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # before the next one grows
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
 
 
