@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -217,3 +218,16 @@ def test_a_forward_pass_without_a_cache_exports(model):
     program = torch.export.export(model, args=(), kwargs={"input_ids": token_ids(), "use_cache": False}, strict=False)
     found = program.module()(input_ids=token_ids(), use_cache=False).logits
     assert (found - whole(model)).abs().max() < 1e-9
+
+
+def test_a_model_that_transformers_itself_cannot_run_is_refused_at_once(folder, tmp_path, monkeypatch, capfd):
+    def broken(self, *args, **kwargs):
+        raise AttributeError("no 'image_outputs'")
+
+    source = folder.parent / "source"
+    monkeypatch.setattr(type(AutoModelForCausalLM.from_pretrained(source)), "forward", broken)
+    command = ["convert", str(source), "-o", str(tmp_path / "out"), "--calibration-length", "64"]
+    said = run_main(command, monkeypatch, capfd)
+    assert said.code == 1
+    assert re.fullmatch(r"error: transformers [\d.]+ cannot run \w+: no 'image_outputs'; install another.*\n", said.err)
+    assert not (tmp_path / "out").exists()

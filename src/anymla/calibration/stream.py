@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from anymla.calibration.activations import Activations
@@ -120,6 +121,21 @@ def logits_of(model: Any, hidden: Tensor, *, tuples: bool) -> Tensor:
     with _layers_run(decoder_layers(model), lambda index, *args, **kwargs: output):
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
+
+
+def check_runs(model: Any, hidden: Tensor, *, tuples: bool) -> None:
+    """Makes logits of a few hidden states [B,T,D], before hours go into layers of a model that has none.
+
+    Raises:
+        UnsupportedModelError: transformers' own code fails, as it does for Llama 4 with images in 5.24.0.
+    """
+    try:
+        logits_of(model, hidden, tuples=tuples)
+    except (AttributeError, TypeError) as error:
+        release = f"transformers {transformers.__version__}"
+        raise UnsupportedModelError(
+            f"{release} cannot run {type(model).__name__}: {error!s:.160}; install another release of it"
+        ) from error
 
 
 @dataclass(frozen=True)

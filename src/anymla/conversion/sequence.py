@@ -15,7 +15,7 @@ from anymla.architectures.families import FAMILIES
 from anymla.calibration.activations import Activations, Budget
 from anymla.calibration.cache_size import LayerCache
 from anymla.calibration.parallel import from_first, rank, wait_for_all, world
-from anymla.calibration.stream import decoder_layers, layer_inputs, layers_give_tuples, pass_through
+from anymla.calibration.stream import check_runs, decoder_layers, layer_inputs, layers_give_tuples, pass_through
 from anymla.conversion.progress import check_room
 from anymla.conversion.shards import pack, write_layer, write_outside
 from anymla.conversion.step import LayerResult, LayerStep, Split
@@ -136,6 +136,7 @@ class Sequence:
             self.probes = [
                 layer_inputs(source.model, ids[:, :PROBE_TOKENS], tuples=tuples, use_cache=True) for _ in range(2)
             ]
+            check_runs(source.model, self.probes[0].hidden, tuples=tuples)
 
     @torch.no_grad()
     def run(self, memory: int, max_shard_size: int, progress: Progress | None) -> Converted:
