@@ -1,7 +1,7 @@
 """Bad input: exit code 1, one line that names the thing and the place, nothing written, the source untouched."""
 
-import errno
 import ast
+import errno
 import json
 import os
 import re
