@@ -217,7 +217,7 @@ def test_files_that_are_no_source_are_named(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="truncated or not a GGUF"):
         anymla.inspect(tmp_path / "other.gguf")
     (tmp_path / "text.txt").write_text("no model")
-    with pytest.raises(CheckpointError, match="is not a folder"):
+    with pytest.raises(CheckpointError, match="not a folder"):
         anymla.inspect(tmp_path / "text.txt")
     writer = gguf.GGUFWriter(tmp_path / "new.gguf", "unheard-of")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
