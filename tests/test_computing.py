@@ -186,9 +186,9 @@ def test_an_original_in_16_bits_teaches_in_either(stories, tmp_path, machine, ti
     machine(times)
     anymla.convert(stories, tmp_path / "converted", **SETTINGS)
     data = {"data": str(bundled_text("train")), "eval_data": str(bundled_text("valid")), "device": "cpu"}
-    sizes = {"tokens": 256, "length": 64, "eval_tokens": 256, "layerwise": 0.5}
+    sizes = {"tokens": 256, "length": 64, "eval_tokens": 256, "layerwise": 0.5, "learning_rate": 1e-4}
     report = anymla.tune(tmp_path / "converted", tmp_path / "tuned", teacher=stories, **data, **sizes)
     tuned = load_file(tmp_path / "tuned" / "model.safetensors")
     stored = getattr(torch, json.loads((stories / "config.json").read_text())["dtype"])
     assert {tensor.dtype for tensor in tuned.values() if tensor.is_floating_point()} == {stored}
-    assert report.after.kl < 2 * report.before.kl
+    assert report.after.kl == pytest.approx(report.before.kl, rel=0.2)
