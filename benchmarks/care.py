@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.calibration.stream import decoder_layers
-from anymla.planning.plan import LayerPlan, Plan
+from anymla.methods.mla.plan import LayerPlan, MLAPlan
+from anymla.model_run.stream import decoder_layers
 
 
 def water_fill(spectra: list[Tensor], total: int) -> list[int]:
@@ -61,7 +61,7 @@ def spectrum(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp_min(0).flip(0), vectors.flip(1)
 
 
-def filled_plan(plan: Plan, model: Any, grams: list[Tensor]) -> Plan:
+def filled_plan(plan: MLAPlan, model: Any, grams: list[Tensor]) -> MLAPlan:
     """``plan``, of one rank for all layers, with the same numbers in all, by the spectra of [W_k ; W_v]."""
     whole = []
     for layer, gram in zip(decoder_layers(model), grams, strict=True):

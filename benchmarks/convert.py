@@ -22,14 +22,14 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from anymla.demo import bundled_model
 from anymla.pipeline import explain_plan, plan
-from anymla.report.demo import bundled_model
 from anymla.report.tables import size, table
 
 BASELINE = """
 import resource, torch, transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-import anymla.conversion.sequence
+import anymla.sweep.sequence
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1024, 16, 16, 64

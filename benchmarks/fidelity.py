@@ -34,14 +34,14 @@ from sensitivity import cases
 from testbed.corpus import documents, domains, sample
 
 import anymla
-from anymla.calibration.text import bundled_text, calibration_windows, token_windows, tokenize
-from anymla.conversion.step import Split
+from anymla.data.text import bundled_text, calibration_windows, token_windows, tokenize
+from anymla.demo import bundled_model
 from anymla.errors import InfeasibleError
 from anymla.evaluation.benchmarks import Benchmarks
 from anymla.evaluation.scores import score_model
 from anymla.io.checkpoint import load_model, load_tokenizer
+from anymla.methods.mla.layer_step import Split
 from anymla.pipeline import peak_rss
-from anymla.report.demo import bundled_model
 
 BUDGETS = (0.5, 0.3125, 0.25, 0.125, 0.0625)
 CHOICE_TOKENS = 4096  # calibration text on which settings are tried
@@ -68,7 +68,7 @@ def convert_best(model: Path, out: Path, method: Method, budget: float, common: 
     Raises:
         InfeasibleError: none of them fits the budget.
     """
-    spec = next(layer for layer in anymla.inspect(model).blueprint.layers if layer is not None)
+    spec = next(layer for layer in anymla.inspect(model).model_spec.layers if layer is not None)
     candidates = method.settings(spec, int(spec.cached_numbers * budget + 1e-9))
     if not candidates:
         raise InfeasibleError("no number of rotated dims fits")
@@ -88,7 +88,7 @@ def convert_best(model: Path, out: Path, method: Method, budget: float, common: 
     return best
 
 
-def planned(model: Path, settings: Settings, budget: float) -> anymla.Plan:
+def planned(model: Path, settings: Settings, budget: float) -> anymla.MLAPlan:
     """The plan of ``settings``; with ``filled``, of CARE's ranks, which differ between layers."""
     recipe = {name: value for name, value in settings.items() if name != "filled"}
     plan = anymla.plan(model, **{"kv_cache": budget} | recipe)
@@ -234,7 +234,7 @@ def main() -> None:
             for name in options.methods
         ]
         if options.sensitivity:
-            jobs = cases(protocol, anymla.inspect(model).blueprint.max_position_embeddings, options.budgets)
+            jobs = cases(protocol, anymla.inspect(model).model_spec.max_position_embeddings, options.budgets)
         for named, changed, settings in jobs:
             short = asdict(changed) | {
                 side: [Path(path).name for path in getattr(changed, side)] for side in ("text", "held_out")

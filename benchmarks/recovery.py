@@ -19,9 +19,9 @@ from rich.console import Console
 from testbed.corpus import sample
 
 import anymla
-from anymla.calibration.text import bundled_text
+from anymla.data.text import bundled_text
+from anymla.demo import bundled_model
 from anymla.errors import InfeasibleError
-from anymla.report.demo import bundled_model
 from anymla.report.tables import table
 
 matplotlib.use("Agg")

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from anymla.report.demo import bundled_model
+from anymla.demo import bundled_model
 from anymla.report.tables import size, table
 
 SHAPE = {

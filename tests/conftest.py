@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.report.demo import bundled_model
+from anymla.demo import bundled_model
 
 torch.set_num_threads(1)
 

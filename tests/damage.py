@@ -28,7 +28,7 @@ import anymla
 from anymla import cli
 from tests.family_models import tiny_config, tiny_model
 
-DATA = Path(anymla.__file__).parent / "data"
+DATA = Path(anymla.__file__).parent / "assets"
 BUNDLED, TRAIN, VALID = DATA / "stories260K", DATA / "tinystories-train.txt", DATA / "tinystories-valid.txt"
 PLACES = {"model": "{tmp}/model", "out": "{tmp}/out", "train": str(TRAIN), "valid": str(VALID), "empty": ""}
 REMOVED = object()

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from anymla.report.demo import bundled_model
+from anymla.demo import bundled_model
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

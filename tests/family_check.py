@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.architectures.blueprint import Blueprint, read_blueprint
 from anymla.architectures.families import FAMILIES
+from anymla.architectures.model_spec import ModelSpec, read_model_spec
 from anymla.exports.vllm import REFUSED
 from tests.families import save_model, token_ids
 from tests.family_models import tiny_model
@@ -44,12 +44,12 @@ def check_family(name: str, model_type: str, changes: dict[str, Any], folder: Pa
     with Exact():
         half_budget(folder / "float64", folder / "half")
     config = load(folder / "half").config
-    blueprint = read_blueprint(tiny_model(model_type, **changes).config.to_dict())
+    model_spec = read_model_spec(tiny_model(model_type, **changes).config.to_dict())
     beyond = REFUSED.keys() & {name for layer in config.mla_layers for name in layer}
-    assert bool(beyond) == (blueprint.beyond is not None), (beyond, blueprint.beyond)
-    converted, layers = len(config.mla_layers), len(blueprint.layers)
+    assert bool(beyond) == (model_spec.beyond is not None), (beyond, model_spec.beyond)
+    converted, layers = len(config.mla_layers), len(model_spec.layers)
     kept = "" if converted == layers else f", {layers - converted} kept"
-    return Row(name, describe(blueprint, config.mla_layers), f"{converted} of {layers}{kept}", errors)
+    return Row(name, describe(model_spec, config.mla_layers), f"{converted} of {layers}{kept}", errors)
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -117,9 +117,9 @@ def padded_decode(model: Any) -> torch.Tensor:
     return torch.cat([output.logits[1, PADDING:], output.logits[0], step.logits.flatten(0, 1)])
 
 
-def describe(blueprint: Blueprint, layers: list[dict[str, Any]]) -> str:
+def describe(model_spec: ModelSpec, layers: list[dict[str, Any]]) -> str:
     """What is special about a family's attention, in the order of the computation."""
-    family, specs = FAMILIES[blueprint.model_type], list(blueprint.attention_layers.values())
+    family, specs = FAMILIES[model_spec.model_type], list(model_spec.attention_layers.values())
     first, rotated = specs[0], sum(spec.rope_pairs > 0 for spec in specs)
     named = {name for layer in layers for name in layer}
     grouping = "MHA" if first.num_kv_heads == first.num_heads else "MQA" if first.num_kv_heads == 1 else "GQA"

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import anymla
-import anymla.conversion.checkpoint
-import anymla.conversion.sequence
 import anymla.evaluation.held_out
+import anymla.sweep.checkpoint
+import anymla.sweep.sequence
 
 SETTINGS = {
     "kv_cache": 0.5,

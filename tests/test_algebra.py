@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anymla.architectures.attention import AttentionWeights
-from anymla.calibration.moments import MomentSums, rotate, to_complex
-from anymla.conversion.refit import best_change, normal_equations
-from anymla.factorization import FACTORIZATIONS, LatentProblem
-from anymla.recipe import SHARED_ROPES
-from anymla.rope import ROPE_CHOICES, SpreadPCA, no_channels
+from anymla.methods.mla.factorization import FACTORIZATIONS, LatentProblem
+from anymla.methods.mla.moments import MomentSums, rotate, to_complex
+from anymla.methods.mla.refit import best_change, normal_equations
+from anymla.methods.mla.rope import ROPE_CHOICES, SpreadPCA, no_channels
+from anymla.methods.mla.settings import SHARED_ROPES
 
 CHOICES = ROPE_CHOICES | {"spread": SpreadPCA()}
 
@@ -63,7 +63,7 @@ def layer(shape, tokens=60):
 
 
 def choose(name, moments, rope_dims):
-    """The channels by one of the choices, which are not asked where rope turns nothing (conversion/layer.py)."""
+    """The channels by one of the choices, which are not asked where rope turns nothing (methods/mla/weights.py)."""
     if not moments.key_norm.numel():
         return no_channels(moments)
     return CHOICES[name](moments, rope_dims, expected_rotation=True)

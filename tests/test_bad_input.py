@@ -16,7 +16,7 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from anymla.conversion import shards as writing
+from anymla.sweep import shards as writing
 from tests.bad_config_cases import REFUSED_CONFIGS
 from tests.bad_input_cases import CASES, IMPOSSIBLE_BUDGETS
 from tests.damage import BUNDLED, CONVERT, FAST, GENERATE, PLAN, ROW, Case, Run, run_main

@@ -10,12 +10,12 @@ from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import anymla
-from anymla.architectures.blueprint import read_blueprint, read_config
 from anymla.architectures.families import FAMILIES
+from anymla.architectures.model_spec import read_config, read_model_spec
+from anymla.cache_bytes import converted_bytes, original_bytes, told_lengths
+from anymla.demo import bundled_model
+from anymla.methods.mla.costs import original_cost
 from anymla.modeling.arguments import cache_argument
-from anymla.planning.cache import converted_bytes, original_bytes, told_lengths
-from anymla.planning.costs import original_cost
-from anymla.report.demo import bundled_model
 from tests.families import save_model, token_ids
 from tests.family_check import load
 from tests.family_models import FULL_FIRST, SINCE, VARIANTS, tiny_config, tiny_model
@@ -71,12 +71,12 @@ def test_bytes_at_a_length_are_those_of_the_cache(case, tmp_path):
     model_type, changes, settings = CASES[case]
     source = save_model(tiny_model(model_type, torch.float32, **changes), tmp_path / "source")
     report = anymla.convert(source, tmp_path / "out", kv_cache=0.5, **FAST, **settings)
-    blueprint, recipe = read_blueprint(read_config(source)), report.plan.recipe
+    model_spec, recipe = read_model_spec(read_config(source)), report.plan.recipe
     before = measured(load(source, dtype=recipe.dtype or "float32"))
-    assert before == {when: original_bytes(blueprint, when[1], recipe.dtype) for when in before}
+    assert before == {when: original_bytes(model_spec, when[1], recipe.dtype) for when in before}
     numbers = {layer.layer: layer.rope_dims + layer.kv_rank for layer in report.layers}
     after = measured(load(tmp_path / "out"))
-    assert after == {when: converted_bytes(blueprint, recipe, numbers, when[1]) for when in after}
+    assert after == {when: converted_bytes(model_spec, recipe, numbers, when[1]) for when in after}
     longest = max(length for _, length in before)
     if not recipe.exact_window and model_type != "falcon":  # of what slides as of what does not, half is left
         assert after["decode", longest] <= 0.5 * before["decode", longest]
@@ -105,13 +105,13 @@ def test_a_card_without_windows_does_not_speak_of_them(tmp_path):
 
 
 def test_lengths_are_those_that_the_context_holds():
-    blueprint = read_blueprint(tiny_config("gemma3_text", max_position_embeddings=131072).to_dict())
-    assert told_lengths(blueprint) == [4096, 32768, 131072]
-    assert told_lengths(read_blueprint(tiny_config("llama", max_position_embeddings=4096).to_dict())) == [4096]
+    model_spec = read_model_spec(tiny_config("gemma3_text", max_position_embeddings=131072).to_dict())
+    assert told_lengths(model_spec) == [4096, 32768, 131072]
+    assert told_lengths(read_model_spec(tiny_config("llama", max_position_embeddings=4096).to_dict())) == [4096]
 
 
 def test_operations_of_a_layer_that_slides_are_those_within_its_window():
-    sliding, full = read_blueprint(tiny_config("gemma2").to_dict()).layers
+    sliding, full = read_model_spec(tiny_config("gemma2").to_dict()).layers
     costs = [original_cost(layer, 48).flops_per_token for layer in (sliding, full)]
     assert costs[1] - costs[0] == 4 * 48 * (4096 - 12)
 
@@ -128,7 +128,7 @@ def test_windows_are_those_of_stock(name, model_type, changes):
     if model_type in SINCE or model_type not in CONFIG_MAPPING:
         pytest.importorskip("transformers", minversion=SINCE.get(model_type, "5.24"))
     config = tiny_config(model_type, **changes)
-    layers = read_blueprint(config.to_dict()).layers
+    layers = read_model_spec(config.to_dict()).layers
     expected = windows_of_stock(config)
     assert [layer and layer.cache_window for layer in layers] == [
         window if layer else None for layer, window in zip(layers, expected, strict=True)
@@ -138,7 +138,7 @@ def test_windows_are_those_of_stock(name, model_type, changes):
 @pytest.mark.parametrize("model_type", ["gemma3", "llama4", "mistral3", "qwen2_5_vl"])
 def test_windows_of_vision_language_models_are_those_of_stock(model_type):
     config = tiny_vision_config(model_type)
-    layers = read_blueprint(config.to_dict()).layers
+    layers = read_model_spec(config.to_dict()).layers
     assert [layer and layer.cache_window for layer in layers] == windows_of_stock(config)
 
 
@@ -169,5 +169,5 @@ def test_a_config_without_layer_types_means_what_stock_makes_of_it(model_type):
     for per_layer in ("mlp_layer_types", "num_attention_heads_per_layer", "layer_rope_theta"):
         sizes.pop(per_layer, None)
     stock = CONFIG_MAPPING[model_type](**{name: value for name, value in sizes.items() if name != "model_type"})
-    found = [layer and layer.cache_window for layer in read_blueprint(sizes).layers]
+    found = [layer and layer.cache_window for layer in read_model_spec(sizes).layers]
     assert found == windows_of_stock(stock)

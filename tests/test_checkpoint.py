@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import anymla
+from anymla.demo import bundled_model
 from anymla.modeling.modeling_anymla import AnymlaLlamaForCausalLM
-from anymla.report.demo import bundled_model
 from tests.families import FAST, SHAPES, logits, make_model, save_model, token_ids
 
 WITHOUT_ANYMLA = """

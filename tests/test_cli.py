@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anymla import cli, pipeline
 from anymla.errors import AnymlaError
-from anymla.recipe import Recipe
+from anymla.methods.mla.settings import MLA
 from tests.damage import BUNDLED, FAST, TRAIN, VALID, Run, run_main
 
 COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate", "export", "push", "refresh")
@@ -318,12 +318,12 @@ def test_options_override_the_recipe_file(anymla, tmp_path):
     recipe.write_text("kv_cache: 0.5\nrope: high\nseed: 3\n")
     chosen = json.loads(anymla("plan", BUNDLED, "--recipe", recipe, "--kv-cache", "0.25", "--json"))["recipe"]
     assert (chosen["kv_cache"], chosen["rope"], chosen["seed"]) == (0.25, "high", 3)
-    assert chosen["factorization"] == Recipe().factorization
+    assert chosen["factorization"] == MLA().factorization
 
 
 def test_every_setting_of_a_recipe_is_tried():
-    assert set(OTHER_THAN_DEFAULT) == set(Recipe.model_fields)
-    default = Recipe().model_dump()
+    assert set(OTHER_THAN_DEFAULT) == set(MLA.model_fields)
+    default = MLA().model_dump()
     assert [name for name, value in OTHER_THAN_DEFAULT.items() if value == default[name]] == []
 
 
@@ -339,7 +339,7 @@ def test_every_setting_is_an_option_of_convert(name, monkeypatch, capfd, tmp_pat
     arguments = [*option(name, OTHER_THAN_DEFAULT[name]), "-o", str(tmp_path / "out")]
     run = run_main(["convert", str(BUNDLED), *arguments], monkeypatch, capfd)
     assert run.err.endswith("error: far enough\n")
-    assert taken == [Recipe(**{name: OTHER_THAN_DEFAULT[name]})]
+    assert taken == [MLA(**{name: OTHER_THAN_DEFAULT[name]})]
 
 
 def test_every_setting_is_an_option_of_plan(anymla):
@@ -359,7 +359,7 @@ def test_help(command, anymla):
 def test_help_of_convert_tells_every_setting(anymla, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     text = " ".join(anymla("convert", "--help").split())
-    for name, field in Recipe.model_fields.items():
+    for name, field in MLA.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert " ".join(field.description.split()) in text
 

@@ -8,15 +8,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.calibration.text import bundled_text, calibration_windows
-from anymla.conversion.step import Split
+from anymla.data.text import bundled_text, calibration_windows
+from anymla.demo import bundled_model
 from anymla.evaluation.scores import score_model
 from anymla.evaluation.story import stream_continuation
 from anymla.io import computing
 from anymla.io.checkpoint import load_tokenizer
 from anymla.io.computing import load_to_compute
 from anymla.io.streamed import StreamedModel
-from anymla.report.demo import bundled_model
+from anymla.methods.mla.layer_step import Split
 from tests.damage import run_main
 from tests.families import FAST, logits, make_model, save_model, token_ids
 

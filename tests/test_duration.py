@@ -7,11 +7,11 @@ import json
 import pytest
 
 import anymla
-from anymla.architectures.blueprint import read_blueprint
+from anymla.architectures.model_spec import read_model_spec
+from anymla.demo import bundled_model
 from anymla.io.device import matmul_speed
+from anymla.methods.mla.duration import estimated_seconds, faster, spoken
 from anymla.pipeline import explain_plan
-from anymla.planning.duration import estimated_seconds, faster, spoken
-from anymla.report.demo import bundled_model
 from tests.damage import run_main
 from tests.families import FAST
 from tests.family_models import tiny_config
@@ -22,12 +22,12 @@ SLOW, QUICK = 1e6, 1e12  # operations per second
 @pytest.fixture
 def slow(monkeypatch):
     """A machine on which any conversion takes hours."""
-    for place in ("anymla.pipeline", "anymla.planning.plan"):
+    for place in ("anymla.pipeline", "anymla.methods.mla.plan"):
         monkeypatch.setattr(f"{place}.matmul_speed", lambda device="cpu": SLOW)
 
 
 def blueprint_of(model_type="llama", **sizes):
-    return read_blueprint(tiny_config(model_type, **sizes).to_dict())
+    return read_model_spec(tiny_config(model_type, **sizes).to_dict())
 
 
 def test_speed_is_measured():
@@ -35,7 +35,7 @@ def test_speed_is_measured():
 
 
 def test_more_work_takes_longer():
-    recipe = anymla.Recipe()
+    recipe = anymla.MLA()
     least = estimated_seconds(blueprint_of(), recipe, SLOW)
     assert least < estimated_seconds(blueprint_of(num_hidden_layers=4), recipe, SLOW)
     assert least < estimated_seconds(blueprint_of(vocab_size=5000), recipe, SLOW)
@@ -48,13 +48,13 @@ def test_more_work_takes_longer():
 
 
 def test_what_is_faster_is_offered_with_its_time():
-    recipe = anymla.Recipe()
+    recipe = anymla.MLA()
     said = faster(blueprint_of(), recipe, SLOW)
     assert "takes about" in said and "--reconstruction-steps 0 (about" in said
     assert faster(blueprint_of(), recipe, QUICK) is None
-    bare = anymla.Recipe(reconstruction_steps=0, calibration_tokens=1024)
+    bare = anymla.MLA(reconstruction_steps=0, calibration_tokens=1024)
     assert faster(blueprint_of(), bare, 1e4).endswith(" here.")  # nothing is left to leave out
-    fewer = faster(blueprint_of(), anymla.Recipe(reconstruction_steps=0, calibration_tokens=1 << 20), SLOW)
+    fewer = faster(blueprint_of(), anymla.MLA(reconstruction_steps=0, calibration_tokens=1 << 20), SLOW)
     assert "--calibration-tokens 8192 (about" in fewer and "--reconstruction-steps" not in fewer
 
 

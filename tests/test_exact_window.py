@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import anymla
-from anymla.calibration.moments import MomentSums
 from anymla.errors import AnymlaError
 from anymla.evaluation.scores import measure_cache
 from anymla.io.checkpoint import load_model
+from anymla.methods.mla.moments import MomentSums
 from anymla.modeling import exact_window
 from anymla.modeling.exact_cache import ExactWindowLayer
 from anymla.modeling.exact_window import ExactWindowAttention
@@ -365,7 +365,7 @@ def test_report_plan_and_eval_agree_on_bytes(tmp_path, source):
 
 def test_planned_parameters_are_those_of_the_model(tmp_path, source):
     found = converted(tmp_path, source, kv_cache=0.5)
-    layers = anymla.explain_plan(anymla.Plan.read(tmp_path / "out" / "plan.yaml"))["layers"]
+    layers = anymla.explain_plan(anymla.MLAPlan.read(tmp_path / "out" / "plan.yaml"))["layers"]
     for layer, described in zip(layers, found.config.mla_layers, strict=True):
         module = found.get_submodule(described["module"])
         tensors = [*module.parameters(), *module.buffers()]

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 import anymla
-from anymla.conversion import sequence
 from anymla.exports import parity, weights
 from anymla.exports.deepseek import write_deepseek
 from anymla.exports.fold import channel_slots
+from anymla.sweep import sequence
 from tests.export_check import FAST, TARGET, converted, difference, load
 from tests.families import ROPES, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
@@ -74,7 +74,7 @@ def test_llama_as_deepseek(tmp_path, changes, dtype, tolerance):
     assert difference(before, after) < tolerance
     ids = token_ids()
     assert (cached_logits(after, ids) - logits(after, ids)).abs().max() < tolerance * logits(after, ids).std()
-    planned = {layer.cached_numbers for layer in anymla.Plan.read(source / "plan.yaml").layers}
+    planned = {layer.cached_numbers for layer in anymla.MLAPlan.read(source / "plan.yaml").layers}
     found = parity.check_parity(source, tmp_path / "export")
     assert {found.cached_numbers} == planned
     assert found.tokens == found.of == 96

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import anymla
+from anymla.demo import bundled_model
 from anymla.errors import AnymlaError, CheckpointError, InfeasibleError, OutputError, UnsupportedModelError
-from anymla.report.demo import bundled_model
 from tests.export_check import FAST, TARGET, refused
 from tests.families import ROPES, make_model, save_model
 from tests.vision_models import tiny_vision_model

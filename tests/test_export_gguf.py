@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import anymla
+from anymla.demo import bundled_model
 from anymla.errors import ParityError, RecipeError, UnsupportedModelError
 from anymla.exports import llama
-from anymla.report.demo import bundled_model
 from tests.damage import run_main
 from tests.families import FAST
 
@@ -132,7 +132,7 @@ def test_refused_exports_leave_nothing(converted_folder, planned, tmp_path):
 )
 def test_the_tokenizer_is_asked_about_before_weights_are_read(tmp_path, monkeypatch, part, value, word):
     """Another target takes the same model."""
-    from anymla.calibration import text
+    from anymla.data import text
 
     source = tmp_path / "source"
     shutil.copytree(bundled_model(), source)

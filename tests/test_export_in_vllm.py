@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import anymla
+from anymla.demo import bundled_model
 from anymla.errors import ParityError
 from anymla.exports import vllm_engine
 from anymla.exports.vllm import load_fused
-from anymla.report.demo import bundled_model
 from tests.damage import run_main
 from tests.families import FAST
 

@@ -186,7 +186,7 @@ def test_a_plan_for_vllm_keeps_to_the_kernels_rope(converted, tmp_path):
     """Eight heads of 128 have 512 rope dims in half of their cache, unless the plan knows the target."""
     model = make_model("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=128, num_hidden_layers=1)
     folder = converted(model, target="vllm")
-    plan = anymla.Plan.read(folder / "plan.yaml")
+    plan = anymla.MLAPlan.read(folder / "plan.yaml")
     assert plan.layers[0].rope_dims == 64 and plan.layers[0].kv_rank == 960
     with pytest.raises(InfeasibleError, match="a rank of 512 numbers, and it has 960: give --pad cuda or none"):
         write_vllm(folder, tmp_path / "export")

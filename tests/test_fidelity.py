@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anymla.demo import bundled_model
 from anymla.io.checkpoint import load_model
-from anymla.planning.plan import make_plan
-from anymla.report.demo import bundled_model
+from anymla.methods.mla.plan import make_plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import care
@@ -104,13 +104,13 @@ def test_care_without_partial_rope_is_the_original_at_full_rank():
 @pytest.mark.parametrize("name", [name for name, method in peers.METHODS.items() if not method.rebuilds])
 @pytest.mark.parametrize("budget", fidelity.BUDGETS)
 def test_every_setting_can_be_planned_at_its_budget(name, budget):
-    blueprint = fidelity.anymla.inspect(bundled_model()).blueprint
-    spec = blueprint.layers[0]
+    model_spec = fidelity.anymla.inspect(bundled_model()).model_spec
+    spec = model_spec.layers[0]
     settings = peers.METHODS[name].settings(spec, int(spec.cached_numbers * budget))
     assert settings or budget < 0.25
     for changes in settings:
         recipe = {field: value for field, value in changes.items() if field != "filled"}
-        plan = make_plan("", blueprint, fidelity.anymla.Recipe(kv_cache=budget, **recipe))
+        plan = make_plan("", model_spec, fidelity.anymla.MLA(kv_cache=budget, **recipe))
         assert all(layer.cached_numbers == int(64 * budget) for layer in plan.layers)
 
 

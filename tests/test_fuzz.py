@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import anymla
-from anymla.architectures.blueprint import context_of, read_blueprint
 from anymla.architectures.families import FAMILIES
+from anymla.architectures.model_spec import context_of, read_model_spec
 from anymla.errors import AnymlaError
 from anymla.io.shards import held_tensors
-from anymla.planning.plan import Plan, check_plan, explain, make_plan
-from anymla.recipe import Recipe, read_yaml
+from anymla.methods.mla.plan import MLAPlan, check_plan, explain, make_plan
+from anymla.methods.mla.settings import MLA
+from anymla.settings import read_yaml
 from tests.damage import BUNDLED
 from tests.family_models import tiny_config
 
@@ -84,13 +85,13 @@ def is_a_good_message(error: AnymlaError) -> bool:
 @given(configs(), st.sampled_from([0.05, 0.25, 1.0]))
 def test_a_config_is_understood_or_refused(config, kv_cache):
     try:
-        blueprint = read_blueprint(config)
-        plan = make_plan("model", blueprint, Recipe(kv_cache=kv_cache))
+        model_spec = read_model_spec(config)
+        plan = make_plan("model", model_spec, MLA(kv_cache=kv_cache))
     except AnymlaError as error:
         assert is_a_good_message(error), str(error)
         return
-    check_plan(plan, "model", blueprint)
-    json.dumps(explain(plan, blueprint))
+    check_plan(plan, "model", model_spec)
+    json.dumps(explain(plan, model_spec))
 
 
 @fuzz(max_examples=100)
@@ -114,18 +115,18 @@ def test_a_config_of_any_bytes_is_refused(tmp_path, content):
         anymla.plan(tmp_path)
 
 
-RECIPE_NAMES = st.sampled_from(sorted(Recipe.model_fields))
+RECIPE_NAMES = st.sampled_from(sorted(MLA.model_fields))
 
 
 @fuzz(max_examples=300)
 @given(st.dictionaries(RECIPE_NAMES | st.text(max_size=5) | SCALARS, VALUES | st.just(0.5) | st.just(64), max_size=4))
 def test_settings_make_a_recipe_or_are_refused(values):
     try:
-        recipe = Recipe.of({name: value for name, value in values.items() if isinstance(name, str)}, "here")
+        recipe = MLA.of({name: value for name, value in values.items() if isinstance(name, str)}, "here")
     except AnymlaError as error:
         assert is_a_good_message(error), str(error)
         return
-    assert Recipe.of(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert MLA.of(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 YAML_WORDS = [
@@ -176,7 +177,7 @@ YAML_TEXT = st.lists(st.sampled_from(YAML_WORDS) | st.text(max_size=3), max_size
 def test_a_yaml_file_of_any_text_is_read_or_refused(tmp_path, content):
     path = tmp_path / "x.yaml"
     path.write_bytes(content)
-    for read in (lambda: Recipe.of(read_yaml(path), "x.yaml"), lambda: Plan.read(path)):
+    for read in (lambda: MLA.of(read_yaml(path), "x.yaml"), lambda: MLAPlan.read(path)):
         try:
             read()
         except AnymlaError as error:
@@ -185,7 +186,7 @@ def test_a_yaml_file_of_any_text_is_read_or_refused(tmp_path, content):
 
 @st.composite
 def plans(draw) -> dict[str, Any]:
-    plan = make_plan("model", read_blueprint(json.loads((BUNDLED / "config.json").read_text())), Recipe())
+    plan = make_plan("model", read_model_spec(json.loads((BUNDLED / "config.json").read_text())), MLA())
     content = plan.model_dump(mode="json")
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.sampled_from([content, content["recipe"], *content["layers"]]))
@@ -199,16 +200,16 @@ def plans(draw) -> dict[str, Any]:
 @fuzz(max_examples=150)
 @given(plans())
 def test_a_plan_fits_or_is_refused(tmp_path, content):
-    blueprint = read_blueprint(json.loads((BUNDLED / "config.json").read_text()))
+    model_spec = read_model_spec(json.loads((BUNDLED / "config.json").read_text()))
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(content))
     try:
-        plan = Plan.read(path)
-        check_plan(plan, "model", blueprint)
+        plan = MLAPlan.read(path)
+        check_plan(plan, "model", model_spec)
     except AnymlaError as error:
         assert len(str(error)) < LONGEST + len(str(tmp_path))
         return
-    json.dumps(explain(plan, blueprint))
+    json.dumps(explain(plan, model_spec))
 
 
 @fuzz(max_examples=300)

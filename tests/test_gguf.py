@@ -11,10 +11,10 @@ import pytest
 import torch
 from gguf.quants import dequantize
 
+from anymla.demo import bundled_model
 from anymla.errors import AnymlaError, CheckpointError, RecipeError, UnsupportedModelError
 from anymla.exports.gguf import write_gguf
 from anymla.io.checkpoint import load_tokenizer
-from anymla.report.demo import bundled_model
 from tests.deepseek_models import SHAPES, make_deepseek, save_deepseek
 from tests.families import save_model
 from tests.tokenizers import KINDS, TEMPLATE, byte_level, give_tokenizer

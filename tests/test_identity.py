@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.rope import ROPE_CHOICES
+from anymla.methods.mla.rope import ROPE_CHOICES
 from tests.families import FAST, ROPES, SHAPES, logits, make_model, save_model, token_ids
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -7,7 +7,7 @@ import json
 import torch
 
 import anymla
-from anymla.report.demo import bundled_model
+from anymla.demo import bundled_model
 from tests.damage import run_main
 from tests.families import make_model, save_model
 from tests.family_models import tiny_model

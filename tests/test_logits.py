@@ -14,14 +14,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import anymla
 from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
 from anymla.architectures.vision import VISION
-from anymla.calibration.cache_size import CacheSize
-from anymla.calibration.stream import decoder_layers, logits_of
-from anymla.calibration.text import bundled_text
+from anymla.data.text import bundled_text
 from anymla.errors import CheckpointError
 from anymla.evaluation import logits as in_parts
 from anymla.evaluation.likelihood import Query, answers, untracked
 from anymla.evaluation.logits import Logits, logits_of_pass
 from anymla.evaluation.scores import ScoreSums, score_model
+from anymla.model_run.cache_size import CacheSize
+from anymla.model_run.stream import decoder_layers, logits_of
 from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.family_models import SINCE, tiny_model
 from tests.vision_models import CASES as VISION_CASES

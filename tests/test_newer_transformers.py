@@ -119,7 +119,7 @@ def test_an_export_for_vllm_raises_too(folder, tmp_path):
 
 
 def bundled():
-    from anymla.report.demo import bundled_model
+    from anymla.demo import bundled_model
 
     return bundled_model()
 

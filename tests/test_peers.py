@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.calibration.moments import rotate, to_complex
-from anymla.rope import ROPE_CHOICES
-from anymla.rope.rorope import RoRoPE
+from anymla.methods.mla.moments import rotate, to_complex
+from anymla.methods.mla.rope import ROPE_CHOICES
+from anymla.methods.mla.rope.rorope import RoRoPE
 from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.test_algebra import fast, layer
 from tests.test_paper import HEAD_DIM, HEADS, KV_HEADS, PAIRS, attention_inputs, calibration_ids

@@ -250,7 +250,7 @@ def test_tune_says_how_far_it_is(converted_folder, monkeypatch, capfd, tmp_path)
 
 
 def test_demo_says_how_far_it_is(monkeypatch, capfd, tmp_path):
-    from anymla.report import demo
+    from anymla import demo
 
     monkeypatch.setattr(progress, "EVERY", 0.0)
     monkeypatch.setattr(demo, "BUDGETS", (0.3125,))

@@ -12,10 +12,10 @@ import huggingface_hub
 import pytest
 
 import anymla
+from anymla.cards import command, with_section
 from anymla.cli import main
-from anymla.conversion.card import command, with_section
 from anymla.errors import CheckpointError, OutputError, RecipeError
-from anymla.recipe import Recipe
+from anymla.methods.mla.settings import MLA
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_folder_that_is_none_of_ours(tmp_path):
 
 
 def test_the_command_spells_out_what_was_set():
-    recipe = Recipe(kv_cache=0.5, rope="elite", rope_dims=4, expected_rotation=False, calibration="my text.txt")
+    recipe = MLA(kv_cache=0.5, rope="elite", rope_dims=4, expected_rotation=False, calibration="my text.txt")
     assert command("org/model", recipe.model_dump()) == (
         "anymla convert org/model -o OUT --kv-cache 0.5 --rope elite --rope-dims 4 --no-expected-rotation "
         "--calibration 'my text.txt'"

@@ -6,11 +6,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.calibration.text import bundled_text, read_documents, token_windows, tokenize
+from anymla.data.text import bundled_text, read_documents, token_windows, tokenize
+from anymla.demo import bundled_model
 from anymla.errors import InfeasibleError
 from anymla.evaluation.scores import score_model
 from anymla.io.checkpoint import load_tokenizer
-from anymla.report.demo import bundled_model
 
 SETTINGS = {"calibration_tokens": 16384, "calibration_length": 256, "reconstruction_steps": 40}
 PAPER = ("high", "low", "uniform", "two-norm")

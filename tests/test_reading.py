@@ -17,12 +17,12 @@ from transformers.models.llama4 import modeling_llama4
 from transformers.models.nanochat import modeling_nanochat
 
 from anymla.architectures.attention import pair_order
-from anymla.architectures.blueprint import AttentionSpec, read_blueprint
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.layers import has_rope
+from anymla.architectures.model_spec import AttentionSpec, read_model_spec
 from anymla.architectures.parts import _split_fused, check_parts
-from anymla.calibration.moments import rotate
 from anymla.errors import UnsupportedModelError
+from anymla.methods.mla.moments import rotate
 from anymla.modeling.heads import rope_tables
 from anymla.modeling.latent_attention import window_of
 from tests.family_models import tiny_config
@@ -205,6 +205,6 @@ def test_window_of_a_layer():
 @pytest.mark.parametrize("family", ["cohere2", "exaone4", "gemma2", "gpt_neo", "qwen2", "mistral"])
 def test_windows_of_blueprint_and_config_agree(family):
     config = tiny_config(family)
-    windows = [spec.sliding_window for spec in read_blueprint(config.to_dict()).layers]
+    windows = [spec.sliding_window for spec in read_model_spec(config.to_dict()).layers]
     types = getattr(config, "layer_types", getattr(config, "attention_layers", None)) or ["sliding_attention"] * 2
     assert windows == [12 if kind in ("sliding_attention", "local") else None for kind in types]

@@ -6,12 +6,12 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 import anymla
-from anymla.architectures.blueprint import read_blueprint
-from anymla.calibration.activations import Activations, Budget
-from anymla.conversion import step
-from anymla.conversion.reconstruct import Reconstruction
-from anymla.planning.costs import reconstruction_steps
-from anymla.report.demo import bundled_model
+from anymla.architectures.model_spec import read_model_spec
+from anymla.demo import bundled_model
+from anymla.methods.mla import layer_step as step
+from anymla.methods.mla.costs import reconstruction_steps
+from anymla.methods.mla.reconstruct import Reconstruction
+from anymla.model_run.activations import Activations, Budget
 from tests.families import FAST, make_model, save_model
 
 SETTINGS = {"calibration_tokens": 8192, "calibration_length": 128}
@@ -80,10 +80,10 @@ def test_published_methods_take_no_steps(tmp_path):
 )
 def test_default_steps_are_decided_by_the_model_alone(layers, hidden, steps):
     heads = {"num_attention_heads": 8, "num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": 512}
-    blueprint = read_blueprint(LlamaConfig(**heads).to_dict())
+    model_spec = read_model_spec(LlamaConfig(**heads).to_dict())
     for device in ("auto", "cpu", "cuda"):
-        assert reconstruction_steps(blueprint, anymla.Recipe(device=device)) == steps
-        assert reconstruction_steps(blueprint, anymla.Recipe(device=device, reconstruction_steps=7)) == 7
+        assert reconstruction_steps(model_spec, anymla.MLA(device=device)) == steps
+        assert reconstruction_steps(model_spec, anymla.MLA(device=device, reconstruction_steps=7)) == 7
 
 
 def room(values, tmp_path):
@@ -100,9 +100,9 @@ def test_processes_share_the_windows_of_each_step(tmp_path, monkeypatch):
     for world in (1, 2):
         for rank in range(world):
             values = torch.zeros(12 // world, 512, 4)
-            monkeypatch.setattr("anymla.conversion.reconstruct.world", lambda world=world: world)
-            monkeypatch.setattr("anymla.conversion.reconstruct.rank", lambda rank=rank: rank)
-            monkeypatch.setattr("anymla.conversion.reconstruct.all_sum_number", lambda *_: 12)
+            monkeypatch.setattr("anymla.methods.mla.reconstruct.world", lambda world=world: world)
+            monkeypatch.setattr("anymla.methods.mla.reconstruct.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("anymla.methods.mla.reconstruct.all_sum_number", lambda *_: 12)
             steps = Reconstruction(attention, room(values, tmp_path), room(values, tmp_path), {}, 1, torch.float32)
             batches = steps._batches(slice(0, 12 // world), seed=3)
             drawn[world, rank] = [[window * world + rank for window in next(batches)] for _ in range(9)]

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import anymla
-from anymla.calibration.activations import Activations, Budget
+from anymla.demo import bundled_model
 from anymla.errors import CheckpointError, OutputError
 from anymla.io import work as work_files
-from anymla.report.demo import bundled_model
+from anymla.model_run.activations import Activations, Budget
 from tests.damage import Run
 from tests.families import make_model, save_model
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import anymla
-from anymla.conversion.card import command, public_name
+from anymla.cards import command, public_name
 from anymla.errors import CheckpointError, RecipeError
 from anymla.evaluation.story import stream_continuation
 from anymla.io.find import CONFIG_FILES, find_model
@@ -74,7 +74,7 @@ def test_a_path_with_an_at_that_exists_is_a_path(cache, tmp_path):
     for name in ("org/name@v1.0", "mine@home"):
         shutil.copytree(BUNDLED, tmp_path / name)
         assert find_model(name) == Path(name)
-        assert len(anymla.inspect(name).blueprint.layers) == 5
+        assert len(anymla.inspect(name).model_spec.layers) == 5
         assert anymla.inspect(name).commit is None
 
 

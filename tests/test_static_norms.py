@@ -9,11 +9,11 @@ import torch
 
 import anymla
 from anymla.architectures.attention import read_attention
-from anymla.architectures.blueprint import read_blueprint
 from anymla.architectures.families import FAMILIES
-from anymla.architectures.static_norm import with_static_norms
+from anymla.architectures.model_spec import read_model_spec
+from anymla.demo import bundled_model
 from anymla.errors import RecipeError
-from anymla.report.demo import bundled_model
+from anymla.methods.mla.static_norm import with_static_norms
 from tests.damage import run_main
 from tests.families import make_model, save_model
 
@@ -36,7 +36,7 @@ def test_static_norms_lose_nothing_where_norms_do_nothing():
     """Inputs whose queries and keys all have one size per head: the fixed scales are the norms."""
     model = make_model("qwen3", head_dim=8, num_attention_heads=6)
     attention, config = model.model.layers[0].self_attn, model.config
-    spec = read_blueprint(config.to_dict()).layers[0]
+    spec = read_model_spec(config.to_dict()).layers[0]
     source = read_attention(attention, spec, FAMILIES["qwen3"], config)
     inputs = torch.randn(1, 1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).repeat(2, 5, 1)
     inputs[1] *= -1

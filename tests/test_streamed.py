@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
-from anymla.calibration.stream import decoder_layers, layer_inputs, layers_give_tuples
 from anymla.errors import CheckpointError
 from anymla.io.safetensors import read_header, scan, write_tensors
 from anymla.io.streamed import StreamedModel
+from anymla.model_run.stream import decoder_layers, layer_inputs, layers_give_tuples
 from tests.families import token_ids
 from tests.family_check import load
 from tests.family_models import SINCE, tiny_model

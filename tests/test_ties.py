@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.calibration.stream import decoder_layers
 from anymla.errors import CheckpointError
 from anymla.io.auto import auto_class
 from anymla.io.streamed import StreamedModel
+from anymla.model_run.stream import decoder_layers
 from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.family_models import SINCE, tiny_model
 from tests.test_vision import prefill

@@ -10,18 +10,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.architectures.blueprint import read_blueprint
+from anymla.architectures.model_spec import read_model_spec
+from anymla.data.packing import check_packing
+from anymla.data.tuning import Source, Texts, packed_rows, padded_rows, read_texts, training_rows
 from anymla.errors import RecipeError
 from anymla.evaluation.logits import at_head
 from anymla.io.checkpoint import load_model, load_tokenizer
-from anymla.planning.plan import make_plan
-from anymla.recipe import Recipe
-from anymla.training.data import Source, Texts, packed_rows, padded_rows, read_texts, training_rows
+from anymla.methods.mla.plan import make_plan
+from anymla.methods.mla.settings import MLA
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
-from anymla.training.packing import check_packing
 from anymla.training.pairs import AttentionPairs
 from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
-from anymla.training.recipe import Tuning, read_tuning, shipped_names, shipped_recipe
+from anymla.training.settings import Tune, read_tuning, shipped_names, shipped_recipe
 from anymla.training.stages import make_stages, save_tuned
 from tests.damage import BUNDLED, TRAIN, VALID, Case, run_main
 from tests.families import FAST, logits, make_model, save_model, token_ids
@@ -174,7 +174,7 @@ def test_a_mixture_has_its_weights_in_tokens(tmp_path):
 def test_what_is_scored_on_is_not_learned_from(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{'abcdefghij'[i]} " * 60}) for i in range(10)))
     tokenizer = load_tokenizer(BUNDLED)
-    texts = read_texts(Tuning(data=[str(tmp_path / "a.jsonl")], eval_tokens=256), tokenizer, 32)
+    texts = read_texts(Tune(data=[str(tmp_path / "a.jsonl")], eval_tokens=256), tokenizer, 32)
     rows = training_rows(texts, tokenizer, length=32, packing=True, seed=0)
     learned = {token for row, _ in zip(rows, range(200), strict=False) for token in row["input_ids"]}
     kept_apart = set(texts.held_out.flatten().tolist()) - {1}
@@ -192,7 +192,7 @@ def test_rows_of_a_sorted_file_come_mixed(tmp_path):
     def kinds(ids):
         return {number for number, tokens in enumerate(own) if tokens & set(ids)}
 
-    texts = read_texts(Tuning(data=[str(tmp_path / "sorted.jsonl")], eval_tokens=8192), tokenizer, 64)
+    texts = read_texts(Tune(data=[str(tmp_path / "sorted.jsonl")], eval_tokens=8192), tokenizer, 64)
     assert len(kinds(texts.held_out.flatten().tolist())) > 2  # in the file's order it would be one
     stream = training_rows(texts, tokenizer, length=64, packing=True, seed=0)
     rows = [kinds(row["input_ids"]) for row, _ in zip(stream, range(200), strict=False)]
@@ -228,7 +228,7 @@ def test_losses_in_parts(parts):
 
 
 def test_merged_adapters_give_the_same_logits(pair, tmp_path):
-    tuning = Tuning(train="lora", lora_rank=4)
+    tuning = Tune(train="lora", lora_rank=4)
     base = load_model(pair[1], dtype="float32")
     always_expand(base)
     adapted = with_adapters(base, tuning)
@@ -266,7 +266,7 @@ def test_every_way_to_learn(pair, tmp_path, settings):
 
 
 def test_a_step_is_shared_out():
-    stages = make_stages(Tuning(tokens=64_000, batch=12, micro_batch=4, layerwise=0.25), 64, 2)
+    stages = make_stages(Tune(tokens=64_000, batch=12, micro_batch=4, layerwise=0.25), 64, 2)
     assert [(stage.name, stage.steps) for stage in stages] == [("layerwise", 21), ("logits", 62)]
     assert {(stage.micro, stage.accumulation, stage.step_tokens) for stage in stages} == {(3, 2, 768)}
 
@@ -274,15 +274,15 @@ def test_a_step_is_shared_out():
 @pytest.mark.parametrize("name", shipped_names())
 def test_shipped_recipes_can_be_planned(name):
     recipe = shipped_recipe(name)
-    assert Tuning.of(recipe.tune.model_dump()) == recipe.tune
+    assert Tune.of(recipe.tune.model_dump()) == recipe.tune
     assert read_tuning(name) == recipe.tune
     if recipe.model is None:
         return
     family, vocabulary, context, *sizes, head_dim = MODELS[recipe.model]
     facts = {"model_type": family, "vocab_size": vocabulary, "max_position_embeddings": context, "head_dim": head_dim}
-    blueprint = read_blueprint(facts | dict(zip(SIZES, sizes)) | {"hidden_act": "silu", "dtype": "bfloat16"})
+    model_spec = read_model_spec(facts | dict(zip(SIZES, sizes)) | {"hidden_act": "silu", "dtype": "bfloat16"})
     for share in recipe.kv_cache:
-        planned = make_plan(recipe.model, blueprint, Recipe.of(recipe.convert.model_dump() | {"kv_cache": share}))
+        planned = make_plan(recipe.model, model_spec, MLA.of(recipe.convert.model_dump() | {"kv_cache": share}))
         assert len(planned.layers) == sizes[2]
     assert sum(Source.of(text).share for text in recipe.tune.data) == pytest.approx(1)
     assert make_stages(recipe.tune, recipe.tune.length, 8)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import anymla
-from anymla.architectures.blueprint import read_blueprint
+from anymla.architectures.model_spec import read_model_spec
 from anymla.architectures.vision import _DEFAULTS, VISION
 from anymla.evaluation.story import stream_continuation
 from anymla.modeling.latent_attention import LatentAttention
@@ -185,8 +185,8 @@ def test_defaults_of_text_models_are_those_of_transformers(text_type):
     if text_type == "glm4v_moe_text":  # its own default, 42 of which rope turns half, holds no pairs
         given["head_dim"] = 128
     whole = CONFIG_MAPPING[text_type]().to_dict() | given
-    sparse = read_blueprint({"model_type": "llava", "text_config": given})
-    full = read_blueprint({"model_type": "llava", "text_config": whole})
+    sparse = read_model_spec({"model_type": "llava", "text_config": given})
+    full = read_model_spec({"model_type": "llava", "text_config": whole})
     without_window = [
         [layer and replace(layer, sliding_window=None, cache_window=None) for layer in read.layers]
         for read in (sparse, full)
@@ -209,11 +209,11 @@ def test_flat_config_of_qwen2_vl(tmp_path):
     flat = {**nested.pop("text_config"), **nested, "torch_dtype": "bfloat16", "dtype": None}
     flat["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 1, 1]}
     flat.pop("rope_parameters")
-    blueprint = read_blueprint(flat)
-    assert blueprint.layers == read_blueprint(tiny_vision_config("qwen2_vl").to_dict()).layers
-    assert (blueprint.dtype, blueprint.rope.rope_type) == ("bfloat16", "default")
+    model_spec = read_model_spec(flat)
+    assert model_spec.layers == read_model_spec(tiny_vision_config("qwen2_vl").to_dict()).layers
+    assert (model_spec.dtype, model_spec.rope.rope_type) == ("bfloat16", "default")
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    assert AutoConfig.from_pretrained(tmp_path).text_config.num_key_value_heads == blueprint.layers[0].num_kv_heads
+    assert AutoConfig.from_pretrained(tmp_path).text_config.num_key_value_heads == model_spec.layers[0].num_kv_heads
 
 
 REFUSED = [

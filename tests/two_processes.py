@@ -9,7 +9,7 @@ import sys
 import torch
 
 import anymla
-from anymla.calibration.moments import MomentSums
+from anymla.methods.mla.moments import MomentSums
 from tests.families import FAST
 
 torch.set_num_threads(1)

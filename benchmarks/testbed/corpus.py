@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from anymla.calibration.text import DOCUMENT_SEPARATOR
+from anymla.data.text import DOCUMENT_SEPARATOR
 
 SAMPLE_CHARACTERS = 8 << 20  # of a large text, drawn from all of it
 

@@ -14,30 +14,30 @@ if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
     from anymla.exports.export import Export, export
     from anymla.hub import Push, push
+    from anymla.methods.mla.plan import MLAPlan
+    from anymla.methods.mla.settings import MLA
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
-    from anymla.planning.plan import Plan
-    from anymla.recipe import Recipe
-    from anymla.recovery import tune
     from anymla.training.outcome import Recovery
-    from anymla.training.recipe import Tuning
+    from anymla.training.settings import Tune
+    from anymla.training.tune import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MLA",
     "Benchmarks",
     "Comparison",
     "Conversion",
     "Evaluation",
     "Export",
     "Inspection",
+    "MLAPlan",
     "Measure",
-    "Plan",
     "Push",
-    "Recipe",
     "Recovery",
     "Scores",
-    "Tuning",
+    "Tune",
     "convert",
     "evaluate",
     "explain_plan",
@@ -56,16 +56,16 @@ _HOMES = {
     "Export": "anymla.exports.export",
     "Inspection": "anymla.outcomes",
     "Measure": "anymla.evaluation.measures",
-    "Plan": "anymla.planning.plan",
+    "MLAPlan": "anymla.methods.mla.plan",
     "Push": "anymla.hub",
-    "Recipe": "anymla.recipe",
+    "MLA": "anymla.methods.mla.settings",
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
     "push": "anymla.hub",
-    "Tuning": "anymla.training.recipe",
-    "tune": "anymla.recovery",
+    "Tune": "anymla.training.settings",
+    "tune": "anymla.training.tune",
 }
 
 
@@ -79,4 +79,4 @@ def __getattr__(name: str) -> Any:
 @wrapt.when_imported("transformers")
 def _register_with_transformers(module: Any) -> None:
     """When transformers is loaded, before or after anymla, its Auto classes learn the converted families."""
-    import_module("anymla.architectures.register").register()
+    import_module("anymla.register").register()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymla.conversion.card import FILES, FOLDER, with_section
+from anymla.cards import FILES, FOLDER, with_section
 from anymla.errors import CheckpointError, OutputError, RecipeError
 from anymla.io.checkpoint import check_weights
 from anymla.io.work import replace_text

@@ -6,23 +6,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymla.architectures.blueprint import ALREADY, Blueprint
+from anymla.architectures.model_spec import ALREADY, ModelSpec
+from anymla.cache_bytes import original_bytes, reduced_bytes, told_lengths
 from anymla.io.versions import versions
-from anymla.planning.cache import original_bytes, reduced_bytes, told_lengths
-from anymla.planning.plan import Plan
-from anymla.planning.targets import verdicts
+from anymla.layouts import verdicts
+from anymla.methods.mla.plan import MLAPlan
 
 if TYPE_CHECKING:
-    from anymla.conversion.step import LayerResult
     from anymla.evaluation.scores import Scores
     from anymla.io.computing import Computing
+    from anymla.methods.mla.layer_step import LayerResult
 
 REDUCTIONS = (4, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a model is and what its cache costs; ``blueprint`` is None where ``supported`` is False.
+    """What a model is and what its cache costs; ``model_spec`` is None where ``supported`` is False.
 
     ``notes``: what a conversion does to its files first, where they are not plain.
     """
@@ -31,7 +31,7 @@ class Inspection:
     commit: str | None  # of the hub, where it came from there
     supported: bool
     reason: str | None
-    blueprint: Blueprint | None
+    model_spec: ModelSpec | None
     notes: tuple[str, ...] = ()
 
     @property
@@ -41,8 +41,8 @@ class Inspection:
 
     @property
     def targets(self) -> dict[str, tuple[str, str]]:
-        """Which serving engines can have it, under which plan, and why not (planning/targets.py); none unsupported."""
-        return {} if self.blueprint is None else verdicts(self.blueprint)
+        """Which serving engines can have it, under which plan, and why not (layouts.py); none unsupported."""
+        return {} if self.model_spec is None else verdicts(self.model_spec)
 
     def to_dict(self) -> dict[str, Any]:
         """The facts under their stable JSON names."""
@@ -50,19 +50,21 @@ class Inspection:
         facts["reason"] = self.reason
         facts["notes"] = list(self.notes)
         facts |= {"cache_numbers_per_token_per_layer": None, "cache_bytes_per_token": None}
-        if (blueprint := self.blueprint) is None:
+        if (model_spec := self.model_spec) is None:
             return facts
-        facts["cache_numbers_per_token_per_layer"] = blueprint.cached_numbers
-        facts["cache_bytes_per_token"] = blueprint.cache_bytes
-        facts["cache_bytes_per_token_at"] = {f"{times}x": reduced_bytes(blueprint, times, 1) for times in REDUCTIONS}
-        facts["cache_bytes_at"] = {str(length): original_bytes(blueprint, length) for length in told_lengths(blueprint)}
-        first = asdict(next(iter(blueprint.attention_layers.values())))
-        facts |= {"family": blueprint.model_type, "num_layers": len(blueprint.layers)}
+        facts["cache_numbers_per_token_per_layer"] = model_spec.cached_numbers
+        facts["cache_bytes_per_token"] = model_spec.cache_bytes
+        facts["cache_bytes_per_token_at"] = {f"{times}x": reduced_bytes(model_spec, times, 1) for times in REDUCTIONS}
+        facts["cache_bytes_at"] = {
+            str(length): original_bytes(model_spec, length) for length in told_lengths(model_spec)
+        }
+        first = asdict(next(iter(model_spec.attention_layers.values())))
+        facts |= {"family": model_spec.model_type, "num_layers": len(model_spec.layers)}
         facts |= {name: first[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
-        shape = asdict(blueprint)
+        shape = asdict(model_spec)
         return facts | {
-            "layers": [None if layer is None else asdict(layer) for layer in blueprint.layers],
-            "vision": blueprint.has_vision,
+            "layers": [None if layer is None else asdict(layer) for layer in model_spec.layers],
+            "vision": model_spec.has_vision,
             "targets": {name: dict(zip(("export", "why"), found, strict=True)) for name, found in self.targets.items()},
             **{k: shape[k] for k in shape if k != "layers"},
         }
@@ -78,7 +80,7 @@ class Conversion:
     """
 
     output: Path
-    plan: Plan
+    plan: MLAPlan
     layers: tuple[LayerResult, ...]
     before: Scores
     after: Scores

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
-from anymla.architectures.blueprint import Blueprint, read_blueprint, read_config
+from anymla.architectures.model_spec import ModelSpec, read_config, read_model_spec
 from anymla.errors import RecipeError, TextError, UnsupportedModelError
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
@@ -30,17 +30,17 @@ from anymla.io.hub_cache import commit_of
 from anymla.io.sources.locate import Located, locate
 from anymla.io.sources.plain import Plain, notes_of, plain_source
 from anymla.io.work import WorkFolder
+from anymla.methods.mla.duration import faster
+from anymla.methods.mla.plan import MLAPlan, check_plan, explain, make_plan, plan_bytes
+from anymla.methods.mla.settings import MLA
 from anymla.outcomes import Conversion, Inspection
-from anymla.planning.duration import faster
-from anymla.planning.plan import Plan, check_plan, explain, make_plan, plan_bytes
-from anymla.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from anymla.conversion.step import LayerResult
     from anymla.io.computing import Computing
     from anymla.io.streamed import StreamedModel
+    from anymla.methods.mla.layer_step import LayerResult
 
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
 
@@ -60,49 +60,49 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
     source = locate(name, config_only=True)
     facts: dict[str, Any] = {"model": name, "commit": commit_of(source.base)}
     try:
-        blueprint, notes = read_blueprint(_config(source)), notes_of(source)
+        model_spec, notes = read_model_spec(_config(source)), notes_of(source)
     except UnsupportedModelError as error:
-        return Inspection(**facts, supported=False, reason=str(error), blueprint=None)
-    return Inspection(**facts, supported=True, reason=None, blueprint=blueprint, notes=notes)
+        return Inspection(**facts, supported=False, reason=str(error), model_spec=None)
+    return Inspection(**facts, supported=True, reason=None, model_spec=model_spec, notes=notes)
 
 
-def plan(model: str | Path, recipe: Recipe | None = None, *, revision: str | None = None, **settings: Any) -> Plan:
+def plan(model: str | Path, recipe: MLA | None = None, *, revision: str | None = None, **settings: Any) -> MLAPlan:
     """A dry run from the config alone: cached numbers, rope dims and rank of every layer.
 
     Args:
         model: a local checkpoint folder or a hub id, also ``org/name@revision``.
         recipe: settings to start from. Default: the default recipe.
         revision: a branch, tag or commit of a model on the hub.
-        settings: fields of :class:`~anymla.Recipe` that override it, as ``kv_cache=0.25``.
+        settings: fields of :class:`~anymla.MLA` that override it, as ``kv_cache=0.25``.
 
     Raises:
         UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError: as the message says.
     """
     name, chosen = with_revision(model, revision), with_settings(recipe, settings)
-    blueprint = read_blueprint(_config(locate(name, adapter=chosen.adapter, config_only=True)))
-    return make_plan(name, blueprint, chosen)
+    model_spec = read_model_spec(_config(locate(name, adapter=chosen.adapter, config_only=True)))
+    return make_plan(name, model_spec, chosen)
 
 
-def explain_plan(plan: Plan) -> dict[str, Any]:
+def explain_plan(plan: MLAPlan) -> dict[str, Any]:
     """A plan's costs before and after: per layer cached numbers, parameters, FLOPs per token; predicted peak bytes."""
     source = locate(plan.model, adapter=plan.recipe.adapter, config_only=True)
-    return explain(plan, read_blueprint(_config(source)))
+    return explain(plan, read_model_spec(_config(source)))
 
 
 def _config(source: Located) -> dict[str, Any]:
     return read_config(source.base) if source.gguf is None else source.gguf.config
 
 
-def with_settings(recipe: Recipe | None, settings: dict[str, Any]) -> Recipe:
+def with_settings(recipe: MLA | None, settings: dict[str, Any]) -> MLA:
     """``recipe`` with ``settings`` in place of its own."""
     base = {} if recipe is None else recipe.model_dump(exclude_unset=True)
-    return Recipe.of(base | settings, "settings")
+    return MLA.of(base | settings, "settings")
 
 
 def convert(
     model: str | Path,
     output: str | Path,
-    recipe: Recipe | Plan | None = None,
+    recipe: MLA | MLAPlan | None = None,
     *,
     revision: str | None = None,
     overwrite: bool = False,
@@ -130,7 +130,7 @@ def convert(
         progress: called after each layer with (layers done, layers, result), and once before the first where a stopped
             conversion goes on.
         notify: called before the work where it will take more than ten minutes, with how long and what is faster.
-        settings: fields of :class:`~anymla.Recipe` that override the recipe, as ``kv_cache=0.25``.
+        settings: fields of :class:`~anymla.MLA` that override the recipe, as ``kv_cache=0.25``.
 
     What is done is kept in a folder beside ``output`` until all is; the same call goes on from there. Under torchrun
     every process takes its part of the calibration windows, and the first one writes.
@@ -143,9 +143,9 @@ def convert(
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
     name = with_revision(model, revision)
-    adapter = (recipe.recipe if isinstance(recipe, Plan) else with_settings(recipe, settings)).adapter
+    adapter = (recipe.recipe if isinstance(recipe, MLAPlan) else with_settings(recipe, settings)).adapter
     source = locate(name, adapter=adapter)
-    read_blueprint(_config(source))  # what is wrong with config.json is said in its own words
+    read_model_spec(_config(source))  # what is wrong with config.json is said in its own words
     for path in source.paths:
         check_output(output, path, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
@@ -153,10 +153,10 @@ def convert(
     with plain_source(source, beside=output) as plain:
         check_weights(plain.folder)
         # with transformers' defaults where config.json says nothing
-        blueprint = read_blueprint(safe_config(plain.folder).to_dict())
-        chosen = _chosen_plan(name, blueprint, recipe, settings)
+        model_spec = read_model_spec(safe_config(plain.folder).to_dict())
+        chosen = _chosen_plan(name, model_spec, recipe, settings)
         run = _Run(WorkFolder(output), memory, shard_size, restart, progress, notify, started)
-        return _convert_plain(plain, blueprint, chosen, run)
+        return _convert_plain(plain, model_spec, chosen, run)
 
 
 def peak_rss() -> int:
@@ -168,37 +168,37 @@ def peak_rss() -> int:
     return size if sys.platform == "darwin" else size * 1024
 
 
-def _chosen_plan(model: str, blueprint: Blueprint, recipe: Recipe | Plan | None, settings: dict[str, Any]) -> Plan:
-    if not isinstance(recipe, Plan):
-        return make_plan(model, blueprint, with_settings(recipe, settings))
+def _chosen_plan(model: str, model_spec: ModelSpec, recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> MLAPlan:
+    if not isinstance(recipe, MLAPlan):
+        return make_plan(model, model_spec, with_settings(recipe, settings))
     if others := [name for name in settings if name != "device"]:  # where to compute is not part of what is planned
         raise RecipeError(f"{', '.join(others)}: a plan is final; change its recipe and plan again")
-    check_plan(recipe, model, blueprint)
+    check_plan(recipe, model, model_spec)
     return recipe.model_copy(update={"recipe": with_settings(recipe.recipe, settings)})
 
 
-def _check_tokenizer(model: str, source: Path, blueprint: Blueprint) -> None:
+def _check_tokenizer(model: str, source: Path, model_spec: ModelSpec) -> None:
     """Refuses at the start what the export to GGUF would at the end."""
     from anymla.exports.gguf_tokenizer import known_tokenizer
 
     try:
-        known_tokenizer(load_tokenizer(source), blueprint.vocab_size)
+        known_tokenizer(load_tokenizer(source), model_spec.vocab_size)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"--target gguf cannot hold the tokenizer of {model}: {error}; --target deepseek leaves it as it is"
         ) from error
 
 
-def _calibration(recipe: Recipe, source: Path, blueprint: Blueprint) -> torch.Tensor:
-    from anymla.calibration.text import bundled_text, calibration_windows
+def _calibration(recipe: MLA, source: Path, model_spec: ModelSpec) -> torch.Tensor:
+    from anymla.data.text import bundled_text, calibration_windows
 
     text = recipe.calibration or bundled_text("train")
-    length = min(recipe.calibration_length, blueprint.max_position_embeddings)
+    length = min(recipe.calibration_length, model_spec.max_position_embeddings)
     windows = calibration_windows(
         text, load_tokenizer(source), tokens=recipe.calibration_tokens, length=length, seed=recipe.seed
     )
-    if (largest := int(windows.max())) >= blueprint.vocab_size:
-        raise TextError(f"{source}: its tokenizer gives id {largest} but the model has {blueprint.vocab_size} tokens")
+    if (largest := int(windows.max())) >= model_spec.vocab_size:
+        raise TextError(f"{source}: its tokenizer gives id {largest} but the model has {model_spec.vocab_size} tokens")
     return windows
 
 
@@ -215,45 +215,45 @@ class _Run:
     started: float
 
 
-def _convert_plain(source: Plain, blueprint: Blueprint, chosen: Plan, run: _Run) -> Conversion:
+def _convert_plain(source: Plain, model_spec: ModelSpec, chosen: MLAPlan, run: _Run) -> Conversion:
     """Takes up what the work folder holds of this conversion, or begins it."""
     if chosen.recipe.target == "gguf":
-        _check_tokenizer(chosen.model, source.folder, blueprint)
-    windows = _calibration(chosen.recipe, source.folder, blueprint)
+        _check_tokenizer(chosen.model, source.folder, model_spec)
+    windows = _calibration(chosen.recipe, source.folder, model_spec)
 
-    from anymla.calibration.parallel import join_processes, world
-    from anymla.conversion.progress import claim, decide_computing, fingerprint, kept
+    from anymla.distributed import join_processes, world
     from anymla.io.streamed import StreamedModel
+    from anymla.sweep.progress import claim, decide_computing, fingerprint, kept
 
     device = join_processes(pick_device(chosen.recipe.device))
     streamed = StreamedModel(source.folder, dtype=chosen.recipe.dtype, device=device)
     same = {"anymla": __version__, "--max-shard-size": run.shard}
     claim(run.work, lambda: same | fingerprint(streamed, chosen, windows), restart=run.restart)
-    with kept(run.work, len(blueprint.layers)):
-        left = len(blueprint.layers) - len(run.work.progress["layers"])
+    with kept(run.work, len(model_spec.layers)):
+        left = len(model_spec.layers) - len(run.work.progress["layers"])
         computing = decide_computing(run.work, streamed.stored_dtype, device, chosen.recipe.dtype)
         streamed.compute_in(computing.dtype)
-        if run.notify and (long := faster(blueprint, chosen.recipe, world() * matmul_speed(device), left)):
+        if run.notify and (long := faster(model_spec, chosen.recipe, world() * matmul_speed(device), left)):
             run.notify(long)
-        return _convert(streamed, source, blueprint, chosen, windows, computing, run)
+        return _convert(streamed, source, model_spec, chosen, windows, computing, run)
 
 
 def _convert(
     streamed: StreamedModel,
     source: Plain,
-    blueprint: Blueprint,
-    plan: Plan,
+    model_spec: ModelSpec,
+    plan: MLAPlan,
     windows: torch.Tensor,
     computing: Computing,
     run: _Run,
 ) -> Conversion:
     """Converts what the work folder does not hold yet, scores it, and puts it in the output's place."""
-    from anymla.calibration.parallel import rank, wait_for_all, world
-    from anymla.conversion.checkpoint import write_checkpoint
-    from anymla.conversion.sequence import Sequence
+    from anymla.distributed import rank, wait_for_all, world
     from anymla.evaluation.held_out import held_out_scores
+    from anymla.sweep.checkpoint import write_checkpoint
+    from anymla.sweep.sequence import Sequence
 
-    sequence = Sequence(streamed, blueprint, plan, windows, run.work)
+    sequence = Sequence(streamed, model_spec, plan, windows, run.work)
     converted = sequence.run(run.memory // world(), run.shard, run.progress)
     before, after = held_out_scores(streamed, converted, tuples=sequence.tuples)
     results = [record.result for record in converted.records]
@@ -264,7 +264,7 @@ def _convert(
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
-        cache_bytes_at=plan_bytes(final, blueprint),
+        cache_bytes_at=plan_bytes(final, model_spec),
         commit=source.commit,
         notes=(*source.notes, *streamed.notes),
         computing=computing,
@@ -281,7 +281,7 @@ def _convert(
     return report
 
 
-def _final_plan(plan: Plan, recipe: Recipe, results: list[LayerResult | None]) -> Plan:
+def _final_plan(plan: MLAPlan, recipe: MLA, results: list[LayerResult | None]) -> MLAPlan:
     layers = tuple(
         layer
         if layer is None or result is None
@@ -292,7 +292,7 @@ def _final_plan(plan: Plan, recipe: Recipe, results: list[LayerResult | None]) -
 
 
 def _write_report(folder: Path, report: Conversion) -> None:
-    from anymla.conversion.card import model_card
+    from anymla.cards import model_card
 
     auto = auto_class(read_config(folder)["model_type"]).__name__
     (folder / "recipe.yaml").write_text(report.plan.recipe.to_yaml(), encoding="utf-8")

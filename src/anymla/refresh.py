@@ -7,10 +7,10 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
-from anymla.architectures.register import modelling_files
 from anymla.errors import CheckpointError, OutputError
 from anymla.io.config import read_object
 from anymla.io.work import replace_text
+from anymla.register import modelling_files
 
 MODULES = ("modeling_anymla", "modeling_mla")  # of a conversion, of an export for vLLM
 

@@ -17,14 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.calibration.text import bundled_text
+from anymla.data.text import bundled_text
+from anymla.demo import bundled_model
 from anymla.errors import ParityError
 from anymla.exports import gguf as gguf_room
 from anymla.exports import llama as llama_room
 from anymla.exports.gguf import write_gguf
 from anymla.exports.llama import CELL
 from anymla.io.checkpoint import load_tokenizer
-from anymla.report.demo import bundled_model
 from tests.deepseek_models import SHAPES, make_deepseek
 from tests.engines import llama
 from tests.families import FAST, ROPES, make_model, save_model

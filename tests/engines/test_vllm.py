@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import anymla
+from anymla.demo import bundled_model
 from anymla.exports import vllm_engine
 from anymla.exports.vllm import write_vllm
 from anymla.exports.vllm_engine import ask_vllm
-from anymla.report.demo import bundled_model
 from tests.families import FAST, ROPES, make_model, save_model, token_ids
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

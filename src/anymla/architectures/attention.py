@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from anymla.architectures.blueprint import AttentionSpec
 from anymla.architectures.families import Family
+from anymla.architectures.model_spec import AttentionSpec
 from anymla.architectures.parts import (
     OUTPUT_NORMS,
     OUTPUTS,

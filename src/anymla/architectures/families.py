@@ -1,6 +1,6 @@
 """What the supported families differ in, as data. The only place that knows a family by its name.
 
-Most is read from the config and the attention modules themselves (blueprint.py, attention.py). A family is listed with
+Most is read from the config and the attention modules themselves (model_spec.py, attention.py). A family is listed with
 what neither of them spells out; docs/families.md is made from this table and from the exactness test.
 """
 

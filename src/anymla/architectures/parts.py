@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anymla.architectures.blueprint import AttentionSpec
 from anymla.architectures.families import Family
+from anymla.architectures.model_spec import AttentionSpec
 from anymla.errors import UnsupportedModelError
 
 PATHS = ("self_attn", "norm_attn_norm.attn", "attn.attention", "attn", "attention", "self_attention", "mixer")

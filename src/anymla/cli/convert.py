@@ -25,11 +25,11 @@ from anymla.cli.options import (
 )
 from anymla.cli.progress import Report, shown, tracked
 from anymla.errors import RecipeError
+from anymla.methods.mla.plan import MLAPlan
 from anymla.outcomes import Conversion
-from anymla.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from anymla.conversion.step import LayerResult
+    from anymla.methods.mla.layer_step import LayerResult
 
 
 @app.command()
@@ -38,7 +38,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Convert the bundled model at several budgets, compare to the paper's method, and let it tell a story."""
-    from anymla.report.demo import run_demo
+    from anymla.demo import run_demo
 
     with shown("demo") as report:
         results = run_demo(output, None if as_json else out, tracked(report))
@@ -122,7 +122,7 @@ def convert(
     """Convert a model to multi-head latent attention."""
     if plan is not None and (recipe is not None or settings.keys() - {"device"}):
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
-    chosen = Plan.read(plan) if plan is not None else chosen_recipe(recipe, settings)
+    chosen = MLAPlan.read(plan) if plan is not None else chosen_recipe(recipe, settings)
     device = settings if plan is not None else {}
     with shown("convert") as report, how_to_go_on():
         conversion = pipeline.convert(
@@ -171,7 +171,7 @@ def _layers(report: Report) -> pipeline.Progress:
 
 def _notes(conversion: Conversion) -> Iterator[str]:
     """What the user should know of how the model was made."""
-    from anymla.conversion.card import static_norms_cost
+    from anymla.cards import static_norms_cost
 
     yield from conversion.notes
     if conversion.plan.recipe.calibration is None:

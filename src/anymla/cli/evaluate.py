@@ -13,7 +13,7 @@ from anymla.cli.options import Adapter, Device, Dtype, Json, Model, Revision, ap
 from anymla.cli.progress import shown, tracked
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation
 from anymla.evaluation.evaluate import evaluate as run_evaluation
-from anymla.recipe import MOST
+from anymla.settings import MOST
 
 
 def _help(name: str) -> Any:

@@ -9,7 +9,7 @@ import typer
 
 from anymla.cli.options import Json, app, err, out, print_json
 from anymla.cli.progress import shown
-from anymla.recipe import Target
+from anymla.layouts import Target
 
 
 @app.command()

@@ -16,7 +16,8 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
-from anymla.recipe import DtypeName, Recipe, read_yaml
+from anymla.methods.mla.settings import MLA
+from anymla.settings import DtypeName, read_yaml
 
 app = typer.Typer(
     name="anymla",
@@ -42,8 +43,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A YAML file with any of these settings; options override it.")
 ]
-Device = Annotated[str, typer.Option(help=Recipe.model_fields["device"].description)]
-Adapter = Annotated[str | None, typer.Option(help=Recipe.model_fields["adapter"].description)]
+Device = Annotated[str, typer.Option(help=MLA.model_fields["device"].description)]
+Adapter = Annotated[str | None, typer.Option(help=MLA.model_fields["adapter"].description)]
 Dtype = Annotated[
     DtypeName | None,
     typer.Option(help="Dtype to run in. Default: the checkpoint's, or float32 where this CPU is faster in it."),
@@ -76,7 +77,7 @@ def _with_options(recipe: type[BaseModel], command: Callable[..., None]) -> Call
     return with_settings
 
 
-recipe_options = options_of(Recipe)
+recipe_options = options_of(MLA)
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -84,11 +85,11 @@ def print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 
-def chosen_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
+def chosen_recipe(path: Path | None, settings: dict[str, Any]) -> MLA:
     """The recipe file's settings, overridden by the options."""
     if path is None:
-        return Recipe.of(settings, "settings")
-    return Recipe.of(Recipe.of(read_yaml(path), str(path)).model_dump(exclude_unset=True) | settings, "settings")
+        return MLA.of(settings, "settings")
+    return MLA.of(MLA.of(read_yaml(path), str(path)).model_dump(exclude_unset=True) | settings, "settings")
 
 
 def print_note(text: str) -> None:

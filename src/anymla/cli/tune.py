@@ -22,7 +22,7 @@ from anymla.cli.options import (
     print_note,
 )
 from anymla.cli.progress import Report, shown
-from anymla.training.recipe import Tuning, read_tuning
+from anymla.training.settings import Tune, read_tuning
 
 if TYPE_CHECKING:
     from anymla.training.logs import Progress, TuneProgress
@@ -48,7 +48,7 @@ def _steps(report: Report) -> Progress:
 
 
 @app.command()
-@options_of(Tuning)
+@options_of(Tune)
 def tune(
     converted: Annotated[
         str, typer.Argument(help="A folder that anymla convert wrote, or a hub id.", show_default=False)
@@ -79,7 +79,7 @@ def tune(
 ) -> None:
     """Train a converted model until it gives what the original gave."""
     base = {} if recipe is None else read_tuning(recipe).model_dump(exclude_unset=True)
-    chosen = Tuning.of(base | settings, "settings")
+    chosen = Tune.of(base | settings, "settings")
     from anymla import recovery
 
     with shown("tune") as told, how_to_go_on():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from anymla.calibration.text import first_tokens, read_rows
+from anymla.data.text import first_tokens, read_rows
 from anymla.errors import TextError
 from anymla.evaluation.likelihood import Answer, Query, Questions
 from anymla.evaluation.measures import Measure

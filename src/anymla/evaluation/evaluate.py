@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from anymla.architectures.blueprint import context_of
+from anymla.architectures.model_spec import context_of
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation, prepare
 from anymla.evaluation.measures import compare
@@ -155,7 +155,7 @@ def _plain(stack: ExitStack, model: str | Path, adapter: str | Path | None, note
 
 
 def _windows(text: str | Path, tokenizer: Any, tokens: int | None, length: int) -> Tensor:
-    from anymla.calibration.text import read_documents, token_windows, tokenize
+    from anymla.data.text import read_documents, token_windows, tokenize
 
     return token_windows(islice(tokenize(read_documents(text), tokenizer), tokens), length, text)
 

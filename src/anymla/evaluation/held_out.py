@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from anymla.calibration.cache_size import CacheSize
-from anymla.calibration.stream import decoder_layers, logits_of
-from anymla.conversion.sequence import Converted
 from anymla.evaluation.logits import Logits
 from anymla.evaluation.scores import Scores, ScoreSums
 from anymla.io.streamed import StreamedModel
+from anymla.model_run.cache_size import CacheSize
+from anymla.model_run.stream import decoder_layers, logits_of
+from anymla.sweep.sequence import Converted
 
 
 def held_out_scores(streamed: StreamedModel, converted: Converted, *, tuples: bool) -> tuple[Scores, Scores]:

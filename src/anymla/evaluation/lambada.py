@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from anymla.calibration.text import first_tokens, read_documents
+from anymla.data.text import first_tokens, read_documents
 from anymla.errors import TextError
 from anymla.evaluation.likelihood import Answer, Query, Questions
 from anymla.evaluation.measures import Measure, mean_error

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from anymla.calibration.stream import INNER_MODELS
+from anymla.model_run.stream import INNER_MODELS
 
 MOST = 1 << 24  # logits at once: 64 MiB in float32
 

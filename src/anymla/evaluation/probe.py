@@ -16,7 +16,7 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
-from anymla.calibration.text import bundled_text, first_tokens, read_documents
+from anymla.data.text import bundled_text, first_tokens, read_documents
 from anymla.errors import RecipeError, TextError
 from anymla.evaluation.likelihood import Answer, Query, Questions
 from anymla.evaluation.measures import Measure

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.calibration.cache_size import CacheSize, LayerCache
-from anymla.calibration.parallel import all_sum
+from anymla.distributed import all_sum
 from anymla.errors import CheckpointError
 from anymla.evaluation.logits import Logits, logits_of_pass
+from anymla.model_run.cache_size import CacheSize, LayerCache
 from anymla.modeling.arguments import cache_of
 
 CACHE_PROBE_TOKENS = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from anymla.architectures.blueprint import context_of
+from anymla.architectures.model_spec import context_of
 from anymla.errors import AnymlaError, CheckpointError, RecipeError, TextError
 from anymla.io.checkpoint import load_tokenizer
 from anymla.io.computing import load_to_compute

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anymla.conversion.card import FILES, FOLDER, USE, public_name, static_norms_cost, with_section
+from anymla.cards import FILES, FOLDER, USE, public_name, static_norms_cost, with_section
 from anymla.io.config import read_object
 
 if TYPE_CHECKING:

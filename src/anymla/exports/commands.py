@@ -9,7 +9,7 @@ import torch
 
 from anymla.exports.vllm_engine import CPU_SIZES
 from anymla.io.config import read_object
-from anymla.recipe import Target
+from anymla.layouts import Target
 
 GGUF = "model.gguf"
 # On CPUs with AMX the llama.cpp of llama-cpp-python 0.3.36 ends with GGML_ASSERT on such files (run_llama.py).

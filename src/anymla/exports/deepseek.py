@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.architectures.blueprint import read_blueprint
+from anymla.architectures.model_spec import read_model_spec
 from anymla.architectures.positions import read_rope
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
@@ -23,7 +23,7 @@ from anymla.exports.fold import NORM_EPS, READ, Sizes, deepseek_attention
 from anymla.exports.padding import padded
 from anymla.exports.weights import write_weights
 from anymla.io.checkpoint import copy_companions, safe_config
-from anymla.planning.targets import plain_pairs, target_refusal
+from anymla.layouts import plain_pairs, target_refusal
 
 CONVERT = "convert the original with --target deepseek, or export --to vllm"
 HELD = {  # LatentAttention's arguments that DeepSeek's attention has, or that fold away; others stop the export
@@ -85,9 +85,9 @@ def _shape(source: Converted, pad: str) -> DeepSeekShape:
 def _check_model(source: Converted) -> None:
     """Refuses what planning for this layout refuses, in a model that was planned without it."""
     names = {"model_type": source.model_type, "kv_lora_rank": None}  # the original's
-    blueprint = read_blueprint(safe_config(source.folder).to_dict() | names)
-    if (reason := target_refusal("deepseek", blueprint, static_norms=True)) is not None:
-        other = "" if target_refusal("vllm", blueprint) else ": export --to vllm"
+    model_spec = read_model_spec(safe_config(source.folder).to_dict() | names)
+    if (reason := target_refusal("deepseek", model_spec, static_norms=True)) is not None:
+        other = "" if target_refusal("vllm", model_spec) else ": export --to vllm"
         raise UnsupportedModelError(f"{source.folder}: {reason}{other}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from anymla import __version__
-from anymla.conversion.card import FOLDER
+from anymla.cards import FOLDER
 from anymla.errors import RecipeError, UnsupportedModelError
 from anymla.exports.card import export_card
 from anymla.exports.commands import GGUF, checkpoint_commands, gguf_commands
@@ -22,7 +22,7 @@ from anymla.io.config import read_object
 from anymla.io.find import find_model
 from anymla.io.versions import versions
 from anymla.io.work import write_json
-from anymla.recipe import Target
+from anymla.layouts import Target
 
 if TYPE_CHECKING:
     from anymla.exports.gguf import GgufDtype

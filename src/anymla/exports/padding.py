@@ -7,7 +7,7 @@ from pathlib import Path
 
 from anymla.errors import InfeasibleError
 from anymla.exports.fold import Sizes
-from anymla.planning.targets import KERNEL_RANK, KERNEL_ROPE
+from anymla.layouts import KERNEL_RANK, KERNEL_ROPE
 
 PADS = ("none", "cpu", "cuda", "full")
 

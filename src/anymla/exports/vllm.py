@@ -16,7 +16,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from anymla.architectures.register import modelling_files
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import Sizes
@@ -25,8 +24,9 @@ from anymla.exports.padding import padded
 from anymla.exports.weights import write_weights
 from anymla.io.checkpoint import check_loading, copy_companions, safe_config
 from anymla.io.config import read_object
+from anymla.layouts import backend_refusal
 from anymla.modeling import modeling_anymla, modeling_mla
-from anymla.planning.targets import backend_refusal
+from anymla.register import modelling_files
 
 REFUSED = {
     "softcap": "a soft-cap on scores",

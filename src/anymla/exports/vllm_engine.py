@@ -23,7 +23,7 @@ from anymla.exports.parity import (
 )
 from anymla.exports.run_vllm import MARKER
 from anymla.io.config import read_object
-from anymla.planning.targets import KERNEL_RANK, KERNEL_ROPE
+from anymla.layouts import KERNEL_RANK, KERNEL_ROPE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,11 +10,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from anymla.planning.cache import original_bytes, reduced_bytes, told_lengths
-from anymla.planning.duration import spoken
+from anymla.cache_bytes import original_bytes, reduced_bytes, told_lengths
+from anymla.methods.mla.duration import spoken
 
 if TYPE_CHECKING:
-    from anymla.architectures.blueprint import AttentionSpec
+    from anymla.architectures.model_spec import AttentionSpec
     from anymla.architectures.positions import RopeSpec
     from anymla.evaluation.scores import Scores
     from anymla.outcomes import Conversion, Inspection
@@ -53,9 +53,9 @@ def _rope(rope: RopeSpec | None, first: AttentionSpec, rotated: int, layers: int
 
 def inspection_table(inspection: Inspection) -> Group:
     """What `anymla inspect` shows."""
-    if inspection.blueprint is None:
+    if inspection.model_spec is None:
         return Group(Text(f"{inspection.model} cannot be converted: {inspection.reason}"))
-    facts, attending = inspection.blueprint, inspection.blueprint.attention_layers
+    facts, attending = inspection.model_spec, inspection.model_spec.attention_layers
     first = next(iter(attending.values()))
     grouping = "MHA" if first.num_kv_heads == first.num_heads else "MQA" if first.num_kv_heads == 1 else "GQA"
     windows = {layer.sliding_window for layer in attending.values()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anymla.conversion.card import public_name
+from anymla.cards import public_name
 from anymla.training.outcome import Recovery
 
 HEADING = "\n## Tuned\n"

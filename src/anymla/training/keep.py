@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from anymla.calibration.parallel import rank, world
-from anymla.conversion.progress import terminated_as_interrupted
+from anymla.data.tuning import Source
+from anymla.distributed import rank, world
 from anymla.errors import AnymlaError, OutputError, RecipeError
 from anymla.io.checkpoint import check_weights
 from anymla.io.safetensors import scan
 from anymla.io.work import WorkFolder
-from anymla.training.data import Source
-from anymla.training.recipe import Tuning
+from anymla.sweep.progress import terminated_as_interrupted
+from anymla.training.settings import Tune
 from anymla.training.stages import Stage
 
 
-def fingerprint(converted: Path, teacher: Path, tuning: Tuning) -> dict[str, Any]:
+def fingerprint(converted: Path, teacher: Path, tuning: Tune) -> dict[str, Any]:
     """What the new weights depend on. Weight files and local texts are hashed whole."""
     texts = [Source.of(text).name for text in tuning.data or []] + [tuning.eval_data or ""]
     return {
@@ -58,7 +58,7 @@ def done_steps(work: WorkFolder, stages: list[Stage]) -> int:
 
 
 @contextmanager
-def kept(work: WorkFolder, stages: list[Stage], tuning: Tuning) -> Iterator[None]:
+def kept(work: WorkFolder, stages: list[Stage], tuning: Tune) -> Iterator[None]:
     """Keeps ``work`` when the block is stopped behind a checkpoint, and says how to go on; else nothing is left.
 
     Raises:
@@ -93,7 +93,7 @@ def _what_is_kept(work: WorkFolder, stages: list[Stage]) -> str:
     return f"; {done} of {steps} steps are kept: the same command goes on, with --restart it begins anew"
 
 
-def out_of_memory(error: BaseException, tuning: Tuning, stages: list[Stage]) -> str:
+def out_of_memory(error: BaseException, tuning: Tune, stages: list[Stage]) -> str:
     """One line: which settings take less memory, and what they are now."""
     levers = [f"--micro-batch {stages[0].micro}", f"--length {stages[0].length}"]
     options = [

@@ -73,7 +73,7 @@ class Keep(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts the checkpoint."""
-        from anymla.calibration.parallel import rank, wait_for_all
+        from anymla.distributed import rank, wait_for_all
 
         wait_for_all()
         if rank() == 0 and state.global_step < state.max_steps:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anymla.training.recipe import Tuning
+from anymla.training.settings import Tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Recovery:
     """What a tuning did: scores on held-out text before and after, the original's perplexity, tokens and seconds."""
 
     output: Path
-    tuning: Tuning
+    tuning: Tune
     before: Quality
     after: Quality
     original_perplexity: float

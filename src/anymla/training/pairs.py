@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anymla.calibration.stream import first
+from anymla.model_run.stream import first
 
 
 class AttentionPairs:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from anymla.errors import RecipeError
-from anymla.training.recipe import Train, Tuning
+from anymla.training.settings import Train, Tune
 
 ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj")
 
@@ -40,7 +40,7 @@ def choose_learning(model: Any, train: Train) -> None:
             parameter.requires_grad_(train == "all" or norm or f"{path}.{name}".startswith(attention))
 
 
-def with_adapters(model: Any, tuning: Tuning) -> Any:
+def with_adapters(model: Any, tuning: Tune) -> Any:
     """``model`` with LoRA (arXiv 2106.09685) around the projections of its converted attention, which alone learns.
 
     Raises:

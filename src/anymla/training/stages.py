@@ -12,13 +12,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from anymla.calibration.parallel import rank, wait_for_all
+from anymla.data.tuning import Texts, collate, training_rows
+from anymla.distributed import rank, wait_for_all
 from anymla.errors import RecipeError
 from anymla.io.checkpoint import load_model
-from anymla.training.data import Texts, collate, training_rows
 from anymla.training.pairs import AttentionPairs
 from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
-from anymla.training.recipe import Tuning
+from anymla.training.settings import Tune
 from anymla.training.trainer import TuneTrainer
 
 LAYERWISE, LOGITS = "layerwise", "logits"
@@ -44,7 +44,7 @@ class Stage:
         return self.rows * self.length
 
 
-def make_stages(tuning: Tuning, length: int, processes: int) -> list[Stage]:
+def make_stages(tuning: Tune, length: int, processes: int) -> list[Stage]:
     """The stages that ``tokens`` make, in rows of ``length`` tokens.
 
     Raises:
@@ -62,7 +62,7 @@ def make_stages(tuning: Tuning, length: int, processes: int) -> list[Stage]:
     return [Stage(name=name, steps=part, **shape) for name, part in parts if part]
 
 
-def training_arguments(tuning: Tuning, stage: Stage, folder: Path, *, device: str, hidden: int) -> TrainingArguments:
+def training_arguments(tuning: Tune, stage: Stage, folder: Path, *, device: str, hidden: int) -> TrainingArguments:
     """The recipe in transformers' words."""
     tenth = max(1, stage.steps // 10)
     warmup = round(tuning.warmup * stage.steps)
@@ -106,7 +106,7 @@ def training_arguments(tuning: Tuning, stage: Stage, folder: Path, *, device: st
     return arguments
 
 
-def mixed(tuning: Tuning, device: str) -> bool:
+def mixed(tuning: Tune, device: str) -> bool:
     """Whether weights are in float32 and products in bfloat16."""
     return tuning.precision == "mixed" or (tuning.precision is None and device != "cpu")
 
@@ -116,7 +116,7 @@ def run_stage(
     teacher: Any,
     texts: Texts,
     tokenizer: Any,
-    tuning: Tuning,
+    tuning: Tune,
     stage: Stage,
     arguments: TrainingArguments,
     *,
@@ -165,7 +165,7 @@ def run_stage(
     trainer.accelerator.free_memory()
 
 
-def save_tuned(student: Path, weights: dict[str, Any], tuning: Tuning, output: Path) -> None:
+def save_tuned(student: Path, weights: dict[str, Any], tuning: Tune, output: Path) -> None:
     """Writes the model at ``student`` to ``output``, in its own dtype, with those ``weights`` that learned.
 
     All others stay as they are, bit for bit; adapters are merged.

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import Trainer
 
-from anymla.calibration.stream import decoder_layers
 from anymla.evaluation.logits import Logits, at_head, logits_of_pass
 from anymla.evaluation.scores import ScoreSums
+from anymla.model_run.stream import decoder_layers
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
-from anymla.training.recipe import Tuning
+from anymla.training.settings import Tune
 
 
 class TuneTrainer(Trainer):  # type: ignore[misc]
@@ -28,7 +28,7 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, teacher: Any, tuning: Tuning, windows: Tensor, pairs: AttentionPairs | None, **options: Any
+        self, *, teacher: Any, tuning: Tune, windows: Tensor, pairs: AttentionPairs | None, **options: Any
     ) -> None:
         super().__init__(eval_dataset=[{} for _ in windows], **options)
         self.tuning, self.windows, self.pairs = tuning, windows, pairs

@@ -1,0 +1,248 @@
+"""What a model is: facts read from ``config.json`` alone, without torch, weights or remote code."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anymla.architectures.block import beyond_latent, has_experts, other_block
+from anymla.architectures.families import FAMILIES, REFUSED, TEXT_ONLY_INSIDE, Family
+from anymla.architectures.fields import Fields, read_fields
+from anymla.architectures.layers import attends, cache_window_of, has_rope, heads_of, layer_type, window_of
+from anymla.architectures.positions import RopeSpec, read_rope, rope_pairs
+from anymla.architectures.vision import VISION, text_config
+from anymla.errors import CheckpointError, UnsupportedModelError, shown
+from anymla.io.config import danger, read_object
+from anymla.io.mistaken import no_config, no_folder, other_config
+from anymla.io.sources.quantised_kinds import quantization_refusal
+
+ALREADY = "already multi-head latent attention"
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """One layer's attention: H query heads, G key/value heads of d numbers, P pairs of them turned by rope."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_pairs: int
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    cache_window: int | None  # tokens of which transformers' cache keeps all but the oldest; None: it keeps every token
+    cached_heads: int  # heads in transformers' cache: H where a family repeats keys and values before they are cached
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers per token that a cache of keys and values needs: 2 G d."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def stored_numbers(self) -> int:
+        """Numbers per token that transformers' cache of the original holds: the same, save where heads are repeated."""
+        return 2 * self.cached_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The facts of one decoder model that planning and conversion need."""
+
+    model_type: str
+    text_model_type: str  # whose attention it has: another one than model_type in a vision-language model
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tied_embeddings: bool
+    dtype: str
+    rope: RopeSpec | None
+    other_block: str | None  # what outside attention is not as in Llama (block.py)
+    beyond: str | None  # what of its attention no engine's latent attention does (block.py)
+    experts: bool  # whether some MLP is a mixture of experts
+    layers: tuple[AttentionSpec | None, ...]  # None: a layer without softmax attention, which stays as it is
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether this is a vision-language model, of which the text model is converted."""
+        return self.model_type in VISION
+
+    @property
+    def attention_layers(self) -> dict[int, AttentionSpec]:
+        """The layers that can be converted, by their index."""
+        return {index: spec for index, spec in enumerate(self.layers) if spec is not None}
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that one layer of the original caches per token (the largest, where layers differ)."""
+        return max(spec.stored_numbers for spec in self.attention_layers.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that a token takes in the original's cache, over all attention layers, in the checkpoint's dtype.
+
+        Layers with a window hold their last tokens only (cache_bytes.py).
+        """
+        return sum(spec.stored_numbers for spec in self.attention_layers.values()) * DTYPE_BYTES[self.dtype]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a local checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder or the file is missing, or is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} {no_folder(folder)}")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{folder} {no_config(folder)}")
+    return read_object(path)
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Why the model of this config cannot be converted, or None."""
+    model_type = config.get("model_type")
+    if (reason := other_config(config)) is not None:
+        return reason
+    if not isinstance(model_type, str):
+        return f"config.json: model_type must be a family's name, got {shown(model_type)}"
+    if model_type.startswith("anymla_"):
+        return f"{ALREADY}: this folder was written by anymla"
+    if config.get("kv_lora_rank"):
+        return f"{ALREADY} (kv_lora_rank {shown(config['kv_lora_rank'])})"
+    if config.get("is_encoder_decoder"):
+        return f"family {shown(model_type)} is an encoder-decoder; anymla converts decoder-only models"
+    if model_type in VISION:
+        text = text_config(config)
+        if text["model_type"] not in TEXT_ONLY_INSIDE and (reason := refusal(text)) is not None:
+            return f"the text model of '{model_type}': {reason}"
+    elif (reason := _family_refusal(model_type)) is not None:
+        return reason
+    if (reason := quantization_refusal(config)) is not None:
+        return reason
+    return danger(config)
+
+
+def _family_refusal(model_type: str) -> str | None:
+    if model_type in REFUSED:
+        return f"family '{model_type}' cannot be converted: {REFUSED[model_type]}"
+    if model_type in TEXT_ONLY_INSIDE:
+        return f"family '{model_type}' is the text model of a vision-language model: give the whole model"
+    if model_type in FAMILIES:
+        return None
+    known = {*FAMILIES} - TEXT_ONLY_INSIDE | {*VISION}
+    near = ", ".join(difflib.get_close_matches(model_type[:60], sorted(known)))
+    hint = f" (it knows {near})" if near else ""
+    return f"family {shown(model_type)} is not known to anymla{hint}; docs/families.md lists the {len(known)} that are"
+
+
+def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Reads the facts of a supported model from its parsed config.
+
+    Raises:
+        UnsupportedModelError: the family, a size or the rope type cannot be converted; the message says which.
+    """
+    if (reason := refusal(config)) is not None:
+        raise UnsupportedModelError(reason)
+    model_type, dtype = config["model_type"], config.get("dtype") or config.get("torch_dtype")
+    config, family = _filled(config, model_type)
+    fields = read_fields(config)
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise UnsupportedModelError(f"config.json: dtype {shown(dtype)} is not one of {', '.join(DTYPE_BYTES)}")
+    layers = tuple(_layer(fields, config, family, index) for index in range(fields.num_layers))
+    if not any(layers):
+        raise UnsupportedModelError("no layer of this model has softmax attention: there is no KV cache to shrink")
+    rope = read_rope(config) if any(spec.rope_pairs for spec in layers if spec) else None
+    return ModelSpec(
+        model_type=model_type,
+        text_model_type=fields.model_type,
+        hidden_size=fields.hidden_size,
+        intermediate_size=fields.intermediate_size or 4 * fields.hidden_size,
+        vocab_size=fields.vocab_size,
+        max_position_embeddings=fields.max_position_embeddings,
+        tied_embeddings=fields.tie_word_embeddings,
+        dtype=dtype,
+        rope=rope,
+        other_block=other_block(fields.model_type, config),
+        beyond=beyond_latent(fields.model_type, config, rope=rope is not None),
+        experts=has_experts(config),
+        layers=layers,
+    )
+
+
+def context_of(folder: Path) -> int | None:
+    """Tokens that the model of a folder, converted or not, can read at once; None where its family is not known.
+
+    Raises:
+        CheckpointError: its config cannot be read, or a size in it is no size; the message names it.
+    """
+    config = read_config(folder)
+    model_type = config.get("model_type")
+    model_type = model_type.removeprefix("anymla_") if isinstance(model_type, str) else None
+    if model_type is None or model_type not in {*FAMILIES, *VISION}:
+        return None
+    try:
+        config, family = _filled(config | {"model_type": model_type}, model_type)
+        if family.rope is not None:
+            read_rope(config)
+        return read_fields(config).max_position_embeddings
+    except UnsupportedModelError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
+
+
+def _filled(config: Mapping[str, Any], model_type: str) -> tuple[dict[str, Any], Family]:
+    """The config of the language model, with what its family leaves out, and the family."""
+    config = text_config(config) if model_type in VISION else config
+    family = FAMILIES[config["model_type"]]
+    filled = {**family.defaults, **config}
+    if isinstance(types := filled.get("layers_block_type") or filled.get("hybrid_override_pattern"), list | str):
+        filled.setdefault("num_hidden_layers", len(types))
+    return filled, family
+
+
+def _layer(fields: Fields, config: Mapping[str, Any], family: Family, index: int) -> AttentionSpec | None:
+    if not attends(config, family, index):
+        return None
+    heads = heads_of(config, index) or fields.num_heads
+    shared = fields.multi_query and not fields.new_decoder_architecture
+    kv_heads = 1 if shared else fields.num_kv_heads or heads
+    if fields.head_dim is None and fields.hidden_size % heads:
+        raise UnsupportedModelError(
+            f"config.json: hidden_size {fields.hidden_size} is not a multiple of num_attention_heads {heads}"
+        )
+    head_dim = fields.head_dim or fields.hidden_size // heads
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    turned = has_rope(config, family, index)
+    if turned and head_dim % 2:
+        raise UnsupportedModelError(f"config.json: head_dim {head_dim} must be even to hold rope pairs")
+    window = window_of(fields.sliding_window, config, family, index)
+    return AttentionSpec(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_pairs=rope_pairs(config, family, head_dim, layer_type(config, index)) if turned else 0,
+        qkv_bias=_flag(family.qkv_bias, config),
+        output_bias=_flag(family.output_bias, config),
+        qk_norm=_flag(family.qk_norm, config),
+        sliding_window=window,
+        cache_window=cache_window_of(window, config, family, index),
+        cached_heads=heads if fields.new_decoder_architecture else kv_heads,
+    )
+
+
+def _flag(value: bool | str, config: Mapping[str, Any]) -> bool:
+    flag = config.get(value) if isinstance(value, str) else value
+    if flag is not None and not isinstance(flag, bool):
+        raise UnsupportedModelError(f"config.json: {value} must be true or false, got {shown(flag)}")
+    return bool(flag)

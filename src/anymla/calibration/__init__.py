@@ -1,1 +1,0 @@
-"""Calibration text to second moments, one layer at a time."""

@@ -1,0 +1,175 @@
+"""The model card of a converted checkpoint."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anymla.methods.mla.settings import MLA
+
+TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
+USE, FILES = "Use", "Files"  # sections that are written anew
+FOLDER = "THIS_FOLDER"  # the hub's name of it, once it has one
+BASE = "DeepSeek-V2 (multi-head latent attention)"
+PAPERS = {
+    BASE: "2405.04434",
+    "MHA2MLA": "2502.14837",
+    "EliteKV": "2503.01586",
+    "TransMLA": "2502.07864",
+    "SVD-LLM": "2403.07378",
+}
+SOURCES = {  # whose method a setting of the recipe is, where it is not anymla's own
+    **dict.fromkeys(("high", "low", "uniform", "two-norm", "joint-svd", "split-svd"), "MHA2MLA"),
+    "elite": "EliteKV",
+    **dict.fromkeys(("rorope", "freqfold-2", "freqfold-4", "freqfold-8", "freqfold-16", "balanced-pca"), "TransMLA"),
+    "whitened": "SVD-LLM",
+}
+
+
+def model_card(report: Mapping[str, Any], auto: str) -> str:
+    """README.md of the output folder: what it is, how it was made, what was measured, how to use it, its limits.
+
+    ``report`` is conversion.json; ``auto`` names the Auto class that loads the model.
+    """
+    before, after, recipe = report["before"], report["after"], report["recipe"]
+    source, commit = report["model"], report["commit"]
+    repo = public_name(source).partition("@")[0]
+    base = f"base_model: {repo}\n" if "/" in repo else ""
+    text = public_name(recipe["calibration"] or "the stories bundled with anymla")
+    kept = after["cache_bytes_per_token"] / before["cache_bytes_per_token"]
+    rows = "\n".join(
+        f"| {name} | {scores['perplexity']:.4g} | {scores['kl']:.4g} | {scores['top1_agreement']:.1%} "
+        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} "
+        f"| {' | '.join(f'{sizes[when]:,}' for sizes in report['cache_bytes_at'].values())} |"
+        for name, when, scores in (("original", "before", before), ("converted", "after", after))
+    )
+    lengths = " | ".join(f"bytes at {int(length):,} tokens" for length in report["cache_bytes_at"])
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"""---
+library_name: transformers
+pipeline_tag: {TASKS[auto]}
+tags: [anymla, multi-head-latent-attention, kv-cache]
+{base}---
+
+# {public_name(source)} with multi-head latent attention, {kept:.2%} of the KV cache{_headline(recipe)}
+
+On {after["tokens"]:,} held-out tokens of calibration text:
+
+| | perplexity | KL to the original | top-1 agreement | cache bytes per token | {lengths} |
+|---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
+{rows}
+
+The cache per token is measured from its tensors.{_slides(report)}{_window(recipe)}
+Calibration text: {text}.{_from(repo, commit)}
+
+## How it was made
+
+```sh
+{command(source, recipe)}
+```
+
+{_method(recipe)} All settings are in `recipe.yaml`, every layer's sizes in `plan.yaml`, all that was measured in
+`conversion.json`. Made with {versions}.
+
+## {USE}
+
+```python
+import anymla  # or: trust_remote_code=True below
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{FOLDER}")
+```
+
+{_serving(recipe)}
+
+## Limits
+
+- The original's licence and limits apply.
+- Quality was measured on text like the calibration text; on other text it may be lower.
+- Dropped rotations are right for distances within a calibration window, at most {recipe["calibration_length"]} tokens.
+{"".join(f"- Of the original, {note}.{chr(10)}" for note in report["notes"])}"""
+
+
+def _from(repo: str, commit: str | None) -> str:
+    return "" if commit is None else f" The original is commit `{commit}` of {repo}."
+
+
+def _headline(recipe: Mapping[str, Any]) -> str:
+    return f" and a window of {recipe['exact_window']} exact tokens" if recipe["exact_window"] else ""
+
+
+def _once(scores: Mapping[str, Any]) -> str:
+    return f" + {scores['cache_window_bytes']:,} once" if scores["cache_window_bytes"] else ""
+
+
+def _slides(report: Mapping[str, Any]) -> str:
+    each = report["before"]["cache_bytes_per_token"]
+    if all(sizes["before"] >= int(length) * each for length, sizes in report["cache_bytes_at"].items()):
+        return ""
+    return " Layers with a sliding window hold no more than their window, so long texts take less than that per token."
+
+
+def _window(recipe: Mapping[str, Any]) -> str:
+    if not recipe["exact_window"]:
+        return ""
+    return (
+        f" The last {recipe['exact_window']} tokens have full keys and values too: bytes that are there once, however "
+        "long the context is."
+    )
+
+
+def _serving(recipe: Mapping[str, Any]) -> str:
+    if recipe["exact_window"]:
+        return "It runs in transformers, with a DynamicCache: engines' latent attention has no room for exact tokens."
+    return f"For vLLM, SGLang and llama.cpp: `anymla export {FOLDER} --to deepseek` (or `vllm`, `gguf`) `-o OUT`."
+
+
+def command(source: str, recipe: Mapping[str, Any]) -> str:
+    """The command that makes the model again: what differs from the defaults, spelled out."""
+    words = ["anymla", "convert", public_name(source), "-o", "OUT"]
+    for name, field in MLA.model_fields.items():
+        option, value = name.replace("_", "-"), recipe.get(name)
+        if isinstance(value, bool) and value != field.default:
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif name == "kv_cache" or value not in (field.default, None):
+            words += [f"--{option}", public_name(str(value)) if name in ("calibration", "adapter") else str(value)]
+    return shlex.join(words)
+
+
+def public_name(source: str | Path) -> str:
+    """What a card calls ``source``: a hub id as it is, of a local path only the last name, for cards are published."""
+    text = str(source)
+    repo = text.partition("@")[0]  # a revision may hold slashes
+    return text if repo.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
+
+
+def _method(recipe: Mapping[str, Any]) -> str:
+    used = [SOURCES.get(recipe[name]) for name in ("rope", "factorization")]
+    of = [f" ({name})" if name else "" for name in used]
+    papers = ", ".join(
+        f"[{name}](https://arxiv.org/abs/{PAPERS[name]})" for name in dict.fromkeys([BASE, *filter(None, used)])
+    )
+    return (
+        f"Rope channels by `{recipe['rope']}`{of[0]}, latent by `{recipe['factorization']}`{of[1]}; where no system is "
+        f"named, the method is anymla's own. Papers: {papers}."
+    )
+
+
+def static_norms_cost(lost: Sequence[float]) -> str:
+    """What ``norms_lost`` of the layers says, in words."""
+    return (
+        f"at full budget that alone would lose {sum(lost) / len(lost):.2%} of the hidden states behind attention, "
+        f"{max(lost):.2%} in the worst layer"
+    )
+
+
+def with_section(card: str, heading: str, text: str) -> str:
+    """``card`` with ``text`` below ``## heading``: in place of what stood there, or at the end."""
+    section = f"## {heading}\n\n{text.strip()}\n"
+    found = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if found.search(card):
+        return found.sub(lambda _: f"{section}\n", card, count=1).rstrip() + "\n"
+    return f"{card.rstrip()}\n\n{section}"

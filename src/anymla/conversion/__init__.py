@@ -1,1 +1,0 @@
-"""Tensors in, tensors out: a layer, then a model, then a checkpoint."""

@@ -1,0 +1,143 @@
+"""Text in, token windows out."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymla.errors import TextError
+
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+PIECE_CHARACTERS = 2048  # a long document is drawn from in pieces of so many, or of about a window if that is more
+MINIMUM_TOKENS = 256
+WINDOWS_AT_LEAST = 8  # of calibration text: to fit on, to choose on, to report on
+DATASET_DOCUMENTS = 4096
+
+
+def bundled_text(split: str) -> Path:
+    """The TinyStories sample shipped in the package; split is 'train' or 'valid'."""
+    return Path(str(resources.files("anymla") / "assets" / f"tinystories-{split}.txt"))
+
+
+def read_documents(source: str | Path) -> list[str]:
+    """Documents of a text file, a .jsonl file (field ``text``) or a hub data set ``name[:config[:split]]``.
+
+    In a text file, lines ``<|endoftext|>`` separate documents; without them the file is one document.
+
+    Raises:
+        TextError: the source is missing, unreadable, or holds no text.
+    """
+    path = Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves users nobody knows
+    if path.is_file():
+        documents = _read_file(path)
+    elif path.exists() or path.suffix in (".txt", ".jsonl", ".json") or path.is_absolute():
+        raise TextError(f"text {source} is not a readable file")
+    else:
+        documents = _read_dataset(str(source))
+    documents = [document for document in (text.strip() for text in documents) if document]
+    if not documents:
+        raise TextError(f"text {source} is empty")
+    return documents
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            return [text for (text,) in read_rows(content, f"text {path}", "text")]
+    except UnicodeDecodeError as error:
+        raise TextError(f"text {path} is not UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise TextError(f"text {path} cannot be read: {error.strerror}") from error
+    return content.split(DOCUMENT_SEPARATOR)
+
+
+def read_rows(content: str, source: str, *fields: str) -> list[tuple[str, ...]]:
+    """The strings under ``fields`` in each line of JSON of ``content``; ``source`` is how messages name it.
+
+    Raises:
+        TextError: a line is no JSON object, or a field is no string; names the line.
+    """
+    return [
+        _row(line, f"{source}, line {number}", fields)
+        for number, line in enumerate(content.split("\n"), 1)
+        if line.strip()
+    ]
+
+
+def _row(line: str, where: str, fields: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{where}: not JSON ({error})") from error
+    for name in fields:
+        if not isinstance(row, dict) or not isinstance(row.get(name), str):
+            raise TextError(f"{where}: must be a JSON object whose field {name!r} is a string")
+        if any("\ud800" <= character <= "\udfff" for character in row[name]):
+            raise TextError(f"{where}: field {name!r} holds half a character (a lone surrogate)")
+    return tuple(row[name] for name in fields)
+
+
+def _read_dataset(name: str) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise TextError(f"{name} is not a file; to read it as a hub data set: pip install 'anymla[data]'") from error
+    dataset, config, split = (*name.split(":"), "", "")[:3]
+    try:
+        rows = load_dataset(dataset, config or None, split=split or "train", streaming=True)
+        return [str(row["text"]) for row in islice(rows, DATASET_DOCUMENTS)]
+    except Exception as error:  # whatever the hub, the network or the data set's own reader raises
+        raise TextError(f"text {name} is neither a file nor a readable data set: {error!s:.200}") from error
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """The BOS token, with which text begins; nothing where the tokenizer has none, or says no to it."""
+    refused = tokenizer.init_kwargs.get("add_bos_token") is False  # as its own config says; the attribute has a default
+    return [] if refused or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
+    """Token ids of all documents in a row, each begun by the BOS token, but not where the tokenizer says no to it."""
+    bos = first_tokens(tokenizer)
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids:
+            yield from bos + ids
+
+
+def token_windows(ids: Iterable[int], length: int, source: str | Path, *, at_least: int = 1) -> Tensor:
+    """Cuts ids into windows [N, T] of ``length`` tokens, shorter where the text gives less than ``at_least`` of them.
+
+    Raises:
+        TextError: fewer than 256 tokens.
+    """
+    tokens = torch.tensor(list(ids), dtype=torch.long)
+    if len(tokens) < MINIMUM_TOKENS:
+        raise TextError(f"text {source} gives {len(tokens)} tokens; at least {MINIMUM_TOKENS} are needed")
+    length = min(length, len(tokens) // at_least)
+    count = len(tokens) // length
+    return tokens[: count * length].view(count, length)
+
+
+def calibration_windows(source: str | Path, tokenizer: Any, *, tokens: int, length: int, seed: int) -> Tensor:
+    """Windows [N, T] of about ``tokens`` tokens drawn from all over ``source``; the same seed draws the same.
+
+    Long documents are drawn from in pieces of about a window, so that a sample has as many places as it has windows.
+    """
+    size = max(PIECE_CHARACTERS, 4 * length)
+    pieces = [
+        document[start : start + size] for document in read_documents(source) for start in range(0, len(document), size)
+    ]
+    random.Random(seed).shuffle(pieces)
+    ids = islice(tokenize(pieces, tokenizer), tokens)
+    return token_windows(ids, length, source, at_least=WINDOWS_AT_LEAST)

@@ -1,0 +1,173 @@
+"""What serving engines' layouts can hold, and which models fit into them; from the config alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from anymla.architectures.families import FAMILIES
+from anymla.architectures.model_spec import AttentionSpec, ModelSpec
+from anymla.architectures.positions import RopeSpec
+from anymla.errors import InfeasibleError, UnsupportedModelError
+
+Target = Literal["deepseek", "vllm", "gguf"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+
+GRID_ROPE = "channel-pca"  # the rope choice that knows how to keep to a grid
+KERNEL_RANK, KERNEL_ROPE = 512, 64  # the sizes of DeepSeek's own models, for which engines compile their kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a conversion must keep to: one split for all layers; rope frequencies in a geometric series; no biases.
+
+    ``rope``: most rope dims, which kernels of vLLM and SGLang have room for. Of the rank they have none but under
+    --pad cpu and full (padding.py), so it is free here and :func:`kernel_note` speaks of it.
+    """
+
+    uniform: bool = True
+    grid: bool = True
+    biases: bool = False
+    rope: int | None = KERNEL_ROPE
+
+
+FREE = Limits(uniform=False, grid=False, biases=True, rope=None)
+LIMITS: dict[Target | None, Limits] = {
+    None: FREE,
+    "deepseek": Limits(),
+    "vllm": Limits(grid=False, biases=True),
+    "gguf": Limits(rope=None),  # made of the deepseek export; llama.cpp's kernels take any width
+}
+
+
+def plain_pairs(rope: RopeSpec | None, pairs: int) -> int:
+    """How many of the P rope pairs of a head, from the fastest on, turn with theta^(-i/P) at any context length.
+
+    llama3 scaling leaves pairs alone whose wavelength is below the original context over high_freq_factor.
+    """
+    if rope is None or rope.rope_type not in ("default", "llama3"):
+        return 0
+    if rope.rope_type == "default":
+        return pairs
+    longest = float(rope.settings["original_max_position_embeddings"]) / float(rope.settings["high_freq_factor"])
+    return sum(2 * math.pi * rope.theta ** (index / pairs) < longest for index in range(pairs))
+
+
+def target_refusal(target: Target, model_spec: ModelSpec, *, static_norms: bool = False) -> str | None:
+    """Why no conversion of this model can be exported to ``target``, or None.
+
+    ``static_norms``: whether fixed scales may stand in for norms on queries and keys.
+    """
+    specs = list(model_spec.attention_layers.values())
+    windows = [spec.sliding_window for spec in specs if spec.sliding_window is not None]
+    if model_spec.has_vision:
+        return "it is a vision-language model"
+    if len(specs) < len(model_spec.layers):
+        return "some layers have no softmax attention"
+    if windows and min(windows) < model_spec.max_position_embeddings:
+        return f"it has a sliding window of {min(windows)} tokens"
+    if model_spec.beyond is not None:
+        return f"it has {model_spec.beyond}"
+    if any(spec != specs[0] for spec in specs):
+        return "its layers differ in heads, rope or window"
+    if LIMITS[target].grid:
+        return _deepseek_refusal(specs[0], model_spec, static_norms)
+    return backend_refusal(model_spec.text_model_type)
+
+
+def backend_refusal(model_type: str) -> str | None:
+    """What keeps vLLM's transformers backend from running a family, whatever its config says; None for nothing."""
+    if FAMILIES[model_type].all_layers_attend:
+        return "its layers mix tokens beside attention too, and vLLM's transformers backend keeps no state of that"
+    return FAMILIES[model_type].unserved
+
+
+def _deepseek_refusal(spec: AttentionSpec, model_spec: ModelSpec, static_norms: bool) -> str | None:
+    if model_spec.other_block is not None:
+        return model_spec.other_block
+    if spec.qkv_bias or spec.output_bias:
+        return "its attention has biases, DeepSeek's has none"
+    if not plain_pairs(model_spec.rope, spec.rope_pairs):
+        kind = "no rope" if model_spec.rope is None else f"rope of type {model_spec.rope.rope_type}"
+        return f"it has {kind}: no pair turns as in DeepSeek's plain rope"
+    if spec.qk_norm and not static_norms:
+        return (
+            "it has norms on queries and keys, DeepSeek's attention has none (--static-qk-norm puts fixed scales in "
+            "their place, at a loss)"
+        )
+    return None
+
+
+def check_target(target: Target, model: str, model_spec: ModelSpec, *, static_norms: bool) -> None:
+    """Refuses a target that this model cannot have; ``static_norms`` as in :func:`target_refusal`.
+
+    Raises:
+        UnsupportedModelError: why, and which target is left.
+    """
+    if (reason := target_refusal(target, model_spec, static_norms=static_norms)) is not None:
+        free = [other for other in TARGETS if target_refusal(other, model_spec) is None]
+        left = f"--target {free[0]} can hold it" if free else "it serves in transformers, without --target"
+        raise UnsupportedModelError(f"--target {target} cannot hold {model}: {reason}; {left}")
+
+
+def verdicts(model_spec: ModelSpec) -> dict[str, tuple[str, str]]:
+    """For each target whether its export is 'exact' with any plan, 'constrained', 'lossy' or 'impossible', and why."""
+    found = {"transformers": ("exact", "any plan")}
+    for target in TARGETS:
+        if (reason := target_refusal(target, model_spec)) is not None:
+            possible = target_refusal(target, model_spec, static_norms=True) is None
+            found[target] = ("lossy" if possible else "impossible", reason)
+        elif LIMITS[target].grid:
+            most = (most_rope_dims(target, GRID_ROPE, model_spec) or 0) // 2
+            needs = f"one split for all layers, at most {most} rope channels on a grid, no biases"
+            if target == "gguf":
+                needs += "; a tokenizer that llama.cpp has, which convert checks first"
+            found[target] = ("constrained", f"convert --target {target}: {needs}")
+        else:
+            needs = "layers are padded to the widest; with convert --target vllm they have one split"
+            if model_spec.experts:
+                needs += "; vLLM 0.32 runs mixtures of experts on GPUs only"
+            found[target] = ("exact", f"any plan: {needs}")
+    return found
+
+
+def most_rope_dims(target: Target, rope: str, model_spec: ModelSpec) -> int | None:
+    """Rope dims that ``target`` holds: on a grid two per plain frequency, and what kernels take; None: no limit.
+
+    Raises:
+        InfeasibleError: the rope choice has channels that heads do not share.
+    """
+    limits = LIMITS[target]
+    if not limits.grid:
+        return limits.rope
+    if rope != GRID_ROPE:
+        raise InfeasibleError(
+            f"--rope {rope} chooses channels that are no grid, which --target {target} needs: leave --rope out, or "
+            "give --target vllm"
+        )
+    plain = 2 * most_channels(model_spec)
+    return plain if limits.rope is None else min(plain, limits.rope)
+
+
+def most_channels(model_spec: ModelSpec) -> int:
+    """Channels of a grid: one per frequency that turns as in plain rope."""
+    spec = next(iter(model_spec.attention_layers.values()))
+    return plain_pairs(model_spec.rope, spec.rope_pairs)
+
+
+def kernel_note(target: Target | None, rank: int) -> str | None:
+    """What a plan's rank means for the kernels that will serve it; None where nothing is to be said."""
+    if target is None or LIMITS[target].rope is None or rank <= KERNEL_RANK:
+        return None
+    return (
+        f"A rank above {KERNEL_RANK} (here {rank}) fits neither vLLM's kernel for CPUs nor FlashMLA: export --to "
+        f"{target} with --pad cuda or none, or keep a smaller cache."
+    )
+
+
+def grid_steps(rope_dims: int, most: int) -> tuple[int, ...]:
+    """Steps of a grid of R/2 channels over ``most`` frequencies: powers of two, and the widest that fits."""
+    channels = rope_dims // 2
+    widest = (most - 1) // (channels - 1) if channels > 1 else 1
+    return tuple(sorted({1 << power for power in range(widest.bit_length())} | {widest}))

@@ -1,0 +1,1 @@
+"""Methods of compression: each one a step of a recipe."""

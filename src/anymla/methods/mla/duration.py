@@ -1,0 +1,68 @@
+"""How long a conversion takes: its operations, counted from shapes, over the speed that the machine was measured at."""
+
+from __future__ import annotations
+
+from anymla.architectures.model_spec import AttentionSpec, ModelSpec
+from anymla.methods.mla.costs import STEP_TOKENS, TRIED_FROM, WITH_TRIALS, original_cost, reconstruction_steps
+from anymla.methods.mla.settings import MLA
+
+LONG = 600  # seconds from which on a user is told what is faster
+START = 5  # seconds for Python, torch and transformers
+FEW_TOKENS = 8192  # of calibration text, offered to who has no time
+# passes of all calibration tokens, fitted to measured conversions: through whole layers (the original's, the converted
+# one's), through the attention alone (candidates, refit), and what the statistics take over an attention's scores
+LAYER_PASSES, ATTENTION_PASSES, STATISTICS = 2, 3, 3
+STEP_PASSES = 5  # of a step's tokens: forward, backward, and the optimiser
+DECOMPOSITIONS = 100  # float32 operations of all float64 algebra of a layer, over the cube of its width
+PER_SCORE, PER_LOGIT = 150, 4000  # operations in whose time a softmax treats a score, and a logit is scored
+
+
+def estimated_seconds(model_spec: ModelSpec, recipe: MLA, speed: float, layers: int | None = None) -> float:
+    """Seconds of a conversion at ``speed`` operations per second, right within a factor of about two.
+
+    ``layers``: those that are still to be done; all, where None.
+    """
+    share = 1.0 if layers is None else layers / len(model_spec.layers)
+    length = min(recipe.calibration_length, model_spec.max_position_embeddings)
+    layer = share * sum(_layer_operations(model_spec, spec, recipe, length) for spec in model_spec.layers)
+    scored = 2 * recipe.calibration_tokens / 8  # the held-out part, by both models
+    return START + (layer + scored * model_spec.vocab_size * (2 * model_spec.hidden_size + PER_LOGIT)) / speed
+
+
+def _layer_operations(model_spec: ModelSpec, spec: AttentionSpec | None, recipe: MLA, length: int) -> float:
+    """Operations that a layer's conversion takes; a layer without softmax attention is passed through alone."""
+    tokens, hidden = recipe.calibration_tokens, model_spec.hidden_size
+    mlp = 2 * 3 * hidden * model_spec.intermediate_size  # per token
+    if spec is None:
+        return tokens * LAYER_PASSES * mlp
+    queries = spec.num_heads * spec.head_dim
+    scores = length * (4 * queries + PER_SCORE * spec.num_heads)
+    attention = 2 * original_cost(spec, hidden).parameters + scores
+    passes = LAYER_PASSES * (attention + mlp) + ATTENTION_PASSES * attention + STATISTICS * scores
+    algebra = DECOMPOSITIONS * (queries**3 + spec.cached_numbers**3)
+    steps = reconstruction_steps(model_spec, recipe) * (recipe.factorization == "output-aware")
+    trained = steps * (WITH_TRIALS if steps >= TRIED_FROM else 1) * STEP_TOKENS * STEP_PASSES * attention
+    return tokens * passes + algebra + trained
+
+
+def faster(model_spec: ModelSpec, recipe: MLA, speed: float, layers: int | None = None) -> str | None:
+    """How long a conversion takes and which options make it faster; None where it does not take long."""
+    seconds = estimated_seconds(model_spec, recipe, speed, layers)
+    if seconds < LONG:
+        return None
+    options = {"--reconstruction-steps 0": {"reconstruction_steps": 0}}
+    if recipe.calibration_tokens > FEW_TOKENS:
+        options[f"--calibration-tokens {FEW_TOKENS}"] = {"calibration_tokens": FEW_TOKENS}
+    offers = []
+    for option, changes in options.items():
+        other = estimated_seconds(model_spec, recipe.model_copy(update=changes), speed, layers)
+        if other < 0.9 * seconds:
+            offers.append(f"{option} (about {spoken(other)})")
+    offered = f" Faster, at a loss of quality: {' or '.join(offers)}." if offers else ""
+    return f"The conversion takes about {spoken(seconds)} here.{offered}"
+
+
+def spoken(seconds: float) -> str:
+    """A time as a user would say it."""
+    minutes = seconds / 60
+    return f"{max(1, round(minutes))} min" if minutes < 100 else f"{minutes / 60:.3g} hours"

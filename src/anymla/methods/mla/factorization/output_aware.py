@@ -1,0 +1,42 @@
+"""Least damage to the layer's output (anymla; docs/mathematics.md, 'The latent')."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from anymla.methods.mla.factorization.latent import Latent, LatentProblem, blockwise, top_eigenvectors
+
+
+@dataclass(frozen=True)
+class OutputAware:
+    """Minimises E || M^{1/2} (y - y~) ||^2 over rank-r y~, y centred, tokens weighted by the attention they receive.
+
+    With U the top eigenvectors of M^{1/2} Cov(y) M^{1/2}: encoder U^T M^{1/2}, decoder M^{-1/2} U. A constant in k_rest
+    adds the same number to every score of a row, and the mean of v comes back as an output bias, so means cost no rank.
+    """
+
+    metric_floor: float = 1e-4  # smallest eigenvalue of a metric block, as a share of its largest
+
+    refits_output: ClassVar[bool] = True
+
+    def __call__(self, problem: LatentProblem, rank: int) -> Latent:
+        mean = problem.weighted_mean
+        covariance = torch.addr(problem.weighted_gram, mean, mean, alpha=-1)
+        root, inverse = self._roots(problem.metric)
+        vectors = top_eigenvectors(blockwise(root, blockwise(root, covariance).T), rank)
+        encoder, decoder = blockwise(root, vectors).T, blockwise(inverse, vectors)
+        size = encoder.norm(dim=1)  # unit rows: latents of one size suit 16-bit and quantised caches
+        return Latent(encoder / size[:, None], decoder * size, mean)
+
+    def _roots(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """M^{1/2} and M^{-1/2}, block by block; small eigenvalues are raised so that the inverse stays tame."""
+        values, vectors = torch.linalg.eigh((blocks + blocks.transpose(1, 2)) / 2)
+        values = values.clamp_min(0)
+        values = values.maximum(self.metric_floor * values[:, -1:])
+        values = torch.where(values > 0, values, 1.0)  # a head that nothing reads
+        root = values.sqrt().unsqueeze(1)
+        return (vectors * root) @ vectors.transpose(1, 2), (vectors / root) @ vectors.transpose(1, 2)

@@ -1,0 +1,23 @@
+"""Truncation in the metric of the data (SVD-LLM, arXiv 2403.07378; CARE, arXiv 2603.17946 as used for MLA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from anymla.methods.mla.factorization.latent import Latent, LatentProblem, top_eigenvectors
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """SVD of W C^{1/2}, C = E[x x^T], truncated, times C^{-1/2}.
+
+    Its left vectors are the eigenvectors of W C W^T, the moments of y less its bias, and the result is U_r U_r^T W: no
+    inverse is needed. Biases stay outside, exact.
+    """
+
+    refits_output: ClassVar[bool] = False
+
+    def __call__(self, problem: LatentProblem, rank: int) -> Latent:
+        vectors = top_eigenvectors(problem.unbiased_gram, rank)
+        return Latent(vectors.T, vectors, problem.bias)

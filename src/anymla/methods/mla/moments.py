@@ -1,0 +1,192 @@
+"""Second moments of one attention layer on calibration text: all that the algebra needs to know about the data.
+
+Shapes: B windows, T tokens, H query heads, G key/value heads, n = H/G, d head_dim, P rope pairs, D hidden.
+y = [keys of all kv heads ; values of all kv heads], 2Gd numbers per token, keys before rope and after their norm.
+Sums run in float64; activations keep the model's precision, at least float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anymla.architectures.attention import AttentionWeights
+from anymla.distributed import all_sum, all_sum_number
+from anymla.modeling.absorbed import additive_mask
+from anymla.modeling.heads import attention_weights, causal_mask
+
+SAMPLE_WINDOWS, SAMPLE_QUERIES = 4, 128  # of the first batch: what Sample holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Queries and keys of a few tokens, before rope, for methods that look at single scores.
+
+    query [S,H,R,d]: R evenly spaced tokens of S windows; key [S,G,T,d]; turn [R,T,P]: e^{i Delta theta_f} of every pair
+    of tokens; allowed [R,T]: whether the first may look at the second.
+    """
+
+    query: Tensor
+    key: Tensor
+    turn: Tensor
+    allowed: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, turn: Tensor, mask: Tensor) -> Sample:
+        """Takes it from a batch: query [B,H,T,d], key [B,G,T,d], turn [T,P] of unit length, additive mask."""
+        windows, length = min(SAMPLE_WINDOWS, len(query)), query.shape[2]
+        rows = torch.arange(0, length, max(1, windows * length // SAMPLE_QUERIES), device=query.device)
+        allowed = mask[0, 0].expand(length, length)[rows] > torch.finfo(mask.dtype).min / 2
+        relative = turn[rows, None] * turn.conj()
+        return cls(query=query[:windows, :, rows], key=key[:windows], turn=relative, allowed=allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Statistics of one layer (docs/mathematics.md, 'What is measured').
+
+    gram [2Gd,2Gd], mean [2Gd]: E[y y^T] and E[y] over tokens. weighted_gram, weighted_mean: the same with token n
+    weighted by the attention it receives, sum_m a_mn^2. query_gram [H,d,d]: E[q q^T]. rotation [H,P] complex:
+    E[e^{i Delta theta_f}] over the distances that head h attends to. rope_scale: the factor that rope itself puts on
+    scores (1 but for yarn and longrope). key_weight, value_weight [H]: E_t sum_n a_tn^2 ||W_o (v_n - o_t)||^2 and
+    E_t sum_n a_tn^2. query_norm [H,P], key_norm [G,P]: mean 2-norm of each rope pair. sample: some of this process's
+    tokens as they are.
+    """
+
+    gram: Tensor
+    mean: Tensor
+    weighted_gram: Tensor
+    weighted_mean: Tensor
+    query_gram: Tensor
+    rotation: Tensor
+    rope_scale: float
+    key_weight: Tensor
+    value_weight: Tensor
+    query_norm: Tensor
+    key_norm: Tensor
+    sample: Sample
+
+
+class MomentSums:
+    """Running sums of :class:`Moments`; feed it batches, then take :meth:`moments`.
+
+    Attention to the last ``window`` tokens does not count: they are seen exactly (modeling/exact_window.py).
+    """
+
+    def __init__(self, weights: AttentionWeights, window: int = 0) -> None:
+        self.weights, self.window = weights, window
+        kv_heads, d = weights.key.shape[:2]
+        heads, device = weights.query.shape[0], weights.query.device
+        y, pairs = 2 * kv_heads * d, weights.rope_pairs
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.tokens, self.received, self.rope_scale = 0, zeros(), 1.0
+        self.gram, self.mean, self.weighted_gram, self.weighted_mean = zeros(y, y), zeros(y), zeros(y, y), zeros(y)
+        self.query_gram = zeros(heads, d, d)
+        self.rotation = zeros(heads, pairs, dtype=torch.complex128)
+        self.attended, self.key_weight, self.value_weight = zeros(heads), zeros(heads), zeros(heads)
+        self.query_norm, self.key_norm = zeros(heads, pairs), zeros(kv_heads, pairs)
+        self.sample: Sample | None = None
+
+    def add(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> None:
+        """Adds a batch: query [B,H,T,d], key and value [B,G,T,d] before rope, cos and sin [1,1,T,P].
+
+        ``mask`` [1,1 or H,T,T] is additive, None where only the future is masked.
+        """
+        precision = torch.promote_types(query.dtype, torch.float32)
+        query, key, value = query.to(precision), key.to(precision), value.to(precision)
+        batch, _, length, _ = key.shape
+        turn = torch.complex(cos[0, 0].to(precision), sin[0, 0].to(precision))  # [T,P]
+        if mask is None:
+            mask = additive_mask(causal_mask(length, length, None, query.device), precision)
+        if self.sample is None:
+            self.sample = Sample.of(query, key, turn / turn.abs(), mask)
+        received = self._add_attention(query, key, value, turn, mask)
+        self.rope_scale = turn.abs().square().mean().item() if turn.numel() else 1.0
+        y = torch.cat([key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)], dim=-1).flatten(0, 1).double()
+        weight = received.flatten().double()
+        self.tokens += batch * length
+        self.received += weight.sum()
+        self.gram += y.T @ y
+        self.mean += y.sum(0)
+        self.weighted_gram += (y * weight[:, None]).T @ y
+        self.weighted_mean += weight @ y
+        flat = query.transpose(0, 1).flatten(1, 2).double()
+        self.query_gram += flat.transpose(1, 2) @ flat
+        turned = 2 * turn.shape[1]
+        self.query_norm += to_complex(query[..., :turned]).abs().double().sum(dim=(0, 2))
+        self.key_norm += to_complex(key[..., :turned]).abs().double().sum(dim=(0, 2))
+
+    def _add_attention(self, query: Tensor, key: Tensor, value: Tensor, turn: Tensor, mask: Tensor) -> Tensor:
+        """Adds what heads attend to; returns what every token receives, sum_m a_mn^2 [B,T]."""
+        kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+        received = query.new_zeros(len(query), query.shape[2])
+        for head in range(kv_heads):  # one kv head at a time bounds memory to its [B,n,T,T] scores
+            heads = slice(head * group, (head + 1) * group)
+            attention = self._attention(query[:, heads], key[:, head], turn, mask, heads)
+            output = attention @ value[:, head].unsqueeze(1)
+            attention = attention.tril_(-self.window) if self.window else attention
+            received += attention.square().sum(dim=(1, 2))
+            self._add_heads(heads, attention, output, value[:, head], turn / turn.abs())
+        return received
+
+    def _attention(self, query: Tensor, key: Tensor, turn: Tensor, mask: Tensor, heads: slice) -> Tensor:
+        """Attention probabilities [B,n,T,T] of the heads that share one key head."""
+        rotated_query, rotated_key = rotate(query, turn), rotate(key, turn)
+        if self.weights.query_gain is not None:
+            rotated_query = rotated_query * self.weights.query_gain.to(query.dtype)
+        scores = rotated_query @ rotated_key.unsqueeze(1).mT * self.weights.scaling
+        sinks = None if self.weights.sinks is None else self.weights.sinks[heads]
+        mask = mask if mask.shape[1] == 1 else mask[:, heads]
+        return attention_weights(scores, mask.to(scores.dtype), self.weights.softcap, sinks)
+
+    def _add_heads(self, heads: slice, attention: Tensor, output: Tensor, value: Tensor, turn: Tensor) -> None:
+        """Adds what the heads that share one ``value`` [B,T,d] attend to, [B,n,T,T], and give, [B,n,T,d]."""
+        squared = attention.square()
+        output_weight = self.weights.output[:, heads].to(value.dtype)  # [D,n,d]
+        metric = torch.einsum("Dnd,Dne->nde", output_weight, output_weight)
+        value_metric = value.unsqueeze(1) @ metric
+        value_norm = (value_metric * value.unsqueeze(1)).sum(-1)  # ||W_o v||^2, [B,n,T]
+        output_norm = ((output @ metric) * output).sum(-1)
+        cross = output @ value_metric.transpose(-1, -2)  # [B,n,T,T]
+        distance = (output_norm.unsqueeze(-1) - 2 * cross + value_norm.unsqueeze(-2)).clamp_min(0)
+        self.key_weight[heads] += (squared * distance).sum(dim=(0, 2, 3)).double()
+        self.value_weight[heads] += squared.sum(dim=(0, 2, 3)).double()
+        self.attended[heads] += attention.sum(dim=(0, 2, 3)).double()
+        mean_turn = attention.to(turn.dtype) @ turn.conj()  # sum_n a_mn e^{-i n theta}, [B,n,T,P]
+        self.rotation[heads] += (turn * mean_turn).sum(dim=(0, 2)).to(self.rotation.dtype)
+
+    def moments(self) -> Moments:
+        """The means of all that was added; ends the sums, whose memory they take over.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self.sample is None:
+            raise ValueError("moments of no tokens")
+        over_tokens = ("gram", "mean", "query_gram", "key_weight", "value_weight", "query_norm", "key_norm")
+        tokens = all_sum_number(self.tokens, self.gram.device)
+        for name in over_tokens:
+            all_sum(getattr(self, name)).div_(tokens)
+        all_sum(self.received)
+        for name in ("weighted_gram", "weighted_mean"):
+            all_sum(getattr(self, name)).div_(self.received.clamp_min(1e-300))
+        all_sum(self.rotation).div_(all_sum(self.attended).clamp_min(1e-300)[:, None])
+        means = {name: getattr(self, name) for name in (*over_tokens, "rotation", "weighted_gram", "weighted_mean")}
+        return Moments(rope_scale=self.rope_scale, sample=self.sample, **means)
+
+
+def to_complex(pairs: Tensor) -> Tensor:
+    """Half-split pairs [..., 2N] as complex numbers [..., N]."""
+    real, imag = pairs.chunk(2, dim=-1)
+    return torch.complex(real.contiguous(), imag.contiguous())
+
+
+def rotate(heads: Tensor, turn: Tensor) -> Tensor:
+    """Heads [..., d] with their first P pairs, half-split, times complex ``turn`` [..., P]."""
+    turned = to_complex(heads[..., : 2 * turn.shape[-1]]) * turn
+    return torch.cat([turned.real, turned.imag, heads[..., 2 * turn.shape[-1] :]], dim=-1)

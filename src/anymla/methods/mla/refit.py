@@ -1,0 +1,77 @@
+"""Least-squares refit of the output projection after a layer was converted (docs/mathematics.md, 'The refit')."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymla.distributed import all_sum, all_sum_number
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean feature power that hold the weight to where it was
+
+
+@dataclass
+class NormalEquations:
+    """Sums for regressing an output error [N,D] on features [N,F]: X^T X, X^T E, ||E||^2."""
+
+    gram: Tensor
+    cross: Tensor
+    error: float
+
+    def error_of(self, change: Tensor) -> float:
+        """||E - X change||^2."""
+        return self.error - 2 * (change * self.cross).sum().item() + (change * (self.gram @ change)).sum().item()
+
+
+def normal_equations(batches: Iterable[tuple[Tensor, Tensor]], *, bias: bool = True) -> NormalEquations:
+    """Accumulates (features [..,F], error [..,D]) in float64; with ``bias``, a constant feature is appended for it."""
+    gram = cross = torch.zeros(())
+    total = 0.0
+    for features, error in batches:
+        x, e = features.flatten(0, -2).double(), error.flatten(0, -2).double()
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if bias else x
+        gram, cross, total = gram.to(x.device) + x.T @ x, cross.to(x.device) + x.T @ e, total + e.square().sum().item()
+    return NormalEquations(all_sum(gram), all_sum(cross), all_sum_number(total, gram.device))
+
+
+def best_change(fit: NormalEquations, choice: NormalEquations, *, bias: bool = True) -> Tensor | None:
+    """The ridge solution [F,D] of ``fit`` whose strength does best on ``choice``; None where none beats no change."""
+    last = -1 if bias else len(fit.gram)
+    power = fit.gram.diagonal()[:last].mean()
+    if not power > 0:  # an attention that gives nothing
+        return None
+    penalty = torch.ones_like(fit.gram.diagonal()) * power
+    penalty[last:] = 0  # the bias is free
+    best, best_error = None, choice.error
+    for ridge in RIDGES:
+        change = torch.linalg.lstsq(fit.gram + torch.diag(ridge * penalty), fit.cross).solution
+        if torch.isfinite(change).all() and (error := choice.error_of(change)) < best_error:
+            best, best_error = change, error
+    return best
+
+
+def refit_output(
+    attention: Any,
+    batches: Callable[[slice], Iterable[tuple[Tensor, Tensor]]],
+    fit: slice,
+    choice: slice,
+    saved: torch.dtype,
+) -> None:
+    """Changes ``attention.o_proj`` in place, to numbers that the dtype ``saved`` holds.
+
+    ``batches(windows)`` yields its input and what its output still lacks.
+
+    The converted layer then makes up, as far as a linear map can, for what it and the converted layers below it lost:
+    W_o moves by argmin ||X change - E||^2 + ridge ||change||^2, the ridge chosen on windows that were not fitted.
+    """
+    projection = attention.o_proj
+    inputs, bias = projection.in_features, projection.bias is not None
+    change = best_change(*(normal_equations(batches(part), bias=bias) for part in (fit, choice)), bias=bias)
+    if change is not None:
+        projection.weight.data.copy_((projection.weight.double() + change[:inputs].T).to(saved))
+        if bias:
+            projection.bias.data.copy_((projection.bias.double() + change[inputs]).to(saved))

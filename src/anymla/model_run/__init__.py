@@ -1,0 +1,1 @@
+"""Runs a decoder layer by layer."""

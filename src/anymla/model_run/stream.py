@@ -1,0 +1,211 @@
+"""Runs a decoder one layer at a time, so that only one layer's activations are held."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from anymla.errors import UnsupportedModelError
+from anymla.model_run.activations import Activations
+
+SCORE_ELEMENTS = 1 << 22  # attention scores per batch; bounds the batch, and so the memory of its activations
+LAYER_LISTS = ("layers", "h", "blocks")
+INNER_MODELS = ("language_model", "text_model", "model", "decoder")
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a causal language model, or of the text model inside a vision-language model, in order.
+
+    Raises:
+        UnsupportedModelError: they are not where any known family keeps them.
+    """
+    module = model.base_model
+    while module is not None:
+        for name in LAYER_LISTS:
+            if isinstance(layers := getattr(module, name, None), nn.ModuleList):
+                return layers
+        module = next((getattr(module, name) for name in INNER_MODELS if hasattr(module, name)), None)
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers where anymla looks for it")
+
+
+class _Reached(Exception):
+    """Ends a run where enough is known."""
+
+
+@contextmanager
+def _layers_run(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Lets every layer run ``forward(index, hidden_states, *args, **kwargs)`` instead of its own."""
+    for index, layer in enumerate(layers):
+        layer.forward = lambda *args, index=index, **kwargs: forward(index, *args, **kwargs)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the decoder hands to its layers: embedded windows [B,T,D] and each layer's arguments, by name."""
+
+    hidden: Tensor
+    arguments: list[dict[str, Any]]
+
+
+def batch_size(heads: int, length: int) -> int:
+    """Windows per batch such that their attention scores stay bounded."""
+    return max(1, SCORE_ELEMENTS // (heads * length * length))
+
+
+@torch.no_grad()
+def layers_give_tuples(model: Any, ids: Tensor) -> bool:
+    """Whether the decoder takes apart what its layers return: a family's may do so in one release and not in the next.
+
+    Told by what becomes of a tuple that the first layer returns. ``ids`` [B,T]: any tokens.
+    """
+    given: list[Any] = []
+
+    def run(index: int, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        given.append(hidden_states)
+        if index == 1:
+            raise _Reached
+        return hidden_states, None
+
+    with _layers_run(decoder_layers(model), run):
+        try:
+            model.base_model(input_ids=ids, use_cache=False)
+        except _Reached:
+            return isinstance(given[1], Tensor)
+        except (TypeError, AttributeError):  # of something that is done to hidden states
+            return False
+    return True  # a single layer
+
+
+@torch.no_grad()
+def layer_inputs(model: Any, ids: Tensor, *, tuples: bool, use_cache: bool = False) -> LayerInputs:
+    """Embeds windows ``ids`` [B,T] and records what each layer is called with: mask, rope tables, cache.
+
+    Runs no layer and nothing behind them. ``tuples``: what layers_give_tuples says of the model.
+    """
+    layers = decoder_layers(model)
+    names = [list(inspect.signature(layer.forward).parameters)[1:] for layer in layers]  # after the hidden states
+    arguments: list[dict[str, Any]] = [{} for _ in layers]
+    embedded: list[Tensor] = []
+
+    def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        embedded.append(hidden_states)
+        arguments[index] = dict(zip(names[index], args, strict=False)) | kwargs
+        if index == len(layers) - 1:
+            raise _Reached
+        return (hidden_states, None) if tuples else hidden_states
+
+    with _layers_run(layers, record), suppress(_Reached):
+        model.base_model(input_ids=ids, use_cache=use_cache)
+    return LayerInputs(embedded[0], arguments)
+
+
+@torch.no_grad()
+def logits_of(model: Any, hidden: Tensor, *, tuples: bool) -> Tensor:
+    """Logits [B,T,V] of final hidden states [B,T,D]: the model's own last norm and head."""
+    output = (hidden, None) if tuples else hidden
+    inputs: dict[str, Tensor] = {"inputs_embeds": hidden}  # whatever they are; their table need not be read
+    if model.get_input_embeddings().weight.shape[1] != hidden.shape[-1]:
+        inputs = {"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)}
+    with _layers_run(decoder_layers(model), lambda index, *args, **kwargs: output):
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+def check_runs(model: Any, hidden: Tensor, *, tuples: bool) -> None:
+    """Makes logits of a few hidden states [B,T,D], before hours go into layers of a model that has none.
+
+    Raises:
+        UnsupportedModelError: transformers' own code fails, as it does for Llama 4 with images in 5.24.0.
+    """
+    try:
+        logits_of(model, hidden, tuples=tuples)
+    except (AttributeError, TypeError) as error:
+        release = f"transformers {transformers.__version__}"
+        raise UnsupportedModelError(
+            f"{release} cannot run {type(model).__name__}: {error!s:.160}; install another release of it"
+        ) from error
+
+
+@dataclass(frozen=True)
+class AttentionStep:
+    """One batch through a layer: its attention's input, other arguments, output; and the layer's output, [B,T,D]."""
+
+    inputs: Tensor
+    arguments: dict[str, Any]
+    attended: Tensor
+    output: Tensor
+
+
+@torch.no_grad()
+def attention_inputs(
+    layer: Any, attention: nn.Module, hidden: Activations, arguments: dict[str, Any], batch: int
+) -> Iterator[Tensor]:
+    """Yields per batch the attention module's input [B,T,D], and runs nothing behind it."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    hook = attention.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for part in hidden.split(batch):
+            with suppress(_Reached):
+                layer(part, **arguments)
+            yield seen.pop()
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def run_layer(
+    layer: Any, attention: nn.Module, hidden: Activations, arguments: dict[str, Any], batch: int
+) -> Iterator[AttentionStep]:
+    """Runs ``hidden`` [N,T,D] through a layer in batches."""
+    seen: dict[str, Any] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["arguments"] = dict(kwargs)
+        seen["input"] = args[0] if args else seen["arguments"].pop("hidden_states")
+        seen["residual"] = args[1] if len(args) > 1 else 0  # BLOOM's attention adds it
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        seen["output"] = first(output) - seen["residual"]
+
+    hooks = [
+        attention.register_forward_pre_hook(before, with_kwargs=True),
+        attention.register_forward_hook(after),
+    ]
+    try:
+        for part in hidden.split(batch):
+            output = first(layer(part, **arguments))
+            yield AttentionStep(seen["input"], seen["arguments"], seen["output"], output)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states among what a module gives."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def pass_through(layer: Any, stream: Activations, arguments: dict[str, Any], batch: int) -> None:
+    """Moves ``stream`` on to the states behind ``layer``."""
+    done = 0
+    for hidden in stream.split(batch):
+        stream[done : done + len(hidden)] = first(layer(hidden, **arguments))
+        done += len(hidden)

@@ -1,0 +1,90 @@
+"""Settings: frozen objects whose fields are YAML keys, help texts and rows of the docs; a wrong one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from anymla.errors import RecipeError, shown
+
+MOST_BYTES = 1 << 20  # of a recipe or plan: a plan of a thousand layers has a fifth of it
+MOST = 1 << 40  # of any number of tokens or dims
+
+DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class Settings(BaseModel):
+    """Settings in one frozen object; a wrong one is named with its place and value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], source: str = "recipe") -> Self:
+        """Checks ``settings``; the error names the field, its value and where it stood.
+
+        Raises:
+            RecipeError: an unknown field, or a value of the wrong kind or out of range.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            bare = first["type"] in ("extra_forbidden", "value_error")
+            value = "" if bare else f", got {shown(first['input'])}"
+            place = f"{where(first['loc'])}: " if first["loc"] else ""
+            raise RecipeError(f"{source}: {place}{first['msg'].removeprefix('Value error, ')}{value}") from error
+
+    def to_yaml(self) -> str:
+        """The settings as YAML, every field spelled out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def where(place: tuple[int | str, ...]) -> str:
+    """The place of a value in nested settings, as a.b.c, in printable characters."""
+    name = ".".join(str(part) for part in place)
+    return f"{name:.80}" if name.isprintable() else shown(name)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases, which can make a small file grow without end, and no name twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.value in names:
+                problem = f"{shown(key.value)} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        RecipeError: missing, unreadable, or not a mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise RecipeError(f"{path} has more than {MOST_BYTES >> 20} MiB: too large for a recipe or a plan")
+        content = yaml.load(text.decode("utf-8-sig"), _Loader)
+    except RecipeError:
+        raise
+    except Exception as error:  # beside its own errors, PyYAML lets through what dates and numbers of no sense raise
+        raise RecipeError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold names and values, as 'kv_cache: 0.25'")
+    if odd := [name for name in content if not isinstance(name, str)]:
+        raise RecipeError(f"{path}: {shown(odd[0])} is no name of a setting")
+    return content

@@ -1,0 +1,59 @@
+"""Writes a converted model as a checkpoint folder that loads anywhere."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from anymla.io.auto import auto_class
+from anymla.io.checkpoint import copy_companions
+from anymla.io.streamed import StreamedModel
+from anymla.io.work import WorkFolder
+from anymla.model_run.stream import decoder_layers
+from anymla.modeling import modeling_anymla
+from anymla.register import converted_class, register
+from anymla.sweep.shards import name_shards, pack, write_outside
+
+
+def converted_config(model: Any, layers: list[dict[str, Any]]) -> Any:
+    """The config of the converted ``model``: the original's fields, DeepSeek's names, each converted layer's features.
+
+    ``layers``: LatentAttention's arguments of each, and where in the model it is.
+    """
+    register()
+    model_class: Any = converted_class(type(model).__name__)
+    rank, rope_dims, head_dim = (
+        max(layer[name] for layer in layers) for name in ("kv_lora_rank", "qk_rope_head_dim", "head_dim")
+    )
+    fields = model.config.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(name, None)
+    return model_class.config_class(
+        **fields,
+        architectures=[model_class.__name__],
+        kv_lora_rank=rank,
+        qk_rope_head_dim=rope_dims,
+        qk_nope_head_dim=head_dim,
+        v_head_dim=head_dim,
+        qk_head_dim=head_dim + rope_dims,
+        mla_layers=layers,
+    )
+
+
+def write_checkpoint(
+    source: StreamedModel, work: WorkFolder, attentions: list[dict[str, Any]], *, max_shard_size: int
+) -> None:
+    """Completes ``work.model``: the last weights, config, modelling files, tokenizer and generation settings."""
+    config, layers = converted_config(source.model, attentions), decoder_layers(source.model)
+    write_outside(source, work, layers, behind=True)
+    pack(work, len(layers) + 2, max_shard_size, last=True)
+    shards = name_shards(work)
+    copy_companions(source.folder, work.model)
+    module = modeling_anymla.__name__.rsplit(".", 1)[-1]
+    config.auto_map = {
+        "AutoConfig": f"{module}.{type(config).__name__}",
+        auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",
+    }
+    config.save_pretrained(work.model)
+    for shard in shards:
+        shutil.copymode(work.model / "config.json", shard)
