@@ -68,7 +68,7 @@ def convert_best(model: Path, out: Path, method: Method, budget: float, common: 
     Raises:
         InfeasibleError: none of them fits the budget.
     """
-    spec = next(layer for layer in anymla.inspect(model).model_spec.layers if layer is not None)
+    spec = next(iter(anymla.inspect(model).model_spec.attention_layers.values()))
     candidates = method.settings(spec, int(spec.cached_numbers * budget + 1e-9))
     if not candidates:
         raise InfeasibleError("no number of rotated dims fits")

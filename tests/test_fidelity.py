@@ -105,7 +105,7 @@ def test_care_without_partial_rope_is_the_original_at_full_rank():
 @pytest.mark.parametrize("budget", fidelity.BUDGETS)
 def test_every_setting_can_be_planned_at_its_budget(name, budget):
     model_spec = fidelity.anymla.inspect(bundled_model()).model_spec
-    spec = model_spec.layers[0]
+    spec = model_spec.layers[0].attention
     settings = peers.METHODS[name].settings(spec, int(spec.cached_numbers * budget))
     assert settings or budget < 0.25
     for changes in settings:

@@ -19,12 +19,13 @@ from transformers.models.nanochat import modeling_nanochat
 from anymla.architectures.attention import pair_order
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.layers import has_rope
-from anymla.architectures.model_spec import AttentionSpec, read_model_spec
+from anymla.architectures.model_spec import read_model_spec
 from anymla.architectures.parts import _split_fused, check_parts
 from anymla.errors import UnsupportedModelError
 from anymla.methods.mla.moments import rotate
 from anymla.modeling.heads import rope_tables
 from anymla.modeling.latent_attention import window_of
+from anymla.modeling.spec import AttentionSpec
 from tests.family_models import tiny_config
 
 fast = settings(max_examples=25, deadline=None)

@@ -213,7 +213,10 @@ def test_flat_config_of_qwen2_vl(tmp_path):
     assert model_spec.layers == read_model_spec(tiny_vision_config("qwen2_vl").to_dict()).layers
     assert (model_spec.dtype, model_spec.rope.rope_type) == ("bfloat16", "default")
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    assert AutoConfig.from_pretrained(tmp_path).text_config.num_key_value_heads == model_spec.layers[0].num_kv_heads
+    assert (
+        AutoConfig.from_pretrained(tmp_path).text_config.num_key_value_heads
+        == model_spec.layers[0].attention.num_kv_heads
+    )
 
 
 REFUSED = [

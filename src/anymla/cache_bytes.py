@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from anymla.architectures.model_spec import DTYPE_BYTES, ModelSpec
 from anymla.methods.mla.settings import MLA
 from anymla.methods.mla.window import exact_window_of
+from anymla.modeling.spec import DTYPE_BYTES, ModelSpec
 
 LENGTHS = (4096, 32768)  # tokens at which sizes are told, beside the model's context
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from anymla.architectures.families import FAMILIES
-from anymla.architectures.model_spec import AttentionSpec, ModelSpec
-from anymla.architectures.positions import RopeSpec
 from anymla.errors import InfeasibleError, UnsupportedModelError
+from anymla.modeling.spec import AttentionSpec, ModelSpec, RopeSpec
 
 Target = Literal["deepseek", "vllm", "gguf"]
 TARGETS: tuple[Target, ...] = get_args(Target)

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymla.architectures.model_spec import ALREADY, ModelSpec
+from anymla.architectures.model_spec import ALREADY
 from anymla.cache_bytes import original_bytes, reduced_bytes, told_lengths
 from anymla.io.versions import versions
 from anymla.layouts import verdicts
 from anymla.methods.mla.plan import MLAPlan
+from anymla.modeling.spec import ModelSpec
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores

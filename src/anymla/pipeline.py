@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
-from anymla.architectures.model_spec import ModelSpec, read_config, read_model_spec
+from anymla.architectures.model_spec import read_config, read_model_spec
 from anymla.errors import RecipeError, TextError, UnsupportedModelError
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
@@ -33,6 +33,7 @@ from anymla.io.work import WorkFolder
 from anymla.methods.mla.duration import faster
 from anymla.methods.mla.plan import MLAPlan, check_plan, explain, make_plan, plan_bytes
 from anymla.methods.mla.settings import MLA
+from anymla.modeling.spec import ModelSpec
 from anymla.outcomes import Conversion, Inspection
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from anymla.architectures.families import Family
-from anymla.architectures.model_spec import AttentionSpec
 from anymla.architectures.parts import (
     OUTPUT_NORMS,
     OUTPUTS,
@@ -29,6 +28,7 @@ from anymla.architectures.parts import (
 from anymla.architectures.parts import norm_names as names_of_norms
 from anymla.errors import UnsupportedModelError
 from anymla.modeling.heads import query_temperature, split_heads
+from anymla.modeling.spec import AttentionSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,83 +12,15 @@ from anymla.architectures.block import beyond_latent, has_experts, other_block
 from anymla.architectures.families import FAMILIES, REFUSED, TEXT_ONLY_INSIDE, Family
 from anymla.architectures.fields import Fields, read_fields
 from anymla.architectures.layers import attends, cache_window_of, has_rope, heads_of, layer_type, window_of
-from anymla.architectures.positions import RopeSpec, read_rope, rope_pairs
+from anymla.architectures.positions import read_rope, rope_pairs
 from anymla.architectures.vision import VISION, text_config
 from anymla.errors import CheckpointError, UnsupportedModelError, shown
 from anymla.io.config import danger, read_object
 from anymla.io.mistaken import no_config, no_folder, other_config
 from anymla.io.sources.quantised_kinds import quantization_refusal
+from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LayerSpec, ModelSpec
 
 ALREADY = "already multi-head latent attention"
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionSpec:
-    """One layer's attention: H query heads, G key/value heads of d numbers, P pairs of them turned by rope."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_pairs: int
-    qkv_bias: bool
-    output_bias: bool
-    qk_norm: bool
-    sliding_window: int | None
-    cache_window: int | None  # tokens of which transformers' cache keeps all but the oldest; None: it keeps every token
-    cached_heads: int  # heads in transformers' cache: H where a family repeats keys and values before they are cached
-
-    @property
-    def cached_numbers(self) -> int:
-        """Numbers per token that a cache of keys and values needs: 2 G d."""
-        return 2 * self.num_kv_heads * self.head_dim
-
-    @property
-    def stored_numbers(self) -> int:
-        """Numbers per token that transformers' cache of the original holds: the same, save where heads are repeated."""
-        return 2 * self.cached_heads * self.head_dim
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """The facts of one decoder model that planning and conversion need."""
-
-    model_type: str
-    text_model_type: str  # whose attention it has: another one than model_type in a vision-language model
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    max_position_embeddings: int
-    tied_embeddings: bool
-    dtype: str
-    rope: RopeSpec | None
-    other_block: str | None  # what outside attention is not as in Llama (block.py)
-    beyond: str | None  # what of its attention no engine's latent attention does (block.py)
-    experts: bool  # whether some MLP is a mixture of experts
-    layers: tuple[AttentionSpec | None, ...]  # None: a layer without softmax attention, which stays as it is
-
-    @property
-    def has_vision(self) -> bool:
-        """Whether this is a vision-language model, of which the text model is converted."""
-        return self.model_type in VISION
-
-    @property
-    def attention_layers(self) -> dict[int, AttentionSpec]:
-        """The layers that can be converted, by their index."""
-        return {index: spec for index, spec in enumerate(self.layers) if spec is not None}
-
-    @property
-    def cached_numbers(self) -> int:
-        """Numbers that one layer of the original caches per token (the largest, where layers differ)."""
-        return max(spec.stored_numbers for spec in self.attention_layers.values())
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that a token takes in the original's cache, over all attention layers, in the checkpoint's dtype.
-
-        Layers with a window hold their last tokens only (cache_bytes.py).
-        """
-        return sum(spec.stored_numbers for spec in self.attention_layers.values()) * DTYPE_BYTES[self.dtype]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -157,10 +88,11 @@ def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise UnsupportedModelError(f"config.json: dtype {shown(dtype)} is not one of {', '.join(DTYPE_BYTES)}")
-    layers = tuple(_layer(fields, config, family, index) for index in range(fields.num_layers))
-    if not any(layers):
+    layers = tuple(LayerSpec(attention=_attention(fields, config, family, index)) for index in range(fields.num_layers))
+    specs = [layer.attention for layer in layers if layer.attention is not None]
+    if not specs:
         raise UnsupportedModelError("no layer of this model has softmax attention: there is no KV cache to shrink")
-    rope = read_rope(config) if any(spec.rope_pairs for spec in layers if spec) else None
+    rope = read_rope(config) if any(spec.rope_pairs for spec in specs) else None
     return ModelSpec(
         model_type=model_type,
         text_model_type=fields.model_type,
@@ -174,6 +106,7 @@ def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
         other_block=other_block(fields.model_type, config),
         beyond=beyond_latent(fields.model_type, config, rope=rope is not None),
         experts=has_experts(config),
+        has_vision=model_type in VISION,
         layers=layers,
     )
 
@@ -208,7 +141,7 @@ def _filled(config: Mapping[str, Any], model_type: str) -> tuple[dict[str, Any],
     return filled, family
 
 
-def _layer(fields: Fields, config: Mapping[str, Any], family: Family, index: int) -> AttentionSpec | None:
+def _attention(fields: Fields, config: Mapping[str, Any], family: Family, index: int) -> AttentionSpec | None:
     if not attends(config, family, index):
         return None
     heads = heads_of(config, index) or fields.num_heads

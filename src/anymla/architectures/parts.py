@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from anymla.architectures.families import Family
-from anymla.architectures.model_spec import AttentionSpec
 from anymla.errors import UnsupportedModelError
+from anymla.modeling.spec import AttentionSpec
 
 PATHS = ("self_attn", "norm_attn_norm.attn", "attn.attention", "attn", "attention", "self_attention", "mixer")
 SEPARATE = ("q_proj", "k_proj", "v_proj")

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anymla.architectures.families import ROPE_TYPES, Family
 from anymla.errors import UnsupportedModelError, shown
+from anymla.modeling.spec import RopeSpec
 
 MOST = 1e30  # of a base or factor
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """Rotary positions: the scaling type, the base, and the scaling's own settings."""
-
-    rope_type: str
-    theta: float
-    settings: Mapping[str, Any]
 
 
 def read_rope(config: Mapping[str, Any]) -> RopeSpec:

@@ -14,9 +14,8 @@ from anymla.cache_bytes import original_bytes, reduced_bytes, told_lengths
 from anymla.methods.mla.duration import spoken
 
 if TYPE_CHECKING:
-    from anymla.architectures.model_spec import AttentionSpec
-    from anymla.architectures.positions import RopeSpec
     from anymla.evaluation.scores import Scores
+    from anymla.modeling.spec import AttentionSpec, RopeSpec
     from anymla.outcomes import Conversion, Inspection
     from anymla.training.outcome import Recovery
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import Cache
 
 from anymla.architectures.families import FAMILIES
-from anymla.architectures.model_spec import ModelSpec
 from anymla.distributed import from_first, rank, wait_for_all, world
 from anymla.errors import TextError
 from anymla.io.device import give_back_memory
@@ -24,6 +23,7 @@ from anymla.methods.mla.split import best_split, open_splits
 from anymla.model_run.activations import Activations, Budget
 from anymla.model_run.cache_size import LayerCache
 from anymla.model_run.stream import check_runs, decoder_layers, layer_inputs, layers_give_tuples, pass_through
+from anymla.modeling.spec import ModelSpec
 from anymla.sweep.progress import check_room
 from anymla.sweep.shards import pack, write_layer, write_outside
 
@@ -192,7 +192,7 @@ class Sequence:
 
     def step(self, index: int) -> LayerStep:
         """The conversion of one layer, whose weights are there."""
-        plan, spec = self.plans[index], self.specs[index]
+        plan, spec = self.plans[index], self.specs[index].attention
         if plan is None or spec is None:
             raise ValueError(f"layer {index} has no softmax attention")
         config = self.source.model.config.get_text_config()

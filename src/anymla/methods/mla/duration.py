@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from anymla.architectures.model_spec import AttentionSpec, ModelSpec
 from anymla.methods.mla.costs import STEP_TOKENS, TRIED_FROM, WITH_TRIALS, original_cost, reconstruction_steps
 from anymla.methods.mla.settings import MLA
+from anymla.modeling.spec import AttentionSpec, ModelSpec
 
 LONG = 600  # seconds from which on a user is told what is faster
 START = 5  # seconds for Python, torch and transformers
@@ -24,7 +24,7 @@ def estimated_seconds(model_spec: ModelSpec, recipe: MLA, speed: float, layers: 
     """
     share = 1.0 if layers is None else layers / len(model_spec.layers)
     length = min(recipe.calibration_length, model_spec.max_position_embeddings)
-    layer = share * sum(_layer_operations(model_spec, spec, recipe, length) for spec in model_spec.layers)
+    layer = share * sum(_layer_operations(model_spec, layer.attention, recipe, length) for layer in model_spec.layers)
     scored = 2 * recipe.calibration_tokens / 8  # the held-out part, by both models
     return START + (layer + scored * model_spec.vocab_size * (2 * model_spec.hidden_size + PER_LOGIT)) / speed
 

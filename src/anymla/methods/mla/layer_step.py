@@ -12,7 +12,6 @@ from torch import Tensor
 
 from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.architectures.families import Family
-from anymla.architectures.model_spec import AttentionSpec
 from anymla.architectures.parts import attention_path
 from anymla.distributed import all_sum_number
 from anymla.errors import CheckpointError, UnsupportedModelError
@@ -34,6 +33,7 @@ from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.arguments import without_cache
 from anymla.modeling.heads import rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
+from anymla.modeling.spec import AttentionSpec
 
 TRIAL = 4  # a candidate takes this part of the gradient steps before it is judged: a smaller one misjudges
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from anymla.architectures.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
 from anymla.cache_bytes import converted_bytes, original_bytes, told_lengths
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.io.device import matmul_speed
@@ -17,6 +16,7 @@ from anymla.methods.mla.costs import latent_cost, original_cost, peak_memory
 from anymla.methods.mla.duration import estimated_seconds, faster
 from anymla.methods.mla.settings import MLA, SHARED_ROPES
 from anymla.methods.mla.window import check_exact_window, exact_numbers, exact_window_of, window_hint
+from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, ModelSpec
 from anymla.settings import MOST, read_yaml, where
 
 TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
@@ -101,8 +101,8 @@ def make_plan(model: str, model_spec: ModelSpec, recipe: MLA) -> MLAPlan:
         model=model,
         recipe=recipe,
         layers=tuple(
-            None if spec is None else _plan_layer(spec, recipe, index, most)
-            for index, spec in enumerate(model_spec.layers)
+            None if layer.attention is None else _plan_layer(layer.attention, recipe, index, most)
+            for index, layer in enumerate(model_spec.layers)
         ),
     )
 
@@ -117,7 +117,8 @@ def check_plan(plan: MLAPlan, model: str, model_spec: ModelSpec) -> None:
     _check_target(plan, model, model_spec)
     if len(plan.layers) != len(model_spec.layers):
         raise InfeasibleError(f"the plan has {len(plan.layers)} layers and {model} has {len(model_spec.layers)}")
-    for index, (layer, spec) in enumerate(zip(plan.layers, model_spec.layers, strict=True)):
+    for index, (layer, old) in enumerate(zip(plan.layers, model_spec.layers, strict=True)):
+        spec = old.attention
         if layer is None or spec is None:
             if (layer is None) != (spec is None):
                 raise InfeasibleError(f"the plan's layer {index}: only one of plan and {model} has attention there")
@@ -273,7 +274,8 @@ def explain(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, Any]:
     ``estimated_seconds`` are those of this machine's processor.
     """
     layers = []
-    for index, (layer, spec) in enumerate(zip(plan.layers, model_spec.layers, strict=True)):
+    for index, (layer, old) in enumerate(zip(plan.layers, model_spec.layers, strict=True)):
+        spec = old.attention
         if layer is None or spec is None:
             continue
         rope_dims, rank = typical_split(layer)

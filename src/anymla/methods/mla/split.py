@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anymla.architectures.model_spec import ModelSpec
 from anymla.layouts import LIMITS, grid_steps, most_channels
 from anymla.methods.mla.plan import LayerPlan
 from anymla.methods.mla.settings import MLA
 from anymla.model_run.stream import pass_through
+from anymla.modeling.spec import ModelSpec
 
 if TYPE_CHECKING:
     from anymla.sweep.sequence import Sequence, Streams

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from anymla.architectures.families import FAMILIES
-from anymla.architectures.model_spec import AttentionSpec, ModelSpec
 from anymla.errors import InfeasibleError, RecipeError, UnsupportedModelError
 from anymla.methods.mla.settings import MLA
+from anymla.modeling.spec import AttentionSpec, ModelSpec
 
 HINT = "For transformers alone, --exact-window 64 loses far less: it keeps the last 64 tokens as they are."
 

@@ -1,0 +1,314 @@
+"""What a model is: its layers' attention, what their caches hold, and how large its weights are.
+
+One of the modelling files that travel with every converted checkpoint; it needs the standard library only. A method turns
+one ModelSpec into another; modelling, exports, cards and the account read nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+VERSION = 1
+KEY = "anymla"  # in config.json: {"version": .., "layers": [..]}
+OLD_KEY = "mla_layers"  # what anymla 0.1 wrote
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Numbers of one kind that a layer caches per token.
+
+    ``tokens``: the most tokens it holds; None where it holds all. ``once``: whether it holds the latest tokens beside
+    another slot that holds all, so that its size is paid once and not per token. ``codec``: how a number is stored.
+    """
+
+    name: str
+    width: int
+    tokens: int | None = None
+    once: bool = False
+    codec: str = "plain"
+
+    def held(self, length: int) -> int:
+        """Tokens that it holds once ``length`` tokens are read."""
+        return length if self.tokens is None else min(length, self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary positions: the scaling type, the base, and the scaling's own settings."""
+
+    rope_type: str
+    theta: float
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Arguments of heads.query_temperature."""
+
+    scale: float
+    offset: float
+    period: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What one layer's attention computes: H query heads, G key/value heads of d numbers, P pairs rotated by rope.
+
+    The fields up to ``cached_heads`` are known from the config alone, those after it once the module was read.
+
+    Args:
+        num_heads, num_kv_heads, head_dim: H, G, d.
+        rope_pairs: P.
+        qkv_bias, output_bias, qk_norm: whether the original has them.
+        sliding_window: tokens that a query sees; None: all before it.
+        cache_window: tokens of which transformers' cache keeps all but the oldest; None: it keeps every token.
+        cached_heads: heads in transformers' cache: H where a family repeats keys and values before they are cached.
+        scaling: of scores, before soft-cap and mask.
+        rope_table: where cos and sin come from (heads.rope_tables).
+        norms: names of the query and key norm in the original; norm_over: see heads.split_heads.
+        value_norm: name of a norm of the values.
+        query_gain: a gain per dim of the head, put on queries after rope (a norm that its family applies there).
+        clip: bound of the projected queries, keys and values.
+        softcap: bound of the scores.
+        sinks: whether every head has a logit that takes attention from the tokens.
+        temperature: of queries, by position.
+        position_bias: kind of bias on scores (heads.score_bias); local_window: tokens that 'window' lets through.
+        gate: numbers per token of a gate on the heads' output, all of them or one per head; gate_activation: its
+            function, of torch.nn.functional.
+        output_norm: name of a norm before the output projection.
+        adds_residual: whether the module itself adds the residual stream, its second argument.
+        kept_numbers: numbers of all norms that are taken over from the original.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_pairs: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    cache_window: int | None = None
+    cached_heads: int = 0
+
+    scaling: float = 0.0
+    rope_table: str = "halves"
+    norms: tuple[str, str] | None = None
+    norm_over: str = "head"
+    value_norm: str | None = None
+    query_gain: bool = False
+    clip: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    temperature: Temperature | None = None
+    position_bias: str | None = None
+    local_window: int | None = None
+    gate: int = 0
+    gate_activation: str = "sigmoid"
+    output_norm: str | None = None
+    adds_residual: bool = False
+    kept_numbers: int = 0
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers per token that a cache of keys and values needs: 2 G d."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def stored_numbers(self) -> int:
+        """Numbers per token that transformers' cache of the original holds: the same, save where heads are repeated."""
+        return 2 * (self.cached_heads or self.num_kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """How a latent attention holds its cache: r numbers of latent, R = 2K of rope key.
+
+    Args:
+        kv_lora_rank, qk_rope_head_dim: r and R.
+        channel_fold: rope pairs of a head that one channel reads; it rotates with the first one's frequency.
+        biases: whether the query projection, what makes the latent, and the output projection have biases.
+        exact_window: tokens that keep keys and values of their own beside the latent, the newest among them; 0: none.
+    """
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    channel_fold: int = 1
+    biases: bool = True
+    exact_window: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One decoder layer: its attention, and the latent that holds its cache where it was converted.
+
+    ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
+    ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
+    where only the config was read.
+    """
+
+    attention: AttentionSpec | None = None
+    latent: LatentSpec | None = None
+    module: str | None = None
+    attention_bytes: int | None = None
+    other_bytes: int | None = None
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What the layer's cache holds."""
+        if (attention := self.attention) is None:
+            return ()
+        window = None if attention.cache_window is None else max(0, attention.cache_window - 1)
+        if (latent := self.latent) is None:
+            width = attention.stored_numbers // 2
+            return tuple(Slot(name=name, width=width, tokens=window) for name in ("keys", "values"))
+        sizes = {"latent": latent.kv_lora_rank, "rope_key": latent.qk_rope_head_dim}
+        slots = [Slot(name=name, width=width, tokens=window) for name, width in sizes.items()]
+        if latent.exact_window:
+            width = attention.cached_numbers // 2
+            exact = {"width": width, "tokens": latent.exact_window - 1, "once": True}
+            slots += [Slot(name=name, **exact) for name in ("exact_keys", "exact_values")]
+        return tuple(slots)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` says of the layer: fields at their defaults are left out, sizes of weights are too."""
+        named = {"module": self.module, "attention": _shortened(self.attention), "latent": _shortened(self.latent)}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @classmethod
+    def of(cls, described: Any) -> LayerSpec:
+        """The layer that ``to_dict`` described.
+
+        Raises:
+            ValueError: it is no such description; the message says which field.
+        """
+        described = _checked(cls, described, skipped=("attention_bytes", "other_bytes"))
+        attention, latent = described.get("attention"), described.get("latent")
+        return cls(
+            attention=None if attention is None else _attention(attention),
+            latent=None if latent is None else LatentSpec(**_checked(LatentSpec, latent)),
+            module=described.get("module"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A decoder model: what planning, conversion, exports and the account need to know.
+
+    ``text_model_type``: whose attention it has, another one than ``model_type`` in a vision-language model.
+    ``other_block``: what outside attention is not as in Llama; ``beyond``: what of its attention no engine's latent
+    attention does. ``experts``: whether some MLP is a mixture of experts. ``outside_bytes``: of all weights outside the
+    layers; None where only the config was read.
+    """
+
+    model_type: str
+    text_model_type: str
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tied_embeddings: bool
+    dtype: str
+    rope: RopeSpec | None
+    other_block: str | None
+    beyond: str | None
+    experts: bool
+    has_vision: bool
+    layers: tuple[LayerSpec, ...]
+    outside_bytes: int | None = None
+    version: int = field(default=VERSION)
+
+    @property
+    def attention_layers(self) -> dict[int, AttentionSpec]:
+        """The attention of the layers that have one, by their index."""
+        return {index: layer.attention for index, layer in enumerate(self.layers) if layer.attention is not None}
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that one layer of the original caches per token (the largest, where layers differ)."""
+        return max(spec.stored_numbers for spec in self.attention_layers.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that a token takes in the original's cache, over all attention layers, in the checkpoint's dtype.
+
+        Layers with a window hold their last tokens only (account.py).
+        """
+        return sum(spec.stored_numbers for spec in self.attention_layers.values()) * DTYPE_BYTES[self.dtype]
+
+
+def config_entry(layers: tuple[LayerSpec, ...]) -> dict[str, Any]:
+    """What ``config.json`` holds under ``KEY``."""
+    return {"version": VERSION, "layers": [layer.to_dict() for layer in layers]}
+
+
+def layers_of(config: Mapping[str, Any]) -> tuple[LayerSpec, ...] | None:
+    """The layers that a parsed ``config.json`` describes, in either form; None where it describes none.
+
+    Raises:
+        ValueError: the description is broken, or of a newer anymla.
+    """
+    if (entry := config.get(KEY)) is None:
+        return _old_layers(config.get(OLD_KEY))
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("layers"), list):
+        raise ValueError(f"{KEY} must hold a version and layers")
+    if not isinstance(version := entry.get("version"), int) or version > VERSION:
+        raise ValueError(f"{KEY}: version {version!s:.20} is not known here, only those up to {VERSION}: update anymla")
+    return tuple(LayerSpec.of(layer) for layer in entry["layers"])
+
+
+def _old_layers(described: Any) -> tuple[LayerSpec, ...] | None:
+    """Layers as anymla 0.1 listed them, the converted ones only: the arguments of its LatentAttention."""
+    if described is None:
+        return None
+    if not isinstance(described, list) or not all(isinstance(layer, Mapping) for layer in described):
+        raise ValueError(f"{OLD_KEY} must be a list of layers")
+    return tuple(_old_layer(layer) for layer in described)
+
+
+def _old_layer(layer: Mapping[str, Any]) -> LayerSpec:
+    rest = {name: value for name, value in layer.items() if name not in ("module", "query_bias", "bias")}
+    latent = {name: rest.pop(name) for name in _names(LatentSpec) if name in rest}
+    return LayerSpec.of(
+        {"module": layer.get("module"), "attention": rest, "latent": latent | {"biases": layer.get("bias", True)}}
+    )
+
+
+def _attention(described: Any) -> AttentionSpec:
+    described = _checked(AttentionSpec, described)
+    if (norms := described.get("norms")) is not None:
+        described["norms"] = tuple(norms)
+    if (temperature := described.get("temperature")) is not None:
+        described["temperature"] = Temperature(**_checked(Temperature, temperature))
+    return AttentionSpec(**described)
+
+
+def _names(kind: Any) -> list[str]:
+    return [each.name for each in fields(kind)]
+
+
+def _checked(kind: Any, described: Any, skipped: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``described`` as a dict that has every field that ``kind`` needs and none that it has not."""
+    if not isinstance(described, Mapping):
+        raise ValueError(f"{kind.__name__} must be an object, got {described!s:.40}")
+    if unknown := described.keys() - {*_names(kind)} | described.keys() & {*skipped}:
+        raise ValueError(f"{kind.__name__} has no field {min(map(str, unknown)):.40}: written by a newer anymla?")
+    needed = {each.name for each in fields(kind) if each.default is MISSING}
+    if missing := needed - described.keys():
+        raise ValueError(f"{kind.__name__} lacks {min(missing)}")
+    return dict(described)
+
+
+def _shortened(spec: Any) -> dict[str, Any] | None:
+    """The fields of ``spec`` that are not at their defaults."""
+    if spec is None:
+        return None
+    changed = {each.name for each in fields(spec) if getattr(spec, each.name) != each.default}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(spec).items()
+        if name in changed
+    }
