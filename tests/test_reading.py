@@ -204,8 +204,8 @@ def test_window_of_a_layer():
 
 
 @pytest.mark.parametrize("family", ["cohere2", "exaone4", "gemma2", "gpt_neo", "qwen2", "mistral"])
-def test_windows_of_blueprint_and_config_agree(family):
+def test_windows_of_spec_and_config_agree(family):
     config = tiny_config(family)
-    windows = [spec.sliding_window for spec in read_model_spec(config.to_dict()).layers]
+    windows = [layer.attention.sliding_window for layer in read_model_spec(config.to_dict()).layers]
     types = getattr(config, "layer_types", getattr(config, "attention_layers", None)) or ["sliding_attention"] * 2
     assert windows == [12 if kind in ("sliding_attention", "local") else None for kind in types]

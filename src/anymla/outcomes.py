@@ -11,7 +11,7 @@ from anymla.cache_bytes import original_bytes, reduced_bytes, told_lengths
 from anymla.io.versions import versions
 from anymla.layouts import verdicts
 from anymla.methods.mla.plan import MLAPlan
-from anymla.modeling.spec import ModelSpec
+from anymla.modeling.spec import CONFIG_FIELDS, AttentionSpec, ModelSpec
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
@@ -64,11 +64,16 @@ class Inspection:
         facts |= {name: first[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
         shape = asdict(model_spec)
         return facts | {
-            "layers": [None if layer is None else asdict(layer) for layer in model_spec.layers],
+            "layers": [_facts(layer.attention) for layer in model_spec.layers],
             "vision": model_spec.has_vision,
             "targets": {name: dict(zip(("export", "why"), found, strict=True)) for name, found in self.targets.items()},
-            **{k: shape[k] for k in shape if k != "layers"},
+            **{k: shape[k] for k in shape if k not in ("layers", "outside_bytes", "version")},
         }
+
+
+def _facts(attention: AttentionSpec | None) -> dict[str, Any] | None:
+    """What a config says of a layer's attention."""
+    return None if attention is None else {name: getattr(attention, name) for name in CONFIG_FIELDS}
 
 
 @dataclass(frozen=True, kw_only=True)

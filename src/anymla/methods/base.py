@@ -6,11 +6,21 @@ loads torch: a method's file imports it inside the functions that run.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from anymla.modeling.spec import ModelSpec
+import anymla.methods
+from anymla.errors import RecipeError
+from anymla.modeling.spec import LayerSpec, ModelSpec
+from anymla.settings import Settings
+
+if TYPE_CHECKING:
+    from anymla.sweep.layer import Layer
+    from anymla.sweep.survey import Survey
 
 
 class Phase(IntEnum):

@@ -1,7 +1,7 @@
 """What a model is: its layers' attention, what their caches hold, and how large its weights are.
 
-One of the modelling files that travel with every converted checkpoint; it needs the standard library only. A method turns
-one ModelSpec into another; modelling, exports, cards and the account read nothing else.
+One of the modelling files that travel with every converted checkpoint; it needs the standard library only. A method
+turns one ModelSpec into another; modelling, exports, cards and the account read nothing else.
 """
 
 from __future__ import annotations
@@ -123,6 +123,20 @@ class AttentionSpec:
         return 2 * (self.cached_heads or self.num_kv_heads) * self.head_dim
 
 
+CONFIG_FIELDS = (  # of AttentionSpec, that the config alone says
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "rope_pairs",
+    "qkv_bias",
+    "output_bias",
+    "qk_norm",
+    "sliding_window",
+    "cache_window",
+    "cached_heads",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
     """How a latent attention holds its cache: r numbers of latent, R = 2K of rope key.
@@ -169,8 +183,8 @@ class LayerSpec:
         slots = [Slot(name=name, width=width, tokens=window) for name, width in sizes.items()]
         if latent.exact_window:
             width = attention.cached_numbers // 2
-            exact = {"width": width, "tokens": latent.exact_window - 1, "once": True}
-            slots += [Slot(name=name, **exact) for name in ("exact_keys", "exact_values")]
+            tokens = latent.exact_window - 1  # the newest token's own are computed with its query
+            slots += [Slot(name=name, width=width, tokens=tokens, once=True) for name in ("exact_keys", "exact_values")]
         return tuple(slots)
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,8 +321,5 @@ def _shortened(spec: Any) -> dict[str, Any] | None:
     if spec is None:
         return None
     changed = {each.name for each in fields(spec) if getattr(spec, each.name) != each.default}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(spec).items()
-        if name in changed
-    }
+    kept = {name: value for name, value in asdict(spec).items() if name in changed}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
