@@ -188,7 +188,7 @@ def test_defaults_of_text_models_are_those_of_transformers(text_type):
     sparse = read_model_spec({"model_type": "llava", "text_config": given})
     full = read_model_spec({"model_type": "llava", "text_config": whole})
     without_window = [
-        [layer and replace(layer, sliding_window=None, cache_window=None) for layer in read.layers]
+        [replace(layer, sliding_window=None, cache_window=None) for layer in read.attention_layers.values()]
         for read in (sparse, full)
     ]
     assert without_window[0] == without_window[1]

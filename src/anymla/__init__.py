@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -48,6 +51,7 @@ __all__ = [
     "tune",
 ]
 
+_MODELING = Path(__file__).parent / "modeling"
 _HOMES = {
     "Benchmarks": "anymla.evaluation.benchmarks",
     "Comparison": "anymla.evaluation.measures",
@@ -76,7 +80,16 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES.get(name, "anymla.pipeline")), name)
 
 
-@wrapt.when_imported("transformers")
-def _register_with_transformers(module: Any) -> None:
-    """When transformers is loaded, before or after anymla, its Auto classes learn the converted families."""
-    import_module("anymla.register").register()
+def _register_with_transformers(loaded: ModuleType) -> None:
+    """Makes transformers' Auto classes know the converted families, once no other modelling file is half loaded."""
+    ours = [module for name, module in sys.modules.items() if name.startswith("anymla.modeling.")]
+    if not any(module is not loaded and getattr(module.__spec__, "_initializing", False) for module in ours):
+        import_module("anymla.register").register()
+
+
+# When transformers is loaded, before or after anymla; a modelling file that loads it first waits for its own end.
+for _name in (
+    "transformers",
+    *(f"anymla.modeling.{file.stem}" for file in _MODELING.glob("*.py") if file.stem != "spec"),
+):
+    wrapt.register_post_import_hook(_register_with_transformers, _name)

@@ -5,6 +5,7 @@ Imports of transformers, direct or not, stand inside the functions: they run :fu
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def converted_class(architecture: str) -> Any:
     return getattr(modeling_anymla, modeling_anymla.PREFIX + architecture)
 
 
+@cache
 def register() -> None:
     """Registers every converted family; saving one of them also writes its modelling files beside the weights."""
     from transformers import AutoConfig
