@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from anymla.methods.mla.layer_step import Split
 from care import filled_plan, input_grams, without_partial_rope
 from page import plot, write_page
 from peers import METHODS, Method, Settings
@@ -40,7 +41,6 @@ from anymla.errors import InfeasibleError
 from anymla.evaluation.benchmarks import Benchmarks
 from anymla.evaluation.scores import score_model
 from anymla.io.checkpoint import load_model, load_tokenizer
-from anymla.methods.mla.layer_step import Split
 from anymla.pipeline import peak_rss
 
 BUDGETS = (0.5, 0.3125, 0.25, 0.125, 0.0625)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from anymla.methods.mla.layer_step import Split
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from anymla.io import computing
 from anymla.io.checkpoint import load_tokenizer
 from anymla.io.computing import load_to_compute
 from anymla.io.streamed import StreamedModel
-from anymla.methods.mla.layer_step import Split
 from tests.damage import run_main
 from tests.families import FAST, logits, make_model, save_model, token_ids
 

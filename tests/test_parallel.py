@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+from anymla.methods.mla.layer_step import Split
 from safetensors.torch import load_file
 
 from anymla.distributed import all_sum, first_decides, from_first, rank, world
 from anymla.errors import TextError
-from anymla.methods.mla.layer_step import Split
 from anymla.sweep.sequence import own_windows
 from tests.families import make_model, save_model
 

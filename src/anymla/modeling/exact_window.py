@@ -112,7 +112,8 @@ class ExactWindowAttention(LatentAttention):
         if cache is not None:
             make_room(cache, self.layer_idx, self.exact_window)
             cached = cache.update(*cached, self.layer_idx, late)
-        mask = score_bias(mask, self, hidden_states, cached[0].shape[2], kwargs)
+        eager = self.config._attn_implementation == "eager"
+        mask = score_bias(mask, self, hidden_states, cached[0].shape[2], kwargs, eager=eager)
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             raise NotImplementedError("a model with an exact window runs with attn_implementation sdpa or eager only")
         queries, true_query = self.queries(query, *rope), self._turned(query, *rope)

@@ -119,21 +119,21 @@ def causal_mask(new: int, length: int, window: int | None, device: Any) -> Tenso
 
 
 def score_bias(
-    mask: Tensor | None, layer: Any, hidden_states: Tensor, length: int, inputs: dict[str, Any]
+    mask: Tensor | None, spec: Any, hidden_states: Tensor, length: int, inputs: dict[str, Any], *, eager: bool
 ) -> Tensor | None:
     """The mask, with what the family puts on scores by position; ``inputs`` are the other arguments of its attention.
 
-    ``layer.position_bias``: 'alibi' BLOOM's [B H,1,S]; 'scaled-alibi' Falcon's, which its mask already holds but for
-    eager attention; 'mpt' [H,1,longest], with a mask that says what is NOT attended to; 'window' a local window that
-    the mask does not hold (GPT-Neo).
+    ``spec.position_bias``: 'alibi' BLOOM's [B H,1,S]; 'scaled-alibi' Falcon's, which its mask already holds but for
+    ``eager`` attention; 'mpt' [H,1,longest], with a mask that says what is NOT attended to; 'window' a local window
+    that the mask does not hold (GPT-Neo).
     """
-    kind, dtype = layer.position_bias, hidden_states.dtype
+    kind, dtype = spec.position_bias, hidden_states.dtype
     alibi = inputs.pop("alibi", None)
     bias = inputs.pop("position_bias", None)
     if kind == "window":
-        bias = causal_mask(hidden_states.shape[1], length, layer.local_window, hidden_states.device)
-    elif kind == "alibi" or (kind == "scaled-alibi" and layer.config._attn_implementation == "eager"):
-        bias = alibi.reshape(-1, layer.num_heads, *alibi.shape[-2:]) * (layer.scaling if kind == "scaled-alibi" else 1)
+        bias = causal_mask(hidden_states.shape[1], length, spec.local_window, hidden_states.device)
+    elif kind == "alibi" or (kind == "scaled-alibi" and eager):
+        bias = alibi.reshape(-1, spec.num_heads, *alibi.shape[-2:]) * (spec.scaling if kind == "scaled-alibi" else 1)
     elif kind == "mpt":
         bias, mask = bias[None, :, :, -length:], None if mask is None else ~mask
     if kind is None or bias is None:

@@ -327,7 +327,8 @@ class LatentAttention(nn.Module):
         if cache is not None:
             make_fit(cache, self.layer_idx, hidden_states, self.kv_lora_rank, self.qk_rope_head_dim)
             latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
-        mask = score_bias(mask, self, hidden_states, latent.shape[-2], kwargs)
+        eager = self.config._attn_implementation == "eager"
+        mask = score_bias(mask, self, hidden_states, latent.shape[-2], kwargs, eager=eager)
         inputs = (query_nope, query_rope, latent, rope_key, mask)
         if self.absorbs(query.shape[2], mask) and (up := self.up_projections(query)) is not None:
             return self.attend_absorbed(*inputs, up), None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from anymla.io.auto import auto_class
@@ -11,8 +13,16 @@ from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling import modeling_anymla
+from anymla.modeling.spec import CONFIG_FIELDS, AttentionSpec, LayerSpec
 from anymla.register import converted_class, register
 from anymla.sweep.shards import name_shards, pack, write_outside
+
+FEATURES = {field.name for field in fields(AttentionSpec)} - {*CONFIG_FIELDS} | {
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "rope_pairs",
+}
 
 
 def converted_config(model: Any, layers: list[dict[str, Any]]) -> Any:
@@ -40,20 +50,36 @@ def converted_config(model: Any, layers: list[dict[str, Any]]) -> Any:
     )
 
 
-def write_checkpoint(
-    source: StreamedModel, work: WorkFolder, attentions: list[dict[str, Any]], *, max_shard_size: int
-) -> None:
-    """Completes ``work.model``: the last weights, config, modelling files, tokenizer and generation settings."""
-    config, layers = converted_config(source.model, attentions), decoder_layers(source.model)
-    write_outside(source, work, layers, behind=True)
-    pack(work, len(layers) + 2, max_shard_size, last=True)
+def _arguments(layer: LayerSpec) -> dict[str, Any] | None:
+    """LatentAttention's arguments of a converted layer, and where in the model it is; None for another one."""
+    if (latent := layer.latent) is None or layer.attention is None:
+        return None
+    attention = {"rope_table": layer.attention.rope_table, "gate_activation": layer.attention.gate_activation}
+    attention |= {name: value for name, value in layer.to_dict()["attention"].items() if name in FEATURES}
+    sizes = {"kv_lora_rank": latent.kv_lora_rank, "qk_rope_head_dim": latent.qk_rope_head_dim}
+    sizes |= {"channel_fold": latent.channel_fold} if latent.channel_fold > 1 else {}
+    biases: dict[str, Any] = {"query_bias": True} if latent.biases else {"bias": False}
+    window = {"exact_window": latent.exact_window} if latent.exact_window else {}
+    return {"module": layer.module} | sizes | attention | biases | window
+
+
+def write_checkpoint(source: StreamedModel, work: WorkFolder, layers: Sequence[LayerSpec], *, shard_size: int) -> None:
+    """Completes ``work.model``: the last weights, config, tokenizer and generation settings.
+
+    Where some layer has a latent the config is a converted one and modelling files come with it; else it is stock.
+    """
+    modules = decoder_layers(source.model)
+    write_outside(source, work, modules, after=True)
+    pack(work, len(modules) + 2, shard_size, last=True)
     shards = name_shards(work)
     copy_companions(source.folder, work.model)
-    module = modeling_anymla.__name__.rsplit(".", 1)[-1]
-    config.auto_map = {
-        "AutoConfig": f"{module}.{type(config).__name__}",
-        auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",
-    }
+    config, latents = source.model.config, [found for layer in layers if (found := _arguments(layer)) is not None]
+    if latents:
+        config, module = converted_config(source.model, latents), modeling_anymla.__name__.rsplit(".", 1)[-1]
+        config.auto_map = {
+            "AutoConfig": f"{module}.{type(config).__name__}",
+            auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",
+        }
     config.save_pretrained(work.model)
     for shard in shards:
         shutil.copymode(work.model / "config.json", shard)

@@ -29,7 +29,7 @@ from anymla.io.work import WorkFolder
 from anymla.settings import DtypeName
 from anymla.sweep.progress import claim, decide_computing
 from anymla.training.card import tuned_card
-from anymla.training.keep import done_steps, fingerprint, kept
+from anymla.training.keep import done_steps, kept_steps, tuning_fingerprint
 from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, loss_plot, read_metrics, rewind_metrics
 from anymla.training.outcome import Quality, Recovery
 from anymla.training.settings import Tune
@@ -94,9 +94,9 @@ def tune(
         texts = read_texts(tuning, tokenizer, length)
         device = join_processes(pick_device(tuning.device))
         run = _Run(student, plain.folder, tuning, stages, texts, tokenizer, device.partition(":")[0])
-        work = WorkFolder(place, kind="tuning", counted="checkpoints")
-        claim(work, lambda: fingerprint(student, plain.folder, tuning), restart=restart)
-        with kept(work, stages, tuning):
+        work = WorkFolder(place, kind="tuning", counted=("checkpoints",))
+        claim(work, lambda: tuning_fingerprint(student, plain.folder, tuning), restart=restart)
+        with kept_steps(work, stages, tuning):
             run.all_stages(work, progress, _reporters(report_to, work.model))
             report = _report(work, place, tuning, stages, started)
             if rank() == 0:

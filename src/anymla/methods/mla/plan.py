@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,7 @@ from anymla.methods.mla.costs import latent_cost, original_cost, peak_memory
 from anymla.methods.mla.duration import estimated_seconds, faster
 from anymla.methods.mla.settings import MLA, SHARED_ROPES
 from anymla.methods.mla.window import check_exact_window, exact_numbers, exact_window_of, window_hint
-from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, ModelSpec
+from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, ModelSpec
 from anymla.settings import MOST, read_yaml, where
 
 TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
@@ -90,20 +92,54 @@ def make_plan(model: str, model_spec: ModelSpec, recipe: MLA) -> MLAPlan:
         UnsupportedModelError: the recipe's target cannot hold this model.
         RecipeError: a setting has no meaning for the target.
     """
+    check_settings(model, model_spec, recipe)
+    return MLAPlan(model=model, recipe=recipe, layers=plan_layers(model_spec, recipe))
+
+
+def check_settings(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
+    """Refuses what a config alone tells to be impossible.
+
+    Raises:
+        UnsupportedModelError: the recipe's target or its exact window cannot be had with this model.
+        RecipeError: a setting has no meaning for the target.
+        InfeasibleError: the exact window is too large for the calibration windows.
+    """
     check_exact_window(model, model_spec, recipe)
-    most = None
     if recipe.static_qk_norm and not LIMITS[recipe.target].grid:
         raise RecipeError("--static-qk-norm is for --target deepseek and gguf: others keep the norms as they are")
     if recipe.target is not None:
         check_target(recipe.target, model, model_spec, static_norms=recipe.static_qk_norm)
-        most = most_rope_dims(recipe.target, recipe.rope, model_spec)
-    return MLAPlan(
-        model=model,
-        recipe=recipe,
-        layers=tuple(
-            None if layer.attention is None else _plan_layer(layer.attention, recipe, index, most)
-            for index, layer in enumerate(model_spec.layers)
-        ),
+
+
+def plan_layers(model_spec: ModelSpec, recipe: MLA) -> tuple[LayerPlan | None, ...]:
+    """The budget as cached numbers, rope dims and rank of every layer.
+
+    Raises:
+        InfeasibleError: the budget or an explicit size cannot be met; names what can.
+    """
+    most = None if recipe.target is None else most_rope_dims(recipe.target, recipe.rope, model_spec)
+    return tuple(
+        None if layer.attention is None else _plan_layer(layer.attention, recipe, index, most)
+        for index, layer in enumerate(model_spec.layers)
+    )
+
+
+def plan_after(model_spec: ModelSpec, recipe: MLA, layers: Sequence[LayerPlan | None]) -> ModelSpec:
+    """The model once its layers are as in ``layers``."""
+    after = tuple(
+        old if plan is None or old.attention is None else replace(old, latent=_latent(old.attention, plan, recipe))
+        for old, plan in zip(model_spec.layers, layers, strict=True)
+    )
+    return replace(model_spec, layers=after)
+
+
+def _latent(spec: AttentionSpec, plan: LayerPlan, recipe: MLA) -> LatentSpec:
+    rope_dims, rank = typical_split(plan)
+    return LatentSpec(
+        kv_lora_rank=rank,
+        qk_rope_head_dim=rope_dims,
+        biases=LIMITS[recipe.target].biases,
+        exact_window=exact_window_of(spec, recipe),
     )
 
 
