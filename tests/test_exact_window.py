@@ -112,8 +112,8 @@ def by_definition(made, hidden, allowed):
     place = torch.arange(hidden.shape[1])
     near = (place[:, None] - place) < made.exact_window
     scores = torch.where(near, exact, far) * made.scaling
-    if made.softcap is not None:
-        scores = (scores / made.softcap).tanh() * made.softcap
+    if (softcap := made.spec.softcap) is not None:
+        scores = (scores / softcap).tanh() * softcap
     scores = scores.masked_fill(~allowed, -torch.inf)
     if made.sinks is not None:
         scores = torch.cat([scores, made.sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)

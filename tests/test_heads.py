@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from anymla.modeling.heads import attention_weights, causal_mask, query_temperature, score_bias
 from anymla.modeling.latent_attention import LatentAttention
-from anymla.modeling.spec import AttentionSpec, Temperature
+from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, Temperature
 
 fast = settings(max_examples=25, deadline=None)
 
@@ -131,9 +131,11 @@ FEATURES = {
 def random_attention(**features):
     """Latent attention with weights far from their trivial start, in training."""
     config = LlamaConfig(hidden_size=24, num_attention_heads=4, attn_implementation="eager")
-    sizes = {"kv_lora_rank": 10, "qk_rope_head_dim": 6, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope_pairs": 3, "scaling": 0.35}
+    latent = LatentSpec(kv_lora_rank=10, qk_rope_head_dim=6, biases=False)
     torch.manual_seed(0)
-    attention = LatentAttention(SimpleNamespace(layer_idx=0), config, **sizes, rope_pairs=3, scaling=0.35, **features)
+    spec = LayerSpec(attention=AttentionSpec(**sizes, **features), latent=latent)
+    attention = LatentAttention(SimpleNamespace(layer_idx=0), config, spec)
     for tensor in (*attention.parameters(), attention.channel_weight, attention.query_rotation):
         tensor.data = torch.randn_like(tensor) * 0.5
     attention.channel_index.copy_(torch.tensor([0, 2, 2]))
