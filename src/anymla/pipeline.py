@@ -180,7 +180,7 @@ def _chosen_plan(model: str, model_spec: ModelSpec, recipe: MLA | MLAPlan | None
 
 def _check_tokenizer(model: str, source: Path, model_spec: ModelSpec) -> None:
     """Refuses at the start what the export to GGUF would at the end."""
-    from anymla.exports.gguf_tokenizer import known_tokenizer
+    from anymla.exports.gguf.tokenizer import known_tokenizer
 
     try:
         known_tokenizer(load_tokenizer(source), model_spec.vocab_size)

