@@ -105,7 +105,7 @@ def read_converted(folder: Path) -> Converted:
             "room: convert the original without --exact-window"
         )
     text = config.get_text_config()
-    if (dtype := str(config.dtype or text.dtype).removeprefix("torch.")) not in FLOATS:
+    if (dtype := config_dtype(config)) not in FLOATS:
         raise CheckpointError(f"{folder}/config.json: dtype is {dtype:.40} and not one of {', '.join(FLOATS)}")
     layers = tuple(
         Layer(index, features["module"], {name: value for name, value in features.items() if name != "module"})
@@ -116,6 +116,11 @@ def read_converted(folder: Path) -> Converted:
     for layer in layers:
         _check_shapes(source, layer, text.hidden_size)
     return source
+
+
+def config_dtype(config: Any) -> str:
+    """The dtype that a config names, FLOATS or not."""
+    return str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
 
 
 def _describes(layer: Any) -> bool:
