@@ -88,4 +88,4 @@ def all_formats() -> dict[str, Format]:
             module = importlib.import_module(f"{folder.name}.format")
             kinds = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, Format)]
             found |= {kind.name: kind() for kind in kinds if kind.__module__ == module.__name__}
-    return {name: found[name] for name in TARGETS if name in found}
+    return {name: found[name] for name in sorted(found, key=TARGETS.index)}
