@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from anymla.evaluation.evaluate import evaluate
     from anymla.evaluation.measures import Comparison, Measure
     from anymla.evaluation.scores import Scores
-    from anymla.exports.export import Export, export
+    from anymla.exports.export import export
+    from anymla.exports.export_report import Export
     from anymla.hub import Push, push
     from anymla.methods.mla.plan import MLAPlan
     from anymla.methods.mla.settings import MLA
@@ -57,7 +58,7 @@ _HOMES = {
     "Comparison": "anymla.evaluation.measures",
     "Conversion": "anymla.outcomes",
     "Evaluation": "anymla.evaluation.benchmarks",
-    "Export": "anymla.exports.export",
+    "Export": "anymla.exports.export_report",
     "Inspection": "anymla.outcomes",
     "Measure": "anymla.evaluation.measures",
     "MLAPlan": "anymla.methods.mla.plan",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla.errors import ParityError
-from anymla.exports.gguf import INNER, OUTER, GgufDtype, file_weights, latent_scale, query_scale
-from anymla.exports.llama import TOLERANCE
+from anymla.exports.gguf.llama_cpp import TOLERANCE
+from anymla.exports.gguf.writer import INNER, OUTER, GgufDtype, file_weights, latent_scale, query_scale
 from anymla.exports.parity import Parity, check_parity, load_stock
 from anymla.io.checkpoint import safe_config
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
-SCRIPT = Path(__file__).with_name("run_llama.py")
+SCRIPT = Path(__file__).with_name("run_llama_cpp.py")
 CELL = 12  # bytes of a token's position and sequence in a saved state, beside what is cached of it
 # Largest difference of two logits, over their standard deviation, with a float32 cache: what rounding weights to the
 # file's dtype does, and with q8_0 and f16 rounding activations too.
@@ -30,7 +30,7 @@ def llama_python() -> Path | None:
 
 
 def ask_llama(python: Path, file: Path, prompts: Sequence[list[int]] = (), **request: Any) -> tuple[Any, list[ndarray]]:
-    """What run_llama.py answers, and the logits of every prompt [T,V].
+    """What run_llama_cpp.py answers, and the logits of every prompt [T,V].
 
     Raises:
         ParityError: llama.cpp failed; says how.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from anymla.errors import CheckpointError, OutputError, RecipeError, UnsupportedModelError
-from anymla.exports.gguf_tokenizer import add_tokenizer
+from anymla.exports.gguf.tokenizer import add_tokenizer
 from anymla.io.checkpoint import check_weights, load_tokenizer, safe_config
 from anymla.io.config import read_object
 from anymla.io.safetensors import Stored, durable, read_header

@@ -21,7 +21,7 @@ from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import NORM_EPS, READ, Sizes, deepseek_attention
 from anymla.exports.padding import padded
-from anymla.exports.weights import write_weights
+from anymla.exports.weight_files import write_weights
 from anymla.io.checkpoint import copy_companions, safe_config
 from anymla.layouts import plain_pairs, target_refusal
 

@@ -7,44 +7,39 @@ import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from anymla.cards import FILES, FOLDER, USE, public_name, static_norms_cost, with_section
+from anymla.cards import (
+    FILES,
+    LIBRARY,
+    USE,
+    loading,
+    public_name,
+    shell,
+    static_norms_cost,
+    versions_named,
+    with_section,
+)
+from anymla.exports.export_report import Export
+from anymla.exports.format import Format
 from anymla.io.config import read_object
 
-if TYPE_CHECKING:
-    from anymla.exports.export import Export
 
-KINDS = {
-    "deepseek": "a stock, dense `DeepseekV3ForCausalLM` checkpoint, which needs nothing of anymla",
-    "vllm": "a checkpoint with remote code that vLLM's transformers backend serves with latent attention",
-    "gguf": "a GGUF file of llama.cpp's arch `deepseek2`, tokenizer and chat template included",
-}
-CLASSES = {"deepseek": "", "vllm": ", trust_remote_code=True"}
-
-
-def export_card(converted: Path, done: Export, commands: Iterable[str]) -> str:
+def export_card(converted: Path, chosen: Format, done: Export, commands: Iterable[str]) -> str:
     """README.md of an export; ``commands`` serve it from the place that stands for it in cards."""
     card = f"# {done.output.name}\n"
     with suppress(OSError, UnicodeDecodeError):
         card = (converted / "README.md").read_text(encoding="utf-8")
     card = re.sub(rf"\n## {FILES}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL)  # those of the converted model
-    if done.target == "gguf":
-        card = card.replace("library_name: transformers", "library_name: gguf", 1)
-    card = with_section(card, USE, _use(done.target, commands))
-    return with_section(card, "Export", f"{_made(converted, done)}\n\n{_found(done)}{_lost(converted)}")
+    card = card.replace(LIBRARY, f"library_name: {chosen.library}", 1)
+    card = with_section(card, USE, _use(chosen, commands))
+    return with_section(card, "Export", f"{_made(converted, chosen, done)}\n\n{_found(done)}{_lost(converted)}")
 
 
-def _made(converted: Path, done: Export) -> str:
+def _made(converted: Path, chosen: Format, done: Export) -> str:
     """What it is and the command that makes it again."""
     words = ["anymla", "export", public_name(converted.resolve()), "--to", done.target, "-o", done.output.name]
-    words += ["--dtype", done.dtype] + ([] if done.target == "gguf" else ["--pad", done.pad])
-    versions = ", ".join(f"{name} {version}" for name, version in done.versions.items())
-    return f"""This is {KINDS[done.target]}, exported with {versions}:
-
-```sh
-{shlex.join(words)}
-```"""
+    words += ["--dtype", done.dtype] + (["--pad", done.pad] if chosen.pads else [])
+    return f"This is {chosen.kind}, exported with {versions_named(done.versions)}:\n\n{shell([shlex.join(words)])}"
 
 
 def _found(done: Export) -> str:
@@ -69,14 +64,7 @@ def _lost(converted: Path) -> str:
     )
 
 
-def _use(target: str, commands: Iterable[str]) -> str:
-    shell = "```sh\n" + "\n".join(commands) + "\n```\n"
-    if target not in CLASSES:
-        return shell
-    return f"""{shell}
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{FOLDER}"{CLASSES[target]})
-```
-"""
+def _use(chosen: Format, commands: Iterable[str]) -> str:
+    if chosen.loading is None:
+        return shell(commands)
+    return f"{shell(commands)}\n\n{loading('AutoModelForCausalLM', arguments=chosen.loading)}"

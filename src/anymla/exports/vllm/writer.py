@@ -20,9 +20,9 @@ from torch import Tensor
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import Sizes
-from anymla.exports.fused_layer import fused_tensors
 from anymla.exports.padding import padded
-from anymla.exports.weights import write_weights
+from anymla.exports.vllm.fused_layer import fused_tensors
+from anymla.exports.weight_files import write_weights
 from anymla.io.checkpoint import check_loading, copy_companions, safe_config
 from anymla.io.config import read_object
 from anymla.layouts import backend_refusal

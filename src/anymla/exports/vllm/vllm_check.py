@@ -21,7 +21,7 @@ from anymla.exports.parity import (
     new_tokens,
     planned_numbers,
 )
-from anymla.exports.run_vllm import MARKER
+from anymla.exports.vllm.run_vllm import MARKER
 from anymla.io.config import read_object
 from anymla.layouts import KERNEL_RANK, KERNEL_ROPE
 
