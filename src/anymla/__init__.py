@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from anymla.hub import Push, push
     from anymla.methods.mla.plan import MLAPlan
     from anymla.methods.mla.settings import MLA
+    from anymla.methods.tune import Tune
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.training.outcome import Recovery
-    from anymla.training.settings import Tune
     from anymla.training.tune import tune
 
 __version__ = "0.1.0"
@@ -69,7 +69,7 @@ _HOMES = {
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
     "push": "anymla.hub",
-    "Tune": "anymla.training.settings",
+    "Tune": "anymla.methods.tune",
     "tune": "anymla.training.tune",
 }
 

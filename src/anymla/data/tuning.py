@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anymla.data.text import read_documents, token_windows, tokenize
 from anymla.errors import RecipeError, TextError
-from anymla.training.settings import Tune
+from anymla.methods.tune import Tune
 
 SHUFFLED = 1024  # documents of a stream among which the next one is drawn
 SHUFFLED_TOKENS = 1 << 19  # in packed rows among which the next one is drawn: neighbours are mostly of one document

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from anymla.errors import RecipeError
+from anymla.methods.tune import Train, Tune
 from anymla.modeling.spec import layers_of
-from anymla.training.settings import Train, Tune
 
 ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj")
 

@@ -26,13 +26,13 @@ from anymla.io.find import find_model, with_revision
 from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
 from anymla.io.work import WorkFolder
+from anymla.methods.tune import Tune
 from anymla.modeling.spec import KEY, OLD_KEY
 from anymla.settings import DtypeName
 from anymla.sweep.progress import claim, decide_computing
 from anymla.training.keep import done_steps, fingerprint, kept
 from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, loss_plot, read_metrics, rewind_metrics
 from anymla.training.outcome import Quality, Recovery
-from anymla.training.settings import Tune
 from anymla.training.stages import Stage, make_stages, mixed, run_stage, training_arguments
 from anymla.training.tuned_card import tuned_card
 
