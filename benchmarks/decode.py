@@ -25,6 +25,7 @@ from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaFor
 from anymla.evaluation.scores import measure_cache
 from anymla.modeling.absorbed import absorbed_attention
 from anymla.modeling.modeling_anymla import AnymlaLlamaConfig, AnymlaLlamaForCausalLM
+from anymla.modeling.spec import KEY, AttentionSpec, LatentSpec, LayerSpec, config_entry
 from anymla.report.tables import size, table
 
 HEADS, HEAD_DIM, LAYERS, HIDDEN = 16, 64, 8, 1024
@@ -99,18 +100,19 @@ def make_models(kv_heads: int, dtype: torch.dtype) -> dict[str, Any]:
     }
     for budget in (0.25, 0.125):
         rank, rope_dims = split(kv_heads, budget)
-        features = {
-            "kv_lora_rank": rank,
-            "qk_rope_head_dim": rope_dims,
-            "num_heads": HEADS,
-            "num_kv_heads": kv_heads,
-            "head_dim": HEAD_DIM,
-            "rope_pairs": HEAD_DIM // 2,
-            "scaling": HEAD_DIM**-0.5,
-            "query_bias": True,  # as every converted layer has it
-        }
-        layers = [{"module": f"model.layers.{index}.self_attn"} | features for index in range(LAYERS)]
-        config = AnymlaLlamaConfig(**sizes, mla_layers=layers, qk_head_dim=HEAD_DIM + rope_dims)
+        attention = AttentionSpec(
+            num_heads=HEADS,
+            num_kv_heads=kv_heads,
+            head_dim=HEAD_DIM,
+            rope_pairs=HEAD_DIM // 2,
+            scaling=HEAD_DIM**-0.5,
+        )
+        latent = LatentSpec(kv_lora_rank=rank, qk_rope_head_dim=rope_dims)
+        layers = tuple(
+            LayerSpec(module=f"model.layers.{index}.self_attn", attention=attention, latent=latent)
+            for index in range(LAYERS)
+        )
+        config = AnymlaLlamaConfig(**sizes, **{KEY: config_entry(layers)}, qk_head_dim=HEAD_DIM + rope_dims)
         models[f"{budget:.1%}"] = AnymlaLlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
     return models

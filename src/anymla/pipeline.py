@@ -33,7 +33,7 @@ from anymla.io.work import WorkFolder
 from anymla.methods.mla.duration import faster
 from anymla.methods.mla.plan import MLAPlan, check_plan, explain, make_plan, plan_bytes
 from anymla.methods.mla.settings import MLA
-from anymla.modeling.spec import ModelSpec
+from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.outcomes import Conversion, Inspection
 
 if TYPE_CHECKING:
@@ -274,8 +274,8 @@ def _convert(
         anymla_version=__version__,
     )
     if rank() == 0:
-        attentions = [record.attention for record in converted.records if record.attention is not None]
-        write_checkpoint(streamed, run.work, attentions, max_shard_size=run.shard)
+        specs = tuple(LayerSpec.of(record.spec or {}) for record in converted.records)
+        write_checkpoint(streamed, run.work, specs, max_shard_size=run.shard)
         _write_report(run.work.model, report)
         run.work.finish()
     wait_for_all()

@@ -26,10 +26,10 @@ from anymla.io.checkpoint import copy_companions, safe_config
 from anymla.layouts import plain_pairs, target_refusal
 
 CONVERT = "convert the original with --target deepseek, or export --to vllm"
-HELD = {  # LatentAttention's arguments that DeepSeek's attention has, or that fold away; others stop the export
-    *("kv_lora_rank", "qk_rope_head_dim", "num_heads", "num_kv_heads", "head_dim", "rope_pairs", "scaling"),
-    *("channel_fold", "query_bias", "bias", "rope_table"),
-}
+BEYOND = (  # what DeepSeek's attention does not do and nothing folds away
+    *("adds_residual", "clip", "gate", "norms", "output_norm", "position_bias", "query_gain", "sinks", "softcap"),
+    *("temperature", "value_norm"),
+)
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 
@@ -76,8 +76,8 @@ def _shape(source: Converted, pad: str) -> DeepSeekShape:
             f"{source.folder}: its layers differ in rank or rope channels, DeepSeek's have one of each: {CONVERT}"
         )
     first = source.layers[0]
-    d = first.size("head_dim")
-    sizes = Sizes(first.size("kv_lora_rank"), first.size("qk_rope_head_dim"), d, d)
+    d = first.spec.head_dim
+    sizes = Sizes(first.latent.kv_lora_rank, first.latent.qk_rope_head_dim, d, d)
     sizes = padded(source.folder, sizes, pad)
     return DeepSeekShape(sizes, _theta(source, first, sizes, grids.pop()[2]))
 
@@ -93,9 +93,9 @@ def _check_model(source: Converted) -> None:
 
 def _check_layer(source: Converted, layer: Layer) -> None:
     place = f"{source.folder}: layer {layer.index}"
-    if others := sorted(layer.features.keys() - HELD):
+    if others := [name for name in BEYOND if getattr(layer.spec, name)]:
         raise UnsupportedModelError(f"{place} has {others[0]}, which DeepSeek's attention has not: export --to vllm")
-    if layer.features["rope_table"] not in ("halves", "repeated", "either"):
+    if layer.spec.rope_table not in ("halves", "repeated", "either"):
         raise UnsupportedModelError(f"{place} has no rope that DeepSeek's attention has: export --to vllm")
     for name, what in (("q_proj", "queries"), ("kv_a_proj_with_mqa", "keys or the latent"), ("o_proj", "output")):
         stored = source.stored.get(f"{layer.module}.{name}.bias")
@@ -105,15 +105,15 @@ def _check_layer(source: Converted, layer: Layer) -> None:
 
 def _grid(source: Converted, layer: Layer) -> tuple[int, int, int]:
     """(rank, rope dims, step): channel i turns with the frequency of pair i * step."""
-    rope = layer.size("qk_rope_head_dim")
+    rope = layer.latent.qk_rope_head_dim
     turns = source.tensor(f"{layer.module}.channel_index")[: rope // 2].sort().values
     step = int(turns[-1]) // max(1, len(turns) - 1) if len(turns) else 0
-    plain = plain_pairs(read_rope(source.config), layer.size("rope_pairs"))
+    plain = plain_pairs(read_rope(source.config), layer.spec.rope_pairs)
     if not len(turns) or not turns.equal(torch.arange(len(turns)) * max(step, 1)) or turns[-1] >= plain:
         raise UnsupportedModelError(
             f"{source.folder}: layer {layer.index}: its rope frequencies are no geometric series from 1: {CONVERT}"
         )
-    return layer.size("kv_lora_rank"), rope, max(step, 1)
+    return layer.latent.kv_lora_rank, rope, max(step, 1)
 
 
 def _theta(source: Converted, layer: Layer, sizes: Sizes, step: int) -> float:
@@ -121,8 +121,8 @@ def _theta(source: Converted, layer: Layer, sizes: Sizes, step: int) -> float:
 
     Pair i of P turns with base^(-i/P), channel j with i = j * step; it takes place j m of R'/2, m = R'/2 // K.
     """
-    channels, places = layer.size("qk_rope_head_dim") // 2, sizes.rope // 2
-    power = step * places / (layer.size("rope_pairs") * (places // channels))
+    channels, places = layer.latent.qk_rope_head_dim // 2, sizes.rope // 2
+    power = step * places / (layer.spec.rope_pairs * (places // channels))
     return float(source.config["rope_parameters"]["rope_theta"] ** power)
 
 
@@ -170,7 +170,7 @@ def _config(source: Converted, shape: DeepSeekShape, dtype: str) -> Any:
 
     taken = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    sizes, heads = shape.sizes, source.layers[0].size("num_heads")
+    sizes, heads = shape.sizes, source.layers[0].spec.num_heads
     return DeepseekV3Config(
         **{name: source.config[name] for name in taken},
         **{name: source.config.get(name) for name in ids},

@@ -23,6 +23,7 @@ from anymla.io.find import find_model
 from anymla.io.versions import versions
 from anymla.io.work import write_json
 from anymla.layouts import Target
+from anymla.modeling.spec import layers_of
 
 if TYPE_CHECKING:
     from anymla.exports.gguf import GgufDtype
@@ -141,8 +142,8 @@ def _check_dtype(converted: Path, to: Target) -> None:
 
 
 def _original_numbers(converted: Path) -> float:
-    layers = read_object(converted / "config.json")["mla_layers"]
-    return float(sum(2 * layer["num_kv_heads"] * layer["head_dim"] for layer in layers) / len(layers))
+    layers = [layer.attention for layer in layers_of(read_object(converted / "config.json")) or () if layer.latent]
+    return float(sum(spec.cached_numbers for spec in layers if spec is not None) / len(layers))
 
 
 NOT_RUN = "llama.cpp was not run (llama-cpp-python is not installed): the weights are those read back from the file"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch import Tensor
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import Sizes
-from anymla.exports.fused_layer import encodes_keys, encodes_values, fused_tensors
+from anymla.exports.fused_layer import fused_tensors
 from anymla.exports.padding import padded
 from anymla.exports.weights import write_weights
 from anymla.io.checkpoint import check_loading, copy_companions, safe_config
 from anymla.io.config import read_object
 from anymla.layouts import backend_refusal
 from anymla.modeling import modeling_anymla, modeling_mla
+from anymla.modeling.spec import KEY, OLD_KEY, LayerSpec, config_entry, layers_of
 from anymla.register import modelling_files
 
 REFUSED = {
@@ -57,8 +59,10 @@ def write_vllm(converted: Path, folder: Path, *, pad: str = "cpu", dtype: str | 
     """
     source, config = read_converted(converted), safe_config(converted)
     check_model(source, config)
-    names = ("kv_lora_rank", "qk_rope_head_dim", "head_dim", "head_dim")
-    sizes = padded(converted, Sizes(*(max(layer.size(name) for layer in source.layers) for name in names)), pad)
+    d = max(layer.spec.head_dim for layer in source.layers)
+    rank = max(layer.latent.kv_lora_rank for layer in source.layers)
+    rope_dims = max(layer.latent.qk_rope_head_dim for layer in source.layers)
+    sizes = padded(converted, Sizes(rank, rope_dims, d, d), pad)
     dtype = dtype or str(source.config["dtype"])
     exponent = 10 if dtype == "float16" else 20  # 2^20 is more than a float16 holds
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,12 +124,12 @@ def check_model(source: Converted, config: Any) -> None:
 
 def _check_layer(where: str, layer: Layer, config: Any, model: Any) -> None:
     for feature, what in REFUSED.items():
-        if layer.features.get(feature):
+        if getattr(layer.spec, feature):
             raise UnsupportedModelError(f"{where} {what}, which vLLM's latent attention has not")
     window = model.get_submodule(layer.module).sliding_window
     if window is not None and window < getattr(config, "max_position_embeddings", window + 1):
         raise UnsupportedModelError(f"{where} a window of {window} tokens, which vLLM's latent attention has not")
-    if (heads := layer.size("num_heads")) != config.num_attention_heads:
+    if (heads := layer.spec.num_heads) != config.num_attention_heads:
         raise UnsupportedModelError(
             f"{where} {heads} query heads and not {config.num_attention_heads}; vLLM wants one number"
         )
@@ -138,6 +142,8 @@ def fused_config(config: Any, sizes: Sizes, exponent: int, dtype: str) -> Any:
     module = modeling_mla.__name__.rpartition(".")[2]
     names = {"AutoConfig": stock.config_class, "AutoModel": base, "AutoModelForCausalLM": stock}
     fields = config.to_dict()
+    layers = layers_of(fields) or ()
+    fields.pop(OLD_KEY, None)
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "qk_head_dim"):
         fields.pop(name, None)
     fields |= {
@@ -152,15 +158,16 @@ def fused_config(config: Any, sizes: Sizes, exponent: int, dtype: str) -> Any:
         "v_head_dim": sizes.value,
         "q_lora_rank": None,
         "latent_norm_exponent": exponent,
-        "mla_layers": [
-            layer
-            | {"scaling": sizes.scale, "encodes_keys": encodes_keys(layer), "encodes_values": encodes_values(layer)}
-            for layer in config.mla_layers
-        ],
+        KEY: config_entry(tuple(_scaled(layer, sizes.scale) for layer in layers)),
     }
     if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite's, which vLLM knows by another name
         fields["logit_scale"] = 1 / divisor
     return getattr(modeling_mla, modeling_mla.PREFIX + stock.config_class.__name__)(**fields)
+
+
+def _scaled(layer: LayerSpec, scale: float) -> LayerSpec:
+    """The layer with the scale that is left for engines, the rest being in the weights."""
+    return replace(layer, attention=replace(layer.parts[0], scaling=scale))
 
 
 def _tensors(source: Converted, sizes: Sizes, exponent: int, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
@@ -171,5 +178,5 @@ def _tensors(source: Converted, sizes: Sizes, exponent: int, dtype: torch.dtype)
             tensor = stored.read()
             yield {name: tensor.to(dtype) if tensor.is_floating_point() else tensor}
     for layer, prefix in zip(source.layers, inside, strict=True):
-        made = fused_tensors(layer.features, source.tensors(layer), sizes, exponent)
+        made = fused_tensors(layer, source.tensors(layer), sizes, exponent)
         yield {f"{prefix}{name}": tensor.to(dtype).contiguous() for name, tensor in made.items()}

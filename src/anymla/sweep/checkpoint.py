@@ -11,20 +11,19 @@ from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling import modeling_anymla
+from anymla.modeling.spec import KEY, LayerSpec, config_entry
 from anymla.register import converted_class, register
 from anymla.sweep.shards import name_shards, pack, write_outside
 
 
-def converted_config(model: Any, layers: list[dict[str, Any]]) -> Any:
-    """The config of the converted ``model``: the original's fields, DeepSeek's names, each converted layer's features.
-
-    ``layers``: LatentAttention's arguments of each, and where in the model it is.
-    """
+def converted_config(model: Any, layers: tuple[LayerSpec, ...]) -> Any:
+    """The config of the converted ``model``: the original's fields, DeepSeek's names, the spec of every layer."""
     register()
     model_class: Any = converted_class(type(model).__name__)
-    rank, rope_dims, head_dim = (
-        max(layer[name] for layer in layers) for name in ("kv_lora_rank", "qk_rope_head_dim", "head_dim")
-    )
+    parts = [layer.parts for layer in layers if layer.latent is not None]
+    rank = max(latent.kv_lora_rank for _, latent in parts)
+    rope_dims = max(latent.qk_rope_head_dim for _, latent in parts)
+    head_dim = max(attention.head_dim for attention, _ in parts)
     fields = model.config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version"):
         fields.pop(name, None)
@@ -36,15 +35,15 @@ def converted_config(model: Any, layers: list[dict[str, Any]]) -> Any:
         qk_nope_head_dim=head_dim,
         v_head_dim=head_dim,
         qk_head_dim=head_dim + rope_dims,
-        mla_layers=layers,
+        **{KEY: config_entry(layers)},
     )
 
 
 def write_checkpoint(
-    source: StreamedModel, work: WorkFolder, attentions: list[dict[str, Any]], *, max_shard_size: int
+    source: StreamedModel, work: WorkFolder, specs: tuple[LayerSpec, ...], *, max_shard_size: int
 ) -> None:
     """Completes ``work.model``: the last weights, config, modelling files, tokenizer and generation settings."""
-    config, layers = converted_config(source.model, attentions), decoder_layers(source.model)
+    config, layers = converted_config(source.model, specs), decoder_layers(source.model)
     write_outside(source, work, layers, behind=True)
     pack(work, len(layers) + 2, max_shard_size, last=True)
     shards = name_shards(work)

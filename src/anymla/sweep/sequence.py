@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,12 +35,12 @@ Progress = Callable[[int, int, LayerResult], None]  # (layers done, layers, the 
 class LayerRecord:
     """A layer that is done: its result, its cache before and after.
 
-    ``attention``: what the new config says of it: where in the model it is, its sizes and features (LatentAttention's
-    arguments). All are None for a layer that has no softmax attention and stays as it is.
+    ``spec``: what the new config says of it, ready for JSON. All are None for a layer that has no softmax attention and
+    stays as it is.
     """
 
     result: LayerResult | None = None
-    attention: dict[str, Any] | None = None
+    spec: dict[str, Any] | None = None
     before: LayerCache | None = None
     after: LayerCache | None = None
 
@@ -50,7 +50,7 @@ class LayerRecord:
         if fields["result"] is None:
             return cls()
         caches = (LayerCache(**fields[name]) for name in ("before", "after"))
-        return cls(LayerResult(**fields["result"]), fields["attention"], *caches)
+        return cls(LayerResult(**fields["result"]), fields["spec"], *caches)
 
 
 class Streams:
@@ -215,10 +215,8 @@ class Sequence:
         step.install(attention)
         pass_through(layer, streams.converted, arguments, step.batch)
         step.close()
-        sizes = {"kv_lora_rank": result.kv_rank, "qk_rope_head_dim": result.rope_dims}
-        sizes |= {"channel_fold": attention.channel_fold} if attention.channel_fold > 1 else {}
-        described = {"module": f"{self.source.name_of(layer)}.{step.path}"} | sizes | step.source.features
-        return LayerRecord(result, described, before, self._cached(index, 1))
+        spec = replace(attention.layer_spec, module=f"{self.source.name_of(layer)}.{step.path}")
+        return LayerRecord(result, spec.to_dict(), before, self._cached(index, 1))
 
     def _near(self, index: int) -> float:
         """The rope share of the last converted layer, near which this one's choice lies."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from anymla.errors import RecipeError
+from anymla.modeling.spec import layers_of
 from anymla.training.settings import Train, Tune
 
 ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj")
@@ -15,7 +16,8 @@ ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_p
 
 def attention_names(model: Any) -> list[str]:
     """Where in ``model`` its converted attention modules are."""
-    return [layer["module"] for layer in model.config.mla_layers]
+    layers = layers_of(model.config.to_dict()) or ()
+    return [str(layer.module) for layer in layers if layer.latent is not None]
 
 
 def always_expand(model: Any) -> None:

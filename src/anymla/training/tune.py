@@ -26,6 +26,7 @@ from anymla.io.find import find_model, with_revision
 from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
 from anymla.io.work import WorkFolder
+from anymla.modeling.spec import KEY, OLD_KEY
 from anymla.settings import DtypeName
 from anymla.sweep.progress import claim, decide_computing
 from anymla.training.card import tuned_card
@@ -114,7 +115,7 @@ def check_pair(student: Path, teacher: Path) -> None:
         CheckpointError: which of them, and why.
     """
     ours, theirs = read_config(student), read_config(teacher)
-    if not str(ours.get("model_type")).startswith("anymla_") or not isinstance(ours.get("mla_layers"), list):
+    if not str(ours.get("model_type")).startswith("anymla_") or not {KEY, OLD_KEY} & ours.keys():
         raise CheckpointError(f"{student} was not converted by anymla: first anymla convert {student} -o CONVERTED")
     family = str(ours["model_type"]).removeprefix("anymla_")
     if theirs.get("model_type") != family:

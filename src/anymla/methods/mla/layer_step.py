@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -180,17 +179,15 @@ class LayerStep:
 
     def _add(self, sums: MomentSums, inputs: Tensor, arguments: dict[str, Any]) -> None:
         """Adds one batch's moments; what the family puts on scores comes as one additive mask."""
-        rest, features = dict(arguments), self.source.features
+        rest = dict(arguments)
         mask, positions, rope = (
             rest.pop(name, None) for name in ("attention_mask", "position_ids", "position_embeddings")
         )
         pairs = self.spec.rope_pairs
         if isinstance(rope, tuple) and pairs and rope[0].shape[-1] not in (pairs, 2 * pairs):
             raise UnsupportedModelError(f"rope turns {rope[0].shape[-1]} dims of a head, config.json means {2 * pairs}")
-        cos, sin = rope_tables(features["rope_table"], self.spec.rope_pairs, rope, positions, inputs, self.config)
-        layer = SimpleNamespace(position_bias=None, local_window=None, config=self.config)
-        vars(layer).update(features)
-        mask = score_bias(mask, layer, inputs, inputs.shape[1], rest)
+        cos, sin = rope_tables(self.source.spec.rope_table, self.spec.rope_pairs, rope, positions, inputs, self.config)
+        mask = score_bias(mask, self.source.spec, self.config, inputs, inputs.shape[1], rest)
         if mask is None and not getattr(self.attention, "is_causal", True):  # PaliGemma's, which sees all of a prompt
             mask = inputs.new_zeros(1, 1, inputs.shape[1], inputs.shape[1])
         sums.add(*self.source.project(inputs), cos, sin, None if mask is None else additive_mask(mask, inputs.dtype))
