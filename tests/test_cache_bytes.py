@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from anymla.cache_bytes import converted_bytes, original_bytes, told_lengths
 from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import anymla
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_config, read_model_spec
-from anymla.cache_bytes import converted_bytes, original_bytes, told_lengths
 from anymla.demo import bundled_model
 from anymla.methods.mla.costs import original_cost
 from anymla.modeling.arguments import cache_argument

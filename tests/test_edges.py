@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from anymla.model_run.cache_size import CacheSize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import anymla
@@ -13,7 +14,6 @@ from anymla.data.text import bundled_text
 from anymla.errors import CheckpointError
 from anymla.evaluation.logits import Logits
 from anymla.evaluation.scores import ScoreSums, measure_cache
-from anymla.model_run.cache_size import CacheSize
 from anymla.modeling import absorbed
 from anymla.modeling.absorbed import absorbed_attention
 from tests.families import FAST, logits, make_model, save_model, token_ids

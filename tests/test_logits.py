@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
+from anymla.model_run.cache_size import CacheSize
 from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -20,7 +21,6 @@ from anymla.evaluation import logits as in_parts
 from anymla.evaluation.likelihood import Query, answers, untracked
 from anymla.evaluation.logits import Logits, logits_of_pass
 from anymla.evaluation.scores import ScoreSums, score_model
-from anymla.model_run.cache_size import CacheSize
 from anymla.model_run.stream import decoder_layers, logits_of
 from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.family_models import SINCE, tiny_model

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec, Slot
@@ -44,10 +45,9 @@ class Account:
     @property
     def weight_bytes(self) -> int | None:
         """Bytes of all weights; None where one layer's are not known."""
-        known = [
-            part for part in (self.outside_bytes, *(layer.weight_bytes for layer in self.layers)) if part is not None
-        ]
-        return sum(known) if len(known) == 1 + len(self.layers) else None
+        parts = (self.outside_bytes, *(layer.weight_bytes for layer in self.layers))
+        known = [part for part in parts if part is not None]
+        return sum(known) if len(known) == len(parts) else None
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -181,9 +181,12 @@ def _encoder_numbers(attention: AttentionSpec, latent: LatentSpec, hidden: int) 
     return made + true_keys + (keys + 1) * rank
 
 
-def measured_layer(
-    layer: Any, lengths: Iterable[int], width: float = 1, weight_bytes: int | None = None
-) -> LayerAccount:
+def no_cache(lengths: Iterable[int]) -> LayerAccount:
+    """A layer that caches nothing whose size a length changes."""
+    return LayerAccount(cache_bytes_at={str(length): 0 for length in lengths})
+
+
+def measured_layer(layer: Any, lengths: Iterable[int], width: float = 1) -> LayerAccount:
     """Measures a layer of a DynamicCache that holds some tokens; one without keys holds nothing that is counted.
 
     The layer itself says how much it holds at each length: a copy of it on the meta device is given so many tokens.
@@ -192,16 +195,14 @@ def measured_layer(
         layer: the layer; it stays as it is.
         lengths: tokens at which it is told.
         width: bytes of a number in the checkpoint's dtype over those in the one computed in; the first are told.
-        weight_bytes: of the layer's weights.
     """
     if getattr(layer, "keys", None) is None:
-        return LayerAccount(weight_bytes=weight_bytes, cache_bytes_at={str(length): 0 for length in lengths})
+        return no_cache(lengths)
     exact = getattr(layer, "exact", None)
     full = 0 if exact is None else exact.sliding_window
     once = 0 if exact is None else sum(tensor.nbytes for tensor in _grown(layer, full)[2:])
     tokens = [tensor[:1, ..., :1, :] for tensor in (layer.keys, layer.values)]
     return LayerAccount(
-        weight_bytes=weight_bytes,
         cache_bytes_per_token=int(width * sum(tensor.numel() * tensor.element_size() for tensor in tokens)),
         cache_bytes_once=int(width * once),
         cache_bytes_at={str(at): int(width * sum(tensor.nbytes for tensor in _grown(layer, at))) for at in lengths},
@@ -254,8 +255,8 @@ def measure(model: Any, lengths: Iterable[int] = (), tokens: int = PROBE_TOKENS)
     outside = sum(sizes.values()) - sum(sizes[name] for names in inside for name in names)
     return Account(
         layers=tuple(
-            measured_layer(layer, lengths, width, sum(sizes[name] for name in names))
-            for layer, names in zip(cached, inside, strict=True)
+            replace(measured_layer(layer, lengths, width), weight_bytes=sum(sizes[name] for name in names))
+            for layer, names in zip_longest(cached, inside)  # MiniMax' last linear layers have none in its cache
         ),
         outside_bytes=outside,
     )

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from anymla.account import Account, LayerAccount
+from anymla.account import Account, LayerAccount, account
 from anymla.architectures.names import FUSED, PATHS
+from anymla.io.checkpoint import check_weights
 from anymla.io.safetensors import read_header
 from anymla.modeling.spec import ModelSpec
 
@@ -77,10 +78,16 @@ def with_stored(measured: Iterable[LayerAccount], stored: StoredBytes | None) ->
     )
 
 
-def write_account(folder: Path, spec: ModelSpec, counted: Account, measured: Account) -> None:
-    """Writes ``account.json``: what was counted, and under ``measured`` what was found."""
-    found: dict[str, Any] = {"dtype": spec.dtype, **counted.to_dict(), "measured": measured.to_dict()}
-    (folder / FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+def write_account(folder: Path, spec: ModelSpec, measured: Iterable[LayerAccount]) -> None:
+    """Writes ``account.json`` beside the weights of ``folder``: what ``spec`` means, and what was ``measured``.
+
+    Raises:
+        CheckpointError: the folder's weights cannot be read.
+    """
+    stored = stored_bytes(spec, check_weights(folder))
+    counted, found = account(sized(spec, stored)), with_stored(measured, stored)
+    told: dict[str, Any] = {"dtype": spec.dtype, **counted.to_dict(), "measured": found.to_dict()}
+    (folder / FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def _places(spec: ModelSpec, names: Iterable[str]) -> tuple[str, dict[int, str | None]] | None:
