@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 import transformers
-from anymla.model_run.cache_size import CacheSize
 from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import anymla
+from anymla.account import Account, LayerAccount
 from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
 from anymla.architectures.vision import VISION
 from anymla.data.text import bundled_text
@@ -35,7 +35,7 @@ HEADS = {  # what families do behind the last hidden states
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"vocab_size": 640},  # more than the tokenizer has
 }
-NO_CACHE = CacheSize(numbers_per_layer=[1.0], bytes=4, window_bytes=0)
+NO_CACHE = Account(layers=(LayerAccount(cache_bytes_per_token=4, cached_numbers=1, cache_bytes_at={}),))
 
 
 @pytest.fixture

@@ -11,11 +11,10 @@ from typing import Any
 
 from anymla.account import Account, LayerAccount, account
 from anymla.architectures.names import FUSED, PATHS
-from anymla.io.checkpoint import check_weights
+from anymla.io.checkpoint import ACCOUNT, check_weights
 from anymla.io.safetensors import read_header
 from anymla.modeling.spec import ModelSpec
 
-FILE = "account.json"
 _LAYER = re.compile(r"(.*?\.|)(\d+)\.(.+)")  # what stands before the layer's index, the index, a name inside the layer
 _TOWERS = re.compile("vision|visual|image|audio")
 
@@ -87,7 +86,7 @@ def write_account(folder: Path, spec: ModelSpec, measured: Iterable[LayerAccount
     stored = stored_bytes(spec, check_weights(folder))
     counted, found = account(sized(spec, stored)), with_stored(measured, stored)
     told: dict[str, Any] = {"dtype": spec.dtype, **counted.to_dict(), "measured": found.to_dict()}
-    (folder / FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (folder / ACCOUNT).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def _places(spec: ModelSpec, names: Iterable[str]) -> tuple[str, dict[int, str | None]] | None:
