@@ -39,7 +39,9 @@ __all__ = [
     "MLAPlan",
     "Measure",
     "Push",
+    "Recipe",
     "Recovery",
+    "RunOutcome",
     "Scores",
     "Tune",
     "convert",
@@ -49,6 +51,7 @@ __all__ = [
     "inspect",
     "plan",
     "push",
+    "run",
     "tune",
 ]
 
@@ -66,6 +69,9 @@ _HOMES = {
     "MLA": "anymla.methods.mla.settings",
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
+    "Recipe": "anymla.recipe",
+    "RunOutcome": "anymla.run",
+    "run": "anymla.run",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
     "push": "anymla.hub",

@@ -45,8 +45,8 @@ Progress = Callable[[StepProgress], None]
 class StepOutcome:
     """What a step made: its settings, the model's bytes, its quality where there is a text, and the seconds it took.
 
-    ``account``: as in account.json, with ``cache_bytes_at_context``. ``quality``: perplexity, and KL and top-1 agreement
-    to the original.
+    ``account``: as in account.json, with ``cache_bytes_at_context``. ``quality``: perplexity, and KL and top-1
+    agreement to the original.
     """
 
     name: str
@@ -101,7 +101,8 @@ def run(
         steps: names of steps, or names with settings, as ``[{"mla": {"kv_cache": 0.25}}, "tune"]``.
         recipe: instead of steps, a YAML file or the name of a recipe that comes with anymla.
         teacher: the original, where ``model`` is not it.
-        text, text_tokens: what to score the model on after every step.
+        text: what to score the model on after every step.
+        text_tokens: read at most this many tokens of it.
         context: tokens at which the cache's size is told.
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped run to ``output`` left, instead of going on from there.

@@ -75,7 +75,7 @@ def run(
         return
     if as_json:
         return print_json(outcome.to_dict())
-    from anymla.report.tables import run_table
+    from anymla.report.runs import run_table
 
     out.print(run_table(outcome))
     out.print(f"Wrote {output}. Next: anymla eval {output} --against {outcome.recipe.model} --text YOUR.txt")
@@ -116,7 +116,7 @@ def methods(as_json: Json = False) -> None:
     rows = [_described(method, known) for method in known]
     if as_json:
         return print_json(rows)
-    from anymla.report.tables import methods_table
+    from anymla.report.runs import methods_table
 
     out.print(methods_table(rows))
     out.print(f"Recipes that come with anymla: {', '.join(shipped_names())}. Next: anymla run RECIPE -o OUT")
