@@ -15,7 +15,7 @@ from anymla.methods.base import Method, all_methods
 from anymla.recipe import composes_with, shipped_names
 
 if TYPE_CHECKING:
-    from anymla.run import Progress, StepOutcome, StepProgress
+    from anymla.runner import Progress, StepOutcome, StepProgress
 
 
 @app.command()
@@ -53,11 +53,11 @@ def run(
     """Run the steps of a recipe, one after the other; after each the model's bytes are shown."""
     if step and model is not None:
         raise RecipeError("--model is for a recipe: with --step the model stands before the options")
-    from anymla import run as runs
+    from anymla import runner
 
     speaks = first_process()
     with shown("run") as report, how_to_go_on():
-        outcome = runs.run(
+        outcome = runner.run(
             source if step else model,
             output,
             None if not step else [_parsed(each) for each in step],

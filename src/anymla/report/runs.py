@@ -10,7 +10,7 @@ from rich.table import Table
 from anymla.report.tables import size, table
 
 if TYPE_CHECKING:
-    from anymla.run import RunOutcome
+    from anymla.runner import RunOutcome
 
 
 def run_table(outcome: RunOutcome) -> Table:
