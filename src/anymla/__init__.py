@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
+    from anymla.recovery import tune
     from anymla.training.outcome import Recovery
     from anymla.training.settings import Tune
-    from anymla.training.tune import tune
 
 __version__ = "0.1.0"
 
@@ -70,7 +70,7 @@ _HOMES = {
     "export": "anymla.exports.export",
     "push": "anymla.hub",
     "Tune": "anymla.training.settings",
-    "tune": "anymla.training.tune",
+    "tune": "anymla.recovery",
 }
 
 
