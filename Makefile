@@ -1,5 +1,5 @@
 # make demo   makes the environment, then converts the bundled model and shows the result
-# make test   lint, types, import order, tests
+# make test   lint and spelling, types, import order, tests
 # make test-engines  the exports in vLLM and llama.cpp; builds these once (minutes)
 # make families  converts a tiny model of every family and writes docs/families.md
 PYTHON ?= python3
@@ -26,6 +26,7 @@ test: lint types imports pytest
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: env
 	$(BIN)/mypy

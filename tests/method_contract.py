@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM
 
 import anymla
@@ -124,7 +125,7 @@ def plans_are_pure(case: Case, folder: Path) -> None:
     plan = method.plan(spec)
     assert plan == method.plan(spec)
     assert spec == kept
-    json.dumps([getattr(choice, "model_dump", lambda: choice)() for choice in plan.choices], default=str)
+    json.dumps([choice.model_dump() if isinstance(choice, BaseModel) else choice for choice in plan.choices])
     code = (
         "import sys, json; from anymla.methods.base import method_of; "
         f"method_of({case.name!r}, json.loads({json.dumps(json.dumps(case.sample.settings))})); "
@@ -171,7 +172,9 @@ def what_cannot_be_is_refused_before_weights(case: Case, folder: Path) -> None:
 def files(folder: Path) -> dict[str, bytes]:
     """All files that hold no times."""
     timed = {"conversion.json", "tuning.json", "run.json", "metrics.jsonl", "loss.png", "README.md"}
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name not in timed}
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name not in timed
+    }
 
 
 PROMISES: tuple[Callable[[Case, Path], None], ...] = (

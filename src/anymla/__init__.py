@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from anymla.methods.tune import Tune
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
+    from anymla.recovery import tune
     from anymla.training.outcome import Recovery
-    from anymla.training.tune import tune
 
 __version__ = "0.1.0"
 
@@ -76,7 +76,7 @@ _HOMES = {
     "export": "anymla.exports.export",
     "push": "anymla.hub",
     "Tune": "anymla.methods.tune",
-    "tune": "anymla.training.tune",
+    "tune": "anymla.recovery",
 }
 
 

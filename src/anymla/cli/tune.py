@@ -81,10 +81,10 @@ def tune(
     """Train a converted model until it gives what the original gave."""
     base = {} if recipe is None else read_tune(recipe)
     chosen = Tune.of(base | settings, "settings")
-    from anymla.training import tune as tuning
+    from anymla.recovery import tune as tune_model
 
     with shown("tune") as told, how_to_go_on():
-        report = tuning.tune(
+        report = tune_model(
             converted,
             output,
             teacher=teacher,

@@ -105,12 +105,12 @@ def clear_abandoned(output: Path) -> None:
     for path in output.parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(output.name)}\.(partial|source)-\d+", path.name) and path.is_dir():
             with suppress(OSError):  # held, or gone by now
-                held = hold(path)
+                held = lock_folder(path)
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(held)
 
 
-def hold(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Holds ``folder`` until what this returns is closed, or the process ends in whatever way.
 
     Raises:

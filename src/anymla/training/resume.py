@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from anymla.data.tuning import Source
+from anymla.data.mixture import Source
 from anymla.distributed import rank, world
 from anymla.errors import AnymlaError, OutputError, RecipeError
 from anymla.io.checkpoint import check_weights
@@ -58,7 +58,7 @@ def done_steps(work: WorkFolder, stages: list[Stage]) -> int:
 
 
 @contextmanager
-def kept(work: WorkFolder, stages: list[Stage], tuning: Tune) -> Iterator[None]:
+def keep_when_stopped(work: WorkFolder, stages: list[Stage], tuning: Tune) -> Iterator[None]:
     """Keeps ``work`` when the block is stopped behind a checkpoint, and says how to go on; else nothing is left.
 
     Raises:
