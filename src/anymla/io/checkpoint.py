@@ -263,7 +263,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation settings and licences: all but weights, their account, config, model card."""
+    """Copies tokenizer, generation settings, licences: all files but weights, their account, config and model card."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
     for file in source.iterdir():
         skip = (
