@@ -22,9 +22,10 @@ from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from anymla.evaluation.scores import measure_cache
+from anymla.account import measure
 from anymla.modeling.absorbed import absorbed_attention
 from anymla.modeling.modeling_anymla import AnymlaLlamaConfig, AnymlaLlamaForCausalLM
+from anymla.modeling.spec import KEY, AttentionSpec, LatentSpec, LayerSpec, config_entry
 from anymla.report.tables import size, table
 
 HEADS, HEAD_DIM, LAYERS, HIDDEN = 16, 64, 8, 1024
@@ -99,18 +100,19 @@ def make_models(kv_heads: int, dtype: torch.dtype) -> dict[str, Any]:
     }
     for budget in (0.25, 0.125):
         rank, rope_dims = split(kv_heads, budget)
-        features = {
-            "kv_lora_rank": rank,
-            "qk_rope_head_dim": rope_dims,
-            "num_heads": HEADS,
-            "num_kv_heads": kv_heads,
-            "head_dim": HEAD_DIM,
-            "rope_pairs": HEAD_DIM // 2,
-            "scaling": HEAD_DIM**-0.5,
-            "query_bias": True,  # as every converted layer has it
-        }
-        layers = [{"module": f"model.layers.{index}.self_attn"} | features for index in range(LAYERS)]
-        config = AnymlaLlamaConfig(**sizes, mla_layers=layers, qk_head_dim=HEAD_DIM + rope_dims)
+        attention = AttentionSpec(
+            num_heads=HEADS,
+            num_kv_heads=kv_heads,
+            head_dim=HEAD_DIM,
+            rope_pairs=HEAD_DIM // 2,
+            scaling=HEAD_DIM**-0.5,
+        )
+        latent = LatentSpec(kv_lora_rank=rank, qk_rope_head_dim=rope_dims)
+        layers = tuple(
+            LayerSpec(module=f"model.layers.{index}.self_attn", attention=attention, latent=latent)
+            for index in range(LAYERS)
+        )
+        config = AnymlaLlamaConfig(**sizes, **{KEY: config_entry(layers)}, qk_head_dim=HEAD_DIM + rope_dims)
         models[f"{budget:.1%}"] = AnymlaLlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
     return models
@@ -177,7 +179,7 @@ def step_table(shapes: dict[str, list[Any]], console: Console) -> list[dict[str,
     for dtype in shapes["dtype"]:
         for kv_heads in shapes["kv_heads"]:
             models = make_models(kv_heads, DTYPES[dtype])
-            per_token = {name: measure_cache(model).bytes for name, model in models.items()}
+            per_token = {name: measure(model).cache_bytes_per_token for name, model in models.items()}
             for length in shapes["length"]:
                 for batch in shapes["batch"]:
                     row = step_row(models, length, batch)

@@ -29,21 +29,22 @@ import anymla
 from anymla.evaluation.scores import score_model
 from anymla.io.checkpoint import load_model
 from anymla.modeling.modeling_anymla import attention_class
+from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec
 from anymla.report.tables import table
 
 LONG = 4096
 CASES = ((0.25, 0), (0.125, 0), (0.125, 16), (0.125, 64), (0.0625, 64))  # latent, window
 
 
-SIZES: dict[str, Any] = {"num_heads": 16, "num_kv_heads": 16, "head_dim": 64, "rope_pairs": 32, "scaling": 0.125}
-SIZES |= {"kv_lora_rank": 192, "qk_rope_head_dim": 64}  # an eighth of the cache
+SPEC = AttentionSpec(num_heads=16, num_kv_heads=16, head_dim=64, rope_pairs=32, scaling=0.125)
 
 
 def attention(window: int) -> Any:
     """One attention with random weights: hidden 1024, 16 heads of 64."""
     config = LlamaConfig(hidden_size=1024, num_attention_heads=16, head_dim=64, attn_implementation="sdpa")
-    features = SIZES | ({"exact_window": window} if window else {})
-    return attention_class(features)(LlamaAttention(config, 0), config, **features)
+    latent = LatentSpec(kv_lora_rank=192, qk_rope_head_dim=64, exact_window=window)  # an eighth of the cache
+    spec = LayerSpec(attention=SPEC, latent=latent)
+    return attention_class(spec)(LlamaAttention(config, 0), config, spec)
 
 
 def seconds(run: Callable[[], Any]) -> float:

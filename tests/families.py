@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from anymla.demo import bundled_model
+from anymla.modeling.spec import LayerSpec, layers_of
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -111,3 +112,8 @@ def logits(model: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """Logits of a full forward pass without a cache."""
     result: torch.Tensor = model(input_ids=ids, use_cache=False, **inputs).logits
     return result
+
+
+def converted_layers(config: Any) -> list[LayerSpec]:
+    """The layers of a converted model's config that were converted."""
+    return [layer for layer in layers_of(config.to_dict()) or () if layer.latent is not None]

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_model_spec
-from anymla.exports.vllm import REFUSED
-from anymla.modeling.spec import ModelSpec
-from tests.families import save_model, token_ids
+from anymla.exports.vllm.writer import REFUSED
+from anymla.modeling.spec import AttentionSpec, ModelSpec
+from tests.families import converted_layers, save_model, token_ids
 from tests.family_models import tiny_model
 from tests.precision import Exact
 
@@ -46,11 +46,14 @@ def check_family(name: str, model_type: str, changes: dict[str, Any], folder: Pa
         half_budget(folder / "float64", folder / "half")
     config = load(folder / "half").config
     model_spec = read_model_spec(tiny_model(model_type, **changes).config.to_dict())
-    beyond = REFUSED.keys() & {name for layer in config.mla_layers for name in layer}
+    specs = converted_layers(config)
+    beyond = {name for name in REFUSED for layer in specs if getattr(layer.attention, name)}
     assert bool(beyond) == (model_spec.beyond is not None), (beyond, model_spec.beyond)
-    converted, layers = len(config.mla_layers), len(model_spec.layers)
+    converted, layers = len(specs), len(model_spec.layers)
     kept = "" if converted == layers else f", {layers - converted} kept"
-    return Row(name, describe(model_spec, config.mla_layers), f"{converted} of {layers}{kept}", errors)
+    return Row(
+        name, describe(model_spec, [layer.parts[0] for layer in specs]), f"{converted} of {layers}{kept}", errors
+    )
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -62,7 +65,7 @@ def full_budget_error(source: Path, output: Path) -> float:
     """Largest difference of logits: whole prompt, cached decode, and both with a left-padded batch."""
     anymla.convert(source, output, kv_cache=1.0, **FAST)
     converted = load(output)
-    capped = any("softcap" in layer for layer in converted.config.mla_layers)
+    capped = any(layer.attention.softcap for layer in converted_layers(converted.config))
     original = load(source, **{"attn_implementation": "eager"} if capped else {})  # older transformers' sdpa drops it
     assert converted.dtype == original.dtype
     worst = 0.0
@@ -118,27 +121,25 @@ def padded_decode(model: Any) -> torch.Tensor:
     return torch.cat([output.logits[1, PADDING:], output.logits[0], step.logits.flatten(0, 1)])
 
 
-def describe(model_spec: ModelSpec, layers: list[dict[str, Any]]) -> str:
+def describe(model_spec: ModelSpec, layers: list[AttentionSpec]) -> str:
     """What is special about a family's attention, in the order of the computation."""
     family, specs = FAMILIES[model_spec.model_type], list(model_spec.attention_layers.values())
     first, rotated = specs[0], sum(spec.rope_pairs > 0 for spec in specs)
-    named = {name for layer in layers for name in layer}
+    named = {name for layer in layers for name, value in vars(layer).items() if value}
     grouping = "MHA" if first.num_kv_heads == first.num_heads else "MQA" if first.num_kv_heads == 1 else "GQA"
     facts = {
         grouping: True,
         "biases": first.qkv_bias,
         "clipped QKV": "clip" in named,
-        "QK-norm over the width": any(layer.get("norm_over") == "width" for layer in layers),
+        "QK-norm over the width": any(layer.norm_over == "width" for layer in layers),
         "QK-norm after rope": family.norm_after_rope,
-        "QK-norm": "norms" in named and not family.norm_after_rope and layers[0].get("norm_over") != "width",
+        "QK-norm": "norms" in named and not family.norm_after_rope and layers[0].norm_over != "width",
         "no rope": rotated == 0,
         "rope in some layers": 0 < rotated < len(specs),
         "partial rope": any(0 < 2 * spec.rope_pairs < spec.head_dim for spec in specs),
         "interleaved rope": rotated > 0 and family.rope == "interleaved",
         "query temperature": "temperature" in named,
-        "ALiBi": any(
-            "alibi" in str(layer.get("position_bias")) or layer.get("position_bias") == "mpt" for layer in layers
-        ),
+        "ALiBi": any("alibi" in str(layer.position_bias) or layer.position_bias == "mpt" for layer in layers),
         "sliding window": any(spec.sliding_window for spec in specs) or "local_window" in named,
         "soft-cap": "softcap" in named,
         "sinks": "sinks" in named,

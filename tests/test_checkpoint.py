@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import anymla
 from anymla.demo import bundled_model
 from anymla.modeling.modeling_anymla import AnymlaLlamaForCausalLM
-from tests.families import FAST, SHAPES, logits, make_model, save_model, token_ids
+from tests.families import FAST, SHAPES, converted_layers, logits, make_model, save_model, token_ids
 
 WITHOUT_ANYMLA = """
 import sys, torch
@@ -113,9 +113,10 @@ def test_config_has_deepseeks_names(converted_folder):
     assert config.model_type == "anymla_llama"
     assert config.architectures == ["AnymlaLlamaForCausalLM"]
     assert config.qk_nope_head_dim == config.v_head_dim == 8
-    assert config.kv_lora_rank == max(layer["kv_lora_rank"] for layer in config.mla_layers)
-    assert config.qk_rope_head_dim == max(layer["qk_rope_head_dim"] for layer in config.mla_layers)
-    assert all(layer["kv_lora_rank"] + layer["qk_rope_head_dim"] == 16 for layer in config.mla_layers)
+    assert config.kv_lora_rank == max(layer.latent.kv_lora_rank for layer in converted_layers(config))
+    assert config.qk_rope_head_dim == max(layer.latent.qk_rope_head_dim for layer in converted_layers(config))
+    latents = [layer.latent for layer in converted_layers(config)]
+    assert all(latent.kv_lora_rank + latent.qk_rope_head_dim == 16 for latent in latents)
     assert not hasattr(config, "quantization_config")
 
 

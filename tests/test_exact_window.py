@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import anymla
+from anymla.account import measure
 from anymla.errors import AnymlaError
-from anymla.evaluation.scores import measure_cache
 from anymla.io.checkpoint import load_model
 from anymla.methods.mla.moments import MomentSums
 from anymla.modeling import exact_window
 from anymla.modeling.exact_cache import ExactWindowLayer
 from anymla.modeling.exact_window import ExactWindowAttention
+from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, layers_of
 from tests.damage import BUNDLED, TRAIN, VALID
-from tests.families import FAST, make_model, save_model, token_ids
+from tests.families import FAST, converted_layers, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 from tests.precision import Exact
 
@@ -66,18 +67,17 @@ def off(a, b):
 def attention(window, *, kv_heads=2, softcap=None, sinks=False):
     """An attention with random weights: 4 heads of 6 dims, 2 pairs of them turned, rank 5, 2 channels."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 6}
-    config = LlamaConfig(**sizes, attn_implementation="eager")
-    features = {"num_heads": 4, "num_kv_heads": kv_heads, "head_dim": 6, "rope_pairs": 2, "scaling": 0.4}
+    config = LlamaConfig(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=6, attn_implementation="eager"
+    )
+    sizes = {"num_heads": 4, "num_kv_heads": kv_heads, "head_dim": 6, "rope_pairs": 2, "scaling": 0.4}
     made = ExactWindowAttention(
         LlamaAttention(config, 0),
         config,
-        exact_window=window,
-        kv_lora_rank=5,
-        qk_rope_head_dim=4,
-        softcap=softcap,
-        sinks=sinks,
-        **features,
+        LayerSpec(
+            attention=AttentionSpec(**sizes, softcap=softcap, sinks=sinks),
+            latent=LatentSpec(kv_lora_rank=5, qk_rope_head_dim=4, exact_window=window),
+        ),
     ).double()
     for tensor in (*made.parameters(), made.query_rotation, made.channel_weight):
         tensor.data = torch.randn_like(tensor) * 0.4
@@ -95,7 +95,7 @@ def by_definition(made, hidden, allowed):
     cos, sin = (table[:, None, :, :2] for table in turns(hidden.shape[1]))
     query = made.true_query(hidden, None)
     nope, rope = made.queries(query, cos, sin)
-    key, value = made.true_kv(hidden)
+    key, value = made.true_key(hidden), made.true_value(hidden)
     latent, rope_key = made.compress(hidden, cos, sin)
     far_key, far_value = made.expand_kv(latent, rope_key)
 
@@ -112,8 +112,8 @@ def by_definition(made, hidden, allowed):
     place = torch.arange(hidden.shape[1])
     near = (place[:, None] - place) < made.exact_window
     scores = torch.where(near, exact, far) * made.scaling
-    if made.softcap is not None:
-        scores = (scores / made.softcap).tanh() * made.softcap
+    if (softcap := made.spec.softcap) is not None:
+        scores = (scores / softcap).tanh() * softcap
     scores = scores.masked_fill(~allowed, -torch.inf)
     if made.sinks is not None:
         scores = torch.cat([scores, made.sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
@@ -214,7 +214,7 @@ def test_families_are_exact_at_full_budget_and_in_the_cache(tmp_path, model_type
         source, ids = save_model(tiny, tmp_path / "source"), token_ids()
         whole = converted(tmp_path, source, kv_cache=1.0, calibration_tokens=512, calibration_length=32)
         original = load_model(source)
-        assert any(layer.get("exact_window") == WINDOW for layer in whole.config.mla_layers)
+        assert any(layer.latent.exact_window == WINDOW for layer in converted_layers(whole.config))
         assert off(forward(whole, ids, use_cache=False), forward(original, ids, use_cache=False)) < 1e-9
         half = converted(tmp_path, source, kv_cache=0.5, calibration_tokens=512, calibration_length=32)
         full, cache = forward(half, ids, use_cache=False), DynamicCache(config=half.config)
@@ -233,7 +233,7 @@ def test_tokens_within_the_window_are_the_originals(tmp_path, source):
     found = converted(tmp_path, source, kv_cache=0.3, factorization="whitened", reconstruction_steps=0)
     ids = token_ids()
     now, before = (forward(each, ids, use_cache=False) for each in (found, load_model(source)))
-    inside = 0 if any("exact_window" not in layer for layer in found.config.mla_layers) else WINDOW
+    inside = 0 if any(not layer.latent.exact_window for layer in converted_layers(found.config)) else WINDOW
     assert inside == 0 or close(now[:, :inside], before[:, :inside])
     assert off(now[:, WINDOW:], before[:, WINDOW:]) > 1e-3
 
@@ -269,7 +269,7 @@ def test_both_implementations_and_both_forms_agree(model, implementation, monkey
     ids, before = token_ids(), model.config._attn_implementation
     expected = forward(model, ids, use_cache=False)
     model.set_attn_implementation(implementation)
-    sliding = any("exact_window" not in layer for layer in model.config.mla_layers)
+    sliding = any(not layer.latent.exact_window for layer in converted_layers(model.config))
     tolerance = 1e-4 if sliding and implementation == "eager" else 1e-9  # its softmax is in float32
     try:
         for absorbs in (False, True):
@@ -295,7 +295,7 @@ def test_decode_never_expands_the_cache(model, monkeypatch):
 
 
 def has_sliding_layers(model):
-    return any("exact_window" not in layer for layer in model.config.mla_layers)
+    return any(not layer.latent.exact_window for layer in converted_layers(model.config))
 
 
 def test_crop_until_the_window_is_full_or_recorded(model):
@@ -322,15 +322,13 @@ def test_assisted_decoding(model, how):
 
 def test_an_offloaded_layer_keeps_its_exact_tokens(model):
     """DynamicCache offloads a layer as soon as it was updated, before the attention goes on."""
-    layer, late = ExactWindowLayer(WINDOW), [torch.randn(1, 2, 9, 4) for _ in range(2)]
-    given = [states.clone() for states in late]
-    layer.update(torch.randn(1, 1, 9, 3), torch.randn(1, 1, 9, 2), late)
+    layer, given = ExactWindowLayer(WINDOW), tuple(torch.randn(1, 2, 9, 4) for _ in range(2))
+    layer.update(torch.randn(1, 1, 9, 3), torch.randn(1, 1, 9, 2), given)
     layer.offload()
     layer.prefetch()
-    later = [torch.randn(1, 2, 1, 4) for _ in range(2)]
-    new = [states.clone() for states in later]
-    layer.update(torch.randn(1, 1, 1, 3), torch.randn(1, 1, 1, 2), later)
-    for seen, before, last in zip(later, given, new, strict=True):
+    new = tuple(torch.randn(1, 2, 1, 4) for _ in range(2))
+    _, exact = layer.update(torch.randn(1, 1, 1, 3), torch.randn(1, 1, 1, 2), new)
+    for seen, before, last in zip(exact, given, new, strict=True):
         assert torch.equal(seen, torch.cat([before[:, :, -WINDOW + 1 :], last], 2))
 
 
@@ -343,13 +341,13 @@ def test_cache_holds_latent_rope_key_and_a_window(model):
     cache = DynamicCache(config=model.config)
     forward(model, token_ids(), past_key_values=cache)
     windows = 0
-    for layer, described in zip(cache.layers, model.config.mla_layers, strict=True):
-        groups, head_dim = described["num_kv_heads"], described["head_dim"]
+    for layer, described in zip(cache.layers, converted_layers(model.config), strict=True):
+        groups, head_dim = described.attention.num_kv_heads, described.attention.head_dim
         assert layer.keys.shape[-1] + layer.values.shape[-1] == groups * head_dim
-        if "exact_window" in described:
+        if described.latent.exact_window:
             assert layer.exact.keys.shape == layer.exact.values.shape == (2, groups, WINDOW - 1, head_dim)
-            windows += WINDOW * 2 * groups * head_dim * 8
-    assert measure_cache(model).window_bytes == windows > 0
+            windows += layer.exact.keys[0].nbytes + layer.exact.values[0].nbytes
+    assert measure(model).cache_bytes_once == windows > 0
 
 
 def test_report_plan_and_eval_agree_on_bytes(tmp_path, source):
@@ -366,8 +364,8 @@ def test_report_plan_and_eval_agree_on_bytes(tmp_path, source):
 def test_planned_parameters_are_those_of_the_model(tmp_path, source):
     found = converted(tmp_path, source, kv_cache=0.5)
     layers = anymla.explain_plan(anymla.MLAPlan.read(tmp_path / "out" / "plan.yaml"))["layers"]
-    for layer, described in zip(layers, found.config.mla_layers, strict=True):
-        module = found.get_submodule(described["module"])
+    for layer, described in zip(layers, converted_layers(found.config), strict=True):
+        module = found.get_submodule(described.module)
         tensors = [*module.parameters(), *module.buffers()]
         assert layer["parameters"]["after"] == pytest.approx(sum(tensor.numel() for tensor in tensors), rel=0.03)
 
@@ -475,7 +473,7 @@ def test_window_beats_a_wider_latent_at_equal_bytes(tmp_path):
         anymla.convert(BUNDLED, tmp_path / name, **common, **changes)
         found[name] = anymla.evaluate(tmp_path / name, VALID, BUNDLED, tokens=8192, length=256)
     sizes = {name: 256 * score.cache_bytes_per_token + score.cache_window_bytes for name, score in found.items()}
-    assert sizes["window"] == sizes["latent"]
+    assert sizes["latent"] - sizes["window"] == 1280  # of 16 tokens, the newest is never held
     assert found["window"].kl < 0.35 * found["latent"].kl
     assert found["window"].perplexity < found["latent"].perplexity
 
@@ -491,8 +489,8 @@ def test_tuning_a_windowed_model(tmp_path):
     )
     report = anymla.tune(tmp_path / "out", tmp_path / "tuned", teacher=BUNDLED, data=[str(TRAIN)], **TUNING)
     assert report.after.kl < 0.95 * report.before.kl
-    described = json.loads((tmp_path / "tuned" / "config.json").read_text())["mla_layers"]
-    assert all(layer["exact_window"] == 8 for layer in described)
+    described = layers_of(json.loads((tmp_path / "tuned" / "config.json").read_text()))
+    assert all(layer.latent.exact_window == 8 for layer in described)
 
 
 # --- What cannot be

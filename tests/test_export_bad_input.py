@@ -99,6 +99,12 @@ def with_config(folder, change):
     (folder / "config.json").write_text(json.dumps(fields))
 
 
+def described(fields, name):
+    """What config.json says of the second layer, where ``name`` stands in it."""
+    layer = fields["anymla"]["layers"][1]
+    return next(part for part in (layer, layer["attention"], layer["latent"]) if name in part)
+
+
 def with_tensor(folder, end, change):
     tensors = load_file(folder / "model.safetensors")
     name = f"model.layers.1.self_attn.{end}"
@@ -109,13 +115,18 @@ def with_tensor(folder, end, change):
 DAMAGES = {
     "no-dtype": (lambda at: with_config(at, lambda fields: fields.pop("dtype")), "dtype is None"),
     "strange-dtype": (lambda at: with_config(at, lambda fields: fields.update(dtype="int8")), "dtype"),
-    "no-layers": (lambda at: with_config(at, lambda fields: fields.update(mla_layers=[])), "mla_layers"),
+    "no-layers": (lambda at: with_config(at, lambda fields: fields["anymla"].update(layers=[])), "anymla does not"),
+    "newer": (lambda at: with_config(at, lambda fields: fields["anymla"].update(version=99)), "update anymla"),
+    "unknown-field": (
+        lambda at: with_config(at, lambda fields: described(fields, "head_dim").update(x=1)),
+        "no field x",
+    ),
     **{
         f"{name}-{value}": (
             lambda at, name=name, value=value: with_config(
-                at, lambda fields: fields["mla_layers"][1].update({name: value})
+                at, lambda fields: described(fields, name).update({name: value})
             ),
-            "mla_layers" if value in ("x", 0, None) or isinstance(value, float) or name == "module" else "1.self_attn.",
+            name if value in ("x", 0, None) or isinstance(value, float) or name == "module" else "1.self_attn.",
         )
         for name, value in (
             ("head_dim", "x"),

@@ -14,9 +14,10 @@ import anymla
 from anymla.architectures.families import FAMILIES as ALL
 from anymla.architectures.families import TEXT_ONLY_INSIDE
 from anymla.errors import CheckpointError, InfeasibleError, UnsupportedModelError
-from anymla.exports.vllm import load_fused, write_vllm
+from anymla.exports.vllm.writer import load_fused, write_vllm
 from anymla.io.auto import stock_class
-from tests.families import FAST, ROPES, logits, make_model, save_model, token_ids
+from anymla.modeling.spec import layers_of
+from tests.families import FAST, ROPES, converted_layers, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 
 QUICK = FAST | {"reconstruction_steps": 0, "kv_cache": 0.5}
@@ -78,7 +79,7 @@ def test_other_families(name, converted, tmp_path):
 def test_one_scale(converted, tmp_path):
     """GPT-2's layers may have a scale of scores each; vLLM's prefill takes the first layer's for all."""
     write_vllm(converted(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)), tmp_path / "gpt2")
-    assert {layer["scaling"] for layer in load(tmp_path / "gpt2").config.mla_layers} == {(8 + 64) ** -0.5}
+    assert {layer.attention.scaling for layer in converted_layers(load(tmp_path / "gpt2").config)} == {(8 + 64) ** -0.5}
 
 
 def test_factor_of_logits(converted, tmp_path):
@@ -95,8 +96,8 @@ def test_factor_of_logits(converted, tmp_path):
 @pytest.mark.parametrize("pad", ["none", "cuda", "full"])
 def test_padding(pad, converted, tmp_path):
     folder = converted(make_model("qwen3", head_dim=16))
-    layers = json.loads((folder / "config.json").read_text())["mla_layers"]
-    rank, rope = (max(layer[name] for layer in layers) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    layers = layers_of(json.loads((folder / "config.json").read_text()))
+    rank, rope = (max(getattr(layer.latent, name) for layer in layers) for name in ("kv_lora_rank", "qk_rope_head_dim"))
     sizes = write_vllm(folder, tmp_path / "export", pad=pad)
     wanted = {"none": (rank, rope, 16, 16), "cuda": (rank, 64, 64, 128), "full": (512, 64, 64, 128)}[pad]
     assert (sizes.rank, sizes.rope, sizes.nope, sizes.value) == wanted
@@ -106,7 +107,7 @@ def test_padding(pad, converted, tmp_path):
 def test_folded_channels(converted, tmp_path):
     """Several pairs of a head in one channel (TransMLA's FreqFold), each with a weight of its own."""
     folder = converted(make_model("llama"), rope="freqfold-2")
-    assert json.loads((folder / "config.json").read_text())["mla_layers"][0]["channel_fold"] == 2
+    assert layers_of(json.loads((folder / "config.json").read_text()))[0].latent.channel_fold == 2
     write_vllm(folder, tmp_path / "export")
     assert_same(folder, tmp_path / "export")
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from anymla.modeling.heads import attention_weights, causal_mask, query_temperature, score_bias
 from anymla.modeling.latent_attention import LatentAttention
+from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, Temperature
 
 fast = settings(max_examples=25, deadline=None)
 
@@ -36,14 +37,15 @@ def test_causal_mask_is_what_it_says(new, before, window):
     st.sampled_from([8, 8192]),
 )
 def test_query_temperature_is_its_formula(positions, scale, offset, period):
-    found = query_temperature(torch.tensor([positions]), scale, offset, period)
+    found = query_temperature(torch.tensor([positions]), Temperature(scale=scale, offset=offset, period=period))
     assert found.shape == (1, 1, len(positions), 1)
     for value, position in zip(found.flatten().tolist(), positions, strict=True):
         assert value == pytest.approx(1 + scale * math.log(1 + math.floor((position + offset) / period)))
 
 
 def test_query_temperature_steps_where_llama_4_steps():
-    found = query_temperature(torch.tensor([[0, 8190, 8191]]), 0.1, 1.0, 8192).flatten().tolist()
+    llama4 = Temperature(scale=0.1, offset=1.0, period=8192)
+    found = query_temperature(torch.tensor([[0, 8190, 8191]]), llama4).flatten().tolist()
     assert found == pytest.approx([1, 1, 1 + 0.1 * math.log(2)])
 
 
@@ -66,14 +68,10 @@ LOWEST = torch.finfo(torch.float64).min / 2
 
 
 def bias_of(mask, kind, length=6, implementation="sdpa", new=3, **inputs):
-    layer = SimpleNamespace(
-        position_bias=kind,
-        local_window=2,
-        num_heads=4,
-        scaling=0.25,
-        config=SimpleNamespace(_attn_implementation=implementation),
-    )
-    result = score_bias(mask, layer, torch.zeros(2, new, 8, dtype=torch.float64), length, inputs)
+    sizes = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "rope_pairs": 0}
+    spec = AttentionSpec(**sizes, position_bias=kind, local_window=2, scaling=0.25)
+    config = SimpleNamespace(_attn_implementation=implementation)
+    result = score_bias(mask, spec, config, torch.zeros(2, new, 8, dtype=torch.float64), length, inputs)
     assert not inputs  # what is left of them goes to the attention kernels, which do not know these
     return result
 
@@ -133,9 +131,11 @@ FEATURES = {
 def random_attention(**features):
     """Latent attention with weights far from their trivial start, in training."""
     config = LlamaConfig(hidden_size=24, num_attention_heads=4, attn_implementation="eager")
-    sizes = {"kv_lora_rank": 10, "qk_rope_head_dim": 6, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope_pairs": 3, "scaling": 0.35}
+    latent = LatentSpec(kv_lora_rank=10, qk_rope_head_dim=6, biases=False)
     torch.manual_seed(0)
-    attention = LatentAttention(SimpleNamespace(layer_idx=0), config, **sizes, rope_pairs=3, scaling=0.35, **features)
+    spec = LayerSpec(attention=AttentionSpec(**sizes, **features), latent=latent)
+    attention = LatentAttention(SimpleNamespace(layer_idx=0), config, spec)
     for tensor in (*attention.parameters(), attention.channel_weight, attention.query_rotation):
         tensor.data = torch.randn_like(tensor) * 0.5
     attention.channel_index.copy_(torch.tensor([0, 2, 2]))
@@ -157,7 +157,7 @@ def test_gradients_flow_in_training(monkeypatch, features):
     found = {}
     for absorbs, mask in ((True, causal_mask(5, 5, None, "cpu")), (False, causal_mask(5, 5, None, "cpu"))):
         monkeypatch.setattr(LatentAttention, "absorbs", lambda *_, absorbs=absorbs: absorbs)
-        if not absorbs and attention.softcap is None and attention.sinks is None:
+        if not absorbs and attention.spec.softcap is None and attention.sinks is None:
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, LOWEST)  # eager adds its mask
         loss = loss_of(attention, hidden, mask)
         found[absorbs] = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))

@@ -15,9 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import anymla
 from anymla.architectures.model_spec import read_model_spec
 from anymla.architectures.vision import _DEFAULTS, VISION
-from anymla.evaluation.story import stream_continuation
+from anymla.evaluation.generation import stream_continuation
 from anymla.modeling.latent_attention import LatentAttention
-from tests.families import save_model
+from tests.families import converted_layers, save_model
 from tests.precision import Exact
 from tests.test_checkpoint import run_without_anymla
 from tests.vision_models import CASES, TEXT_MODELS, image_prompt, tiny_vision_config, tiny_vision_model
@@ -89,7 +89,7 @@ def test_half_budget(tmp_path, model_type):
             numbers = (layer.keys.numel() + layer.values.numel()) / (2 * layer.keys.shape[-2])
             assert numbers == planned.cached_numbers
     paths = {name for name, module in converted.named_modules() if isinstance(module, LatentAttention)}
-    assert paths == {layer["module"] for layer in converted.config.mla_layers}
+    assert paths == {layer.module for layer in converted_layers(converted.config)}
     state = converted.state_dict()
     kept = [name for name in original.state_dict() if not any(name.startswith(path) for path in paths)]
     assert any("vision" in name or "visual" in name for name in kept)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
+from anymla.account import Account
 from anymla.architectures.model_spec import read_config, read_model_spec
 from anymla.errors import RecipeError, UnsupportedModelError
+from anymla.exports.format import all_formats
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
     check_output,
     check_weights,
-    load_tokenizer,
     parse_size,
     safe_config,
 )
@@ -153,8 +154,8 @@ def convert(
         # with transformers' defaults where config.json says nothing
         model_spec = read_model_spec(safe_config(plain.folder).to_dict())
         chosen = _chosen_plan(name, model_spec, recipe, settings)
-        if chosen.recipe.target == "gguf":
-            _check_tokenizer(chosen.model, plain.folder, model_spec)
+        if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
+            all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)
         from anymla.sweep.run import Run  # loads torch
 
         told = _Told(model_spec, chosen.recipe, progress, notify)
@@ -193,18 +194,6 @@ def _with_steps(plan: MLAPlan, model_spec: ModelSpec) -> MLAPlan:
     return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"reconstruction_steps": steps})})
 
 
-def _check_tokenizer(model: str, source: Path, model_spec: ModelSpec) -> None:
-    """Refuses at the start what the export to GGUF would at the end."""
-    from anymla.exports.gguf_tokenizer import known_tokenizer
-
-    try:
-        known_tokenizer(load_tokenizer(source), model_spec.vocab_size)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(
-            f"--target gguf cannot hold the tokenizer of {model}: {error}; --target deepseek leaves it as it is"
-        ) from error
-
-
 @dataclass(frozen=True)
 class _Told:
     """Whom a conversion tells how far it is."""
@@ -235,13 +224,12 @@ def _convert(source: Plain, model_spec: ModelSpec, chosen: MLAPlan, run: Run, st
     from anymla.distributed import rank
     from anymla.evaluation.held_out import held_out_scores
     from anymla.methods.mla.choose import LayerResult
-    from anymla.model_run.cache_size import CacheSize
     from anymla.sweep.run import swept
 
     with swept(chosen.recipe, source.folder, model_spec, run, choices=chosen.layers) as done:
         results = [None if record.result is None else LayerResult(**record.result) for record in done.records]
         before, after = (
-            CacheSize.of([cache for record in done.records if (cache := getattr(record, when)) is not None])
+            Account(layers=tuple(found for record in done.records if (found := getattr(record, when)) is not None))
             for when in ("before", "after")
         )
         scores = held_out_scores(
@@ -251,6 +239,7 @@ def _convert(source: Plain, model_spec: ModelSpec, chosen: MLAPlan, run: Run, st
         report = Conversion(
             output=run.output.absolute(),
             plan=final,
+            spec=done.spec,
             layers=tuple(result for result in results if result is not None),
             before=scores[0],
             after=scores[1],

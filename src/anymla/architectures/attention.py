@@ -1,4 +1,4 @@
-"""Reads one attention module of a loaded model: its weights as tensors, its projections as a function, its features.
+"""Reads one attention module of a loaded model: its weights as tensors, its projections as a function, its spec.
 
 Heads are brought to one order of dims: [real parts of the rope pairs | imaginary parts | dims without rope].
 """
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from anymla.architectures.families import Family
+from anymla.architectures.names import OUTPUTS
 from anymla.architectures.parts import (
     OUTPUT_NORMS,
-    OUTPUTS,
     VALUE_NORMS,
     check_parts,
     find_part,
@@ -28,7 +28,7 @@ from anymla.architectures.parts import (
 from anymla.architectures.parts import norm_names as names_of_norms
 from anymla.errors import UnsupportedModelError
 from anymla.modeling.heads import query_temperature, split_heads
-from anymla.modeling.spec import AttentionSpec
+from anymla.modeling.spec import AttentionSpec, Temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +66,15 @@ class AttentionWeights:
 class SourceAttention:
     """An attention module as anymla sees it.
 
-    ``norms``: the stock modules by LatentAttention's names, in anymla's order of dims. ``features``: the arguments with
-    which LatentAttention does what this module does.
+    ``norms``: the stock modules by LatentAttention's names, in anymla's order of dims. ``spec``: all that the module
+    does. ``biases``, ``exact_window``: of the latent attention that it is converted to.
     """
 
     weights: AttentionWeights
     norms: dict[str, nn.Module]
-    features: dict[str, Any]
+    spec: AttentionSpec
+    biases: bool = True
+    exact_window: int = 0
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """True query [B,H,T,d], key and value [B,G,T,d] of ``hidden`` [B,T,D]: norms applied, rope not yet."""
@@ -80,9 +82,9 @@ class SourceAttention:
         query = self._heads(hidden, w.query, w.query_bias, "q_norm")
         key = self._heads(hidden, w.key, w.key_bias, "k_norm")
         value = self._heads(hidden, w.value, w.value_bias, "v_norm")
-        if temperature := self.features.get("temperature"):
+        if (temperature := self.spec.temperature) is not None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            query = query * query_temperature(positions, **temperature).to(query.dtype)
+            query = query * query_temperature(positions, temperature).to(query.dtype)
         return query, key, value
 
     def without_biases(self) -> SourceAttention:
@@ -94,29 +96,24 @@ class SourceAttention:
         w = self.weights
         if any(bias.any() for bias in (w.query_bias, w.key_bias, w.value_bias, w.output_bias)):
             raise UnsupportedModelError("its attention has biases, the target's layout none: give --target vllm")
-        features = {name: value for name, value in self.features.items() if name != "query_bias"}
-        return SourceAttention(replace(w, centred=False), self.norms, features | {"bias": False})
+        return replace(self, weights=replace(w, centred=False), biases=False)
 
     def with_exact_window(self, tokens: int) -> SourceAttention:
         """The same, for a layer that keeps the keys and values of its last ``tokens`` beside the latent.
 
         Where values are no linear map of x, the latent carries their mean, for exact ones cannot be centred.
         """
-        centred = self.weights.centred and "clip" not in self.features and "v_norm" not in self.norms
-        return SourceAttention(
-            replace(self.weights, centred=centred), self.norms, self.features | {"exact_window": tokens}
-        )
+        centred = self.weights.centred and self.spec.linear_values
+        return replace(self, weights=replace(self.weights, centred=centred), exact_window=tokens)
 
     def _heads(self, hidden: Tensor, weight: Tensor, bias: Tensor, norm: str) -> Tensor:
         states = linear(hidden, weight.flatten(0, 1).to(hidden.dtype), bias.flatten().to(hidden.dtype))
-        over = self.features.get("norm_over", "head")
-        return split_heads(
-            states, weight.shape[1], clip=self.features.get("clip"), norm=self.norms.get(norm), norm_over=over
-        )
+        spec = self.spec
+        return split_heads(states, weight.shape[1], clip=spec.clip, norm=self.norms.get(norm), norm_over=spec.norm_over)
 
 
 def read_attention(attention: Any, spec: AttentionSpec, family: Family, config: Any) -> SourceAttention:
-    """The weights of a module in float64, heads as their own dimension, and its features.
+    """The weights of a module in float64, heads as their own dimension, and all that it does.
 
     Raises:
         UnsupportedModelError: its shapes are not those of ``spec``, or it has a part that anymla does not know.
@@ -129,13 +126,19 @@ def read_attention(attention: Any, spec: AttentionSpec, family: Family, config: 
     gain = _take_gains(norms) if family.norm_after_rope else None
     output, output_bias = linear_weights(find_part(attention, OUTPUTS))
     gate = gate_of(attention) if query_gate is None else query_gate
-    features = module_features(attention, spec, family, config, gate)
-    if "q_norm" in norms:
-        features |= {"norms": list(names_of_norms(attention) or ()), "norm_over": over}
-    for name, names in (("value_norm", VALUE_NORMS), ("output_norm", OUTPUT_NORMS)):
-        if found := [candidate for candidate in names if hasattr(attention, candidate)]:
-            features[name] = found[0]
-            norms["v_norm" if name == "value_norm" else name] = getattr(attention, found[0])
+    value_norm, output_norm = (_first_part(attention, names) for names in (VALUE_NORMS, OUTPUT_NORMS))
+    for place, name in (("v_norm", value_norm), ("output_norm", output_norm)):
+        if name is not None:
+            norms[place] = getattr(attention, name)
+    spec = replace(
+        module_spec(attention, spec, family, config, gate),
+        norms=names_of_norms(attention) if "q_norm" in norms else None,
+        norm_over=over,
+        value_norm=value_norm,
+        output_norm=output_norm,
+        query_gain=gain is not None,
+        kept_numbers=sum(tensor.numel() for norm in norms.values() for tensor in norm.state_dict().values()),
+    )
     weights = AttentionWeights(
         query=query[:, order, :-1],
         key=key[:, order, :-1],
@@ -146,19 +149,17 @@ def read_attention(attention: Any, spec: AttentionSpec, family: Family, config: 
         output=output.unflatten(1, (-1, spec.head_dim)),
         output_bias=output_bias,
         rope_pairs=spec.rope_pairs,
-        scaling=features["scaling"],
+        scaling=spec.scaling,
         key_gain=gain_of(norms.get("k_norm"), key),
-        key_norm=bool({"k_norm", "v_norm"} & norms.keys()) or "clip" in features,
+        key_norm=not spec.linear_keys,
         query_gain=gain,
         gate=None if gate is None else gate[:, :-1],
         gate_bias=None if gate is None else gate[:, -1],
         sinks=sinks_of(attention),
-        softcap=features.get("softcap"),
-        centred=not {"softcap", "sinks", "gate", "output_norm"} & features.keys(),
+        softcap=spec.softcap,
+        centred=spec.softcap is None and not spec.sinks and not spec.gate and spec.output_norm is None,
     )
-    if gain is not None:
-        features["query_gain"] = True
-    return SourceAttention(weights, norms, features)
+    return SourceAttention(weights, norms, spec)
 
 
 def pair_order(spec: AttentionSpec, family: Family) -> Tensor:
@@ -169,35 +170,31 @@ def pair_order(spec: AttentionSpec, family: Family) -> Tensor:
     return dims
 
 
-def module_features(
-    attention: Any, spec: AttentionSpec, family: Family, config: Any, gate: Tensor | None
-) -> dict[str, Any]:
-    """LatentAttention's arguments that say what the module is like; those at their defaults are left out."""
-    features: dict[str, Any] = {
-        "num_heads": spec.num_heads,
-        "num_kv_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "rope_pairs": spec.rope_pairs,
-        "scaling": _scaling(attention, spec, family),
-        "query_bias": True,
-        "rope_table": family.rope_table if spec.rope_pairs else "none",
-        "clip": _clip(config) if family.clip else None,
-        "softcap": config.attn_logit_softcapping if family.softcap else None,
-        "sinks": True if sinks_of(attention) is not None else None,
-        "gate": None if gate is None else len(gate),
-        "gate_activation": family.gate_activation,
-        "adds_residual": family.adds_residual or None,
-        "position_bias": family.position_bias,
-        "temperature": _temperature(attention, family, config),
-    }
-    if family.position_bias == "window":
-        local = attention.attention_type == "local"
-        features |= (
-            {"position_bias": "window", "local_window": config.window_size} if local else {"position_bias": None}
-        )
-    if family.position_bias == "scaled-alibi" and spec.rope_pairs:
-        features["position_bias"] = None
-    return {name: value for name, value in features.items() if value is not None}
+def module_spec(attention: Any, spec: AttentionSpec, family: Family, config: Any, gate: Tensor | None) -> AttentionSpec:
+    """``spec`` with what only the module and its family say."""
+    local = family.position_bias == "window" and attention.attention_type == "local"
+    position_bias = family.position_bias
+    if (position_bias == "window" and not local) or (position_bias == "scaled-alibi" and spec.rope_pairs):
+        position_bias = None
+    return replace(
+        spec,
+        scaling=_scaling(attention, spec, family),
+        rope_table=family.rope_table if spec.rope_pairs else "none",
+        clip=_clip(config) if family.clip else None,
+        softcap=config.attn_logit_softcapping if family.softcap else None,
+        sinks=sinks_of(attention) is not None,
+        gate=0 if gate is None else len(gate),
+        gate_activation=family.gate_activation or "sigmoid",
+        adds_residual=family.adds_residual,
+        position_bias=position_bias,
+        local_window=config.window_size if local else None,
+        temperature=_temperature(attention, family, config),
+    )
+
+
+def _first_part(attention: Any, names: tuple[str, ...]) -> str | None:
+    """The first of ``names`` that the module has."""
+    return next((name for name in names if hasattr(attention, name)), None)
 
 
 def _clip(config: Any) -> float | None:
@@ -212,13 +209,13 @@ def _scaling(attention: Any, spec: AttentionSpec, family: Family) -> float:
     return float(next((getattr(attention, name) for name in names if hasattr(attention, name)), spec.head_dim**-0.5))
 
 
-def _temperature(attention: Any, family: Family, config: Any) -> dict[str, float] | None:
+def _temperature(attention: Any, family: Family, config: Any) -> Temperature | None:
     if family.temperature == "llama4" and attention.attn_temperature_tuning and not attention.use_rope:
-        return {"scale": attention.attn_scale, "offset": 1.0, "period": attention.floor_scale}
+        return Temperature(scale=attention.attn_scale, offset=1.0, period=attention.floor_scale)
     if family.temperature == "ministral3":
         rope = config.rope_parameters
         scale, period = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
-        return {"scale": scale, "offset": 0.0, "period": period}
+        return Temperature(scale=scale, offset=0.0, period=period)
     return None
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from anymla.account import Account
 from anymla.evaluation.logits import Logits
 from anymla.evaluation.scores import Scores, ScoreSums
 from anymla.io.streamed import StreamedModel
-from anymla.model_run.cache_size import CacheSize
 from anymla.model_run.stream import decoder_layers, logits_of
 
 
@@ -20,7 +20,7 @@ def held_out_scores(
     original: Iterable[Tensor],
     converted: Iterable[Tensor],
     *,
-    caches: tuple[CacheSize, CacheSize],
+    caches: tuple[Account, Account],
     tuples: bool,
 ) -> tuple[Scores, Scores]:
     """Scores of the original and of the converted model on the held-out windows of all processes.
@@ -30,7 +30,7 @@ def held_out_scores(
         windows: this process's windows [N,T].
         original: the original's final hidden states [1,T,D] of each, in order.
         converted: those of the converted model.
-        caches: what one token costs in each model's cache.
+        caches: of each model, as measured.
         tuples: whether layers of this family return tuples.
     """
     before, after = ScoreSums(), ScoreSums()

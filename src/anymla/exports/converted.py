@@ -1,4 +1,4 @@
-"""A folder that anymla converted, read for export: its config, its layers' features, its tensors still in their files.
+"""A folder that anymla converted, read for export: its config, its layers' specs, its tensors still in their files.
 
 Shapes in this room: D hidden, H query heads, G key/value heads, n = H/G, d head_dim, P rope pairs of a head, K channels
 that turn, R = 2K, r latent rank.
@@ -17,25 +17,26 @@ from torch import Tensor
 from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.io.checkpoint import check_weights, safe_config
 from anymla.io.safetensors import Stored, read_header
+from anymla.modeling.spec import KEY, AttentionSpec, LatentSpec, LayerSpec, layers_of
 
 PREFIX = "anymla_"
 FLOATS = ("float32", "bfloat16", "float16", "float64")
-COUNTS = ("kv_lora_rank", "num_heads", "num_kv_heads", "head_dim")  # one or more
-SIZES = (*COUNTS, "qk_rope_head_dim", "rope_pairs")
-REQUIRED = {*SIZES, "module", "scaling", "rope_table"}
+COUNTS = ("num_heads", "num_kv_heads", "head_dim")  # one or more
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One converted attention: where in the model it is, and LatentAttention's arguments."""
+    """One converted attention: which layer it is in, where in the model it is, what it computes and caches."""
 
     index: int
     module: str
-    features: Mapping[str, Any]
+    spec: AttentionSpec
+    latent: LatentSpec
 
-    def size(self, name: str) -> int:
-        """One of the sizes among its features."""
-        return int(self.features[name])
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.spec.num_heads // self.spec.num_kv_heads
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,15 @@ def read_converted(folder: Path) -> Converted:
     stored: dict[str, Stored] = {}
     for file in files:
         stored |= read_header(file)
-    described = getattr(config, "mla_layers", None)
-    if not isinstance(described, list) or not described or not all(_describes(layer) for layer in described):
-        raise CheckpointError(f"{folder}/config.json: mla_layers does not describe layers as anymla convert does")
-    if window := max(layer.get("exact_window", 0) for layer in described):
+    layers = _layers(folder, config)
+    if window := max(layer.latent.exact_window for layer in layers):
         raise UnsupportedModelError(
             f"{folder} keeps the last {window} tokens' own keys and values, for which no engine's latent attention has "
             "room: convert the original without --exact-window"
         )
     text = config.get_text_config()
-    if (dtype := str(config.dtype or text.dtype).removeprefix("torch.")) not in FLOATS:
+    if (dtype := config_dtype(config)) not in FLOATS:
         raise CheckpointError(f"{folder}/config.json: dtype is {dtype:.40} and not one of {', '.join(FLOATS)}")
-    layers = tuple(
-        Layer(index, features["module"], {name: value for name, value in features.items() if name != "module"})
-        for index, features in enumerate(described)
-    )
     model_type = config.model_type.removeprefix(PREFIX)
     source = Converted(folder, model_type, text.to_dict() | {"dtype": dtype}, layers, stored)
     for layer in layers:
@@ -118,31 +113,53 @@ def read_converted(folder: Path) -> Converted:
     return source
 
 
-def _describes(layer: Any) -> bool:
-    """Whether an entry of mla_layers has what every layer has, each of its kind."""
-    if not isinstance(layer, dict) or not layer.keys() >= REQUIRED:
-        return False
-    fold = layer.get("channel_fold", 1)
-    if not all(type(size) is int and size >= 0 for size in (fold, *(layer[name] for name in SIZES))):
-        return False
-    texts = all(isinstance(layer[name], str) for name in ("module", "rope_table"))
-    return (
-        texts
-        and type(layer["scaling"]) in (int, float)
-        and all(size > 0 for size in (fold, *(layer[name] for name in COUNTS)))
-        and layer["num_heads"] % layer["num_kv_heads"] == 0
-        and 2 * layer["rope_pairs"] <= layer["head_dim"]
-        and layer["qk_rope_head_dim"] % 2 == 0
-    )
+def config_dtype(config: Any) -> str:
+    """The dtype that a config names, FLOATS or not."""
+    return str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
+
+
+def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
+    """The converted layers, each of whose sizes can be one."""
+    try:
+        described = layers_of(config.to_dict()) or ()
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}/config.json: {error}") from error
+    converted = [layer for layer in described if layer.latent is not None]
+    for layer in converted:
+        if (wrong := _wrong(layer)) is not None:
+            raise CheckpointError(f"{folder}/config.json: the layer at {layer.module!s:.60} has a wrong {wrong}")
+    if not converted:
+        raise CheckpointError(f"{folder}/config.json: {KEY} does not describe layers as anymla convert does")
+    return tuple(Layer(index, str(layer.module), *layer.parts) for index, layer in enumerate(converted))
+
+
+def _wrong(layer: LayerSpec) -> str | None:
+    """The field of a layer that is of the wrong kind or size, or None."""
+    spec, latent = layer.parts
+    sizes = {name: getattr(spec, name) for name in (*COUNTS, "rope_pairs")} | vars(latent)
+    least = dict.fromkeys(sizes, 0) | dict.fromkeys((*COUNTS, "kv_lora_rank", "channel_fold"), 1)
+    if wrong := [name for name, size in sizes.items() if name != "biases" and not _is_size(size, least[name])]:
+        return wrong[0]
+    checks = {
+        "module": isinstance(layer.module, str),
+        "rope_table": isinstance(spec.rope_table, str),
+        "scaling": type(spec.scaling) in (int, float),
+        "num_kv_heads": spec.num_heads % spec.num_kv_heads == 0,
+        "rope_pairs": 2 * spec.rope_pairs <= spec.head_dim,
+        "qk_rope_head_dim": latent.qk_rope_head_dim % 2 == 0,
+    }
+    return next((name for name, right in checks.items() if not right), None)
+
+
+def _is_size(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
 
 
 def _check_shapes(source: Converted, layer: Layer, hidden: int) -> None:
     """Holds every tensor of a layer's projections to LatentAttention's sizes."""
-    heads, groups, d, pairs, rank, rope = (
-        layer.size(name)
-        for name in ("num_heads", "num_kv_heads", "head_dim", "rope_pairs", "kv_lora_rank", "qk_rope_head_dim")
-    )
-    keys, reads = groups * d, rope // 2 * int(layer.features.get("channel_fold", 1))
+    heads, groups, d, pairs = layer.spec.num_heads, layer.spec.num_kv_heads, layer.spec.head_dim, layer.spec.rope_pairs
+    rank, rope = layer.latent.kv_lora_rank, layer.latent.qk_rope_head_dim
+    keys, reads = groups * d, rope // 2 * layer.latent.channel_fold
     matrices = {"q_proj": (heads * d, hidden), "kv_b_proj": (2 * keys, rank), "o_proj": (hidden, heads * d)}
     if f"{layer.module}.k_a_proj_with_mqa.weight" in source.stored:  # the latent is made of the true keys
         matrices |= {"k_proj": (keys, hidden), "k_a_proj_with_mqa": (rank + rope, keys)}

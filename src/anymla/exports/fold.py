@@ -52,21 +52,21 @@ def deepseek_attention(
     ``tensors``: those of ``READ``. ``norm`` [D]: weight of the norm before it, which bounds the latents.
     ``dtype``: in which they will be stored.
     """
-    turns = tensors["channel_index"][: layer.size("qk_rope_head_dim") // 2]
-    order, rank = turns.argsort(), layer.size("kv_lora_rank")
+    turns = tensors["channel_index"][: layer.latent.qk_rope_head_dim // 2]
+    order, rank = turns.argsort(), layer.latent.kv_lora_rank
     rows = tensors["kv_a_proj_with_mqa.weight"]
     latent, rope = rows[:rank], rows[rank:].unflatten(0, (2, -1))[:, order]
     shrink = 2.0 ** -_norm_shift(latent * norm)
     weight = torch.tensor(NORM_EPS**0.5 / shrink).to(dtype).double()
     kv_a = torch.cat([grown(latent * shrink, sizes.rank), _interleaved(rope, sizes.rope)])
-    group = layer.size("num_heads") // layer.size("num_kv_heads")
+    group = layer.group
     up = tensors["kv_b_proj.weight"] * (NORM_EPS**0.5 / (shrink * weight))
     return {
         "q_proj.weight": _queries(tensors, layer, sizes, order),
         "kv_a_proj_with_mqa.weight": kv_a,
         "kv_a_layernorm.weight": weight.expand(sizes.rank).clone(),
-        "kv_b_proj.weight": decoder(up, layer.size("head_dim"), group, sizes),
-        "o_proj.weight": output_projection(tensors["o_proj.weight"], layer.size("num_heads"), sizes),
+        "kv_b_proj.weight": decoder(up, layer.spec.head_dim, group, sizes),
+        "o_proj.weight": output_projection(tensors["o_proj.weight"], layer.spec.num_heads, sizes),
     }
 
 
@@ -82,8 +82,8 @@ def _norm_shift(latent: Tensor) -> int:
 
 def _queries(tensors: Mapping[str, Tensor], layer: Layer, sizes: Sizes, order: Tensor) -> Tensor:
     """[H (n' + R'), D]: expected rotation, channel weights and the scale of scores folded into W_q."""
-    d, pairs, fold = layer.size("head_dim"), layer.size("rope_pairs"), int(layer.features.get("channel_fold", 1))
-    group = layer.size("num_heads") // layer.size("num_kv_heads")
+    d, pairs, fold = layer.spec.head_dim, layer.spec.rope_pairs, layer.latent.channel_fold
+    group = layer.group
     query = tensors["q_proj.weight"].unflatten(0, (-1, d)).mT  # [H,D,d]
     real, imag = tensors["query_rotation"].unsqueeze(-2)
     nope = torch.cat([multiply_pairs(query[..., : 2 * pairs], real, imag), query[..., 2 * pairs :]], dim=-1)
@@ -92,7 +92,7 @@ def _queries(tensors: Mapping[str, Tensor], layer: Layer, sizes: Sizes, order: T
     channels = multiply_pairs(query[..., dims], weight[0], weight[1]).unflatten(-1, (2, fold, -1)).sum(-2)
     rope = _interleaved(channels[..., order].permute(2, 3, 0, 1), sizes.rope)  # [R',H,D]
     rows = torch.cat([grown(nope.mT, sizes.nope), rope.transpose(0, 1)], dim=1)
-    return rows.flatten(0, 1) * (float(layer.features["scaling"]) / sizes.scale)
+    return rows.flatten(0, 1) * (layer.spec.scaling / sizes.scale)
 
 
 def _interleaved(pairs: Tensor, rope: int) -> Tensor:

@@ -32,11 +32,15 @@ class ExactWindowLayer(DynamicLayer):
         super().__init__()
         self.exact = ExactTokens(window)
 
-    def update(self, latent: Tensor, rope_key: Tensor, late: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Adds new tokens. ``late``: their keys and values, which it replaces by all that are seen exactly."""
-        late[:] = self.exact.update(*late)
-        both: tuple[Tensor, Tensor] = super().update(latent, rope_key)
-        return both
+    def update(
+        self, latent: Tensor, rope_key: Tensor, exact: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Adds new tokens; returns latent and rope key of all tokens, and keys and values of those seen exactly.
+
+        ``exact``: the new tokens' own keys and values.
+        """
+        seen = self.exact.update(*exact)
+        return super().update(latent, rope_key), seen
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch, for beam search."""

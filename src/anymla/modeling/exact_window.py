@@ -20,6 +20,7 @@ from .absorbed import absorbed_attention, additive_mask
 from .exact_cache import make_room
 from .heads import attention_weights, multiply_pairs, score_bias
 from .latent_attention import LatentAttention
+from .spec import LayerSpec
 
 BLOCK = 128  # queries at a time where keys are expanded: bounds memory to their scores
 
@@ -75,22 +76,20 @@ class Exact(NamedTuple):
 
 
 class ExactWindowAttention(LatentAttention):
-    """Latent attention beside ``exact_window`` tokens with keys and values of their own.
+    """Latent attention beside a window of tokens with keys and values of their own.
 
-    The other arguments are those of LatentAttention. ``key_mean`` [G,d] is what keys by the latent lack: a constant of
+    The arguments are those of LatentAttention. ``key_mean`` [G,d] is what keys by the latent lack: a constant of
     all keys would cancel in the softmax, one of the old keys alone does not, so exact scores go without it as well.
     """
 
-    keeps_values = True
-
-    def __init__(self, original: Any, config: Any, *, exact_window: int, **features: Any) -> None:
-        super().__init__(original, config, **features)
-        self.exact_window = exact_window
+    def __init__(self, original: Any, config: Any, spec: LayerSpec) -> None:
+        super().__init__(original, config, spec)
+        self.exact_window = spec.parts[1].exact_window
         self.key_mean = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_dim))
 
-    def _make_projections(self, hidden: int, *sizes: Any) -> None:
-        super()._make_projections(hidden, *sizes)
-        if hasattr(self, "kv_a_proj_with_mqa"):  # which makes the latent of x
+    def _make_projections(self, hidden: int, spec: LayerSpec) -> None:
+        super()._make_projections(hidden, spec)
+        if self.spec.linear_keys:  # the latent is made of x
             self.k_proj, self.v_proj = (nn.Linear(hidden, self.num_kv_heads * self.head_dim) for _ in range(2))
 
     def attend(
@@ -107,29 +106,29 @@ class ExactWindowAttention(LatentAttention):
         Raises:
             NotImplementedError: a mask or a cache of a kind that says nothing of single tokens.
         """
-        key, value = self.true_kv(hidden_states)
-        cached, late = self.compress(hidden_states, *rope, (key, value)), [self._turned(key, *rope), value]
+        key, value = self.true_key(hidden_states), self.true_value(hidden_states)
+        latent, rope_key = self.compress(hidden_states, *rope, (key, value))
+        exact = (self._rotated(key, *rope), value)
         if cache is not None:
             make_room(cache, self.layer_idx, self.exact_window)
-            cached = cache.update(*cached, self.layer_idx, late)
-        eager = self.config._attn_implementation == "eager"
-        mask = score_bias(mask, self, hidden_states, cached[0].shape[2], kwargs, eager=eager)
+            (latent, rope_key), exact = cache.update(latent, rope_key, self.layer_idx, exact)
+        mask = score_bias(mask, self.spec, self.config, hidden_states, latent.shape[2], kwargs)
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             raise NotImplementedError("a model with an exact window runs with attn_implementation sdpa or eager only")
-        queries, true_query = self.queries(query, *rope), self._turned(query, *rope)
+        queries, true_query = self.queries(query, *rope), self._rotated(query, *rope)
         if self.query_gain is not None:
             true_query = true_query * self.query_gain
         precision = torch.promote_types(query.dtype, torch.float32)
         missing = heads_product(queries[0].to(precision), self.key_mean[None, :, None].to(precision))
-        exact = Exact(true_query, late[0], late[1], missing)
-        pairs = Pairs(mask, query.shape[2], cached[0].shape[2], self.exact_window)
+        seen = Exact(true_query, *exact, missing)
+        pairs = Pairs(mask, query.shape[2], latent.shape[2], self.exact_window)
         if self.absorbs(query.shape[2], mask) and (up := self.up_projections(query)) is not None:
-            output = self._absorbed(queries, cached, exact, pairs, up)
+            output = self._absorbed(queries, (latent, rope_key), seen, pairs, up)
         else:
-            output = self._expanded(queries, cached, exact, pairs)
+            output = self._expanded(queries, (latent, rope_key), seen, pairs)
         return output.transpose(1, 2), None
 
-    def _turned(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """True queries or keys [B,N,T,d] with the original's rope."""
         pairs, rest = heads.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
         return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
@@ -152,7 +151,7 @@ class ExactWindowAttention(LatentAttention):
             far = heads_product(query[:, :, rows], key[:, :, old])
             scores = torch.cat([far, exact.scores(rows, held)], -1) * self.scaling
             bias = torch.cat([pairs.bias(rows, old, scores, old=True), pairs.bias(rows, late, scores, old=False)], -1)
-            weights = attention_weights(scores, bias, self.softcap, self.sinks).to(value.dtype)
+            weights = attention_weights(scores, bias, self.spec.softcap, self.sinks).to(value.dtype)
             weights = dropout(weights, self.attention_dropout, self.training)
             by_latent, exactly = weights.split([far.shape[-1], weights.shape[-1] - far.shape[-1]], dim=-1)
             output = heads_product(by_latent, value[:, :, old].mT)
@@ -172,16 +171,23 @@ class ExactWindowAttention(LatentAttention):
         rows, held = slice(0, pairs.new), slice(0, exact.key.shape[2])
         late = slice(pairs.length - held.stop, pairs.length)
         scores = exact.scores(rows, held) * self.scaling
-        if self.softcap is not None:
-            scores = (scores / self.softcap).tanh() * self.softcap
+        if (softcap := self.spec.softcap) is not None:
+            scores = (scores / softcap).tanh() * softcap
         scores = scores + pairs.bias(rows, late, scores, old=False)
         near_output = heads_product(scores.softmax(-1).to(dtype), exact.value.mT)
         # the whole cache with a mask, not a slice of it, which kernels for 16 bits would copy
         far_mask = pairs.bias(rows, slice(0, pairs.length), latent, old=True)
-        features: dict[str, Any] = {"softcap": self.softcap, "sinks": self.sinks, "summed": True}
         query_latent, query_rope = self.into_latent(queries[0], up[0]), queries[1]
         context, far_total = absorbed_attention(
-            query_latent, query_rope, latent, rope_key, far_mask, self.scaling, **features
+            query_latent,
+            query_rope,
+            latent,
+            rope_key,
+            far_mask,
+            self.scaling,
+            softcap=softcap,
+            sinks=self.sinks,
+            summed=True,
         )
         share = torch.sigmoid(far_total.to(scores.dtype)[..., None] - scores.logsumexp(-1, keepdim=True))  # type: ignore[union-attr]
         return self.out_of_latent(context * share.to(dtype), up[1]) + near_output * (1 - share).to(dtype)

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .arguments import make_fit, take_cache
 from .heads import multiply_pairs, rope_tables, split_heads
+from .spec import LayerSpec
 
 
 class LatentRMSNorm(nn.Module):
@@ -117,30 +118,32 @@ class FusedAttention(nn.Module):
 class FamilyAttention(nn.Module):
     """Stands in for the attention module ``original``: what its family does to keys and positions, then the attention.
 
-    ``layer``: sizes and features of the converted layer, LatentAttention's arguments of the same names. Where a norm or
-    a clip stands between projection and key, the true keys (and values) are made here, and the latent is linear in
-    them. ``channel_select`` [P,K] has a one where a channel turns with a pair's frequency.
+    ``layer``: the converted layer's spec. Where a norm or a clip stands between projection and key, the true keys (and
+    values) are made here, and the latent is linear in them. ``channel_select`` [P,K] has a one where a channel rotates
+    with a pair's frequency.
     """
 
-    def __init__(self, original: Any, config: Any, layer: dict[str, Any]) -> None:
+    def __init__(self, original: Any, config: Any, layer: LayerSpec) -> None:
         super().__init__()
-        self.config, self.rope_table, self.rope_pairs = config, layer["rope_table"], layer["rope_pairs"]
+        spec, _ = layer.parts
+        self.config, self.rope_table, self.rope_pairs = config, spec.rope_table, spec.rope_pairs
         layer_idx = original.layer_idx if hasattr(original, "layer_idx") else original.layer_id
-        self.head_dim, names = layer["head_dim"], layer.get("norms") or (None, None)
-        self.options = {"clip": layer.get("clip"), "norm_over": layer.get("norm_over", "head")}
+        self.head_dim = spec.head_dim
+        self.options: dict[str, Any] = {"clip": spec.clip, "norm_over": spec.norm_over}
+        names = spec.norms or (None, None)
         q_norm, self.key_norm = (None if name is None else getattr(original, name) for name in names)
-        self.value_norm = getattr(original, layer["value_norm"]) if layer.get("value_norm") else None
-        encoded, keys = config.hidden_size, layer["num_kv_heads"] * self.head_dim
-        if layer["encodes_keys"]:
+        self.value_norm = None if spec.value_norm is None else getattr(original, spec.value_norm)
+        encoded, keys = config.hidden_size, spec.num_kv_heads * self.head_dim
+        if not spec.linear_keys:
             self.key_proj = nn.Linear(config.hidden_size, keys)
-            self.value_proj = nn.Linear(config.hidden_size, keys) if layer["encodes_values"] else None
-            encoded = keys + (keys if layer["encodes_values"] else config.hidden_size)
+            self.value_proj = nn.Linear(config.hidden_size, keys) if layer.makes_values else None
+            encoded = keys + (keys if layer.makes_values else config.hidden_size)
         heads, width = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
-        direct = q_norm is None and self.options["clip"] is None
+        direct = spec.linear_queries
         maps = None if direct else (heads, width, self.head_dim)
         query = width if direct else self.head_dim
         queries = QueryHeads(query, q_norm, self.options, maps)
-        self.mla = FusedAttention(config, layer_idx, queries, heads * query, encoded, layer["scaling"])
+        self.mla = FusedAttention(config, layer_idx, queries, heads * query, encoded, spec.scaling)
         self.channel_select = nn.Parameter(torch.zeros(self.rope_pairs, config.qk_rope_head_dim // 2))
 
     def encode(self, hidden_states: Tensor) -> Tensor:

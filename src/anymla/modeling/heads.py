@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .absorbed import additive_mask
+from .spec import AttentionSpec, Temperature
 
 DROPOUTS = (  # a number or a Dropout, on attention weights and on the output
     ("attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop"),
@@ -94,9 +95,10 @@ def _pair_columns(kind: str, pairs: int, cos: Tensor, sin: Tensor) -> tuple[Tens
     return torch.where(is_repeated, repeated[0], halves[0]), torch.where(is_repeated, repeated[1], halves[1])
 
 
-def query_temperature(positions: Tensor, scale: float, offset: float, period: float) -> Tensor:
+def query_temperature(positions: Tensor, temperature: Temperature) -> Tensor:
     """1 + scale log(1 + floor((t + offset) / period)), [B or 1,1,T,1] (Llama 4, Ministral 3)."""
-    return (1 + scale * torch.log1p(torch.floor((positions.double() + offset) / period)))[:, None, :, None]
+    steps = torch.floor((positions.double() + temperature.offset) / temperature.period)
+    return (1 + temperature.scale * torch.log1p(steps))[:, None, :, None]
 
 
 def attention_weights(scores: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
@@ -119,20 +121,20 @@ def causal_mask(new: int, length: int, window: int | None, device: Any) -> Tenso
 
 
 def score_bias(
-    mask: Tensor | None, spec: Any, hidden_states: Tensor, length: int, inputs: dict[str, Any], *, eager: bool
+    mask: Tensor | None, spec: AttentionSpec, config: Any, hidden_states: Tensor, length: int, inputs: dict[str, Any]
 ) -> Tensor | None:
     """The mask, with what the family puts on scores by position; ``inputs`` are the other arguments of its attention.
 
     ``spec.position_bias``: 'alibi' BLOOM's [B H,1,S]; 'scaled-alibi' Falcon's, which its mask already holds but for
-    ``eager`` attention; 'mpt' [H,1,longest], with a mask that says what is NOT attended to; 'window' a local window
-    that the mask does not hold (GPT-Neo).
+    eager attention; 'mpt' [H,1,longest], with a mask that says what is NOT attended to; 'window' a local window that
+    the mask does not hold (GPT-Neo).
     """
     kind, dtype = spec.position_bias, hidden_states.dtype
     alibi = inputs.pop("alibi", None)
     bias = inputs.pop("position_bias", None)
     if kind == "window":
         bias = causal_mask(hidden_states.shape[1], length, spec.local_window, hidden_states.device)
-    elif kind == "alibi" or (kind == "scaled-alibi" and eager):
+    elif kind == "alibi" or (kind == "scaled-alibi" and config._attn_implementation == "eager"):
         bias = alibi.reshape(-1, spec.num_heads, *alibi.shape[-2:]) * (spec.scaling if kind == "scaled-alibi" else 1)
     elif kind == "mpt":
         bias, mask = bias[None, :, :, -length:], None if mask is None else ~mask

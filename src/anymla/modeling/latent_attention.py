@@ -34,6 +34,7 @@ from .heads import (
     taken,
     window_of,
 )
+from .spec import LayerSpec
 
 
 class LatentAttention(nn.Module):
@@ -44,136 +45,93 @@ class LatentAttention(nn.Module):
     Args:
         original: the stock module, possibly on the meta device.
         config: the language model's config.
-        kv_lora_rank, qk_rope_head_dim: r and R, what is cached.
-        num_heads, num_kv_heads, head_dim: H, G, d.
-        rope_pairs: P.
-        channel_fold: rope pairs of a head that one channel reads; it turns with the first one's frequency.
-        scaling: of scores, before soft-cap and mask.
-        query_bias: whether the query projection has a bias; bias: whether what makes the latent and the output
-            projection have one.
-        rope_table: where cos and sin come from (heads.rope_tables).
-        norms: names of the query and key norm in ``original``; norm_over: see heads.split_heads.
-        value_norm: name of a norm of the values.
-        query_gain: a gain per dim of the head, put on queries after rope (a norm that its family applies there).
-        clip: bound of the projected queries, keys and values.
-        softcap: bound of the scores.
-        sinks: whether every head has a logit that takes attention from the tokens.
-        temperature: arguments of heads.query_temperature.
-        position_bias: kind of bias on scores (heads.score_bias); local_window: tokens that 'window' lets through.
-        gate: numbers per token of a gate on the heads' output, all of them or one per head; gate_activation: its
-            function, of torch.nn.functional.
-        output_norm: name of a norm before the output projection.
-        adds_residual: whether the module itself adds the residual stream, its second argument.
+        spec: what the original computes, and how large latent and rope key are.
     """
 
-    keeps_values = False  # whether the original's values are made whatever the family (exact_window.py)
+    always_expands = False  # set while a model learns: fused kernels hold no scores for the way back
     query_rotation: Tensor
     channel_weight: Tensor
     channel_index: Tensor
     query_gain: Tensor | None
 
-    def __init__(
-        self,
-        original: Any,
-        config: Any,
-        *,
-        kv_lora_rank: int,
-        qk_rope_head_dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        rope_pairs: int,
-        scaling: float,
-        channel_fold: int = 1,
-        query_bias: bool = False,
-        bias: bool = True,
-        rope_table: str = "halves",
-        norms: tuple[str, str] | None = None,
-        norm_over: str = "head",
-        value_norm: str | None = None,
-        query_gain: bool = False,
-        clip: float | None = None,
-        softcap: float | None = None,
-        sinks: bool = False,
-        temperature: dict[str, float] | None = None,
-        position_bias: str | None = None,
-        local_window: int | None = None,
-        gate: int = 0,
-        gate_activation: str = "sigmoid",
-        output_norm: str | None = None,
-        adds_residual: bool = False,
-    ) -> None:
+    def __init__(self, original: Any, config: Any, spec: LayerSpec) -> None:
         super().__init__()
-        self.config, self.is_causal = config, bool(getattr(original, "is_causal", True))  # PaliGemma's is not
+        attention, latent = spec.parts
+        self.layer_spec, self.spec, self.config = spec, attention, config
+        self.is_causal = bool(getattr(original, "is_causal", True))  # PaliGemma's is not
         self.layer_idx: int = original.layer_idx if hasattr(original, "layer_idx") else original.layer_id
-        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.num_key_value_groups, self.rope_pairs, self.scaling = num_heads // num_kv_heads, rope_pairs, scaling
-        self.rope_table, self.norm_over, self.clip, self.softcap = rope_table, norm_over, clip, softcap
-        self.temperature, self.position_bias, self.local_window = temperature, position_bias, local_window
-        self.adds_residual, self.gate_activation = adds_residual, gate_activation
+        self.kv_lora_rank, self.qk_rope_head_dim = latent.kv_lora_rank, latent.qk_rope_head_dim
+        self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
+        self.num_key_value_groups = attention.num_heads // attention.num_kv_heads
+        self.head_dim, self.rope_pairs, self.scaling = attention.head_dim, attention.rope_pairs, attention.scaling
+        self.channel_fold = latent.channel_fold
         self.attention_dropout, self.output_dropout = dropout_rates(original)
         self.sliding_window = window_of(original, config, self.layer_idx)
 
-        self.q_norm, self.k_norm = (taken(original, name) for name in norms or (None, None))
-        self.v_norm = taken(original, value_norm)
-        self.output_norm = taken(original, output_norm)
-        self._make_projections(config.hidden_size, query_bias, bias, gate)
-        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
-        self.channel_fold, reads = channel_fold, qk_rope_head_dim // 2 * channel_fold
-        turn = torch.stack([torch.ones(num_heads, rope_pairs), torch.zeros(num_heads, rope_pairs)])
-        self.register_buffer("query_rotation", turn)
-        self.register_buffer("channel_weight", torch.zeros(2, num_kv_heads, reads))
-        self.register_buffer("channel_index", torch.zeros(reads, dtype=torch.long))
-        self.register_buffer("query_gain", torch.ones(head_dim) if query_gain else None)
+        self.q_norm, self.k_norm = (taken(original, name) for name in attention.norms or (None, None))
+        self.v_norm = taken(original, attention.value_norm)
+        self.output_norm = taken(original, attention.output_norm)
+        self._make_projections(config.hidden_size, spec)
+        self.sinks = nn.Parameter(torch.zeros(attention.num_heads)) if attention.sinks else None
+        self._make_channels()
 
-    def _make_projections(self, hidden: int, query_bias: bool, bias: bool, gate: int) -> None:
+    def _make_channels(self) -> None:
+        """What rotates queries in expectation, and what reads the channels."""
+        reads = self.qk_rope_head_dim // 2 * self.channel_fold
+        ones = torch.ones(self.num_heads, self.rope_pairs)
+        self.register_buffer("query_rotation", torch.stack([ones, torch.zeros_like(ones)]))
+        self.register_buffer("channel_weight", torch.zeros(2, self.num_kv_heads, reads))
+        self.register_buffer("channel_index", torch.zeros(reads, dtype=torch.long))
+        self.register_buffer("query_gain", torch.ones(self.head_dim) if self.spec.query_gain else None)
+
+    def _make_projections(self, hidden: int, spec: LayerSpec) -> None:
+        attention, latent = spec.parts
         keys, cached = self.num_kv_heads * self.head_dim, self.kv_lora_rank + self.qk_rope_head_dim
-        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=query_bias)
-        if self.k_norm is None and self.v_norm is None and self.clip is None:
-            self.kv_a_proj_with_mqa = nn.Linear(hidden, cached, bias=bias)
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=latent.biases)
+        if attention.linear_keys:
+            self.kv_a_proj_with_mqa = nn.Linear(hidden, cached, bias=latent.biases)
         else:  # something not linear stands between x and the cache: encode the true keys and values
             self.k_proj = nn.Linear(hidden, keys)
             self.k_a_proj_with_mqa = nn.Linear(keys, cached, bias=False)
-            if self.v_norm is None and self.clip is None and not self.keeps_values:
-                self.v_a_proj = nn.Linear(hidden, self.kv_lora_rank)
-            else:
+            self.v_a_proj = nn.Linear(keys if spec.makes_values else hidden, self.kv_lora_rank)
+            if spec.makes_values:
                 self.v_proj = nn.Linear(hidden, keys)
-                self.v_a_proj = nn.Linear(keys, self.kv_lora_rank)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, 2 * keys, bias=False)
-        self.gate_proj = nn.Linear(hidden, gate) if gate else None
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
+        self.gate_proj = nn.Linear(hidden, attention.gate) if attention.gate else None
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=latent.biases)
 
     @property
-    def turns(self) -> Tensor:
-        """The frequency [K] that each channel turns with."""
+    def channel_frequency(self) -> Tensor:
+        """The rope pair [K] with whose frequency each channel rotates."""
         return self.channel_index[: self.qk_rope_head_dim // 2]
 
     def true_query(self, hidden_states: Tensor, positions: Any) -> Tensor:
         """The original's query [B,H,T,d]: norm applied, rope not yet."""
-        query = split_heads(
-            self.q_proj(hidden_states), self.head_dim, clip=self.clip, norm=self.q_norm, norm_over=self.norm_over
-        )
-        if self.temperature is not None:
-            query = query * query_temperature(positions, **self.temperature).to(query.dtype)
+        query = self._heads(self.q_proj(hidden_states), self.q_norm)
+        if self.spec.temperature is not None:
+            query = query * query_temperature(positions, self.spec.temperature).to(query.dtype)
         return query
 
-    def true_kv(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The original's keys before rope [B,G,T,d], and its values, or where no value is made what they come from."""
-        options: dict[str, Any] = {"clip": self.clip, "norm_over": self.norm_over}
-        key = split_heads(self.k_proj(hidden_states), self.head_dim, norm=self.k_norm, **options)
-        if not hasattr(self, "v_proj"):
-            return key, hidden_states
-        return key, split_heads(self.v_proj(hidden_states), self.head_dim, norm=self.v_norm, **options)
+    def true_key(self, hidden_states: Tensor) -> Tensor:
+        """The original's keys before rope [B,G,T,d]; in layers whose keys are not linear in x."""
+        return self._heads(self.k_proj(hidden_states), self.k_norm)
+
+    def true_value(self, hidden_states: Tensor) -> Tensor:
+        """The original's values [B,G,T,d]; in layers that make them (LayerSpec.makes_values)."""
+        return self._heads(self.v_proj(hidden_states), self.v_norm)
+
+    def _heads(self, states: Tensor, norm: Any) -> Tensor:
+        spec = self.spec
+        return split_heads(states, self.head_dim, clip=spec.clip, norm=norm, norm_over=spec.norm_over)
 
     def queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Position-free query [B,H,T,d] (expected rotation applied) and rotated channel query [B,H,T,R]."""
         pairs, rest = query.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
         real, imag = self.query_rotation.unsqueeze(-2)
         query_nope = torch.cat([multiply_pairs(pairs, real, imag), rest], dim=-1)
-        turns = self.turns.repeat(self.channel_fold)
+        frequency = self.channel_frequency.repeat(self.channel_fold)
         dims = torch.cat([self.channel_index, self.channel_index + self.rope_pairs])
-        channels = multiply_pairs(query[..., dims], cos[..., turns], sin[..., turns])
+        channels = multiply_pairs(query[..., dims], cos[..., frequency], sin[..., frequency])
         if self.query_gain is not None:
             channels = channels * self.query_gain[dims]
         weight = self.channel_weight.repeat_interleave(self.num_key_value_groups, dim=1).unsqueeze(-2)
@@ -187,18 +145,26 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the cache keeps of the new tokens: latent [B,1,T,r] and rotated rope key [B,1,T,R].
 
-        ``true_kv``: what that method gives, where it was called already.
+        ``true_kv``: the original's keys and values, where they were made already.
         """
-        if hasattr(self, "kv_a_proj_with_mqa"):
+        if self.spec.linear_keys:
             compressed = self.kv_a_proj_with_mqa(hidden_states)
             latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         else:
-            key, value = self.true_kv(hidden_states) if true_kv is None else true_kv
-            compressed = self.k_a_proj_with_mqa(key.transpose(1, 2).flatten(2))
+            key = self.true_key(hidden_states) if true_kv is None else true_kv[0]
+            compressed = self.k_a_proj_with_mqa(_joined(key))
             latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            latent = latent + self.v_a_proj(value.transpose(1, 2).flatten(2) if value.dim() == 4 else value)
-        rope_key = multiply_pairs(rope_key.unsqueeze(1), cos[..., self.turns], sin[..., self.turns])
+            latent = latent + self.v_a_proj(self._value_source(hidden_states, true_kv))
+        rope_key = multiply_pairs(
+            rope_key.unsqueeze(1), cos[..., self.channel_frequency], sin[..., self.channel_frequency]
+        )
         return latent.unsqueeze(1), rope_key
+
+    def _value_source(self, hidden_states: Tensor, true_kv: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What the latent's part for values is linear in: the true values [B,T,G d], or x."""
+        if true_kv is not None:
+            return _joined(true_kv[1])
+        return _joined(self.true_value(hidden_states)) if self.layer_spec.makes_values else hidden_states
 
     def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuilds key [B,G,S,d+R] and value [B,G,S,d] of every key/value head from the cached [B,1,S,r], [B,1,S,R]."""
@@ -227,7 +193,7 @@ class LatentAttention(nn.Module):
         """W_uk moves to the query and W_uv behind the attention (``up``: both); returns [B,T,H,d]."""
         cached = (latent, rope_key, mask, self.scaling)
         query_latent = self.into_latent(query_nope, up[0])
-        context, _ = absorbed_attention(query_latent, query_rope, *cached, softcap=self.softcap, sinks=self.sinks)
+        context, _ = absorbed_attention(query_latent, query_rope, *cached, softcap=self.spec.softcap, sinks=self.sinks)
         return self.out_of_latent(context, up[1]).transpose(1, 2)
 
     def into_latent(self, query_nope: Tensor, up_key: Tensor) -> Tensor:
@@ -252,7 +218,7 @@ class LatentAttention(nn.Module):
         """Rebuilds keys and values and calls the attention that the config names; returns [B,T,H,d] and the weights."""
         key, value = self.expand_kv(latent, rope_key)
         query, rate = torch.cat([query_nope, query_rope], dim=-1), self.attention_dropout if self.training else 0.0
-        if self.softcap is not None or self.sinks is not None:
+        if self.spec.softcap is not None or self.sinks is not None:
             return self._attend_densely(query, key, value, mask, rate)
         attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -270,12 +236,14 @@ class LatentAttention(nn.Module):
             mask = causal_mask(query.shape[2], key.shape[2], self.sliding_window, query.device)
         mask = None if mask is None else additive_mask(mask, query.dtype)
         key, value = (states.repeat_interleave(self.num_key_value_groups, dim=1) for states in (key, value))
-        weights = attention_weights(query @ key.mT * self.scaling, mask, self.softcap, self.sinks)
+        weights = attention_weights(query @ key.mT * self.scaling, mask, self.spec.softcap, self.sinks)
         weights = dropout(weights, rate, self.training)
         return (weights @ value).transpose(1, 2), weights
 
     def absorbs(self, new: int, mask: Tensor | None) -> bool:
         """Whether latent space takes fewer multiply-adds than expanding the cache, and the mask allows it."""
+        if self.always_expands:
+            return False
         if self.training and (self.attention_dropout > 0 or not is_plain(self.kv_b_proj)):  # adapters drop out, too
             return False
         if not (mask is None and new == 1) and not (isinstance(mask, Tensor) and mask.dim() == 4):
@@ -302,11 +270,11 @@ class LatentAttention(nn.Module):
         if kwargs.pop("output_attentions", False):
             raise NotImplementedError("a converted model does not return attention weights: decode never forms them")
         cache = take_cache(kwargs)
-        if position_ids is None and self.temperature is not None:
+        if position_ids is None and self.spec.temperature is not None:
             seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
             position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device)[None]
         cos, sin = rope_tables(
-            self.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states, self.config
+            self.spec.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states, self.config
         )
         query = self.true_query(hidden_states, position_ids)
         output, weights = self.attend(hidden_states, query, (cos, sin), attention_mask, cache, kwargs)
@@ -327,8 +295,7 @@ class LatentAttention(nn.Module):
         if cache is not None:
             make_fit(cache, self.layer_idx, hidden_states, self.kv_lora_rank, self.qk_rope_head_dim)
             latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
-        eager = self.config._attn_implementation == "eager"
-        mask = score_bias(mask, self, hidden_states, latent.shape[-2], kwargs, eager=eager)
+        mask = score_bias(mask, self.spec, self.config, hidden_states, latent.shape[-2], kwargs)
         inputs = (query_nope, query_rope, latent, rope_key, mask)
         if self.absorbs(query.shape[2], mask) and (up := self.up_projections(query)) is not None:
             return self.attend_absorbed(*inputs, up), None
@@ -337,10 +304,15 @@ class LatentAttention(nn.Module):
     def _project(self, output: Tensor, hidden_states: Tensor, residual: Tensor | None) -> Tensor:
         """The heads' output [B,T,H,d], gated and normalised, projected to [B,T,D]."""
         if self.gate_proj is not None:
-            gate = getattr(nn.functional, self.gate_activation)(self.gate_proj(hidden_states))
+            gate = getattr(nn.functional, self.spec.gate_activation)(self.gate_proj(hidden_states))
             output = output * gate.unflatten(-1, (self.num_heads, -1))
         output = output.flatten(2)
         if self.output_norm is not None:
             output = self.output_norm(output)
         output = dropout(self.o_proj(output), self.output_dropout, self.training)
-        return output if residual is None or not self.adds_residual else residual + output
+        return output if residual is None or not self.spec.adds_residual else residual + output
+
+
+def _joined(heads: Tensor) -> Tensor:
+    """Heads [B,N,T,d] as [B,T,N d]."""
+    return heads.transpose(1, 2).flatten(2)

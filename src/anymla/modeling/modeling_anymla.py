@@ -18,17 +18,19 @@ from .exact_cache import make_room
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
+from .spec import LayerSpec, layers_of
 
 PREFIX = "Anymla"
 
 
 class LatentModelMixin(ReplacedAttention):
-    """Puts LatentAttention into the stock model, where ``config.mla_layers`` says, before any weight is loaded."""
+    """Puts LatentAttention into the stock model, where its config says, before any weight is loaded."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        for layer in config.mla_layers:
-            replace_attention(self, **layer)
+        for layer in layers_of(config.to_dict()) or ():
+            if layer.latent is not None:
+                replace_attention(self, layer)
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -71,15 +73,15 @@ class LatentModelMixin(ReplacedAttention):
         return made
 
 
-def replace_attention(model: Any, module: str, **features: Any) -> None:
-    """Replaces the attention module at path ``module`` of ``model``."""
-    original, kind = model.get_submodule(module), attention_class(features)
-    model.set_submodule(module, kind(original, model.config.get_text_config(), **features))
+def replace_attention(model: Any, layer: LayerSpec) -> None:
+    """Replaces the attention module of ``layer`` in ``model``."""
+    original = model.get_submodule(layer.module)
+    model.set_submodule(layer.module, attention_class(layer)(original, model.config.get_text_config(), layer))
 
 
-def attention_class(features: dict[str, Any]) -> type[LatentAttention]:
-    """The attention that has these ``features``."""
-    return ExactWindowAttention if features.get("exact_window") else LatentAttention
+def attention_class(layer: LayerSpec) -> type[LatentAttention]:
+    """The attention that a converted layer has."""
+    return ExactWindowAttention if layer.parts[1].exact_window else LatentAttention
 
 
 def __getattr__(name: str) -> Any:

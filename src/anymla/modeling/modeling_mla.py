@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from .fused_attention import FamilyAttention
 from .model_classes import ReplacedAttention, made_class
+from .spec import layers_of
 
 PREFIX = "Mla"
 
 
 class FusedModelMixin(ReplacedAttention):
-    """Puts FamilyAttention into the stock model, as ``config.mla_layers`` says, before any weight is loaded.
+    """Puts FamilyAttention into the stock model, as its config says, before any weight is loaded.
 
     ``config.head_dim`` is the width of what is cached: it is where vLLM looks for it. The stock model, rope included,
     is made with its own, ``config.stock_head_dim``.
@@ -39,8 +40,8 @@ class FusedModelMixin(ReplacedAttention):
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, PreTrainedModel):
                 module.config = config
-        for layer in config.mla_layers:
-            path = layer["module"].removeprefix("" if hasattr(self, "lm_head") else f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
+        for layer in layers_of(config.to_dict()) or ():
+            path = str(layer.module).removeprefix("" if hasattr(self, "lm_head") else f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
             attention = FamilyAttention(self.get_submodule(path), config, layer)  # type: ignore[attr-defined]
             self.set_submodule(path, attention)  # type: ignore[attr-defined]
 

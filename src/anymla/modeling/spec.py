@@ -118,6 +118,21 @@ class AttentionSpec:
         return 2 * self.num_kv_heads * self.head_dim
 
     @property
+    def linear_queries(self) -> bool:
+        """Whether the query is linear in its projection: no norm and no clip stands between."""
+        return self.norms is None and self.clip is None
+
+    @property
+    def linear_values(self) -> bool:
+        """Whether values are linear in x."""
+        return self.value_norm is None and self.clip is None
+
+    @property
+    def linear_keys(self) -> bool:
+        """Whether keys and values are linear in x, so that one matrix makes latent and channels of x."""
+        return self.linear_queries and self.linear_values
+
+    @property
     def stored_numbers(self) -> int:
         """Numbers per token that transformers' cache of the original holds: the same, save where heads are repeated."""
         return 2 * (self.cached_heads or self.num_kv_heads) * self.head_dim
@@ -169,6 +184,24 @@ class LayerSpec:
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
+
+    @property
+    def parts(self) -> tuple[AttentionSpec, LatentSpec]:
+        """The attention and the latent of a converted layer.
+
+        Raises:
+            ValueError: it is not converted.
+        """
+        if self.attention is None or self.latent is None:
+            raise ValueError(f"the layer at {self.module} has no latent attention")
+        return self.attention, self.latent
+
+    @property
+    def makes_values(self) -> bool:
+        """Whether a converted attention makes the original's values, and not the latent of x alone."""
+        if self.attention is None or self.latent is None:
+            return False
+        return not self.attention.linear_values or self.latent.exact_window > 0
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -244,14 +277,6 @@ class ModelSpec:
     def cached_numbers(self) -> int:
         """Numbers that one layer of the original caches per token (the largest, where layers differ)."""
         return max(spec.stored_numbers for spec in self.attention_layers.values())
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that a token takes in the original's cache, over all attention layers, in the checkpoint's dtype.
-
-        Layers with a window hold their last tokens only (account.py).
-        """
-        return sum(spec.stored_numbers for spec in self.attention_layers.values()) * DTYPE_BYTES[self.dtype]
 
 
 def config_entry(layers: tuple[LayerSpec, ...]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def check_room(work: WorkFolder, source: StreamedModel, hidden_bytes: int) -> No
 
 
 @contextmanager
-def kept(work: WorkFolder, done: Callable[[], str]) -> Iterator[None]:
+def keep_when_stopped(work: WorkFolder, done: Callable[[], str]) -> Iterator[None]:
     """Keeps ``work`` when the block is stopped after something is done, and says how to go on.
 
     Before that, and where the same command would fail again, nothing is left. SIGTERM stops the block as Ctrl-C does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from anymla import __version__
+from anymla.account import no_cache, told_lengths
 from anymla.data.text import bundled_text, calibration_windows
 from anymla.distributed import join_processes, rank, wait_for_all, world
 from anymla.errors import TextError
@@ -25,8 +26,9 @@ from anymla.io.work import WorkFolder
 from anymla.methods.base import LayerMethod, Plan
 from anymla.modeling.spec import ModelSpec
 from anymla.sweep.checkpoint import write_checkpoint
-from anymla.sweep.progress import claim, decide_computing, fingerprint, kept, model_hash
+from anymla.sweep.progress import claim, decide_computing, fingerprint, keep_when_stopped, model_hash
 from anymla.sweep.sequence import LayerRecord, Progress, Sequence
+from anymla.weight_files import write_account
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Swept:
     Args:
         folder: the new checkpoint, which is not yet at the output's place; reports are added to it.
         source: the original; its weights are in its files.
-        plan: the final one; records: what became of the layers.
+        plan: the final one; records: what became of the layers; spec: what the model now is.
         windows: this process's windows to score on [N,T]; original, converted: their final hidden states [N,T,D].
         tuples: whether layers of this family return tuples.
         computing: what was computed in.
@@ -65,6 +67,7 @@ class Swept:
     source: StreamedModel
     plan: Plan
     records: tuple[LayerRecord, ...]
+    spec: ModelSpec
     windows: Tensor
     original: Iterator[Tensor]
     converted: Iterator[Tensor]
@@ -95,7 +98,7 @@ def swept(
     streamed, work = StreamedModel(source, dtype=method.dtype, device=device), WorkFolder(run.output)
     claim(work, lambda: _fingerprint(method, source, plan, windows, device, run), restart=run.restart)
     layers = len(model.layers)
-    with kept(work, lambda: f"{len(work.progress['layers'])} of {layers} layers"):
+    with keep_when_stopped(work, lambda: f"{len(work.progress['layers'])} of {layers} layers"):
         computing = decide_computing(work, streamed.stored_dtype, device, method.dtype)
         streamed.compute_in(computing.dtype)
         if run.begins is not None:
@@ -105,9 +108,12 @@ def swept(
         facts = [] if survey is None else sequence.survey(survey, plan)
         plan = method.plan(model, facts, plan.choices)
         sequence.convert(method, plan, shard_size=run.shard_size, progress=run.progress)
+        done = _swept(sequence, plan, computing)
         if rank() == 0:
-            write_checkpoint(streamed, work, [record.spec for record in sequence.records], shard_size=run.shard_size)
-        yield _swept(sequence, plan, computing)
+            write_checkpoint(streamed, work, done.spec.layers, shard_size=run.shard_size)
+            nothing = no_cache(told_lengths(model))
+            write_account(work.model, done.spec, (record.after or nothing for record in done.records))
+        yield done
         if rank() == 0:
             work.finish()
         wait_for_all()
@@ -128,12 +134,13 @@ def _calibration(method: LayerMethod, source: Path, model: ModelSpec) -> Tensor:
 
 
 def _swept(sequence: Sequence, plan: Plan, computing: Computing) -> Swept:
-    held_out = sequence.split.held_out
+    held_out, layers = sequence.split.held_out, tuple(record.spec for record in sequence.records)
     return Swept(
         folder=sequence.work.model,
         source=sequence.source,
         plan=plan,
         records=tuple(sequence.records),
+        spec=replace(sequence.model, dtype=computing.stored, layers=layers),
         windows=sequence.windows[held_out],
         original=sequence.streams.original.split(1, held_out),
         converted=sequence.streams.converted.split(1, held_out),

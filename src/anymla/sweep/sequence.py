@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from anymla.account import LayerAccount, measured_layer, told_lengths
 from anymla.architectures.families import FAMILIES
 from anymla.distributed import from_first, rank, wait_for_all
 from anymla.io.device import give_back_memory
@@ -17,7 +18,6 @@ from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.methods.base import Facts, LayerMethod, Plan, Survey
 from anymla.model_run.activations import Budget
-from anymla.model_run.cache_size import LayerCache
 from anymla.model_run.stream import (
     batch_size,
     check_runs,
@@ -46,8 +46,8 @@ class LayerRecord:
 
     spec: LayerSpec
     result: dict[str, Any] | None = None
-    before: LayerCache | None = None
-    after: LayerCache | None = None
+    before: LayerAccount | None = None
+    after: LayerAccount | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The record, ready for JSON."""
@@ -57,7 +57,7 @@ class LayerRecord:
     def of(cls, fields: dict[str, Any]) -> LayerRecord:
         """The record that ``to_dict`` took apart."""
         spec, result = LayerSpec.of(fields["spec"]), fields["result"]
-        before, after = (None if fields[name] is None else LayerCache(**fields[name]) for name in ("before", "after"))
+        before, after = (None if fields[name] is None else LayerAccount(**fields[name]) for name in ("before", "after"))
         return cls(spec=spec, result=result, before=before, after=after)
 
 
@@ -197,14 +197,14 @@ class Sequence:
             observer.add(batch)
             layer.original[batch.windows] = batch.output
 
-    def _cached(self, index: int, probe: int) -> LayerCache | None:
+    def _cached(self, index: int, probe: int) -> LayerAccount | None:
         """The live cache after a few tokens ran through the layer as it now is; None where it has none."""
         if self.model.layers[index].attention is None:
             return None
         arguments = self.probes[probe].arguments[index]
         self.modules[index](self.probes[probe].hidden, **arguments)
         cache = next(value for value in arguments.values() if isinstance(value, Cache))
-        return LayerCache.of(cache.layers[index], self.source.width)
+        return measured_layer(cache.layers[index], told_lengths(self.model), self.source.width)
 
     def _commit(self, **done: Any) -> None:
         """Counts ``done`` as done, once every process has saved what follows from it."""

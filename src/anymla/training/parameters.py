@@ -8,14 +8,16 @@ from typing import Any
 from torch import nn
 
 from anymla.errors import RecipeError
-from anymla.training.settings import Train, Tune
+from anymla.methods.tune import Train, Tune
+from anymla.modeling.spec import layers_of
 
 ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj")
 
 
 def attention_names(model: Any) -> list[str]:
     """Where in ``model`` its converted attention modules are."""
-    return [layer["module"] for layer in model.config.mla_layers]
+    layers = layers_of(model.config.to_dict()) or ()
+    return [str(layer.module) for layer in layers if layer.latent is not None]
 
 
 def always_expand(model: Any) -> None:
@@ -24,11 +26,7 @@ def always_expand(model: Any) -> None:
     In latent space kv_b_proj is read as a weight, too, which an adapter around the module would not notice.
     """
     for name in attention_names(model):
-        model.get_submodule(name).absorbs = _never
-
-
-def _never(*_: Any) -> bool:
-    return False
+        model.get_submodule(name).always_expands = True
 
 
 def choose_learning(model: Any, train: Train) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from anymla.methods.mla.settings import MLA
 from anymla.methods.mla.split import RopeSplit
 from anymla.methods.mla.weights import build_attention, convert_layer
 from anymla.modeling.latent_attention import LatentAttention
-from anymla.modeling.spec import LatentSpec, LayerSpec
+from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
@@ -91,16 +91,7 @@ class LayerFit:
 
     def spec(self, attention: LatentAttention) -> LayerSpec:
         """The layer with ``attention``."""
-        source = self.measured.source.features
-        latent = LatentSpec(
-            kv_lora_rank=attention.kv_lora_rank,
-            qk_rope_head_dim=attention.qk_rope_head_dim,
-            channel_fold=attention.channel_fold,
-            biases=source.get("bias", True),
-            exact_window=source.get("exact_window", 0),
-        )
-        module = f"{self.layer.name}.{self.layer.attention_path}"
-        return LayerSpec(attention=self.measured.spec, latent=latent, module=module)
+        return replace(attention.layer_spec, module=f"{self.layer.name}.{self.layer.attention_path}")
 
     def share_lost(self, split: RopeSplit) -> float:
         """The error of :class:`LayerResult` that this split would have, before anything is fitted to it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,6 @@ from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.arguments import without_cache
 from anymla.modeling.heads import rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
-from anymla.modeling.spec import AttentionSpec, Temperature
 
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
@@ -37,7 +36,6 @@ class Measured:
 
     Args:
         source: the attention that is converted, without what the target has no room for.
-        spec: what it computes.
         moments: of its queries, keys and values on the windows to fit on.
         inputs: what it reads once the layers below are converted [N,T,D].
         target: what it should add to the residual stream then [N,T,D]: what the original adds to its own, plus what the
@@ -48,7 +46,6 @@ class Measured:
     """
 
     source: SourceAttention
-    spec: AttentionSpec
     moments: Moments
     inputs: Activations
     target: Activations
@@ -77,7 +74,6 @@ class AttentionObserver:
         self.static_norms = settings.static_qk_norm and spec.qk_norm
         if self.static_norms:
             self.source = self._with_static_norms()
-        self.spec = described(spec, self.source.features)
         self.sums = MomentSums(self.source.weights, self.window)
         # for a difference of near-equal 16-bit numbers
         self.precision = torch.promote_types(layer.original.dtype, torch.float32)
@@ -116,7 +112,6 @@ class AttentionObserver:
         self._check_finite(moments)
         return Measured(
             source=self.source,
-            spec=self.spec,
             moments=moments,
             inputs=self._converted_inputs(),
             target=self.target,
@@ -170,29 +165,19 @@ class AttentionObserver:
 
     def _add_moments(self, inputs: Tensor, arguments: dict[str, Any]) -> None:
         """Adds one batch's moments; what the family puts on scores comes as one additive mask."""
-        rest, pairs = dict(arguments), self.spec.rope_pairs
+        rest, spec = dict(arguments), self.source.spec
         mask, positions, rope = (
             rest.pop(name, None) for name in ("attention_mask", "position_ids", "position_embeddings")
         )
+        pairs = spec.rope_pairs
         if isinstance(rope, tuple) and pairs and rope[0].shape[-1] not in (pairs, 2 * pairs):
             raise UnsupportedModelError(f"rope turns {rope[0].shape[-1]} dims of a head, config.json means {2 * pairs}")
-        cos, sin = rope_tables(self.spec.rope_table, pairs, rope, positions, inputs, self.layer.config)
-        eager = self.layer.config._attn_implementation == "eager"
-        mask = score_bias(mask, self.spec, inputs, inputs.shape[1], rest, eager=eager)
+        cos, sin = rope_tables(spec.rope_table, pairs, rope, positions, inputs, self.layer.config)
+        mask = score_bias(mask, spec, self.layer.config, inputs, inputs.shape[1], rest)
         if mask is None and not getattr(self.attention, "is_causal", True):  # PaliGemma's, which sees all of a prompt
             mask = inputs.new_zeros(1, 1, inputs.shape[1], inputs.shape[1])
         additive = None if mask is None else additive_mask(mask, inputs.dtype)
         self.sums.add(*self.source.project(inputs), cos, sin, additive)
-
-
-def described(spec: AttentionSpec, features: dict[str, Any]) -> AttentionSpec:
-    """``spec``, known from the config, with what was read from the module."""
-    found = {name: value for name, value in features.items() if hasattr(spec, name)}
-    if (temperature := found.get("temperature")) is not None:
-        found["temperature"] = Temperature(**temperature)
-    if (norms := found.get("norms")) is not None:
-        found["norms"] = tuple(norms)
-    return replace(spec, qk_norm="norms" in found, **found)
 
 
 def _power(values: Tensor) -> float:

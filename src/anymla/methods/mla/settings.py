@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from anymla.errors import AnymlaError
-from anymla.layouts import Target
+from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
 from anymla.modeling.spec import ModelSpec
 from anymla.settings import MOST
@@ -43,11 +43,11 @@ class MLA(LayerMethod):
     summary: ClassVar[str] = "multi-head latent attention in place of keys and values of every head"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
 
-    kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache to keep, 0 < x <= 1.")
+    kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache's bytes to keep, 0 < x <= 1.")
     target: Target | None = Field(
         None,
-        description="Plan under the limits of this layout, so that `anymla export --to` it is exact: deepseek, vllm or "
-        "gguf. Default: no limits, for transformers.",
+        description="Plan under the limits of this layout, so that `anymla export --to` it is exact: "
+        f"{listed(TARGETS, 'or')}. Default: no limits, for transformers.",
     )
     rope: Rope = Field(
         "channel-pca",
@@ -73,8 +73,8 @@ class MLA(LayerMethod):
     )
     static_qk_norm: bool = Field(
         False,
-        description="Let --target deepseek and gguf take models with norms on queries and keys: a fixed scale per "
-        "head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
+        description=f"Let --target {listed(GRID_TARGETS, 'and')} take models with norms on queries and keys: a fixed "
+        "scale per head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
     )
     factorization: FactorizationName = Field("output-aware", description="How the latent is found.")
     expected_rotation: bool = Field(
@@ -100,13 +100,13 @@ class MLA(LayerMethod):
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """A latent for every layer with softmax attention; ``choices`` and those of the plan: LayerPlan."""
-        from anymla.methods.mla.plan import plan_after, plan_layers
+        from anymla.methods.mla.plan import plan_layers, spec_after
         from anymla.methods.mla.split import agreed
 
         layers = plan_layers(model, self) if choices is None else choices
         if facts is not None:
             layers = agreed(layers, self, model, facts)
-        return Plan(after=plan_after(model, self, layers), choices=layers)
+        return Plan(after=spec_after(model, self, layers), choices=layers)
 
     def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
         """What the splits that the target leaves open would lose; none where there is nothing to choose."""

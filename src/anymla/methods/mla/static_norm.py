@@ -42,6 +42,7 @@ def with_static_norms(source: SourceAttention, inputs: Iterable[Tensor]) -> Sour
         key_gain=torch.ones_like(w.key_gain),
         key_norm=False,
     )
-    features = {name: value for name, value in source.features.items() if name not in ("norms", "norm_over")}
     norms = {name: norm for name, norm in source.norms.items() if name not in ("q_norm", "k_norm")}
-    return SourceAttention(weights, norms, features)
+    lost = sum(tensor.numel() for name in ("q_norm", "k_norm") for tensor in source.norms[name].state_dict().values())
+    spec = replace(source.spec, norms=None, norm_over="head", kept_numbers=source.spec.kept_numbers - lost)
+    return replace(source, weights=weights, norms=norms, spec=spec)

@@ -17,6 +17,7 @@ from anymla.methods.mla.moments import Moments
 from anymla.methods.mla.rope import Channels, RopeChoice, no_channels, per_head_channels
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.modeling.modeling_anymla import attention_class
+from anymla.modeling.spec import LatentSpec, LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +94,9 @@ def latent_tensors(source: SourceAttention, layer: ConvertedLayer) -> dict[str, 
         "sinks": weights.sinks,
         "query_gain": weights.query_gain,
     }
-    if "exact_window" in source.features:
+    if source.exact_window:
         tensors["key_mean"] = latent.mean[:size].view(kv_heads, d)
-    if not source.features.get("bias", True):
+    if not source.biases:
         tensors |= dict.fromkeys(("q_proj.bias", "kv_a_proj_with_mqa.bias", "o_proj.bias"))
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -110,7 +111,7 @@ def _encoders(
     """
     weights, rank = source.weights, len(value_rows)
     key, value = weights.key.flatten(0, 1), weights.value.flatten(0, 1)
-    value_bias, offset, windowed = weights.value_bias.flatten(), encoder @ mean, "exact_window" in source.features
+    value_bias, offset, windowed = weights.value_bias.flatten(), encoder @ mean, source.exact_window > 0
     shift = mean[len(key) :] if windowed else torch.zeros_like(value_bias)
     true_keys = {"k_proj.weight": key, "k_proj.bias": weights.key_bias.flatten()}
     true_values = {"v_proj.weight": value, "v_proj.bias": value_bias - shift}
@@ -122,7 +123,7 @@ def _encoders(
         tensors = {"kv_a_proj_with_mqa.weight": weight, "kv_a_proj_with_mqa.bias": bias_row}
         return tensors | true_keys | true_values if windowed else tensors
     tensors = true_keys | {"k_a_proj_with_mqa.weight": key_rows}
-    if "clip" not in source.features and "v_norm" not in source.norms and not windowed:
+    if source.spec.linear_values and not windowed:
         return tensors | {"v_a_proj.weight": from_x, "v_a_proj.bias": bias}
     return tensors | true_values | {"v_a_proj.weight": value_rows, "v_a_proj.bias": value_rows @ shift - offset}
 
@@ -132,10 +133,18 @@ def build_attention(
 ) -> LatentAttention:
     """A LatentAttention in the original's dtype and device, float64 being rounded to what is ``saved`` here, once."""
     like = next(original.parameters())
-    sizes = {"kv_lora_rank": len(layer.latent.encoder), "qk_rope_head_dim": 2 * len(layer.channels)}
-    sizes |= {"channel_fold": layer.channels.fold}
+    spec = LayerSpec(
+        attention=source.spec,
+        latent=LatentSpec(
+            kv_lora_rank=len(layer.latent.encoder),
+            qk_rope_head_dim=2 * len(layer.channels),
+            channel_fold=layer.channels.fold,
+            biases=source.biases,
+            exact_window=source.exact_window,
+        ),
+    )
     with torch.device("meta"):
-        attention = attention_class(source.features)(original, config, **source.features | sizes)
+        attention = attention_class(spec)(original, config, spec)
     cast = {
         name: (tensor.to(saved).to(like.dtype) if tensor.is_floating_point() else tensor).to(like.device).contiguous()
         for name, tensor in latent_tensors(source, layer).items()
