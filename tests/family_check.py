@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_model_spec
-from anymla.exports.vllm import REFUSED
+from anymla.exports.vllm.writer import REFUSED
 from anymla.modeling.spec import AttentionSpec, ModelSpec
 from tests.families import converted_layers, save_model, token_ids
 from tests.family_models import tiny_model

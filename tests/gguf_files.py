@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
 
-from anymla.exports.gguf_tokenizer import add_tokenizer
+from anymla.exports.gguf.tokenizer import add_tokenizer
 from tests.families import SIZES, make_model
 from tests.tokenizers import byte_level
 

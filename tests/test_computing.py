@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.data.text import bundled_text, calibration_windows
 from anymla.demo import bundled_model
+from anymla.evaluation.generation import stream_continuation
 from anymla.evaluation.scores import score_model
-from anymla.evaluation.story import stream_continuation
 from anymla.io import computing
 from anymla.io.checkpoint import load_tokenizer
 from anymla.io.computing import load_to_compute

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 import anymla
-from anymla.exports import parity, weights
-from anymla.exports.deepseek import write_deepseek
+from anymla.exports import parity, weight_files
+from anymla.exports.deepseek.writer import write_deepseek
 from anymla.exports.fold import channel_slots
 from anymla.sweep import sequence
 from tests.export_check import FAST, TARGET, converted, difference, load
@@ -205,7 +205,7 @@ def test_goes_on_with_the_split_that_was_chosen(tmp_path, monkeypatch):
 
 
 def test_shards(stories, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights.write_weights, "__kwdefaults__", {"size": 200_000})
+    monkeypatch.setattr(weight_files.write_weights, "__kwdefaults__", {"size": 200_000})
     anymla.export(stories.converted, tmp_path / "export")
     assert len(list(tmp_path.glob("export/model-*-of-*.safetensors"))) > 2
     assert difference(load(stories.export), load(tmp_path / "export")) == 0

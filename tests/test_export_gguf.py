@@ -12,14 +12,14 @@ import torch
 import anymla
 from anymla.demo import bundled_model
 from anymla.errors import ParityError, RecipeError, UnsupportedModelError
-from anymla.exports import llama
+from anymla.exports.gguf import llama_cpp
 from tests.damage import run_main
 from tests.families import FAST
 
 
 @pytest.fixture(autouse=True)
 def no_llama_cpp(monkeypatch):
-    monkeypatch.setattr(llama, "llama_python", lambda: None)
+    monkeypatch.setattr(llama_cpp, "llama_python", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_the_check_is_of_the_weights_in_the_file(planned, tmp_path):
     for dtype in ("f32", "f16", "bf16", "q8_0"):
         done = anymla.export(planned, tmp_path / dtype, "gguf", dtype=dtype)
         found[dtype] = done.parity.difference
-        assert done.parity.tolerance == llama.TOLERANCE[dtype]
+        assert done.parity.tolerance == llama_cpp.TOLERANCE[dtype]
         assert f"--to gguf -o {dtype} --dtype {dtype}\n" in (tmp_path / dtype / "README.md").read_text()
     assert found["f32"] < 1e-4 < found["f16"] < found["bf16"] and found["q8_0"] > found["f16"]
 
@@ -64,7 +64,7 @@ def test_the_check_is_of_the_weights_in_the_file(planned, tmp_path):
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_a_file_that_holds_something_else_is_refused(planned, tmp_path, monkeypatch, dtype):
     """One number, wrong by 2 %."""
-    from anymla.exports import gguf as room
+    from anymla.exports.gguf import writer as room
 
     encode = room._encoded
 
@@ -170,8 +170,8 @@ def test_a_deepseek_export_carries_a_card(planned, tmp_path):
 
 
 def test_without_the_package_nothing_is_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr("anymla.exports.gguf.find_spec", lambda name: None)
-    monkeypatch.setattr("anymla.exports.deepseek.write_deepseek", lambda *args, **options: pytest.fail("begun"))
+    monkeypatch.setattr("anymla.exports.gguf.writer.find_spec", lambda name: None)
+    monkeypatch.setattr("anymla.exports.deepseek.writer.write_deepseek", lambda *args, **options: pytest.fail("begun"))
     with pytest.raises(RecipeError, match=r"pip install 'anymla\[gguf\]'"):
         anymla.export(bundled_model(), tmp_path / "out", "gguf")
     assert not list(tmp_path.iterdir())

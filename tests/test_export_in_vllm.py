@@ -12,8 +12,8 @@ import torch
 import anymla
 from anymla.demo import bundled_model
 from anymla.errors import ParityError
-from anymla.exports import vllm_engine
-from anymla.exports.vllm import load_fused
+from anymla.exports.vllm import vllm_check
+from anymla.exports.vllm.writer import load_fused
 from tests.damage import run_main
 from tests.families import FAST
 
@@ -52,14 +52,14 @@ def with_vllm(monkeypatch, change):
         assert trust and length > max(len(prompt) for prompt in prompts)
         return ask_transformers(folder, prompts, new, change)
 
-    monkeypatch.setattr(vllm_engine, "vllm_python", lambda: Path(sys.executable))
-    monkeypatch.setattr(vllm_engine, "ask_vllm", ask)
+    monkeypatch.setattr(vllm_check, "vllm_python", lambda: Path(sys.executable))
+    monkeypatch.setattr(vllm_check, "ask_vllm", ask)
 
 
 def with_script(monkeypatch, tmp_path, text):
     (tmp_path / "run.py").write_text(text)
-    monkeypatch.setattr(vllm_engine, "vllm_python", lambda: Path(sys.executable))
-    monkeypatch.setattr(vllm_engine, "SCRIPT", tmp_path / "run.py")
+    monkeypatch.setattr(vllm_check, "vllm_python", lambda: Path(sys.executable))
+    monkeypatch.setattr(vllm_check, "SCRIPT", tmp_path / "run.py")
 
 
 def test_the_engine_is_named(converted, tmp_path, monkeypatch, capfd):
@@ -97,7 +97,7 @@ REASONS = {
 @pytest.mark.parametrize(("script", "reason"), REASONS.items(), ids=["error", "exit", "crash", "hang"])
 def test_vllm_that_does_not_run(script, reason, converted, tmp_path, monkeypatch):
     with_script(monkeypatch, tmp_path, script)
-    monkeypatch.setattr(vllm_engine, "LIMIT", 2)
+    monkeypatch.setattr(vllm_check, "LIMIT", 2)
     done = anymla.export(converted, tmp_path / "out", "vllm")
     assert (done.parity.engine, done.parity.not_run) == ("transformers", None)
     assert done.parity.engine_failed == f"vLLM is installed but failed: {reason}"
@@ -130,7 +130,7 @@ def test_vllm_for_another_platform_is_no_failure(converted, tmp_path, monkeypatc
     (tmp_path / "vllm" / "__init__.py").write_text("")
     platform = "class current_platform:\n    is_cpu = staticmethod(lambda: False)\n"
     (tmp_path / "vllm" / "platforms.py").write_text(platform)
-    monkeypatch.setattr(vllm_engine, "vllm_python", lambda: Path(sys.executable))
+    monkeypatch.setattr(vllm_check, "vllm_python", lambda: Path(sys.executable))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = anymla.export(converted, tmp_path / "out", "vllm")
     assert (done.parity.engine, done.parity.engine_failed) == ("transformers", None)
@@ -148,6 +148,6 @@ def test_a_cache_that_was_not_planned_is_refused(converted, tmp_path, monkeypatc
 def test_where_vllm_is_looked_for(tmp_path, monkeypatch):
     (tmp_path / "vllm").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert vllm_engine.vllm_python() is None  # a folder of that name is no package
+    assert vllm_check.vllm_python() is None  # a folder of that name is no package
     (tmp_path / "vllm" / "__init__.py").write_text("raise AssertionError('imported')")
-    assert vllm_engine.vllm_python() == Path(sys.executable)
+    assert vllm_check.vllm_python() == Path(sys.executable)

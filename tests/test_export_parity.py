@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import anymla
 from anymla.errors import ParityError, UnsupportedModelError
 from anymla.exports import parity
-from anymla.exports.vllm import _check_head
+from anymla.exports.vllm.writer import _check_head
 from tests.export_check import FAST, load, refused
 from tests.families import save_model
 from tests.family_models import tiny_model

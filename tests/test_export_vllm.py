@@ -14,7 +14,7 @@ import anymla
 from anymla.architectures.families import FAMILIES as ALL
 from anymla.architectures.families import TEXT_ONLY_INSIDE
 from anymla.errors import CheckpointError, InfeasibleError, UnsupportedModelError
-from anymla.exports.vllm import load_fused, write_vllm
+from anymla.exports.vllm.writer import load_fused, write_vllm
 from anymla.io.auto import stock_class
 from anymla.modeling.spec import layers_of
 from tests.families import FAST, ROPES, converted_layers, logits, make_model, save_model, token_ids

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 
 from anymla.demo import bundled_model
 from anymla.errors import AnymlaError, CheckpointError, RecipeError, UnsupportedModelError
-from anymla.exports.gguf import write_gguf
+from anymla.exports.gguf.writer import write_gguf
 from anymla.io.checkpoint import load_tokenizer
 from tests.deepseek_models import SHAPES, make_deepseek, save_deepseek
 from tests.families import save_model

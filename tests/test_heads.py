@@ -157,7 +157,7 @@ def test_gradients_flow_in_training(monkeypatch, features):
     found = {}
     for absorbs, mask in ((True, causal_mask(5, 5, None, "cpu")), (False, causal_mask(5, 5, None, "cpu"))):
         monkeypatch.setattr(LatentAttention, "absorbs", lambda *_, absorbs=absorbs: absorbs)
-        if not absorbs and attention.softcap is None and attention.sinks is None:
+        if not absorbs and attention.spec.softcap is None and attention.sinks is None:
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, LOWEST)  # eager adds its mask
         loss = loss_of(attention, hidden, mask)
         found[absorbs] = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))

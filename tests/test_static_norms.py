@@ -36,7 +36,7 @@ def test_static_norms_lose_nothing_where_norms_do_nothing():
     """Inputs whose queries and keys all have one size per head: the fixed scales are the norms."""
     model = make_model("qwen3", head_dim=8, num_attention_heads=6)
     attention, config = model.model.layers[0].self_attn, model.config
-    spec = read_model_spec(config.to_dict()).layers[0]
+    spec = read_model_spec(config.to_dict()).layers[0].attention
     source = read_attention(attention, spec, FAMILIES["qwen3"], config)
     inputs = torch.randn(1, 1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).repeat(2, 5, 1)
     inputs[1] *= -1

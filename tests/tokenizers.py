@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from anymla.exports.gguf_tokenizer import LLAMA3, QWEN2, QWEN35
+from anymla.exports.gguf.tokenizer import LLAMA3, QWEN2, QWEN35
 
 LINES = [
     "Once upon a time there was a little girl named Lily. She didn't like 123 dogs, but she'd 4567 cats.\n",

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from anymla.evaluation.evaluate import evaluate
     from anymla.evaluation.measures import Comparison, Measure
     from anymla.evaluation.scores import Scores
-    from anymla.exports.export import Export, export
+    from anymla.exports.export import export
+    from anymla.exports.export_report import Export
     from anymla.hub import Push, push
     from anymla.methods.mla.plan import MLAPlan
     from anymla.methods.mla.settings import MLA
+    from anymla.methods.tune import Tune
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
+    from anymla.recovery import tune
     from anymla.training.outcome import Recovery
-    from anymla.training.settings import Tune
-    from anymla.training.tune import tune
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,9 @@ __all__ = [
     "MLAPlan",
     "Measure",
     "Push",
+    "Recipe",
     "Recovery",
+    "RunOutcome",
     "Scores",
     "Tune",
     "convert",
@@ -48,6 +51,7 @@ __all__ = [
     "inspect",
     "plan",
     "push",
+    "run",
     "tune",
 ]
 
@@ -57,7 +61,7 @@ _HOMES = {
     "Comparison": "anymla.evaluation.measures",
     "Conversion": "anymla.outcomes",
     "Evaluation": "anymla.evaluation.benchmarks",
-    "Export": "anymla.exports.export",
+    "Export": "anymla.exports.export_report",
     "Inspection": "anymla.outcomes",
     "Measure": "anymla.evaluation.measures",
     "MLAPlan": "anymla.methods.mla.plan",
@@ -65,11 +69,14 @@ _HOMES = {
     "MLA": "anymla.methods.mla.settings",
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
+    "Recipe": "anymla.recipe",
+    "RunOutcome": "anymla.runner",
+    "run": "anymla.runner",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
     "push": "anymla.hub",
-    "Tune": "anymla.training.settings",
-    "tune": "anymla.training.tune",
+    "Tune": "anymla.methods.tune",
+    "tune": "anymla.recovery",
 }
 
 

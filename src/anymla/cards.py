@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anymla.layouts import LAYOUTS, TARGETS, listed
 from anymla.methods.mla.settings import MLA
 
 TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
 USE, FILES = "Use", "Files"  # sections that are written anew
 FOLDER = "THIS_FOLDER"  # the hub's name of it, once it has one
+LIBRARY = "library_name: transformers"
 BASE = "DeepSeek-V2 (multi-head latent attention)"
 PAPERS = {
     BASE: "2405.04434",
@@ -47,9 +49,8 @@ def model_card(report: Mapping[str, Any], auto: str) -> str:
         for name, when, scores in (("original", "before", before), ("converted", "after", after))
     )
     lengths = " | ".join(f"bytes at {int(length):,} tokens" for length in report["cache_bytes_at"])
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"""---
-library_name: transformers
+{LIBRARY}
 pipeline_tag: {TASKS[auto]}
 tags: [anymla, multi-head-latent-attention, kv-cache]
 {base}---
@@ -67,21 +68,14 @@ Calibration text: {text}.{_from(repo, commit)}
 
 ## How it was made
 
-```sh
-{command(source, recipe)}
-```
+{shell([command(source, recipe)])}
 
 {_method(recipe)} All settings are in `recipe.yaml`, every layer's sizes in `plan.yaml`, all that was measured in
-`conversion.json`. Made with {versions}.
+`conversion.json`. Made with {versions_named(report["versions"])}.
 
 ## {USE}
 
-```python
-import anymla  # or: trust_remote_code=True below
-from transformers import {auto}
-
-model = {auto}.from_pretrained("{FOLDER}")
-```
+{loading(auto, first="import anymla  # or: trust_remote_code=True below")}
 
 {_serving(recipe)}
 
@@ -124,7 +118,10 @@ def _window(recipe: Mapping[str, Any]) -> str:
 def _serving(recipe: Mapping[str, Any]) -> str:
     if recipe["exact_window"]:
         return "It runs in transformers, with a DynamicCache: engines' latent attention has no room for exact tokens."
-    return f"For vLLM, SGLang and llama.cpp: `anymla export {FOLDER} --to deepseek` (or `vllm`, `gguf`) `-o OUT`."
+    engines = listed(dict.fromkeys(engine for layout in LAYOUTS.values() for engine in layout.engines), "and")
+    first, *others = TARGETS
+    further = ", ".join(f"`{name}`" for name in others)
+    return f"For {engines}: `anymla export {FOLDER} --to {first}` (or {further}) `-o OUT`."
 
 
 def command(source: str, recipe: Mapping[str, Any]) -> str:
@@ -164,6 +161,26 @@ def static_norms_cost(lost: Sequence[float]) -> str:
         f"at full budget that alone would lose {sum(lost) / len(lost):.2%} of the hidden states behind attention, "
         f"{max(lost):.2%} in the worst layer"
     )
+
+
+def shell(commands: Iterable[str]) -> str:
+    """The commands as a block of Markdown."""
+    return "```sh\n" + "\n".join(commands) + "\n```"
+
+
+def loading(auto: str, *, first: str = "", arguments: str = "") -> str:
+    """How the class ``auto`` of transformers loads the folder, as a block of Markdown; ``first``: a line before."""
+    head = f"{first}\n" if first else ""
+    return f"""```python
+{head}from transformers import {auto}
+
+model = {auto}.from_pretrained("{FOLDER}"{arguments})
+```"""
+
+
+def versions_named(versions: Mapping[str, str]) -> str:
+    """Packages and their versions, in one line."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def with_section(card: str, heading: str, text: str) -> str:

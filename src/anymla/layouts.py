@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from anymla.architectures.families import FAMILIES
 from anymla.errors import InfeasibleError, UnsupportedModelError
 from anymla.modeling.spec import AttentionSpec, ModelSpec, RopeSpec
-
-Target = Literal["deepseek", "vllm", "gguf"]
-TARGETS: tuple[Target, ...] = get_args(Target)
 
 GRID_ROPE = "channel-pca"  # the rope choice that knows how to keep to a grid
 KERNEL_RANK, KERNEL_ROPE = 512, 64  # the sizes of DeepSeek's own models, for which engines compile their kernels
@@ -31,13 +30,109 @@ class Limits:
     rope: int | None = KERNEL_ROPE
 
 
+class Layout(ABC):
+    """What one format of anymla.exports can hold.
+
+    ``engines``: those that read it. ``limits``: what a conversion for it keeps to. ``kernel_rank``: the largest rank
+    that all kernels of the engines take; None where they take any.
+    """
+
+    name: ClassVar[str]
+    engines: ClassVar[tuple[str, ...]]
+    limits: ClassVar[Limits]
+    kernel_rank: ClassVar[int | None] = KERNEL_RANK
+
+    @abstractmethod
+    def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
+        """Why no conversion of this model fits, or None; all its layers have the attention ``spec``.
+
+        ``static_norms``: whether fixed scales may stand in for norms on queries and keys.
+        """
+
+    @abstractmethod
+    def verdict(self, model_spec: ModelSpec) -> tuple[str, str]:
+        """How exact the export of a model that fits is, and what that takes."""
+
+
+class DeepseekLayout(Layout):
+    """DeepSeek-V3's own attention and dense block."""
+
+    name = "deepseek"
+    engines: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang")
+    limits = Limits()
+
+    def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
+        """What of the model DeepSeek's block has no place for."""
+        if model_spec.other_block is not None:
+            return model_spec.other_block
+        if spec.qkv_bias or spec.output_bias:
+            return "its attention has biases, DeepSeek's has none"
+        if not plain_pairs(model_spec.rope, spec.rope_pairs):
+            kind = "no rope" if model_spec.rope is None else f"rope of type {model_spec.rope.rope_type}"
+            return f"it has {kind}: no pair turns as in DeepSeek's plain rope"
+        if spec.qk_norm and not static_norms:
+            return (
+                "it has norms on queries and keys, DeepSeek's attention has none (--static-qk-norm puts fixed scales "
+                "in their place, at a loss)"
+            )
+        return None
+
+    def verdict(self, model_spec: ModelSpec) -> tuple[str, str]:
+        """Constrained: to one split on a grid."""
+        most = (most_rope_dims(self.name, GRID_ROPE, model_spec) or 0) // 2
+        needs = f"one split for all layers, at most {most} rope channels on a grid, no biases"
+        return "constrained", f"convert --target {self.name}: {needs}"
+
+
+class VllmLayout(Layout):
+    """The family's own model, whose latent attention vLLM's transformers backend runs."""
+
+    name = "vllm"
+    engines = ("vLLM",)
+    limits = Limits(grid=False, biases=True)
+
+    def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
+        """What keeps the backend from running the family; its attention fits."""
+        return backend_refusal(model_spec.text_model_type)
+
+    def verdict(self, model_spec: ModelSpec) -> tuple[str, str]:
+        """Exact: layers are padded to one size."""
+        needs = f"layers are padded to the widest; with convert --target {self.name} they have one split"
+        if model_spec.experts:
+            needs += "; vLLM 0.32 runs mixtures of experts on GPUs only"
+        return "exact", f"any plan: {needs}"
+
+
+class GgufLayout(DeepseekLayout):
+    """A file of llama.cpp, made of the deepseek export; llama.cpp's kernels take any width."""
+
+    name = "gguf"
+    engines = ("llama.cpp",)
+    limits = Limits(rope=None)
+    kernel_rank = None
+
+    def verdict(self, model_spec: ModelSpec) -> tuple[str, str]:
+        """As for deepseek, with a tokenizer that llama.cpp has."""
+        exactness, needs = super().verdict(model_spec)
+        return exactness, f"{needs}; a tokenizer that llama.cpp has, which convert checks first"
+
+
 FREE = Limits(uniform=False, grid=False, biases=True, rope=None)
-LIMITS: dict[Target | None, Limits] = {
-    None: FREE,
-    "deepseek": Limits(),
-    "vllm": Limits(grid=False, biases=True),
-    "gguf": Limits(rope=None),  # made of the deepseek export; llama.cpp's kernels take any width
-}
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (DeepseekLayout(), VllmLayout(), GgufLayout())}
+LIMITS: Mapping[str | None, Limits] = {None: FREE} | {name: layout.limits for name, layout in LAYOUTS.items()}
+TARGETS = tuple(LAYOUTS)
+GRID_TARGETS = tuple(name for name, layout in LAYOUTS.items() if layout.limits.grid)
+
+if TYPE_CHECKING:
+    Target = str
+else:
+    Target = Literal[TARGETS]  # settings and options are checked against it
+
+
+def listed(names: Iterable[str], last: str) -> str:
+    """The names as "a, b and c", ``last`` being the word before the last one."""
+    *others, final = names
+    return f"{', '.join(others)} {last} {final}" if others else final
 
 
 def plain_pairs(rope: RopeSpec | None, pairs: int) -> int:
@@ -70,9 +165,7 @@ def target_refusal(target: Target, model_spec: ModelSpec, *, static_norms: bool 
         return f"it has {model_spec.beyond}"
     if any(spec != specs[0] for spec in specs):
         return "its layers differ in heads, rope or window"
-    if LIMITS[target].grid:
-        return _deepseek_refusal(specs[0], model_spec, static_norms)
-    return backend_refusal(model_spec.text_model_type)
+    return LAYOUTS[target].refusal(specs[0], model_spec, static_norms=static_norms)
 
 
 def backend_refusal(model_type: str) -> str | None:
@@ -80,22 +173,6 @@ def backend_refusal(model_type: str) -> str | None:
     if FAMILIES[model_type].all_layers_attend:
         return "its layers mix tokens beside attention too, and vLLM's transformers backend keeps no state of that"
     return FAMILIES[model_type].unserved
-
-
-def _deepseek_refusal(spec: AttentionSpec, model_spec: ModelSpec, static_norms: bool) -> str | None:
-    if model_spec.other_block is not None:
-        return model_spec.other_block
-    if spec.qkv_bias or spec.output_bias:
-        return "its attention has biases, DeepSeek's has none"
-    if not plain_pairs(model_spec.rope, spec.rope_pairs):
-        kind = "no rope" if model_spec.rope is None else f"rope of type {model_spec.rope.rope_type}"
-        return f"it has {kind}: no pair turns as in DeepSeek's plain rope"
-    if spec.qk_norm and not static_norms:
-        return (
-            "it has norms on queries and keys, DeepSeek's attention has none (--static-qk-norm puts fixed scales in "
-            "their place, at a loss)"
-        )
-    return None
 
 
 def check_target(target: Target, model: str, model_spec: ModelSpec, *, static_norms: bool) -> None:
@@ -117,17 +194,8 @@ def verdicts(model_spec: ModelSpec) -> dict[str, tuple[str, str]]:
         if (reason := target_refusal(target, model_spec)) is not None:
             possible = target_refusal(target, model_spec, static_norms=True) is None
             found[target] = ("lossy" if possible else "impossible", reason)
-        elif LIMITS[target].grid:
-            most = (most_rope_dims(target, GRID_ROPE, model_spec) or 0) // 2
-            needs = f"one split for all layers, at most {most} rope channels on a grid, no biases"
-            if target == "gguf":
-                needs += "; a tokenizer that llama.cpp has, which convert checks first"
-            found[target] = ("constrained", f"convert --target {target}: {needs}")
         else:
-            needs = "layers are padded to the widest; with convert --target vllm they have one split"
-            if model_spec.experts:
-                needs += "; vLLM 0.32 runs mixtures of experts on GPUs only"
-            found[target] = ("exact", f"any plan: {needs}")
+            found[target] = LAYOUTS[target].verdict(model_spec)
     return found
 
 
@@ -157,10 +225,10 @@ def most_channels(model_spec: ModelSpec) -> int:
 
 def kernel_note(target: Target | None, rank: int) -> str | None:
     """What a plan's rank means for the kernels that will serve it; None where nothing is to be said."""
-    if target is None or LIMITS[target].rope is None or rank <= KERNEL_RANK:
+    if target is None or (most := LAYOUTS[target].kernel_rank) is None or rank <= most:
         return None
     return (
-        f"A rank above {KERNEL_RANK} (here {rank}) fits neither vLLM's kernel for CPUs nor FlashMLA: export --to "
+        f"A rank above {most} (here {rank}) fits neither vLLM's kernel for CPUs nor FlashMLA: export --to "
         f"{target} with --pad cuda or none, or keep a smaller cache."
     )
 

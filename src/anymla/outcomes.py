@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymla.account import account, reduced_bytes
 from anymla.architectures.model_spec import ALREADY
-from anymla.io.versions import versions
+from anymla.io.device import versions
 from anymla.layouts import verdicts
 from anymla.methods.mla.plan import MLAPlan
 from anymla.modeling.spec import CONFIG_FIELDS, AttentionSpec, ModelSpec

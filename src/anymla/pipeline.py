@@ -17,6 +17,7 @@ from anymla import __version__
 from anymla.account import no_cache, told_lengths
 from anymla.architectures.model_spec import read_config, read_model_spec
 from anymla.errors import RecipeError, TextError, UnsupportedModelError
+from anymla.exports.format import all_formats
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
     check_output,
@@ -180,18 +181,6 @@ def _chosen_plan(model: str, model_spec: ModelSpec, recipe: MLA | MLAPlan | None
     return recipe.model_copy(update={"recipe": with_settings(recipe.recipe, settings)})
 
 
-def _check_tokenizer(model: str, source: Path, model_spec: ModelSpec) -> None:
-    """Refuses at the start what the export to GGUF would at the end."""
-    from anymla.exports.gguf_tokenizer import known_tokenizer
-
-    try:
-        known_tokenizer(load_tokenizer(source), model_spec.vocab_size)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(
-            f"--target gguf cannot hold the tokenizer of {model}: {error}; --target deepseek leaves it as it is"
-        ) from error
-
-
 def _calibration(recipe: MLA, source: Path, model_spec: ModelSpec) -> torch.Tensor:
     from anymla.data.text import bundled_text, calibration_windows
 
@@ -220,8 +209,8 @@ class _Run:
 
 def _convert_plain(source: Plain, model_spec: ModelSpec, chosen: MLAPlan, run: _Run) -> Conversion:
     """Takes up what the work folder holds of this conversion, or begins it."""
-    if chosen.recipe.target == "gguf":
-        _check_tokenizer(chosen.model, source.folder, model_spec)
+    if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
+        all_formats()[chosen.recipe.target].check_source(chosen.model, source.folder, model_spec.vocab_size)
     windows = _calibration(chosen.recipe, source.folder, model_spec)
 
     from anymla.distributed import join_processes, world

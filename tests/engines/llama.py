@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anymla.exports.llama import ask_llama
+from anymla.exports.gguf.llama_cpp import ask_llama
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 ENVIRONMENT = Path(os.environ.get("ANYMLA_ENGINES") or CACHE / "anymla-engines") / "llama"

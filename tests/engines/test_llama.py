@@ -20,10 +20,10 @@ import anymla
 from anymla.data.text import bundled_text
 from anymla.demo import bundled_model
 from anymla.errors import ParityError
-from anymla.exports import gguf as gguf_room
-from anymla.exports import llama as llama_room
-from anymla.exports.gguf import write_gguf
-from anymla.exports.llama import CELL
+from anymla.exports.gguf import llama_cpp
+from anymla.exports.gguf import writer as gguf_writer
+from anymla.exports.gguf.llama_cpp import CELL
+from anymla.exports.gguf.writer import write_gguf
 from anymla.io.checkpoint import load_tokenizer
 from tests.deepseek_models import SHAPES, make_deepseek
 from tests.engines import llama
@@ -128,7 +128,7 @@ def prompts_of(folder: Path, texts: Sequence[str] = PROMPTS) -> list[list[int]]:
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_stories_end_to_end(stories, tmp_path, monkeypatch, dtype):
     converted, report = stories
-    monkeypatch.setattr(llama_room, "llama_python", lambda: llama.PYTHON)
+    monkeypatch.setattr(llama_cpp, "llama_python", lambda: llama.PYTHON)
     done = anymla.export(converted, tmp_path / "out", "gguf", dtype=dtype)
     assert done.parity.engine == "llama.cpp"
     layers, numbers = len(report.layers), report.layers[0].rope_dims + report.layers[0].kv_rank
@@ -166,7 +166,7 @@ def test_a_long_prompt_in_small_steps(stories, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own-head", "tied"])
 def test_a_model_shaped_like_llama_3(tmp_path, monkeypatch, tied):
-    monkeypatch.setattr(llama_room, "llama_python", lambda: llama.PYTHON)
+    monkeypatch.setattr(llama_cpp, "llama_python", lambda: llama.PYTHON)
     shape = {"rope_parameters": {"rope_theta": 5e5, **ROPES["llama3"]}, "head_dim": 16, "rms_norm_eps": 1e-5}
     source = save_model(make_model("llama", torch.float32, tie_word_embeddings=tied, **shape), tmp_path / "model")
     give_tokenizer(source, "llama-bpe")
@@ -180,8 +180,8 @@ def test_a_model_shaped_like_llama_3(tmp_path, monkeypatch, tied):
 
 def test_a_file_that_computes_something_else_is_refused(stories, tmp_path, monkeypatch):
     converted, _ = stories
-    monkeypatch.setattr(llama_room, "llama_python", lambda: llama.PYTHON)
-    monkeypatch.setattr(gguf_room, "LATENT_EPS", 1e-7)
+    monkeypatch.setattr(llama_cpp, "llama_python", lambda: llama.PYTHON)
+    monkeypatch.setattr(gguf_writer, "LATENT_EPS", 1e-7)
     with pytest.raises(ParityError, match="not the converted model"):
         anymla.export(converted, tmp_path / "out", "gguf", dtype="f32")
     assert list(tmp_path.iterdir()) == []

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import anymla
 from anymla.demo import bundled_model
-from anymla.exports import vllm_engine
-from anymla.exports.vllm import write_vllm
-from anymla.exports.vllm_engine import ask_vllm
+from anymla.exports.vllm import vllm_check
+from anymla.exports.vllm.vllm_check import ask_vllm
+from anymla.exports.vllm.writer import write_vllm
 from tests.families import FAST, ROPES, make_model, save_model, token_ids
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -110,7 +110,7 @@ def test_stock_deepseek(budget, tmp_path):
 
 @pytest.mark.parametrize("target", ["vllm", "deepseek"])
 def test_an_export_checks_itself_in_vllm(target, tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_engine, "vllm_python", lambda: PYTHON)
+    monkeypatch.setattr(vllm_check, "vllm_python", lambda: PYTHON)
     options = {"calibration_tokens": 4096, "reconstruction_steps": 0}
     anymla.convert(bundled_model(), tmp_path / "converted", kv_cache=0.5, target="deepseek", **options)
     done = anymla.export(tmp_path / "converted", tmp_path / "export", target, pad="cpu")

@@ -9,7 +9,13 @@ import typer
 
 from anymla.cli.options import Json, app, err, out, print_json
 from anymla.cli.progress import shown
+from anymla.exports.format import all_formats
 from anymla.layouts import Target
+
+
+def _default_pads() -> list[tuple[str, str]]:
+    """What is padded unasked, by format."""
+    return sorted((each.default_pad, name) for name, each in all_formats().items() if each.pads)
 
 
 @app.command()
@@ -22,7 +28,7 @@ def export(
         str | None,
         typer.Option(
             help="Fill up with zeros to sizes that kernels need: none, cpu, cuda or full (docs/exporting.md). "
-            "Default: cpu for vllm, none for deepseek."
+            f"Default: {', '.join(f'{pad} for {name}' for pad, name in _default_pads())}."
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,

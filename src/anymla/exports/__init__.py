@@ -1,1 +1,1 @@
-"""A converted model in the formats of serving engines, a file each; no model object."""
+"""A converted model in the formats of serving engines, a folder each; no model object."""

@@ -104,13 +104,18 @@ def read_converted(folder: Path) -> Converted:
             "room: convert the original without --exact-window"
         )
     text = config.get_text_config()
-    if (dtype := str(config.dtype or text.dtype).removeprefix("torch.")) not in FLOATS:
+    if (dtype := config_dtype(config)) not in FLOATS:
         raise CheckpointError(f"{folder}/config.json: dtype is {dtype:.40} and not one of {', '.join(FLOATS)}")
     model_type = config.model_type.removeprefix(PREFIX)
     source = Converted(folder, model_type, text.to_dict() | {"dtype": dtype}, layers, stored)
     for layer in layers:
         _check_shapes(source, layer, text.hidden_size)
     return source
+
+
+def config_dtype(config: Any) -> str:
+    """The dtype that a config names, FLOATS or not."""
+    return str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
 
 
 def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anymla.errors import InfeasibleError
-from anymla.exports.fold import Sizes
 from anymla.layouts import KERNEL_RANK, KERNEL_ROPE
+
+if TYPE_CHECKING:
+    from anymla.exports.fold import Sizes
 
 PADS = ("none", "cpu", "cuda", "full")
 
@@ -21,15 +24,15 @@ def padded(folder: Path, sizes: Sizes, pad: str) -> Sizes:
     Raises:
         InfeasibleError: the model has more than that.
     """
-    grown = asdict(_grown(sizes, pad))
+    grown = _grown(sizes, pad)
     for name, size in asdict(sizes).items():
-        if size > grown[name]:
+        if size > (room := getattr(grown, name)):
             others = [other for other in ("cuda", "none") if _holds(_grown(sizes, other), sizes)]
             raise InfeasibleError(
-                f"{folder}: --pad {pad} has room for a {name} of {grown[name]} numbers, and it has {size}: give --pad "
+                f"{folder}: --pad {pad} has room for a {name} of {room} numbers, and it has {size}: give --pad "
                 f"{' or '.join(others)}, for engines without this limit, or convert to a smaller cache"
             )
-    return Sizes(**grown)
+    return grown
 
 
 def _holds(grown: Sizes, sizes: Sizes) -> bool:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from anymla.account import account, in_dtype
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.io.device import matmul_speed
-from anymla.layouts import LIMITS, check_target, kernel_note, most_channels, most_rope_dims
+from anymla.layouts import GRID_TARGETS, LIMITS, check_target, kernel_note, listed, most_channels, most_rope_dims
 from anymla.methods.mla.costs import latent_cost, original_cost, peak_memory
 from anymla.methods.mla.duration import estimated_seconds, faster
 from anymla.methods.mla.settings import MLA, SHARED_ROPES
@@ -94,7 +94,8 @@ def make_plan(model: str, model_spec: ModelSpec, recipe: MLA) -> MLAPlan:
     check_exact_window(model, model_spec, recipe)
     most = None
     if recipe.static_qk_norm and not LIMITS[recipe.target].grid:
-        raise RecipeError("--static-qk-norm is for --target deepseek and gguf: others keep the norms as they are")
+        targets = listed(GRID_TARGETS, "and")
+        raise RecipeError(f"--static-qk-norm is for --target {targets}: others keep the norms as they are")
     if recipe.target is not None:
         check_target(recipe.target, model, model_spec, static_norms=recipe.static_qk_norm)
         most = most_rope_dims(recipe.target, recipe.rope, model_spec)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from anymla.layouts import Target
+from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
 from anymla.settings import MOST, DtypeName, Settings
 
 Rope = Literal[
@@ -33,8 +33,8 @@ class MLA(Settings):
     kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache's bytes to keep, 0 < x <= 1.")
     target: Target | None = Field(
         None,
-        description="Plan under the limits of this layout, so that `anymla export --to` it is exact: deepseek, vllm or "
-        "gguf. Default: no limits, for transformers.",
+        description="Plan under the limits of this layout, so that `anymla export --to` it is exact: "
+        f"{listed(TARGETS, 'or')}. Default: no limits, for transformers.",
     )
     rope: Rope = Field(
         "channel-pca",
@@ -60,8 +60,8 @@ class MLA(Settings):
     )
     static_qk_norm: bool = Field(
         False,
-        description="Let --target deepseek and gguf take models with norms on queries and keys: a fixed scale per "
-        "head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
+        description=f"Let --target {listed(GRID_TARGETS, 'and')} take models with norms on queries and keys: a fixed "
+        "scale per head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
     )
     factorization: FactorizationName = Field("output-aware", description="How the latent is found.")
     expected_rotation: bool = Field(

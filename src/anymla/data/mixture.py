@@ -1,0 +1,186 @@
+"""Text to learn from: weighted mixtures of streams of documents, packed into rows of one length."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymla.data.text import read_documents, token_windows, tokenize
+from anymla.errors import RecipeError, TextError
+
+SHUFFLED = 1024  # documents of a stream among which the next one is drawn
+SHUFFLED_TOKENS = 1 << 19  # in packed rows among which the next one is drawn: neighbours are mostly of one document
+TOGETHER = 128  # documents packed at once: what fills no row at their end is left out
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of a mixture: what ``--data`` names, and its share of the tokens."""
+
+    name: str
+    share: float
+
+    @classmethod
+    def of(cls, text: str) -> Source:
+        """Reads ``name`` or ``name@share``.
+
+        Raises:
+            RecipeError: the share is not above 0.
+        """
+        name, at, share = text.rpartition("@")
+        if not at or os.path.exists(os.path.expanduser(text)):
+            return cls(text, 1.0)
+        try:
+            value = float(share)
+        except ValueError:
+            return cls(text, 1.0)
+        if not 0 < value < float("inf") or not name:
+            raise RecipeError(f"--data {text}: behind the @ must stand a share above 0")
+        return cls(name, value)
+
+    def documents(self, length: int) -> Any:
+        """A stream of rows {'text': a document}, long ones in pieces that fill several rows of ``length`` tokens.
+
+        Those of a local file come in random order, the same one each time: files are often sorted.
+        """
+        import datasets
+
+        piece = max(16384, 8 * length)
+        path = Path(os.path.expanduser(self.name))
+        if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
+            documents = list(read_documents(self.name))
+            random.Random(0).shuffle(documents)
+            pieces = [
+                document[start : start + piece] for document in documents for start in range(0, len(document), piece)
+            ]
+            return datasets.Dataset.from_dict({"text": pieces}).to_iterable_dataset()
+        dataset, config, split = (*self.name.split(":"), "", "")[:3]
+        try:
+            rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
+            if "text" not in (first := next(iter(rows))):
+                raise TextError(f"--data {self.name}: its rows have {', '.join(first)} and no field 'text'")
+        except TextError:
+            raise
+        except Exception as error:  # whatever the hub, the network or the data set's own reader raises
+            reason = " ".join(str(error).split())
+            raise TextError(f"--data {self.name} is neither a file nor a readable data set: {reason:.160}") from error
+        return rows.select_columns(["text"])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The mixture, and the text to score on: ``skipped`` documents of each source, which nothing is learned from."""
+
+    sources: list[Source]
+    held_out: Tensor  # windows [N,T]
+    skipped: list[int]
+
+
+def read_texts(
+    data: Sequence[str] | None, tokenizer: Any, length: int, *, held_out: str | None, held_out_tokens: int
+) -> Texts:
+    """Opens every source of ``data``, and takes the text to score on from ``held_out``, or else from the sources.
+
+    Raises:
+        TextError: a source cannot be read, or leaves nothing to learn from.
+        RecipeError: no data was given, or datasets is not installed.
+    """
+    if find_spec("datasets") is None:
+        raise RecipeError("tuning needs the package datasets: pip install 'anymla[tune]'")
+    if data is None:
+        raise RecipeError("--data is missing: name a text file, a .jsonl file or a hub data set to learn from")
+    sources = [Source.of(text) for text in data]
+    if held_out is not None:
+        ids = _first_ids(tokenize(read_documents(held_out), tokenizer), held_out_tokens)
+        for source in sources:
+            _take(source, tokenizer, 1, length)  # it can be read
+        return Texts(sources, token_windows(ids, length, held_out), [0] * len(sources))
+    whole, ids, skipped = sum(source.share for source in sources), [], []
+    for source in sources:
+        wanted = max(1, round(held_out_tokens * source.share / whole))
+        part, documents = _take(source, tokenizer, wanted, length)
+        ids += part[:wanted]
+        skipped.append(documents)
+    return Texts(sources, token_windows(ids, length, ", ".join(data)), skipped)
+
+
+def _first_ids(ids: Iterator[int], tokens: int) -> list[int]:
+    return [token for token, _ in zip(ids, range(tokens), strict=False)]
+
+
+def _take(source: Source, tokenizer: Any, tokens: int, length: int) -> tuple[list[int], int]:
+    """At least ``tokens`` tokens of the first documents, and how many documents these are; more must follow."""
+    ids: list[int] = []
+    for number, row in enumerate(source.documents(length)):
+        if len(ids) >= tokens:
+            return ids, number
+        ids += tokenize([row["text"]], tokenizer)
+    raise TextError(
+        f"--data {source.name} has only {len(ids)} tokens; the first documents are to score on, and others to learn "
+        "from: lower --eval-tokens, or give --eval-data"
+    )
+
+
+def training_rows(texts: Texts, tokenizer: Any, *, length: int, packing: bool, seed: int) -> Any:
+    """An endless stream of rows, each source's share of them drawn at random; the same seed draws the same.
+
+    A packed row has 'input_ids' and 'position_ids', [length] each: positions begin anew with each document, and so
+    transformers knows that none may see another. Without packing a row is one document, with an 'attention_mask'.
+    """
+    import datasets
+
+    def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        documents = [list(tokenize([text], tokenizer)) for text in batch["text"]]
+        return packed_rows(documents, length) if packing else padded_rows(documents, length)
+
+    streams = [
+        source.documents(length)
+        .skip(skipped)
+        .shuffle(seed=seed, buffer_size=SHUFFLED)
+        .repeat(None)
+        .map(pack, batched=True, batch_size=TOGETHER, remove_columns=["text"])
+        .shuffle(seed=seed, buffer_size=max(1, SHUFFLED_TOKENS // length))
+        for source, skipped in zip(texts.sources, texts.skipped, strict=True)
+    ]
+    if len(streams) == 1:
+        return streams[0]
+    whole = sum(source.share for source in texts.sources)
+    shares = [source.share / whole for source in texts.sources]
+    return datasets.interleave_datasets(streams, probabilities=shares, seed=seed)
+
+
+def packed_rows(documents: list[list[int]], length: int) -> dict[str, list[list[int]]]:
+    """Documents in a row, cut every ``length`` tokens; what a cut leaves of one goes on as one of its own."""
+    ids = [token for document in documents for token in document]
+    starts = set(accumulate((len(document) for document in documents), initial=0)) | {*range(0, len(ids), length)}
+    positions: list[int] = []
+    for index in range(len(ids)):
+        positions.append(0 if index in starts else positions[-1] + 1)
+    rows = range(0, len(ids) - length + 1, length)
+    return {
+        "input_ids": [ids[row : row + length] for row in rows],
+        "position_ids": [positions[row : row + length] for row in rows],
+    }
+
+
+def padded_rows(documents: list[list[int]], length: int) -> dict[str, list[list[int]]]:
+    """A row per ``length`` tokens of one document, the last one padded at its end."""
+    pieces = [document[start : start + length] for document in documents for start in range(0, len(document), length)]
+    return {
+        "input_ids": [piece + [0] * (length - len(piece)) for piece in pieces],
+        "attention_mask": [[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces],
+    }
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Rows as tensors [B,T]."""
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,1 @@
+"""The format `deepseek`: a stock dense DeepseekV3ForCausalLM checkpoint."""

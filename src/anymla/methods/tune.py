@@ -1,0 +1,122 @@
+"""The step `tune`: trains a converted model until it gives what the original gave (arXiv 2502.14837, section 3.3)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from anymla.methods.base import Method, Paper, Phase, Plan
+from anymla.modeling.spec import ModelSpec
+from anymla.settings import MOST
+
+Train = Literal["attention", "norms", "all", "lora"]
+Decay = Literal["cosine", "linear", "1-sqrt"]
+Precision = Literal["float32", "mixed", "bfloat16"]
+Parallel = Literal["ddp", "fsdp"]
+
+
+class Tune(Method):
+    """Settings of one recovery training. ``data`` and ``tokens`` matter to most users; all else has its default.
+
+    Deviations from the paper: the original teaches, first layer by layer and then by its logits; the paper trains on
+    text alone (``cross_entropy: 1``), all weights, for 0.3 to 1 % of the pre-training data.
+    """
+
+    name: ClassVar[str] = "tune"
+    paper: ClassVar[Paper] = Paper(title="MHA2MLA: data-efficient fine-tuning", arxiv="2502.14837")
+    phase: ClassVar[Phase] = Phase.HEAL
+    summary: ClassVar[str] = "Trains a converted model until it gives what the original gave."
+    saves: ClassVar[tuple[str, ...]] = ()
+
+    data: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Text to learn from, again for a mixture: text file, .jsonl (field 'text'), folder of data files "
+        "or hub data set name[:config[:split]]; behind an @ its share of the tokens, as file.jsonl@0.3.",
+    )
+    eval_data: str | None = Field(
+        None, min_length=1, description="Text to score on while tuning. Default: some documents of the data."
+    )
+    eval_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens to score on; of --eval-data the first.")
+    tokens: int = Field(200_000, ge=256, le=MOST, description="Tokens to learn from, over all stages and processes.")
+    layerwise: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of the tokens for the first stage: each layer learns the original's output.",
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions in the second stage's KL.")
+    top_k: int | None = Field(
+        None, ge=1, le=MOST, description="KL on the original's k likeliest tokens, all others as one. Default: all."
+    )
+    cross_entropy: float = Field(
+        0.0, ge=0, le=1, description="Weight of plain next-token loss in the second stage; KL has the rest."
+    )
+    train: Train = Field(
+        "attention",
+        description="What learns: converted attention, that and all norms, all weights, or LoRA on attention.",
+    )
+    lora_rank: int = Field(16, ge=1, le=MOST, description="Rank of --train lora.")
+    learning_rate: float | None = Field(None, gt=0, le=1, description="Peak learning rate. Default: 0.2 / hidden size.")
+    warmup: float = Field(0.05, ge=0, le=1, description="Share of a stage's steps over which the learning rate rises.")
+    decay: Decay = Field("cosine", description="How the learning rate falls to 0 at a stage's end.")
+    decay_share: float = Field(
+        1.0, ge=0, le=1, description="Share of a stage's steps over which it falls; 1: all the rest."
+    )
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second decay rate; the first is 0.9.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    length: int = Field(1024, ge=8, le=MOST, description="Tokens per row (at most the model's context).")
+    batch: int | None = Field(
+        None, ge=1, le=MOST, description="Rows per step, over all processes. Default: what makes about 400 steps."
+    )
+    micro_batch: int = Field(8, ge=1, le=MOST, description="Rows at once on one device, at most.")
+    packing: bool = Field(True, description="Fill rows with several documents, none of which sees another.")
+    precision: Precision | None = Field(
+        None,
+        description="float32; mixed: weights in float32, sums in bfloat16; bfloat16: weights too. "
+        "Default: mixed on a GPU, else float32.",
+    )
+    gradient_checkpointing: bool = Field(False, description="Compute activations twice instead of holding them.")
+    parallel: Parallel = Field("ddp", description="Several processes: each holds all weights, or its part of them.")
+    eval_every: int | None = Field(None, ge=1, le=MOST, description="Steps between scores. Default: a stage / 10.")
+    save_every: int | None = Field(
+        None, ge=1, le=MOST, description="Steps between checkpoints to go on from. Default: a tenth of a stage."
+    )
+    early_stop: int | None = Field(
+        None, ge=1, le=MOST, description="End a stage after so many scores without a better one, and take the best."
+    )
+    device: str = Field("auto", max_length=60, description="cpu, cuda, ...; auto takes a GPU where there is one.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of the order of documents, of LoRA's start and of dropout.")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [os.fspath(value)] if isinstance(value, str | os.PathLike) else value
+
+    @field_validator("eval_data", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Tune:
+        if self.warmup + self.decay_share > 1 and self.decay_share < 1:
+            raise ValueError("warmup and decay_share are shares of the same steps: together at most 1")
+        if self.early_stop is not None and self.save_every != self.eval_every:
+            raise ValueError("early_stop takes the best checkpoint that was scored: save_every must be eval_every")
+        return self
+
+    def refuses(self, model: ModelSpec) -> str | None:
+        """A model without latent attention: there is nothing to recover."""
+        if any(layer.latent is not None for layer in model.layers):
+            return None
+        return "nothing in it was converted, so there is nothing to recover: put the step mla before it"
+
+    def plan(
+        self, model: ModelSpec, facts: list[dict[str, Any]] | None = None, choices: tuple[Any, ...] | None = None
+    ) -> Plan:
+        """The same model: only its weights change."""
+        return Plan(after=model)
