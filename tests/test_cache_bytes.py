@@ -10,11 +10,12 @@ from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import anymla
+from anymla.account import account, in_dtype, measure, told_lengths
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_config, read_model_spec
-from anymla.cache_bytes import converted_bytes, original_bytes, told_lengths
 from anymla.demo import bundled_model
 from anymla.methods.mla.costs import original_cost
+from anymla.methods.mla.plan import spec_after
 from anymla.modeling.arguments import cache_argument
 from tests.families import save_model, token_ids
 from tests.family_check import load
@@ -24,6 +25,7 @@ from tests.vision_models import tiny_vision_config
 FAST = {"calibration_tokens": 512, "calibration_length": 32, "reconstruction_steps": 0}
 LENGTHS = (3, 11, 12, 13, 40)  # below, at and beyond a window of 12 and a chunk of 16
 STEPS = 3
+AT = sorted({*LENGTHS, *(length + STEPS for length in LENGTHS)})
 
 CASES = {
     "no window": ("llama", {}, {}),
@@ -66,17 +68,24 @@ def measured(model):
     return found
 
 
+def told(count, cases):
+    """What an account says of the lengths in ``cases``."""
+    return {when: count.cache_bytes_at[str(when[1])] for when in cases}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_at_a_length_are_those_of_the_cache(case, tmp_path):
     model_type, changes, settings = CASES[case]
     source = save_model(tiny_model(model_type, torch.float32, **changes), tmp_path / "source")
     report = anymla.convert(source, tmp_path / "out", kv_cache=0.5, **FAST, **settings)
     model_spec, recipe = read_model_spec(read_config(source)), report.plan.recipe
-    before = measured(load(source, dtype=recipe.dtype or "float32"))
-    assert before == {when: original_bytes(model_spec, when[1], recipe.dtype) for when in before}
-    numbers = {layer.layer: layer.rope_dims + layer.kv_rank for layer in report.layers}
-    after = measured(load(tmp_path / "out"))
-    assert after == {when: converted_bytes(model_spec, recipe, numbers, when[1]) for when in after}
+    original, converted = load(source, dtype=recipe.dtype or "float32"), load(tmp_path / "out")
+    before, after = measured(original), measured(converted)
+    planned = spec_after(report.plan, model_spec)
+    assert told(account(in_dtype(model_spec, recipe.dtype), AT), before) == before
+    assert told(measure(original, AT), before) == before
+    for count in (account(planned, AT), account(report.spec, AT), measure(converted, AT), measure(converted, AT, 40)):
+        assert told(count, after) == after
     longest = max(length for _, length in before)
     if not recipe.exact_window and model_type != "falcon":  # of what slides as of what does not, half is left
         assert after["decode", longest] <= 0.5 * before["decode", longest]
@@ -111,7 +120,7 @@ def test_lengths_are_those_that_the_context_holds():
 
 
 def test_operations_of_a_layer_that_slides_are_those_within_its_window():
-    sliding, full = read_model_spec(tiny_config("gemma2").to_dict()).layers
+    sliding, full = read_model_spec(tiny_config("gemma2").to_dict()).attention_layers.values()
     costs = [original_cost(layer, 48).flops_per_token for layer in (sliding, full)]
     assert costs[1] - costs[0] == 4 * 48 * (4096 - 12)
 
@@ -128,7 +137,7 @@ def test_windows_are_those_of_stock(name, model_type, changes):
     if model_type in SINCE or model_type not in CONFIG_MAPPING:
         pytest.importorskip("transformers", minversion=SINCE.get(model_type, "5.24"))
     config = tiny_config(model_type, **changes)
-    layers = read_model_spec(config.to_dict()).layers
+    layers = [layer.attention for layer in read_model_spec(config.to_dict()).layers]
     expected = windows_of_stock(config)
     assert [layer and layer.cache_window for layer in layers] == [
         window if layer else None for layer, window in zip(layers, expected, strict=True)
@@ -138,7 +147,7 @@ def test_windows_are_those_of_stock(name, model_type, changes):
 @pytest.mark.parametrize("model_type", ["gemma3", "llama4", "mistral3", "qwen2_5_vl"])
 def test_windows_of_vision_language_models_are_those_of_stock(model_type):
     config = tiny_vision_config(model_type)
-    layers = read_model_spec(config.to_dict()).layers
+    layers = [layer.attention for layer in read_model_spec(config.to_dict()).layers]
     assert [layer and layer.cache_window for layer in layers] == windows_of_stock(config)
 
 
@@ -169,5 +178,6 @@ def test_a_config_without_layer_types_means_what_stock_makes_of_it(model_type):
     for per_layer in ("mlp_layer_types", "num_attention_heads_per_layer", "layer_rope_theta"):
         sizes.pop(per_layer, None)
     stock = CONFIG_MAPPING[model_type](**{name: value for name, value in sizes.items() if name != "model_type"})
-    found = [layer and layer.cache_window for layer in read_model_spec(sizes).layers]
+    attentions = [layer.attention for layer in read_model_spec(sizes).layers]
+    found = [attention and attention.cache_window for attention in attentions]
     assert found == windows_of_stock(stock)

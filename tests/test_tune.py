@@ -18,10 +18,10 @@ from anymla.evaluation.logits import at_head
 from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.methods.mla.plan import make_plan
 from anymla.methods.mla.settings import MLA
+from anymla.methods.tune import Tune, read_tuning, shipped_names, shipped_recipe
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
 from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
-from anymla.training.settings import Tune, read_tuning, shipped_names, shipped_recipe
 from anymla.training.stages import make_stages, save_tuned
 from tests.damage import BUNDLED, TRAIN, VALID, Case, run_main
 from tests.families import FAST, logits, make_model, save_model, token_ids

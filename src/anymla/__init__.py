@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from anymla.hub import Push, push
     from anymla.methods.mla.plan import MLAPlan
     from anymla.methods.mla.settings import MLA
+    from anymla.methods.tune import Tune
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.recovery import tune
     from anymla.training.outcome import Recovery
-    from anymla.training.settings import Tune
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,9 @@ __all__ = [
     "MLAPlan",
     "Measure",
     "Push",
+    "Recipe",
     "Recovery",
+    "RunOutcome",
     "Scores",
     "Tune",
     "convert",
@@ -49,6 +51,7 @@ __all__ = [
     "inspect",
     "plan",
     "push",
+    "run",
     "tune",
 ]
 
@@ -66,10 +69,13 @@ _HOMES = {
     "MLA": "anymla.methods.mla.settings",
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
+    "Recipe": "anymla.recipe",
+    "RunOutcome": "anymla.runner",
+    "run": "anymla.runner",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
     "push": "anymla.hub",
-    "Tune": "anymla.training.settings",
+    "Tune": "anymla.methods.tune",
     "tune": "anymla.recovery",
 }
 

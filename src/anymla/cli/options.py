@@ -17,7 +17,8 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from anymla.methods.mla.settings import MLA
-from anymla.settings import DtypeName, read_yaml
+from anymla.recipe import read_mla
+from anymla.settings import DtypeName
 
 app = typer.Typer(
     name="anymla",
@@ -41,7 +42,10 @@ Revision = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="A YAML file with any of these settings; options override it.")
+    Path | None,
+    typer.Option(
+        "--recipe", help="A YAML file with any of these settings, or a recipe with the step mla; options override it."
+    ),
 ]
 Device = Annotated[str, typer.Option(help=MLA.model_fields["device"].description)]
 Adapter = Annotated[str | None, typer.Option(help=MLA.model_fields["adapter"].description)]
@@ -80,7 +84,7 @@ def _with_options(recipe: type[BaseModel], command: Callable[..., None]) -> Call
 recipe_options = options_of(MLA)
 
 
-def print_json(content: dict[str, Any]) -> None:
+def print_json(content: Any) -> None:
     """Prints ``content`` to stdout."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
@@ -89,7 +93,7 @@ def chosen_recipe(path: Path | None, settings: dict[str, Any]) -> MLA:
     """The recipe file's settings, overridden by the options."""
     if path is None:
         return MLA.of(settings, "settings")
-    return MLA.of(MLA.of(read_yaml(path), str(path)).model_dump(exclude_unset=True) | settings, "settings")
+    return MLA.of(read_mla(path) | settings, "settings")
 
 
 def print_note(text: str) -> None:

@@ -22,7 +22,8 @@ from anymla.cli.options import (
     print_note,
 )
 from anymla.cli.progress import Report, shown
-from anymla.training.settings import Tune, read_tuning
+from anymla.methods.tune import Tune
+from anymla.recipe import read_tune
 
 if TYPE_CHECKING:
     from anymla.training.logs import Progress, TuneProgress
@@ -78,12 +79,12 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Train a converted model until it gives what the original gave."""
-    base = {} if recipe is None else read_tuning(recipe).model_dump(exclude_unset=True)
+    base = {} if recipe is None else read_tune(recipe)
     chosen = Tune.of(base | settings, "settings")
-    from anymla import recovery
+    from anymla.recovery import tune as tune_model
 
     with shown("tune") as told, how_to_go_on():
-        report = recovery.tune(
+        report = tune_model(
             converted,
             output,
             teacher=teacher,

@@ -30,7 +30,6 @@ class WorkFolder:
         self.output = output.absolute()
         self.model = self.output.with_name(f".{output.name}.partial")
         self.path = self.model / STATE
-        self._replaced = self.output.with_name(f".{output.name}.replaced")
         self.progress: dict[str, Any] = {}
         self._lock: Any = None
 
@@ -76,18 +75,8 @@ class WorkFolder:
 
     def finish(self) -> None:
         """The new checkpoint takes the output's place; nothing else is left."""
-        if os.path.lexists(self.output):
-            remove(self._replaced)
-            self.output.rename(self._replaced)
-        try:
-            shutil.rmtree(self.path)
-            self.model.rename(self.output)
-        except OSError:
-            if os.path.lexists(self._replaced):
-                self._replaced.rename(self.output)
-            raise
-        if os.path.lexists(self._replaced):
-            remove(self._replaced)
+        shutil.rmtree(self.path)
+        replace_folder(self.model, self.output)
 
     def discard(self) -> None:
         """Removes the work folder, and the folders above that were made for it."""
@@ -134,6 +123,22 @@ def lock_folder(folder: Path) -> int:
         os.close(held)
         raise
     return held
+
+
+def replace_folder(new: Path, output: Path) -> None:
+    """Puts ``new`` at ``output``; what was there goes only once that is done."""
+    replaced = output.with_name(f".{output.name}.replaced")
+    if os.path.lexists(output):
+        remove(replaced)
+        output.rename(replaced)
+    try:
+        new.rename(output)
+    except OSError:
+        if os.path.lexists(replaced):
+            replaced.rename(output)
+        raise
+    if os.path.lexists(replaced):
+        remove(replaced)
 
 
 def write_json(path: Path, content: Any) -> None:

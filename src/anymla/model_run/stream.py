@@ -113,6 +113,11 @@ def layer_inputs(model: Any, ids: Tensor, *, tuples: bool, use_cache: bool = Fal
 
 @torch.no_grad()
 def logits_of(model: Any, hidden: Tensor, *, tuples: bool) -> Tensor:
+    """Logits [B,T,V] of final hidden states [B,T,D], without gradients."""
+    return final_logits(model, hidden, tuples=tuples)
+
+
+def final_logits(model: Any, hidden: Tensor, *, tuples: bool) -> Tensor:
     """Logits [B,T,V] of final hidden states [B,T,D]: the model's own last norm and head."""
     output = (hidden, None) if tuples else hidden
     inputs: dict[str, Tensor] = {"inputs_embeds": hidden}  # whatever they are; their table need not be read

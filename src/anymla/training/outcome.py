@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anymla.training.settings import Tune
+from anymla.methods.tune import Tune
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from anymla.errors import RecipeError
+from anymla.methods.tune import Train, Tune
 from anymla.modeling.spec import layers_of
-from anymla.training.settings import Train, Tune
 
 ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj")
 
@@ -26,11 +26,7 @@ def always_expand(model: Any) -> None:
     In latent space kv_b_proj is read as a weight, too, which an adapter around the module would not notice.
     """
     for name in attention_names(model):
-        model.get_submodule(name).absorbs = _never
-
-
-def _never(*_: Any) -> bool:
-    return False
+        model.get_submodule(name).always_expands = True
 
 
 def choose_learning(model: Any, train: Train) -> None:

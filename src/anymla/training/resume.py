@@ -17,8 +17,8 @@ from anymla.errors import AnymlaError, OutputError, RecipeError
 from anymla.io.checkpoint import check_weights
 from anymla.io.safetensors import scan
 from anymla.io.work import WorkFolder
+from anymla.methods.tune import Tune
 from anymla.sweep.progress import terminated_as_interrupted
-from anymla.training.settings import Tune
 from anymla.training.stages import Stage
 
 

@@ -16,9 +16,9 @@ from anymla.data.mixture import Texts, collate, training_rows
 from anymla.distributed import rank, wait_for_all
 from anymla.errors import RecipeError
 from anymla.io.checkpoint import load_model
+from anymla.methods.tune import Tune
 from anymla.training.pairs import AttentionPairs
 from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
-from anymla.training.settings import Tune
 from anymla.training.trainer import TuneTrainer
 
 LAYERWISE, LOGITS = "layerwise", "logits"

@@ -14,11 +14,11 @@ from transformers import Trainer
 
 from anymla.evaluation.logits import Logits, at_head, logits_of_pass
 from anymla.evaluation.scores import ScoreSums
+from anymla.methods.tune import Tune
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
-from anymla.training.settings import Tune
 
 
 class TuneTrainer(Trainer):  # type: ignore[misc]

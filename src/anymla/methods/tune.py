@@ -1,17 +1,15 @@
-"""The tuning recipe: every setting of a recovery training in one frozen object, read from and written to YAML."""
+"""The step `tune`: trains a converted model until it gives what the original gave (arXiv 2502.14837, section 3.3)."""
 
 from __future__ import annotations
 
 import os
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from anymla.errors import RecipeError, shown
-from anymla.methods.mla.settings import MLA
-from anymla.settings import MOST, Settings, read_yaml
+from anymla.methods.base import Method, Paper, Phase, Plan
+from anymla.modeling.spec import ModelSpec
+from anymla.settings import MOST
 
 Train = Literal["attention", "norms", "all", "lora"]
 Decay = Literal["cosine", "linear", "1-sqrt"]
@@ -19,8 +17,18 @@ Precision = Literal["float32", "mixed", "bfloat16"]
 Parallel = Literal["ddp", "fsdp"]
 
 
-class Tune(Settings):
-    """Settings of one recovery training. ``data`` and ``tokens`` matter to most users; all else has its default."""
+class Tune(Method):
+    """Settings of one recovery training. ``data`` and ``tokens`` matter to most users; all else has its default.
+
+    Deviations from the paper: the original teaches, first layer by layer and then by its logits; the paper trains on
+    text alone (``cross_entropy: 1``), all weights, for 0.3 to 1 % of the pre-training data.
+    """
+
+    name: ClassVar[str] = "tune"
+    paper: ClassVar[Paper] = Paper(title="MHA2MLA: data-efficient fine-tuning", arxiv="2502.14837")
+    phase: ClassVar[Phase] = Phase.HEAL
+    summary: ClassVar[str] = "Trains a converted model until it gives what the original gave."
+    saves: ClassVar[tuple[str, ...]] = ()
 
     data: list[str] | None = Field(
         None,
@@ -101,48 +109,14 @@ class Tune(Settings):
             raise ValueError("early_stop takes the best checkpoint that was scored: save_every must be eval_every")
         return self
 
+    def refuses(self, model: ModelSpec) -> str | None:
+        """A model without latent attention: there is nothing to recover."""
+        if any(layer.latent is not None for layer in model.layers):
+            return None
+        return "nothing in it was converted, so there is nothing to recover: put the step mla before it"
 
-class ShippedRecipe(Settings):
-    """A recipe for one model: how to convert it, to which shares of its cache, and how to tune what comes out."""
-
-    model: str | None = None
-    kv_cache: list[float] = Field(default_factory=list)
-    convert: MLA = Field(default_factory=lambda: MLA.of({}))
-    tune: Tune
-
-
-def shipped_names() -> list[str]:
-    """The recipes that come with anymla, by the name that ``--recipe`` takes."""
-    return sorted(path.name.removesuffix(".yaml") for path in _shipped_folder().iterdir() if path.suffix == ".yaml")
-
-
-def shipped_recipe(name: str) -> ShippedRecipe:
-    """A recipe that comes with anymla."""
-    return ShippedRecipe.model_validate(read_yaml(_shipped_folder() / f"{name}.yaml"))
-
-
-def read_tuning(recipe: str | Path) -> Tune:
-    """The tuning settings of a YAML file, or of a recipe that comes with anymla; only those it names are set.
-
-    A file holds them at its top, or under ``tune`` beside ``model``, ``kv_cache`` and ``convert``.
-
-    Raises:
-        RecipeError: no such file or name, or a setting that is none.
-    """
-    path = Path(os.path.expanduser(recipe))
-    if not os.path.exists(path):
-        if str(recipe) not in shipped_names():
-            raise RecipeError(f"--recipe {recipe} is neither a file nor one of {', '.join(shipped_names())}")
-        path = _shipped_folder() / f"{recipe}.yaml"
-    content = read_yaml(path)
-    if "tune" not in content:
-        return Tune.of(content, str(path))
-    if not isinstance(content["tune"], dict):
-        raise RecipeError(f"{path}: tune must hold names and values")
-    if unknown := content.keys() - ShippedRecipe.model_fields.keys():
-        raise RecipeError(f"{path}: {shown(min(unknown))} is not one of {', '.join(ShippedRecipe.model_fields)}")
-    return Tune.of(content["tune"], str(path))
-
-
-def _shipped_folder() -> Path:
-    return Path(str(resources.files("anymla") / "training" / "recipes"))
+    def plan(
+        self, model: ModelSpec, facts: list[dict[str, Any]] | None = None, choices: tuple[Any, ...] | None = None
+    ) -> Plan:
+        """The same model: only its weights change."""
+        return Plan(after=model)
