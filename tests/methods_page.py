@@ -24,9 +24,9 @@ steps:
   - tune: {data: text.jsonl}
 ```
 
-`anymla run recipe.yaml -o OUT` runs it, and so does `anymla run MODEL -o OUT --step 'mla: {kv_cache: 0.25}'` with one
-`--step` for each. Between the steps lie ordinary checkpoints. `anymla methods` lists the methods in the terminal. This page
-is made from the methods themselves (`make methods`); [CONTRIBUTING](../CONTRIBUTING.md) says how to add one.
+`anymla run recipe.yaml -o OUT` runs it. So does `anymla run MODEL -o OUT --step 'mla: {kv_cache: 0.25}'`, with one
+`--step` for each. Between the steps lie ordinary checkpoints. `anymla methods` lists the methods in the terminal. This
+page is made from the methods themselves (`make methods`). [CONTRIBUTING](../CONTRIBUTING.md) says how to add one.
 """
 
 

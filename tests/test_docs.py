@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, files that are named exist, commands have options that exist, the forge's files load."""
+"""The pages: links and named files exist, commands have options that exist, the files of the forge load."""
 
 from __future__ import annotations
 
