@@ -1,4 +1,4 @@
-"""The recipes in examples/: each says what it is for and how to run it, and runs, on the bundled model with fewer tokens."""
+"""The recipes in examples/: each says what it is for and how to run it, and runs on the bundled model."""
 
 from __future__ import annotations
 
