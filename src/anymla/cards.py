@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anymla.layouts import LAYOUTS, TARGETS, listed
+from anymla.methods.base import Method
 from anymla.methods.mla.settings import MLA
 
 TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
@@ -153,6 +154,17 @@ def _method(recipe: Mapping[str, Any]) -> str:
         f"Rope channels by `{recipe['rope']}`{of[0]}, latent by `{recipe['factorization']}`{of[1]}; where no system is "
         f"named, the method is anymla's own. Papers: {papers}."
     )
+
+
+def step_card(method: Method, source: str | Path, card: str | None) -> str:
+    """README.md after a step without a report of its own: ``card``, the one of the step before, with what it did."""
+    rows = "".join(f"| `{name}` | {shown} |\n" for name, shown in method.model_dump(mode="json").items())
+    title, link = method.paper.title, method.paper.link
+    paper = f"[{title}]({link})" if link else title
+    text = f"{method.summary}\n\nPaper: {paper}.\n\n| setting | value |\n|---|---|\n{rows}"
+    if card is None:
+        card = f"---\n{LIBRARY}\ntags: [anymla]\n---\n\n# {public_name(source)} after {method.name}\n"
+    return with_section(card, f"The step `{method.name}`", text)
 
 
 def static_norms_cost(lost: Sequence[float]) -> str:

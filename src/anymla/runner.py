@@ -267,7 +267,7 @@ class _Runner:
         return self.work.outcomes
 
     def _apply(self, number: int, step: Method, source: str, target: Path) -> None:
-        from anymla.pipeline import apply
+        from anymla.apply import apply
 
         def report(done: int, total: int | None, detail: str = "") -> None:
             if self.progress is not None:
