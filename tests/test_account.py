@@ -16,7 +16,7 @@ from anymla.account import account, in_dtype, measure, told_lengths
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import converted_spec, read_config, read_model_spec
 from anymla.io.checkpoint import check_weights, load_model
-from anymla.methods.mla.plan import spec_after
+from anymla.methods.mla.layer_plan import spec_after
 from anymla.modeling.arguments import cache_argument
 from anymla.modeling.spec import CONFIG_FIELDS, DTYPE_BYTES, KEY, AttentionSpec, LatentSpec, LayerSpec
 from anymla.weight_files import sized, stored_bytes

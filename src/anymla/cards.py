@@ -16,20 +16,6 @@ TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText
 USE, FILES = "Use", "Files"  # sections that are written anew
 FOLDER = "THIS_FOLDER"  # the hub's name of it, once it has one
 LIBRARY = "library_name: transformers"
-BASE = "DeepSeek-V2 (multi-head latent attention)"
-PAPERS = {
-    BASE: "2405.04434",
-    "MHA2MLA": "2502.14837",
-    "EliteKV": "2503.01586",
-    "TransMLA": "2502.07864",
-    "SVD-LLM": "2403.07378",
-}
-SOURCES = {  # whose method a setting of the recipe is, where it is not anymla's own
-    **dict.fromkeys(("high", "low", "uniform", "two-norm", "joint-svd", "split-svd"), "MHA2MLA"),
-    "elite": "EliteKV",
-    **dict.fromkeys(("rorope", "freqfold-2", "freqfold-4", "freqfold-8", "freqfold-16", "balanced-pca"), "TransMLA"),
-    "whitened": "SVD-LLM",
-}
 
 
 def model_card(report: Mapping[str, Any], auto: str) -> str:
@@ -145,13 +131,11 @@ def public_name(source: str | Path) -> str:
 
 
 def _method(recipe: Mapping[str, Any]) -> str:
-    used = [SOURCES.get(recipe[name]) for name in ("rope", "factorization")]
-    of = [f" ({name})" if name else "" for name in used]
-    papers = ", ".join(
-        f"[{name}](https://arxiv.org/abs/{PAPERS[name]})" for name in dict.fromkeys([BASE, *filter(None, used)])
-    )
+    used = MLA.of({name: recipe[name] for name in ("rope", "factorization")}).papers()
+    rope, latent = (f" ({paper.title})" if paper.link else "" for paper in used)
+    papers = ", ".join(f"[{paper.title}]({paper.link})" for paper in dict.fromkeys([MLA.paper, *used]) if paper.link)
     return (
-        f"Rope channels by `{recipe['rope']}`{of[0]}, latent by `{recipe['factorization']}`{of[1]}; where no system is "
+        f"Rope channels by `{recipe['rope']}`{rope}, latent by `{recipe['factorization']}`{latent}; where no system is "
         f"named, the method is anymla's own. Papers: {papers}."
     )
 
