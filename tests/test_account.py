@@ -121,7 +121,7 @@ def test_windows_ties_dtypes_and_targets(tmp_path, model_type, changes, settings
         assert counted.cache_bytes_at[str(length)] == really_held(model, length)
     assert counted.cache_bytes_once == report.after.cache_window_bytes
     assert replace(report.spec, layers=()) == replace(converted_spec(read_config(tmp_path / "out")), layers=())
-    planned = account(spec_after(report.plan, read_model_spec(read_config(source))), LENGTHS)
+    planned = account(spec_after(read_model_spec(read_config(source)), report.plan.recipe, report.plan.layers), LENGTHS)
     assert planned.cache_bytes_at == counted.cache_bytes_at
     assert planned.cache_bytes_once == counted.cache_bytes_once
 

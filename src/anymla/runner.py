@@ -18,7 +18,7 @@ from anymla.architectures.model_spec import read_config, spec_of
 from anymla.errors import OutputError, RecipeError
 from anymla.io.checkpoint import ACCOUNT, check_output
 from anymla.io.sources.locate import Located, locate
-from anymla.io.work import hold, replace_folder, write_json
+from anymla.io.work import lock_folder, replace_folder, write_json
 from anymla.methods.base import Method
 from anymla.recipe import Recipe, read_recipe
 
@@ -186,7 +186,7 @@ class _Work:
         made = [folder for folder in self.folder.parents if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            held = hold(self.folder)
+            held = lock_folder(self.folder)
         except OSError as error:
             raise OutputError(f"{self.output} is being written by another run: wait, or choose -o") from error
         try:

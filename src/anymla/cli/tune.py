@@ -83,7 +83,7 @@ def tune(
     chosen = Tune.of(base | settings, "settings")
     from anymla.recovery import tune as tune_model
 
-    with shown("tune") as told, how_to_go_on():
+    with shown("tune") as report_steps, how_to_go_on():
         report = tune_model(
             converted,
             output,
@@ -94,7 +94,7 @@ def tune(
             report_to=report_to,
             revision=revision,
             adapter=adapter,
-            progress=_steps(told),
+            progress=_steps(report_steps),
             note=print_note if first_process() else None,
         )
     if not first_process():
