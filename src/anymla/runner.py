@@ -16,14 +16,13 @@ from typing import Any
 from anymla import __version__
 from anymla.architectures.model_spec import read_config, spec_of
 from anymla.errors import OutputError, RecipeError
-from anymla.io.checkpoint import check_output
+from anymla.io.checkpoint import ACCOUNT, check_output
 from anymla.io.sources.locate import Located, locate
 from anymla.io.work import lock_folder, replace_folder, write_json
 from anymla.methods.base import Method
 from anymla.recipe import Recipe, read_recipe
 
 PROGRESS = "progress.json"
-ACCOUNT = "account.json"
 
 
 @dataclass(frozen=True, kw_only=True)
