@@ -81,7 +81,7 @@ def test_bytes_at_a_length_are_those_of_the_cache(case, tmp_path):
     model_spec, recipe = read_model_spec(read_config(source)), report.plan.recipe
     original, converted = load(source, dtype=recipe.dtype or "float32"), load(tmp_path / "out")
     before, after = measured(original), measured(converted)
-    planned = spec_after(report.plan, model_spec)
+    planned = spec_after(model_spec, report.plan.recipe, report.plan.layers)
     assert told(account(in_dtype(model_spec, recipe.dtype), AT), before) == before
     assert told(measure(original, AT), before) == before
     for count in (account(planned, AT), account(report.spec, AT), measure(converted, AT), measure(converted, AT, 40)):

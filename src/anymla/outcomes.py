@@ -16,7 +16,7 @@ from anymla.modeling.spec import CONFIG_FIELDS, AttentionSpec, ModelSpec
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
     from anymla.io.computing import Computing
-    from anymla.methods.mla.layer_step import LayerResult
+    from anymla.methods.mla.choose import LayerResult
 
 REDUCTIONS = (4, 8, 16)
 

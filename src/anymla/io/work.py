@@ -22,10 +22,12 @@ class WorkFolder:
 
     progress.json in ``path`` is replaced whole, after all that it counts is durable; a kill at any moment leaves a
     state to go on from. Only one process at a time may hold the folder. The last step renames it to OUT. ``kind`` names
-    the work in messages; what of it is done is listed under ``counted`` in progress.json.
+    the work in messages; what of it is done is listed in progress.json, under the names in ``counted``.
     """
 
-    def __init__(self, output: Path, *, kind: str = "conversion", counted: str = "layers") -> None:
+    def __init__(
+        self, output: Path, *, kind: str = "conversion", counted: tuple[str, ...] = ("layers", "survey")
+    ) -> None:
         self.kind, self.counted = kind, counted
         self.output = output.absolute()
         self.model = self.output.with_name(f".{output.name}.partial")
@@ -59,14 +61,19 @@ class WorkFolder:
 
     def _take_up(self, fingerprint: dict[str, Any], restart: bool) -> None:
         self.progress = {} if restart else self._read()
-        if self.progress.get(self.counted) and (other := _differing(self.progress["fingerprint"], fingerprint)):
+        if self.begun and (other := _differing(self.progress["fingerprint"], fingerprint)):
             raise OutputError(
                 f"{self.model} holds a {self.kind} that was stopped and had {other}: the command that began it goes "
                 "on, --restart discards it"
             )
-        if not self.progress.get(self.counted):
+        if not self.begun:
             self._empty()
-            self.progress = {"fingerprint": fingerprint, self.counted: [], "shards": []}
+            self.progress = {"fingerprint": fingerprint, "shards": []} | {name: [] for name in self.counted}
+
+    @property
+    def begun(self) -> bool:
+        """Whether something is done that the same work can go on from."""
+        return any(self.progress.get(name) for name in self.counted)
 
     def commit(self, **changes: Any) -> None:
         """Counts as done what ``changes`` says, atomically."""

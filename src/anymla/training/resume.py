@@ -9,35 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from anymla.data.mixture import Source
-from anymla.distributed import rank, world
-from anymla.errors import AnymlaError, OutputError, RecipeError
-from anymla.io.checkpoint import check_weights
-from anymla.io.safetensors import scan
+from anymla.errors import RecipeError
 from anymla.io.work import WorkFolder
 from anymla.methods.tune import Tune
-from anymla.sweep.progress import terminated_as_interrupted
+from anymla.sweep.progress import fingerprint, keep_when_stopped, model_hash, out_of_memory
 from anymla.training.stages import Stage
 
 
-def fingerprint(converted: Path, teacher: Path, tuning: Tune) -> dict[str, Any]:
+def tuning_fingerprint(converted: Path, teacher: Path, tuning: Tune) -> dict[str, Any]:
     """What the new weights depend on. Weight files and local texts are hashed whole."""
     texts = [Source.of(text).name for text in tuning.data or []] + [tuning.eval_data or ""]
-    return {
-        "recipe": tuning.model_dump(mode="json"),
-        "converted model": _model_hash(converted),
-        "teacher": _model_hash(teacher),
-        "data": [_text_hash(text) for text in texts],
-        "processes": world(),
-        "torch": torch.__version__,
-    }
-
-
-def _model_hash(folder: Path) -> list[Any]:
-    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    return [config, *([file.name, scan(file, None)] for file in check_weights(folder))]
+    return fingerprint(
+        tuning,
+        **{"converted model": model_hash(converted), "teacher": model_hash(teacher)},
+        data=[_text_hash(text) for text in texts],
+    )
 
 
 def _text_hash(name: str) -> str:
@@ -49,7 +36,7 @@ def _text_hash(name: str) -> str:
 
 
 def done_steps(work: WorkFolder, stages: list[Stage]) -> int:
-    """Steps, over all stages, behind which ``work`` goes on."""
+    """Steps, over all stages, after which ``work`` goes on."""
     if not work.progress.get("checkpoints"):
         return 0
     name, step = work.progress["checkpoints"][0]
@@ -58,42 +45,24 @@ def done_steps(work: WorkFolder, stages: list[Stage]) -> int:
 
 
 @contextmanager
-def keep_when_stopped(work: WorkFolder, stages: list[Stage], tuning: Tune) -> Iterator[None]:
-    """Keeps ``work`` when the block is stopped behind a checkpoint, and says how to go on; else nothing is left.
+def keep_steps_when_stopped(work: WorkFolder, stages: list[Stage], tuning: Tune) -> Iterator[None]:
+    """Keeps ``work`` when the block is stopped after a checkpoint, and says how to go on; else nothing is left.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
         RecipeError: out of memory; names the settings that take less, and what they are.
     """
-    try:
-        with terminated_as_interrupted():
-            yield
-    except KeyboardInterrupt as stop:
-        stop.add_note(f"stopped{_what_is_kept(work, stages) or '; nothing is left'}")
-        raise
-    except AnymlaError as error:
-        raise type(error)(f"{error}{_what_is_kept(work, stages)}") from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        raise RecipeError(f"{out_of_memory(error, tuning, stages)}{_what_is_kept(work, stages)}") from error
-    except OSError as error:
-        left = _what_is_kept(work, stages) or "; nothing was left there"
-        raise OutputError(f"{work.output} could not be written: {' '.join(str(error).split())}{left}") from error
-    finally:
-        if rank() == 0 and not work.progress.get("checkpoints"):
-            work.discard()
-        work.release()
-
-
-def _what_is_kept(work: WorkFolder, stages: list[Stage]) -> str:
-    if not (done := done_steps(work, stages)):
-        return ""
     steps = sum(stage.steps for stage in stages)
-    return f"; {done} of {steps} steps are kept: the same command goes on, with --restart it begins anew"
+    with keep_when_stopped(work, lambda: f"{done_steps(work, stages)} of {steps} steps"):
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise RecipeError(less_memory(error, tuning, stages)) from error
 
 
-def out_of_memory(error: BaseException, tuning: Tune, stages: list[Stage]) -> str:
+def less_memory(error: BaseException, tuning: Tune, stages: list[Stage]) -> str:
     """One line: which settings take less memory, and what they are now."""
     levers = [f"--micro-batch {stages[0].micro}", f"--length {stages[0].length}"]
     options = [

@@ -33,7 +33,7 @@ from anymla.settings import DtypeName
 from anymla.sweep.progress import claim, decide_computing
 from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, read_metrics, rewind_metrics
 from anymla.training.outcome import Quality, Recovery
-from anymla.training.resume import done_steps, fingerprint, keep_when_stopped
+from anymla.training.resume import done_steps, keep_steps_when_stopped, tuning_fingerprint
 from anymla.training.stages import Stage, make_stages, mixed, run_stage, training_arguments
 from anymla.training.tuned_card import tuned_card
 from anymla.weight_files import write_account
@@ -99,9 +99,9 @@ def tune(
         )
         device = join_processes(pick_device(tuning.device))
         run = _Run(student, plain.folder, tuning, stages, texts, tokenizer, device.partition(":")[0])
-        work = WorkFolder(place, kind="tuning", counted="checkpoints")
-        claim(work, lambda: fingerprint(student, plain.folder, tuning), restart=restart)
-        with keep_when_stopped(work, stages, tuning):
+        work = WorkFolder(place, kind="tuning", counted=("checkpoints",))
+        claim(work, lambda: tuning_fingerprint(student, plain.folder, tuning), restart=restart)
+        with keep_steps_when_stopped(work, stages, tuning):
             run.all_stages(work, progress, _reporters(report_to, work.model))
             report = _report(work, place, tuning, stages, started)
             if rank() == 0:
