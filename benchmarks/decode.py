@@ -22,7 +22,7 @@ from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from anymla.evaluation.scores import measure_cache
+from anymla.account import measure
 from anymla.modeling.absorbed import absorbed_attention
 from anymla.modeling.modeling_anymla import AnymlaLlamaConfig, AnymlaLlamaForCausalLM
 from anymla.modeling.spec import KEY, AttentionSpec, LatentSpec, LayerSpec, config_entry
@@ -179,7 +179,7 @@ def step_table(shapes: dict[str, list[Any]], console: Console) -> list[dict[str,
     for dtype in shapes["dtype"]:
         for kv_heads in shapes["kv_heads"]:
             models = make_models(kv_heads, DTYPES[dtype])
-            per_token = {name: measure_cache(model).bytes for name, model in models.items()}
+            per_token = {name: measure(model).cache_bytes_per_token for name, model in models.items()}
             for length in shapes["length"]:
                 for batch in shapes["batch"]:
                     row = step_row(models, length, batch)

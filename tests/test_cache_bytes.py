@@ -10,11 +10,12 @@ from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import anymla
+from anymla.account import account, in_dtype, measure, told_lengths
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_config, read_model_spec
-from anymla.cache_bytes import converted_bytes, original_bytes, told_lengths
 from anymla.demo import bundled_model
 from anymla.methods.mla.costs import original_cost
+from anymla.methods.mla.plan import spec_after
 from anymla.modeling.arguments import cache_argument
 from tests.families import save_model, token_ids
 from tests.family_check import load
@@ -24,6 +25,7 @@ from tests.vision_models import tiny_vision_config
 FAST = {"calibration_tokens": 512, "calibration_length": 32, "reconstruction_steps": 0}
 LENGTHS = (3, 11, 12, 13, 40)  # below, at and beyond a window of 12 and a chunk of 16
 STEPS = 3
+AT = sorted({*LENGTHS, *(length + STEPS for length in LENGTHS)})
 
 CASES = {
     "no window": ("llama", {}, {}),
@@ -66,17 +68,24 @@ def measured(model):
     return found
 
 
+def told(count, cases):
+    """What an account says of the lengths in ``cases``."""
+    return {when: count.cache_bytes_at[str(when[1])] for when in cases}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_at_a_length_are_those_of_the_cache(case, tmp_path):
     model_type, changes, settings = CASES[case]
     source = save_model(tiny_model(model_type, torch.float32, **changes), tmp_path / "source")
     report = anymla.convert(source, tmp_path / "out", kv_cache=0.5, **FAST, **settings)
     model_spec, recipe = read_model_spec(read_config(source)), report.plan.recipe
-    before = measured(load(source, dtype=recipe.dtype or "float32"))
-    assert before == {when: original_bytes(model_spec, when[1], recipe.dtype) for when in before}
-    numbers = {layer.layer: layer.rope_dims + layer.kv_rank for layer in report.layers}
-    after = measured(load(tmp_path / "out"))
-    assert after == {when: converted_bytes(model_spec, recipe, numbers, when[1]) for when in after}
+    original, converted = load(source, dtype=recipe.dtype or "float32"), load(tmp_path / "out")
+    before, after = measured(original), measured(converted)
+    planned = spec_after(report.plan, model_spec)
+    assert told(account(in_dtype(model_spec, recipe.dtype), AT), before) == before
+    assert told(measure(original, AT), before) == before
+    for count in (account(planned, AT), account(report.spec, AT), measure(converted, AT), measure(converted, AT, 40)):
+        assert told(count, after) == after
     longest = max(length for _, length in before)
     if not recipe.exact_window and model_type != "falcon":  # of what slides as of what does not, half is left
         assert after["decode", longest] <= 0.5 * before["decode", longest]

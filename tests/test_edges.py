@@ -9,14 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import anymla
+from anymla.account import Account, LayerAccount, measure
 from anymla.data.text import bundled_text
 from anymla.errors import CheckpointError
 from anymla.evaluation.logits import Logits
-from anymla.evaluation.scores import ScoreSums, measure_cache
-from anymla.model_run.cache_size import CacheSize
+from anymla.evaluation.scores import ScoreSums
 from anymla.modeling import absorbed
 from anymla.modeling.absorbed import absorbed_attention
 from tests.families import FAST, logits, make_model, save_model, token_ids
+
+CACHE = Account(layers=(LayerAccount(cache_bytes_per_token=4, cached_numbers=1, cache_bytes_at={}),))
 
 
 def test_tokenizer_that_goes_by_model_type_stays_the_same(tmp_path):
@@ -51,11 +53,10 @@ def test_float16_overflow_is_said(tmp_path):
 
 
 def test_scores_of_nan_are_refused():
-    ids, cache = torch.zeros(1, 4, dtype=torch.long), CacheSize(numbers_per_layer=[1.0], bytes=4, window_bytes=0)
-    sums = ScoreSums()
+    ids, sums = torch.zeros(1, 4, dtype=torch.long), ScoreSums()
     sums.add(Logits.of(torch.full((1, 4, 8), torch.nan)), ids, Logits.of(torch.zeros(1, 4, 8)))
     with pytest.raises(CheckpointError, match="NaN"):
-        sums.scores(cache)
+        sums.scores(CACHE)
 
 
 def test_hopeless_scores_are_finite():
@@ -63,12 +64,12 @@ def test_hopeless_scores_are_finite():
     logits_of_wrong[..., 1] = 1e6
     sums = ScoreSums()
     sums.add(Logits.of(logits_of_wrong), torch.zeros(1, 4, dtype=torch.long), None)
-    scores = sums.scores(CacheSize(numbers_per_layer=[1.0], bytes=4, window_bytes=0))
+    scores = sums.scores(CACHE)
     assert json.loads(json.dumps(scores.to_dict(), allow_nan=False))["perplexity"] > 1e300
 
 
 def test_cache_of_a_window_smaller_than_the_probe():
-    assert measure_cache(make_model("mistral", torch.float32, sliding_window=6)).numbers == 2 * 3 * 8
+    assert measure(make_model("mistral", torch.float32, sliding_window=6)).numbers_per_layer == 2 * 3 * 8
 
 
 def test_few_cached_tokens_of_a_wide_latent(monkeypatch):

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import anymla
+from anymla.account import Account, LayerAccount
 from anymla.architectures.families import FAMILIES, TEXT_ONLY_INSIDE
 from anymla.architectures.vision import VISION
 from anymla.data.text import bundled_text
@@ -20,7 +21,6 @@ from anymla.evaluation import logits as in_parts
 from anymla.evaluation.likelihood import Query, answers, untracked
 from anymla.evaluation.logits import Logits, logits_of_pass
 from anymla.evaluation.scores import ScoreSums, score_model
-from anymla.model_run.cache_size import CacheSize
 from anymla.model_run.stream import decoder_layers, logits_of
 from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.family_models import SINCE, tiny_model
@@ -35,7 +35,7 @@ HEADS = {  # what families do behind the last hidden states
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"vocab_size": 640},  # more than the tokenizer has
 }
-NO_CACHE = CacheSize(numbers_per_layer=[1.0], bytes=4, window_bytes=0)
+NO_CACHE = Account(layers=(LayerAccount(cache_bytes_per_token=4, cached_numbers=1, cache_bytes_at={}),))
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymla.account import account, reduced_bytes
 from anymla.architectures.model_spec import ALREADY
-from anymla.cache_bytes import original_bytes, reduced_bytes, told_lengths
 from anymla.io.versions import versions
 from anymla.layouts import verdicts
 from anymla.methods.mla.plan import MLAPlan
@@ -54,11 +54,10 @@ class Inspection:
         if (model_spec := self.model_spec) is None:
             return facts
         facts["cache_numbers_per_token_per_layer"] = model_spec.cached_numbers
-        facts["cache_bytes_per_token"] = model_spec.cache_bytes
+        cache = account(model_spec)
+        facts["cache_bytes_per_token"] = cache.cache_bytes_per_token
         facts["cache_bytes_per_token_at"] = {f"{times}x": reduced_bytes(model_spec, times, 1) for times in REDUCTIONS}
-        facts["cache_bytes_at"] = {
-            str(length): original_bytes(model_spec, length) for length in told_lengths(model_spec)
-        }
+        facts["cache_bytes_at"] = cache.cache_bytes_at
         first = asdict(next(iter(model_spec.attention_layers.values())))
         facts |= {"family": model_spec.model_type, "num_layers": len(model_spec.layers)}
         facts |= {name: first[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
@@ -80,6 +79,7 @@ def _facts(attention: AttentionSpec | None) -> dict[str, Any] | None:
 class Conversion:
     """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after.
 
+    ``spec``: what the model now is.
     ``cache_bytes_at``: bytes of the cache before and after, by the number of tokens in it.
     ``commit``: the source's, where it came from the hub. ``notes``: what was done to its files first, where they were
     not plain, and how they differ from its config.
@@ -87,6 +87,7 @@ class Conversion:
 
     output: Path
     plan: MLAPlan
+    spec: ModelSpec
     layers: tuple[LayerResult, ...]
     before: Scores
     after: Scores

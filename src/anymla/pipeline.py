@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
+from anymla.account import no_cache, told_lengths
 from anymla.architectures.model_spec import read_config, read_model_spec
 from anymla.errors import RecipeError, TextError, UnsupportedModelError
 from anymla.exports.format import all_formats
@@ -36,6 +37,7 @@ from anymla.methods.mla.plan import MLAPlan, check_plan, explain, make_plan, pla
 from anymla.methods.mla.settings import MLA
 from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.outcomes import Conversion, Inspection
+from anymla.weight_files import write_account
 
 if TYPE_CHECKING:
     import torch
@@ -247,10 +249,12 @@ def _convert(
     converted = sequence.run(run.memory // world(), run.shard, run.progress)
     before, after = held_out_scores(streamed, converted, tuples=sequence.tuples)
     results = [record.result for record in converted.records]
+    specs = tuple(LayerSpec.of(record.spec or {}) for record in converted.records)
     final = _final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results)
     report = Conversion(
         output=run.work.output,
         plan=final,
+        spec=replace(model_spec, dtype=computing.stored, layers=specs),
         layers=tuple(result for result in results if result is not None),
         before=before,
         after=after,
@@ -263,9 +267,10 @@ def _convert(
         anymla_version=__version__,
     )
     if rank() == 0:
-        specs = tuple(LayerSpec.of(record.spec or {}) for record in converted.records)
         write_checkpoint(streamed, run.work, specs, max_shard_size=run.shard)
         _write_report(run.work.model, report)
+        lengths = told_lengths(report.spec)
+        write_account(run.work.model, report.spec, (record.after or no_cache(lengths) for record in converted.records))
         run.work.finish()
     wait_for_all()
     return report

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from anymla.architectures.families import Family
+from anymla.architectures.names import OUTPUTS
 from anymla.architectures.parts import (
     OUTPUT_NORMS,
-    OUTPUTS,
     VALUE_NORMS,
     check_parts,
     find_part,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from anymla.errors import CheckpointError, UnsupportedModelError, shown
 from anymla.io.config import danger, read_object
 from anymla.io.mistaken import no_config, no_folder, other_config
 from anymla.io.sources.quantised_kinds import quantization_refusal
-from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LayerSpec, ModelSpec
+from anymla.modeling.spec import (
+    CONFIG_FIELDS,
+    DTYPE_BYTES,
+    KEY,
+    OLD_KEY,
+    AttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    layers_of,
+)
 
 ALREADY = "already multi-head latent attention"
 
@@ -109,6 +119,34 @@ def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
         has_vision=model_type in VISION,
         layers=layers,
     )
+
+
+def converted_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The facts of a model that anymla converted, from its parsed config: the original's, and what its layers are now.
+
+    Raises:
+        UnsupportedModelError: the config is none of a converted model, or its description of the layers is broken.
+    """
+    try:
+        layers = layers_of(config)
+    except ValueError as error:
+        raise UnsupportedModelError(f"config.json: {error}") from error
+    if layers is None:
+        raise UnsupportedModelError("config.json describes no converted layers")
+    plain = {name: value for name, value in config.items() if name not in (KEY, OLD_KEY, "kv_lora_rank", "auto_map")}
+    spec = read_model_spec(plain | {"model_type": str(config["model_type"]).removeprefix("anymla_")})
+    if KEY not in config:
+        layers = _placed(layers, spec)
+    return replace(spec, layers=layers)
+
+
+def _placed(converted: tuple[LayerSpec, ...], spec: ModelSpec) -> tuple[LayerSpec, ...]:
+    """The converted layers that anymla 0.1 listed, among the others, with what the config says of their attention."""
+    layers = list(spec.layers)
+    for (index, stock), layer in zip(spec.attention_layers.items(), converted, strict=True):
+        known = {name: getattr(stock, name) for name in CONFIG_FIELDS}
+        layers[index] = replace(layer, attention=replace(layer.parts[0], **known))
+    return tuple(layers)
 
 
 def context_of(folder: Path) -> int | None:

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from anymla.architectures.families import Family
+from anymla.architectures.names import FUSED, OUTPUTS, PATHS, SEPARATE
 from anymla.errors import UnsupportedModelError
 from anymla.modeling.spec import AttentionSpec
 
-PATHS = ("self_attn", "norm_attn_norm.attn", "attn.attention", "attn", "attention", "self_attention", "mixer")
-SEPARATE = ("q_proj", "k_proj", "v_proj")
-FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
 NORMS = (
     ("q_norm", "k_norm"),
     ("q_layernorm", "k_layernorm"),

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from anymla.account import Account
 from anymla.evaluation.logits import Logits
 from anymla.evaluation.scores import Scores, ScoreSums
 from anymla.io.streamed import StreamedModel
-from anymla.model_run.cache_size import CacheSize
 from anymla.model_run.stream import decoder_layers, logits_of
 from anymla.sweep.sequence import Converted
 
@@ -30,8 +30,8 @@ def held_out_scores(streamed: StreamedModel, converted: Converted, *, tuples: bo
             ids, reference = window[None].to(streamed.device), _logits(streamed.model, original, tuples)
             before.add(reference, ids, reference)
             after.add(_logits(streamed.model, hidden, tuples), ids, reference)
-    cache_before = CacheSize.of([record.before for record in converted.records if record.before is not None])
-    cache_after = CacheSize.of([record.after for record in converted.records if record.after is not None])
+    cache_before = Account(layers=tuple(record.before for record in converted.records if record.before is not None))
+    cache_after = Account(layers=tuple(record.after for record in converted.records if record.after is not None))
     device = streamed.device
     return before.over_all_processes(device).scores(cache_before), after.over_all_processes(device).scores(cache_after)
 

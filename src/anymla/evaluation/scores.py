@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymla.account import Account, measure
 from anymla.distributed import all_sum
 from anymla.errors import CheckpointError
 from anymla.evaluation.logits import Logits, logits_of_pass
-from anymla.model_run.cache_size import CacheSize, LayerCache
-from anymla.modeling.arguments import cache_of
 
-CACHE_PROBE_TOKENS = 8
 LARGEST_LOSS = 700.0  # nats; keeps the perplexity a finite number
 
 
@@ -31,10 +29,10 @@ class Scores:
     perplexity: float
     kl: float | None
     top1_agreement: float | None
-    cache_bytes_per_token: float
+    cache_bytes_per_token: int
     cache_numbers_per_token_per_layer: float
     tokens: int
-    cache_window_bytes: float = 0
+    cache_window_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The scores under their stable JSON names."""
@@ -83,7 +81,7 @@ class ScoreSums:
         perplexity = math.exp(min(self.loss / self.scored, LARGEST_LOSS))
         return perplexity, max(0.0, self.kl / self.scored) if self.compared else None
 
-    def scores(self, cache: CacheSize) -> Scores:
+    def scores(self, cache: Account) -> Scores:
         """The means, with the cache's size.
 
         Raises:
@@ -94,28 +92,16 @@ class ScoreSums:
             perplexity=perplexity,
             kl=kl,
             top1_agreement=self.agreed / self.scored if self.compared else None,
-            cache_bytes_per_token=cache.bytes,
-            cache_numbers_per_token_per_layer=cache.numbers,
+            cache_bytes_per_token=cache.cache_bytes_per_token,
+            cache_numbers_per_token_per_layer=cache.numbers_per_layer,
             tokens=self.tokens,
-            cache_window_bytes=cache.window_bytes,
+            cache_window_bytes=cache.cache_bytes_once,
         )
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """In float32 or finer."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-@torch.no_grad()
-def measure_cache(model: Any) -> CacheSize:
-    """Runs a few tokens through ``model`` and reads the tensors that its cache then holds.
-
-    Bytes are counted in the checkpoint's dtype, ``model.config.dtype``, where the model computes in a wider one.
-    """
-    ids = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long, device=model.device)
-    layers = cache_of(model(input_ids=ids, use_cache=True)).layers
-    width = (model.config.dtype or model.dtype).itemsize / model.dtype.itemsize
-    return CacheSize.of([LayerCache.of(layer, width) for layer in layers if getattr(layer, "keys", None) is not None])
 
 
 @torch.no_grad()
@@ -129,4 +115,4 @@ def score_model(model: Any, windows: Iterable[Tensor], original: Any = None) -> 
         if original is not None and original is not model:
             reference = logits_of_pass(original, {"input_ids": ids})
         sums.add(logits, ids, reference)
-    return sums.scores(measure_cache(model))
+    return sums.scores(measure(model))

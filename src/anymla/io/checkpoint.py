@@ -20,6 +20,8 @@ from anymla.io.mistaken import other_config, stand_in
 from anymla.io.shards import INDEX, SINGLE, check_amount, check_index, held_tensors, index_of, shard_files
 from anymla.io.work import clear_abandoned, hold, remove
 
+ACCOUNT = "account.json"  # bytes of the weights beside it
+
 
 def check_weights(folder: Path, *, floats: bool = True) -> list[Path]:
     """The safetensors files of a checkpoint, each opened and found whole; with ``floats``, its weights are of floats.
@@ -261,12 +263,12 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation settings and licences: all files beside weights, config and model card."""
+    """Copies tokenizer, generation settings and licences: all files beside weights, their account, config and model card."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
     for file in source.iterdir():
         skip = (
             file.suffix in weights
-            or file.name in ("config.json", "README.md", "adapter_config.json", INDEX)
+            or file.name in ("config.json", "README.md", "adapter_config.json", ACCOUNT, INDEX)
             or file.name.endswith(".index.json")
         )
         if file.is_file() and not skip and not file.name.startswith("."):

@@ -278,14 +278,6 @@ class ModelSpec:
         """Numbers that one layer of the original caches per token (the largest, where layers differ)."""
         return max(spec.stored_numbers for spec in self.attention_layers.values())
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that a token takes in the original's cache, over all attention layers, in the checkpoint's dtype.
-
-        Layers with a window hold their last tokens only (account.py).
-        """
-        return sum(spec.stored_numbers for spec in self.attention_layers.values()) * DTYPE_BYTES[self.dtype]
-
 
 def config_entry(layers: tuple[LayerSpec, ...]) -> dict[str, Any]:
     """What ``config.json`` holds under ``KEY``."""

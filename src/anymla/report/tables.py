@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from anymla.cache_bytes import original_bytes, reduced_bytes, told_lengths
+from anymla.account import account, reduced_bytes, told_lengths
 from anymla.methods.mla.duration import spoken
 
 if TYPE_CHECKING:
@@ -74,16 +74,16 @@ def inspection_table(inspection: Inspection) -> Group:
     ]
     lengths = told_lengths(facts)
     widest = max(layer.cached_numbers for layer in attending.values())
-    now = [size(original_bytes(facts, length)) for length in (1, *lengths)]
-    cache = [("now", "100 %", f"{facts.cached_numbers}", *now)]
+    now = [size(held) for held in account(facts, (1, *lengths)).cache_bytes_at.values()]
+    cache = [("now", "100 %", *now, f"{facts.cached_numbers}")]
     for times in (4, 8, 16):
         less = [size(reduced_bytes(facts, times, length)) for length in (1, *lengths)]
-        cache.append((f"{times}x less", f"{100 / times:g} %", f"{widest / times:g}", *less))
+        cache.append((f"{times}x less", f"{100 / times:g} %", *less, f"{widest / times:g}"))
     at_lengths = [f"at {length:,} tokens" for length in lengths]
     slides = any(layer.cache_window for layer in attending.values())
     return Group(
         table(inspection.model, ("fact", "value"), rows),
-        table("KV cache", ("", "--kv-cache", "numbers per layer", "per token", *at_lengths), cache),
+        table("KV cache", ("", "--kv-cache", "per token", *at_lengths, "numbers per layer"), cache),
         *([Text("Per token: until windows are full. Layers with a window then hold no more.")] * slides),
         Text(f"Next: anymla plan {inspection.model} --kv-cache 0.25"),
     )
@@ -118,10 +118,11 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
                 f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else indices[0],
                 f"{about}{layer['rope_dims']}",
                 f"{about}{layer['kv_rank']}",
+                " -> ".join(size(layer["cache_bytes_per_token"][when]) for when in ("before", "after")),
                 *(_before_after(layer[name]) for name in ("cached_numbers", "parameters", "flops_per_token")),
             )
         )
-    columns = ("layers", "2K", "r", "cached numbers", "parameters", "FLOPs per token")
+    columns = ("layers", "2K", "r", "cache per token", "numbers", "parameters", "FLOPs per token")
     cache = costs["cache_bytes_per_token"]
     notes = [
         "2K rope dims and latent rank r, both in the cache; parameters and FLOPs are of the attention, FLOPs of one "
@@ -171,22 +172,22 @@ def _short(value: float) -> str:
 
 def conversion_layers_table(conversion: Conversion) -> Table:
     """Every layer: converted to what, at what loss; or kept, where it has no softmax attention."""
-    done = {layer.layer: layer for layer in conversion.layers}
+    done, counted = {layer.layer: layer for layer in conversion.layers}, account(conversion.spec).layers
     rows: list[tuple[Any, ...]] = []
     for index in range(len(conversion.plan.layers)):
         if (layer := done.get(index)) is None:
             rows.append((index, "none: kept", "", "", "", ""))
         else:
-            cached = layer.rope_dims + layer.kv_rank
+            cached = size(counted[index].cache_bytes_per_token)
             rows.append((index, "converted", layer.rope_dims, layer.kv_rank, cached, f"{layer.error:.2%}"))
-    columns = ("layer", "attention", "2K", "r", "cached numbers", "error")
+    columns = ("layer", "attention", "2K", "r", "cache per token", "error")
     return table(str(conversion.output), columns, rows)
 
 
 def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
     """Quality against the original (KL in nats, top-1 agreement) and cache, per model.
 
-    The cache as numbers per token and layer and bytes per token; where a model has an exact window, as bytes per token
+    The cache as bytes per token and numbers per token and layer; where a model has an exact window, as bytes per token
     and those of the window, which are there once.
     """
     windows = any(score.cache_window_bytes for score in scores.values())
@@ -196,14 +197,13 @@ def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
             f"{score.perplexity:.3f}",
             "-" if score.kl is None else f"{score.kl:.4f}",
             "-" if score.top1_agreement is None else f"{score.top1_agreement:.1%}",
-            *([] if windows else [f"{score.cache_numbers_per_token_per_layer:g}"]),
             size(score.cache_bytes_per_token),
-            *([size(score.cache_window_bytes)] if windows else []),
+            size(score.cache_window_bytes) if windows else f"{score.cache_numbers_per_token_per_layer:g}",
             f"{score.tokens:,}",
         )
         for name, score in scores.items()
     ]
-    cache = ("per token", "+ once") if windows else ("numbers", "per token")
+    cache = ("per token", "+ once") if windows else ("per token", "numbers")
     return table(title, ("model", "perplexity", "KL", "top-1", *cache, "tokens"), rows)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from anymla.account import LayerAccount, measured_layer, told_lengths
 from anymla.architectures.families import FAMILIES
 from anymla.distributed import from_first, rank, wait_for_all, world
 from anymla.errors import TextError
@@ -21,7 +22,6 @@ from anymla.methods.mla.layer_step import LayerResult, LayerStep, Split
 from anymla.methods.mla.plan import TYPICAL_ROPE_SHARE, MLAPlan
 from anymla.methods.mla.split import best_split, open_splits
 from anymla.model_run.activations import Activations, Budget
-from anymla.model_run.cache_size import LayerCache
 from anymla.model_run.stream import check_runs, decoder_layers, layer_inputs, layers_give_tuples, pass_through
 from anymla.modeling.spec import ModelSpec
 from anymla.sweep.progress import check_room
@@ -41,15 +41,15 @@ class LayerRecord:
 
     result: LayerResult | None = None
     spec: dict[str, Any] | None = None
-    before: LayerCache | None = None
-    after: LayerCache | None = None
+    before: LayerAccount | None = None
+    after: LayerAccount | None = None
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> LayerRecord:
         """The record that ``asdict`` took apart."""
         if fields["result"] is None:
             return cls()
-        caches = (LayerCache(**fields[name]) for name in ("before", "after"))
+        caches = (LayerAccount(**fields[name]) for name in ("before", "after"))
         return cls(LayerResult(**fields["result"]), fields["spec"], *caches)
 
 
@@ -225,12 +225,12 @@ class Sequence:
                 return record.result.rope_dims / plan.cached_numbers
         return TYPICAL_ROPE_SHARE
 
-    def _cached(self, index: int, probe: int) -> LayerCache:
+    def _cached(self, index: int, probe: int) -> LayerAccount:
         """The live cache after a few tokens ran through the layer as it now is."""
         arguments = self.probes[probe].arguments[index]
         self.layers[index](self.probes[probe].hidden, **arguments)
         cache = next(value for value in arguments.values() if isinstance(value, Cache))
-        return LayerCache.of(cache.layers[index], self.source.width)
+        return measured_layer(cache.layers[index], told_lengths(self.model_spec), self.source.width)
 
     def _commit(self, record: LayerRecord, max_shard_size: int) -> None:
         """Counts a layer as done, once every process has saved what lies behind it."""

@@ -15,7 +15,8 @@ import torch
 from transformers import TrainerCallback
 
 from anymla import __version__
-from anymla.architectures.model_spec import context_of, read_config
+from anymla.account import measure, told_lengths
+from anymla.architectures.model_spec import context_of, converted_spec, read_config
 from anymla.data.packing import check_packing
 from anymla.data.tuning import Texts, read_texts
 from anymla.distributed import join_processes, rank, wait_for_all
@@ -35,6 +36,7 @@ from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, l
 from anymla.training.outcome import Quality, Recovery
 from anymla.training.stages import Stage, make_stages, mixed, run_stage, training_arguments
 from anymla.training.tuned_card import tuned_card
+from anymla.weight_files import write_account
 
 REPORTERS = ("tensorboard", "trackio")
 
@@ -103,6 +105,7 @@ def tune(
             if rank() == 0:
                 copy_companions(student, work.model)
                 _write_report(work.model, student, report)
+                _write_account(work.model)
                 work.finish()
             wait_for_all()
     return report
@@ -253,3 +256,8 @@ def _write_report(folder: Path, student: Path, report: Recovery) -> None:
         card = (student / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(tuned_card(card, report), encoding="utf-8")
     loss_plot(folder / "loss.png", read_metrics(folder))
+
+
+def _write_account(folder: Path) -> None:
+    spec = converted_spec(read_config(folder))
+    write_account(folder, spec, measure(load_model(folder), told_lengths(spec)).layers)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from anymla.cache_bytes import converted_bytes, original_bytes, told_lengths
+from anymla.account import account, in_dtype
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.io.device import matmul_speed
 from anymla.layouts import GRID_TARGETS, LIMITS, check_target, kernel_note, listed, most_channels, most_rope_dims
 from anymla.methods.mla.costs import latent_cost, original_cost, peak_memory
 from anymla.methods.mla.duration import estimated_seconds, faster
 from anymla.methods.mla.settings import MLA, SHARED_ROPES
-from anymla.methods.mla.window import check_exact_window, exact_numbers, exact_window_of, window_hint
-from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, ModelSpec
+from anymla.methods.mla.window import check_exact_window, exact_window_of, window_hint
+from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 from anymla.settings import MOST, read_yaml, where
 
 TYPICAL_ROPE_SHARE = 0.3  # of the cached numbers; shown by a dry run, replaced by the choice on calibration text
@@ -257,16 +258,27 @@ def typical_split(layer: LayerPlan) -> tuple[int, int]:
     return rope_dims, layer.cached_numbers - rope_dims
 
 
+def spec_after(plan: MLAPlan, model_spec: ModelSpec) -> ModelSpec:
+    """The model that a plan makes of ``model_spec``; where a split is still to be chosen, with the typical one."""
+    recipe = plan.recipe
+    biases = LIMITS[recipe.target].biases
+
+    def converted(old: LayerSpec, layer: LayerPlan | None) -> LayerSpec:
+        if layer is None or old.attention is None:
+            return old
+        (rope_dims, rank), window = typical_split(layer), exact_window_of(old.attention, recipe)
+        latent = LatentSpec(kv_lora_rank=rank, qk_rope_head_dim=rope_dims, biases=biases, exact_window=window)
+        return replace(old, latent=latent, attention_bytes=None)
+
+    layers = tuple(converted(old, layer) for old, layer in zip(model_spec.layers, plan.layers, strict=True))
+    return in_dtype(replace(model_spec, layers=layers), recipe.dtype)
+
+
 def plan_bytes(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, dict[str, int]]:
     """Bytes of the cache before and after, by the number of tokens in it."""
-    numbers = {index: layer.cached_numbers for index, layer in enumerate(plan.layers) if layer is not None}
-    return {
-        str(length): {
-            "before": original_bytes(model_spec, length, plan.recipe.dtype),
-            "after": converted_bytes(model_spec, plan.recipe, numbers, length),
-        }
-        for length in told_lengths(model_spec)
-    }
+    before = account(in_dtype(model_spec, plan.recipe.dtype)).cache_bytes_at
+    after = account(spec_after(plan, model_spec)).cache_bytes_at
+    return {length: {"before": before[length], "after": after[length]} for length in before}
 
 
 def explain(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, Any]:
@@ -275,6 +287,7 @@ def explain(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, Any]:
     ``estimated_seconds`` are those of this machine's processor.
     """
     layers = []
+    bytes_before, bytes_after = account(in_dtype(model_spec, plan.recipe.dtype)), account(spec_after(plan, model_spec))
     for index, (layer, old) in enumerate(zip(plan.layers, model_spec.layers, strict=True)):
         spec = old.attention
         if layer is None or spec is None:
@@ -290,12 +303,16 @@ def explain(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, Any]:
                 "rope_dims": rope_dims,
                 "kv_rank": rank,
                 "chosen_on_calibration": layer.rope_dims is None,
+                "cache_bytes_per_token": {
+                    "before": bytes_before.layers[index].cache_bytes_per_token,
+                    "after": bytes_after.layers[index].cache_bytes_per_token,
+                },
                 "cached_numbers": {"before": spec.cached_numbers, "after": layer.cached_numbers},
                 "parameters": {"before": before.parameters, "after": after.parameters},
                 "flops_per_token": {"before": before.flops_per_token, "after": after.flops_per_token},
             }
         )
-    width, speed = DTYPE_BYTES[plan.recipe.dtype or model_spec.dtype], matmul_speed()
+    speed = matmul_speed()
     told = (
         kernel_note(plan.recipe.target, max(typical_split(layer)[1] for layer in plan.layers if layer)),
         faster(model_spec, plan.recipe, speed),
@@ -307,11 +324,11 @@ def explain(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, Any]:
         "kept_layers": [index for index, layer in enumerate(plan.layers) if layer is None],
         "notes": [*filter(None, told), *window_hint(model_spec, plan.recipe)],
         "cache_bytes_per_token": {
-            "before": model_spec.cache_bytes // DTYPE_BYTES[model_spec.dtype] * width,
-            "after": sum(layer.cached_numbers for layer in plan.layers if layer) * width,
+            "before": bytes_before.cache_bytes_per_token,
+            "after": bytes_after.cache_bytes_per_token,
         },
         "cache_bytes_at": plan_bytes(plan, model_spec),
-        "exact_window_bytes": exact_numbers(model_spec, plan.recipe) * width,
+        "exact_window_bytes": bytes_after.cache_bytes_once,
         "predicted_peak_bytes": peak_memory(model_spec, plan.recipe),
         "estimated_seconds": round(estimated_seconds(model_spec, plan.recipe, speed)),
     }

@@ -30,7 +30,7 @@ FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened"
 class MLA(Settings):
     """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
 
-    kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache to keep, 0 < x <= 1.")
+    kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache's bytes to keep, 0 < x <= 1.")
     target: Target | None = Field(
         None,
         description="Plan under the limits of this layout, so that `anymla export --to` it is exact: "

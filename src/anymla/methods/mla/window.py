@@ -15,11 +15,6 @@ def exact_window_of(spec: AttentionSpec, recipe: MLA) -> int:
     return 0 if spec.sliding_window is not None else recipe.exact_window
 
 
-def exact_numbers(model_spec: ModelSpec, recipe: MLA) -> int:
-    """Numbers that the windows of all layers hold together."""
-    return sum(exact_window_of(spec, recipe) * spec.cached_numbers for spec in model_spec.attention_layers.values())
-
-
 def window_refusal(model_spec: ModelSpec) -> str | None:
     """Why a model cannot have a window of exact tokens, or None."""
     if model_spec.has_vision:

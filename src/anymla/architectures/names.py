@@ -1,0 +1,8 @@
+"""Names that families give to an attention module and its projections."""
+
+from __future__ import annotations
+
+PATHS = ("self_attn", "norm_attn_norm.attn", "attn.attention", "attn", "attention", "self_attention", "mixer")
+SEPARATE = ("q_proj", "k_proj", "v_proj")
+FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
