@@ -74,10 +74,13 @@ class Method(Settings, ABC):
         return None
 
     @abstractmethod
-    def plan(self, model: ModelSpec, facts: list[dict[str, Any]] | None = None) -> Plan:
+    def plan(
+        self, model: ModelSpec, facts: list[dict[str, Any]] | None = None, choices: tuple[Any, ...] | None = None
+    ) -> Plan:
         """What the model becomes; pure: the same arguments give the same plan.
 
         ``facts``: per layer what the survey gathered; None in a dry run, or where the method has no survey.
+        ``choices``: those of an earlier plan, in which only what is still open is decided.
 
         Raises:
             InfeasibleError: the settings cannot be met; the message names what can.

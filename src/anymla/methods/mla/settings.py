@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from anymla.errors import RecipeError, UnsupportedModelError
 from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
-from anymla.settings import MOST, DtypeName, Settings
+from anymla.methods.base import Method, Paper, Phase, Plan
+from anymla.modeling.spec import ModelSpec
+from anymla.settings import MOST, DtypeName
 
 Rope = Literal[
     "channel-pca",
@@ -27,8 +30,14 @@ SHARED_ROPES = ("channel-pca", "rorope", "freqfold-2", "freqfold-4", "freqfold-8
 FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened", "balanced-pca"]
 
 
-class MLA(Settings):
+class MLA(Method):
     """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
+
+    name: ClassVar[str] = "mla"
+    paper: ClassVar[Paper] = Paper(title="DeepSeek-V2 (multi-head latent attention)", arxiv="2405.04434")
+    phase: ClassVar[Phase] = Phase.ATTENTION
+    summary: ClassVar[str] = "multi-head latent attention in place of keys and values of every head"
+    saves: ClassVar[tuple[str, ...]] = ("cache",)
 
     kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache's bytes to keep, 0 < x <= 1.")
     target: Target | None = Field(
@@ -103,3 +112,24 @@ class MLA(Settings):
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    def refuses(self, model: ModelSpec) -> str | None:
+        """Why this model has no latent attention under these settings."""
+        from anymla.methods.mla.plan import make_plan
+
+        if any(layer.latent is not None for layer in model.layers):
+            return "it has latent attention already"
+        try:
+            make_plan("this model", model, self)
+        except (RecipeError, UnsupportedModelError) as error:
+            return str(error)
+        return None
+
+    def plan(
+        self, model: ModelSpec, facts: list[dict[str, Any]] | None = None, choices: tuple[Any, ...] | None = None
+    ) -> Plan:
+        """A latent for every layer with softmax attention; the choices are of LayerPlan."""
+        from anymla.methods.mla.plan import make_plan, spec_after
+
+        planned = make_plan("this model", model, self)
+        return Plan(after=spec_after(planned, model), choices=planned.layers)

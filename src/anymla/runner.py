@@ -1,0 +1,294 @@
+"""`anymla run`: a recipe's steps one after the other, each from an ordinary checkpoint to the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anymla import __version__, pipeline
+from anymla.errors import AnymlaError, OutputError, RecipeError
+from anymla.io.checkpoint import check_output
+from anymla.io.device import pick_device
+from anymla.io.sources.locate import Located, locate
+from anymla.io.work import WorkFolder, remove, write_json
+from anymla.methods.base import Method
+from anymla.methods.mla.settings import MLA
+from anymla.methods.tune import Tune
+from anymla.recipe import Recipe, read_recipe
+from anymla.run_outcome import Quality, RunReport, StepOutcome, original_cost, spec_of, step_cost
+
+Begins = Callable[[int, Method], Any]  # gives the progress callback of convert or tune, for a step and its number
+Note = Callable[[str], None]
+REPORTS = {"mla": "conversion.json", "tune": "tuning.json"}  # what a step writes beside its weights
+
+
+def run(
+    recipe: Recipe | str | Path,
+    output: str | Path,
+    *,
+    steps: Sequence[Any] | None = None,
+    text: str | Path | None = None,
+    context: int | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    keep_steps: bool = False,
+    progress: Begins | None = None,
+    told: Callable[[int, StepOutcome], None] | None = None,
+    note: Note | None = None,
+) -> RunReport:
+    """Runs the steps of a recipe, and writes the last one's checkpoint to ``output``.
+
+    Args:
+        recipe: a recipe, a YAML file or the name of one that comes with anymla; with ``steps``, the model instead.
+        output: the folder to write; ``run.json``, ``recipe.yaml`` and ``account.json`` lie beside the weights.
+        steps: names of steps, ``{"mla": {"kv_cache": 0.25}}``, or objects such as ``MLA(kv_cache=0.25)``.
+        text: score the original and the model after every step on this text; it replaces the recipe's.
+        context: tokens at which the cache's size is told; it replaces the recipe's.
+        overwrite: replace ``output`` if it exists.
+        restart: discard what a stopped run to ``output`` left, instead of going on from there.
+        keep_steps: keep the checkpoints between the steps, in a folder ``OUTPUT-steps``.
+        progress: called before each step with its number, from 1, and the step; what it returns is called as
+            :func:`anymla.convert` or :func:`anymla.tune` call their ``progress``.
+        told: called with 0 and the original's outcome, then after each step with its number and outcome.
+        note: called with what the user should know, in words.
+
+    What is done is kept in a folder beside ``output``: the same call goes on inside the step that was stopped.
+
+    Raises:
+        AnymlaError: one of its kinds, each one clear line. What a step refuses is told before any weight is read.
+    """
+    place = Path(os.path.expanduser(output))
+    chosen = _chosen(recipe, steps, text, context)
+    original = chosen.teacher or chosen.model
+    adapter = next((step.adapter for step in chosen.steps if isinstance(step, MLA)), None)
+    chosen.plan(spec_of(locate(str(chosen.model), adapter=adapter, config_only=True)))
+    _check_texts(chosen)
+    source, teacher = locate(str(chosen.model), adapter=adapter), locate(str(original), adapter=adapter)
+    for path in (*source.paths, *teacher.paths):
+        check_output(place, path, overwrite=overwrite)
+    kept = place.absolute().with_name(f"{place.name}-steps") if keep_steps else None
+    if kept is not None and os.path.lexists(kept) and not overwrite:
+        raise OutputError(f"{kept} exists: choose another -o, or give --overwrite")
+    return _Run(chosen, place, teacher, adapter, kept, progress, told, note).all_steps(_source_facts(source), restart)
+
+
+def _chosen(recipe: Recipe | str | Path, steps: Sequence[Any] | None, text: Any, context: int | None) -> Recipe:
+    """The recipe with the arguments in place of what it says."""
+    given = {"text": text, "context": context}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if isinstance(recipe, Recipe):
+        if steps is not None:
+            raise RecipeError("steps: the recipe has its own; give a model in its place")
+        chosen = Recipe.of(recipe.model_dump(exclude={"steps"}) | {"steps": recipe.steps} | changes)
+    elif steps is not None:
+        chosen = Recipe.of({"model": recipe, "steps": list(steps)} | changes, "steps")
+    else:
+        chosen = read_recipe(recipe, **changes)
+    if chosen.model is None:
+        raise RecipeError("the recipe names no model: give --model")
+    return chosen
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Finds local texts readable before hours of work need them.
+
+    Raises:
+        TextError: one is not.
+    """
+    from anymla.data.text import read_documents
+    from anymla.data.tuning import Source
+
+    texts = [Source.of(data).name for step in recipe.steps if isinstance(step, Tune) for data in step.data or []]
+    texts += [step.eval_data for step in recipe.steps if isinstance(step, Tune) and step.eval_data is not None]
+    for name in [*texts, *([] if recipe.text is None else [recipe.text])]:
+        path = Path(os.path.expanduser(name))
+        if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
+            read_documents(name)
+
+
+def _source_facts(source: Located) -> list[Any]:
+    """What tells one source from another without reading its weights: steps themselves hash all that they read."""
+    files = [file for path in source.paths for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
+    configs = [(path / name) for path in source.paths for name in ("config.json", "adapter_config.json")]
+    texts = [path.read_text(encoding="utf-8") for path in configs if path.is_file()]
+    return [*texts, *([file.name, file.stat().st_size] for file in files)]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run: its recipe, where it goes, the original, where steps are kept, and whom it tells."""
+
+    recipe: Recipe
+    output: Path
+    original: Located
+    adapter: str | None
+    kept: Path | None
+    progress: Begins | None
+    told: Callable[[int, StepOutcome], None] | None
+    note: Note | None
+
+    def all_steps(self, source: list[Any], restart: bool) -> RunReport:
+        """Does what the work folder does not hold yet, and puts the last checkpoint in the output's place."""
+        from anymla.distributed import join_processes, rank, wait_for_all
+        from anymla.sweep.progress import claim
+
+        started = time.monotonic()
+        join_processes(pick_device(getattr(self.recipe.steps[0], "device", "auto")))
+        work = WorkFolder(self.output, kind="run", counted="steps")
+        claim(work, lambda: self._fingerprint() | {"source": source}, restart=restart)
+        with _kept(work, len(self.recipe.steps)):
+            if not work.progress.get("finishing"):
+                self._go_on(work)
+            outcomes = [StepOutcome.of(outcome) for outcome in work.progress["outcomes"]]
+            report = RunReport(
+                output=self.output,
+                recipe=self.recipe,
+                original=outcomes[0],
+                steps=tuple(outcomes[1:]),
+                seconds=time.monotonic() - started,
+            )
+            if rank() == 0:
+                self._finish(work, report)
+            wait_for_all()
+        return report
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What the new weights depend on, beside the source."""
+        steps = {
+            f"step {number}": {"name": step.name, **step.model_dump(mode="json")}
+            for number, step in enumerate(self.recipe.steps, 1)
+        }
+        return {"anymla": __version__, "steps": len(steps), "teacher": self.original.name, **steps}
+
+    def _go_on(self, work: WorkFolder) -> None:
+        """Does the steps whose checkpoints ``work`` lacks; tells what the model is after each."""
+        from anymla.distributed import rank
+
+        told_of = [self.recipe.text, self.recipe.text_tokens, self.recipe.context]
+        outcomes = work.progress.get("outcomes", []) if work.progress.get("told_of") == told_of else []
+
+        def keep() -> None:
+            if rank() == 0:
+                work.commit(steps=[step.name for step in self.recipe.steps], outcomes=outcomes, told_of=told_of)
+            work.progress["outcomes"] = outcomes
+
+        keep()
+        for number in range(len(self.recipe.steps) + 1):
+            if number and not _folder(work, self.recipe, number).is_dir():
+                self._step(work, number)
+            if number == len(outcomes):
+                outcomes.append(self._outcome(work, number))
+                keep()
+            if self.told is not None and rank() == 0:
+                self.told(number, StepOutcome.of(outcomes[number]))
+
+    def _step(self, work: WorkFolder, number: int) -> None:
+        """Makes one step's checkpoint of the one before it."""
+        step, folder = self.recipe.steps[number - 1], _folder(work, self.recipe, number)
+        source = str(self.recipe.model) if number == 1 else _folder(work, self.recipe, number - 1)
+        progress = None if self.progress is None else self.progress(number, step)
+        try:
+            if isinstance(step, MLA):
+                done = pipeline.convert(source, folder, step, progress=progress, notify=self.note)
+                for text in done.notes if self.note is not None else ():
+                    self.note(text)
+            elif isinstance(step, Tune):
+                from anymla.training.tune import tune
+
+                teacher = {"teacher": self.original.name, "adapter": self.adapter}
+                tune(source, folder, recipe=step, progress=progress, note=self.note, **teacher)
+            else:
+                raise RecipeError(f"{step.name} cannot be run")
+        except AnymlaError as error:
+            raise type(error)(f"step {number}, {step.name}: {error}") from error
+
+    def _outcome(self, work: WorkFolder, number: int) -> dict[str, Any]:
+        """What the model is after a step, or before the first one; the same in all processes."""
+        from anymla.distributed import first_decides, rank
+
+        if rank() != 0:
+            return dict(first_decides(None))
+        if number == 0:
+            cost, seconds = original_cost(self.original, self.recipe.context), 0.0
+            name, settings, folder = "original", {}, None
+        else:
+            step, folder = self.recipe.steps[number - 1], _folder(work, self.recipe, number)
+            name, settings, cost = step.name, step.model_dump(mode="json"), step_cost(folder, self.recipe.context)
+            seconds = json.loads((folder / REPORTS[name]).read_text(encoding="utf-8"))["seconds"]
+        quality = self._quality(folder)
+        outcome = StepOutcome(name=name, settings=settings, account=cost, quality=quality, seconds=seconds)
+        return dict(first_decides(asdict(outcome)))
+
+    def _quality(self, folder: Path | None) -> Quality | None:
+        """Scores of a step's checkpoint against the original, or of the original."""
+        if self.recipe.text is None:
+            return None
+        from anymla.evaluation.evaluate import evaluate
+
+        against = None if folder is None else self.original.name
+        scores = evaluate(
+            folder or self.original.name,
+            self.recipe.text,
+            against,
+            tokens=self.recipe.text_tokens,
+            device=getattr(self.recipe.steps[0], "device", "auto"),
+            adapter=self.adapter,
+        )
+        return Quality(**{name: getattr(scores, name) for name in Quality.__dataclass_fields__})
+
+    def _finish(self, work: WorkFolder, report: RunReport) -> None:
+        """The last step's checkpoint takes the output's place, with what was done beside it."""
+        work.commit(finishing=True)
+        folders = [_folder(work, self.recipe, number) for number in range(1, len(self.recipe.steps) + 1)]
+        if self.kept is not None:
+            self.kept.mkdir(exist_ok=True)
+            for folder in folders[:-1]:
+                if folder.is_dir():
+                    remove(self.kept / folder.name)
+                    folder.rename(self.kept / folder.name)
+        if folders[-1].is_dir():
+            for file in folders[-1].iterdir():
+                file.rename(work.model / file.name)
+        write_json(work.model / "run.json", report.to_dict())
+        (work.model / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+        work.finish()
+
+
+def _folder(work: WorkFolder, recipe: Recipe, number: int) -> Path:
+    """Where a step's checkpoint lies until the run is done."""
+    return work.path / f"step-{number}-{recipe.steps[number - 1].name}"
+
+
+@contextmanager
+def _kept(work: WorkFolder, steps: int) -> Iterator[None]:
+    """Keeps ``work`` when the block is stopped and something is done, and says how to go on; else nothing is left."""
+    from anymla.distributed import rank
+    from anymla.sweep.progress import terminated_as_interrupted
+
+    def done() -> int:
+        return len([*work.path.glob("step-*")])
+
+    def left() -> str:
+        return f"{done()} of {steps} steps are kept: the same command goes on, with --restart it begins anew"
+
+    try:
+        with terminated_as_interrupted():
+            yield
+    except KeyboardInterrupt as stop:
+        if done():
+            stop.add_note(left())
+        raise
+    except AnymlaError as error:
+        raise type(error)(f"{error}{f'; {left()}' if done() else ''}") from error
+    except OSError as error:
+        raise OutputError(f"{work.output} could not be written: {' '.join(str(error).split())}") from error
+    finally:
+        if rank() == 0 and not done() and not [*work.path.glob(".step-*.partial")]:
+            work.discard()
+        work.release()
