@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from anymla.methods.tune import Tune
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
+    from anymla.recipe import Recipe
+    from anymla.run_outcome import RunReport
+    from anymla.runner import run
     from anymla.training.outcome import Recovery
     from anymla.training.tune import tune
 
@@ -39,7 +42,9 @@ __all__ = [
     "MLAPlan",
     "Measure",
     "Push",
+    "Recipe",
     "Recovery",
+    "RunReport",
     "Scores",
     "Tune",
     "convert",
@@ -49,6 +54,7 @@ __all__ = [
     "inspect",
     "plan",
     "push",
+    "run",
     "tune",
 ]
 
@@ -64,11 +70,14 @@ _HOMES = {
     "MLAPlan": "anymla.methods.mla.plan",
     "Push": "anymla.hub",
     "MLA": "anymla.methods.mla.settings",
+    "Recipe": "anymla.recipe",
     "Recovery": "anymla.training.outcome",
+    "RunReport": "anymla.run_outcome",
     "Scores": "anymla.evaluation.scores",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
     "push": "anymla.hub",
+    "run": "anymla.runner",
     "Tune": "anymla.methods.tune",
     "tune": "anymla.training.tune",
 }

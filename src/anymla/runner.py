@@ -114,7 +114,9 @@ def _check_texts(recipe: Recipe) -> None:
 
 def _source_facts(source: Located) -> list[Any]:
     """What tells one source from another without reading its weights: steps themselves hash all that they read."""
-    files = [file for path in source.paths for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
+    files = [
+        file for path in source.paths for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))
+    ]
     configs = [(path / name) for path in source.paths for name in ("config.json", "adapter_config.json")]
     texts = [path.read_text(encoding="utf-8") for path in configs if path.is_file()]
     return [*texts, *([file.name, file.stat().st_size] for file in files)]

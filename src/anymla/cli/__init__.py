@@ -10,11 +10,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from anymla import __version__
-from anymla.cli import convert, evaluate, export, push, refresh, tune
+from anymla.cli import convert, evaluate, export, push, refresh, run, tune
 from anymla.cli.options import app, out
 from anymla.errors import AnymlaError
 
-__all__ = ["app", "convert", "evaluate", "export", "main", "push", "refresh", "tune"]
+__all__ = ["app", "convert", "evaluate", "export", "main", "push", "refresh", "run", "tune"]
 
 
 def _version(wanted: bool) -> None:

@@ -84,7 +84,7 @@ def _with_options(recipe: type[BaseModel], command: Callable[..., None]) -> Call
 recipe_options = options_of(MLA)
 
 
-def print_json(content: dict[str, Any]) -> None:
+def print_json(content: Any) -> None:
     """Prints ``content`` to stdout."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 

@@ -1,0 +1,127 @@
+"""run, methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anymla.cli.convert import conversion_progress
+from anymla.cli.options import Json, app, first_process, how_to_go_on, out, print_json, print_note
+from anymla.cli.progress import Report, shown
+from anymla.cli.tune import tuning_progress
+from anymla.methods.base import Method, all_methods
+from anymla.recipe import Recipe, composes_with, given_recipe
+from anymla.settings import MOST
+
+if TYPE_CHECKING:
+    from anymla.run_outcome import StepOutcome
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's YAML file, the name of one that comes with anymla, or, with --step, a model.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the last step's model to.")],
+    step: Annotated[
+        list[str] | None,
+        typer.Option(help="A step in YAML, as 'mla: {kv_cache: 0.25}' or tune; again for the next one."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting in place of the recipe's, as tune.data=TEXT; may be given again."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model, in place of the recipe's.")] = None,
+    teacher: Annotated[str | None, typer.Option(help=Recipe.model_fields["teacher"].description)] = None,
+    text: Annotated[str | None, typer.Option(help=Recipe.model_fields["text"].description)] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help=Recipe.model_fields["context"].description)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where a stopped run to the same folder left work.")
+    ] = False,
+    keep_steps: Annotated[
+        bool, typer.Option("--keep-steps", help="Keep the checkpoints between the steps, in OUT-steps.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take a model through the steps of a recipe."""
+    changes = {"model": model, "teacher": teacher, "text": text, "context": context}
+    chosen = given_recipe(recipe, step or [], settings or [], changes)
+    from anymla.runner import run as run_steps
+
+    with shown("run") as report, how_to_go_on():
+        done = run_steps(
+            chosen,
+            output,
+            overwrite=overwrite,
+            restart=restart,
+            keep_steps=keep_steps,
+            progress=lambda number, step: _progress(report, step, f"step {number} of {len(chosen.steps)}, {step.name}"),
+            told=None if as_json else _tell,
+            note=print_note if first_process() else None,
+        )
+    if not first_process():
+        return
+    if as_json:
+        return print_json(done.to_dict())
+    from anymla.report.run import run_table
+
+    out.print(run_table(done))
+    out.print(
+        f"Wrote {output} in {done.seconds:.0f} s. Next: anymla eval {output} --against "
+        f"{chosen.teacher or chosen.model} --text YOUR.txt",
+        soft_wrap=True,
+    )
+
+
+def _progress(report: Report, step: Method, name: str) -> Any:
+    """Reports a step's progress as its own command does, under the step's name."""
+
+    def named(done: int, total: int | None, what: str, *rest: Any, **details: Any) -> None:
+        report(done, total, f"{name}: {what}", *rest, **details)
+
+    return tuning_progress(named) if step.name == "tune" else conversion_progress(named)
+
+
+def _tell(number: int, outcome: StepOutcome) -> None:
+    """Prints what the model is after a step, as soon as it is known."""
+    from anymla.report.run import outcome_line
+
+    out.print(outcome_line(number, outcome), soft_wrap=True)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the steps that a recipe can have: what each saves, its paper, what it goes with."""
+    known = list(all_methods().values())
+    facts = [
+        {
+            "name": method.name,
+            "paper": method.paper.link or method.paper.title,
+            "phase": method.phase.name.lower(),
+            "saves": list(method.saves),
+            "composes_with": composes_with(method, known),
+            "summary": method.summary,
+        }
+        for method in known
+    ]
+    if as_json:
+        return print_json(facts)
+    from anymla.report.tables import table
+
+    columns = ("step", "what it does", "phase", "saves", "goes with", "paper")
+    names = ("name", "summary", "phase", "saves", "composes_with", "paper")
+    rows = [[_cell(fact[name]) for name in names] for fact in facts]
+    out.print(table("Steps of a recipe", columns, rows))
+
+
+def _cell(value: Any) -> str:
+    return (", ".join(value) or "-") if isinstance(value, list) else str(value)
