@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,17 +198,22 @@ class _Run:
         try:
             if isinstance(step, MLA):
                 done = pipeline.convert(source, folder, step, progress=progress, notify=self.note)
-                for text in done.notes if self.note is not None else ():
-                    self.note(text)
+                self._note(done.notes)
             elif isinstance(step, Tune):
                 from anymla.training.tune import tune
 
-                teacher = {"teacher": self.original.name, "adapter": self.adapter}
-                tune(source, folder, recipe=step, progress=progress, note=self.note, **teacher)
+                teacher = self.original.name
+                tune(source, folder, teacher=teacher, adapter=self.adapter, recipe=step, progress=progress)
             else:
                 raise RecipeError(f"{step.name} cannot be run")
         except AnymlaError as error:
             raise type(error)(f"step {number}, {step.name}: {error}") from error
+
+    def _note(self, texts: Iterable[str]) -> None:
+        """Tells each of ``texts``."""
+        if self.note is not None:
+            for text in texts:
+                self.note(text)
 
     def _outcome(self, work: WorkFolder, number: int) -> dict[str, Any]:
         """What the model is after a step, or before the first one; the same in all processes."""
