@@ -1,12 +1,13 @@
 # make demo   makes the environment, then converts the bundled model and shows the result
-# make test   lint, types, import order, tests
+# make test   lint and spelling, types, import order, tests
 # make test-engines  the exports in vLLM and llama.cpp; builds these once (minutes)
 # make families  converts a tiny model of every family and writes docs/families.md
+# make methods   writes docs/methods.md from the methods
 PYTHON ?= python3
 BIN := .venv/bin
 ENGINES ?= llama vllm
 
-.PHONY: env demo test lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
+.PHONY: env demo methods test lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
 
 env: .venv/made
 
@@ -26,6 +27,7 @@ test: lint types imports pytest
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: env
 	$(BIN)/mypy
@@ -40,6 +42,9 @@ pytest: env
 test-engines: env
 	for engine in $(ENGINES); do PYTHON=$(PYTHON) tests/engines/install-$$engine.sh || exit 1; done
 	$(BIN)/pytest $(ENGINES:%=tests/engines/test_%.py) -m engines
+
+methods: env
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.methods_page
 
 families: env
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.support_table

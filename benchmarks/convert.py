@@ -29,7 +29,7 @@ from anymla.report.tables import size, table
 BASELINE = """
 import resource, torch, transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-import anymla.sweep.sequence
+import anymla.sweep.run
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1024, 16, 16, 64

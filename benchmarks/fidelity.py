@@ -40,8 +40,8 @@ from anymla.errors import InfeasibleError
 from anymla.evaluation.benchmarks import Benchmarks
 from anymla.evaluation.scores import score_model
 from anymla.io.checkpoint import load_model, load_tokenizer
-from anymla.methods.mla.layer_step import Split
 from anymla.pipeline import peak_rss
+from anymla.sweep.layer import CalibrationSplit
 
 BUDGETS = (0.5, 0.3125, 0.25, 0.125, 0.0625)
 CHOICE_TOKENS = 4096  # calibration text on which settings are tried
@@ -155,7 +155,7 @@ def probe(converted: Path, model: Path, length: int) -> list[dict[str, Any]]:
 def score_rebuilt(model: Path, original: Any, windows: torch.Tensor, budget: float, common: Settings) -> dict[str, Any]:
     """CARE before partial rope; the bytes are those of its latents, counted, since no cache of anymla's holds them."""
     size, calibration = score_model(original, windows[:1]), _calibration(model, common)
-    layers, split = original.config.num_hidden_layers, Split.of(len(calibration))
+    layers, split = original.config.num_hidden_layers, CalibrationSplit.of(len(calibration))
     numbers = int(size.cache_numbers_per_token_per_layer * budget + 1e-9) * layers
     grams = input_grams(original, calibration[split.fit])
     tried = {filled: load_model(model) for filled in (False, True)}

@@ -17,8 +17,8 @@ import torch
 
 import anymla
 import anymla.evaluation.held_out
-import anymla.sweep.checkpoint
-import anymla.sweep.sequence
+import anymla.methods.mla.choose
+import anymla.sweep.run
 
 SETTINGS = {
     "kv_cache": 0.5,

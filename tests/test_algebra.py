@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from anymla.architectures.attention import AttentionWeights
 from anymla.methods.mla.factorization import FACTORIZATIONS, LatentProblem
 from anymla.methods.mla.moments import MomentSums, rotate, to_complex
-from anymla.methods.mla.refit import best_change, normal_equations
+from anymla.methods.mla.refit import OutputBatch, best_change, normal_equations
 from anymla.methods.mla.rope import ROPE_CHOICES, SpreadPCA, no_channels
 from anymla.methods.mla.settings import SHARED_ROPES
 
@@ -202,7 +202,7 @@ def test_refit_finds_what_a_linear_map_lacks(seed, features, outputs):
     truth = torch.randn(features, outputs, generator=random, dtype=torch.float64)
     x = torch.randn(3, 200, features, generator=random, dtype=torch.float64)
     offset = torch.randn(outputs, generator=random, dtype=torch.float64)
-    fit, choice = normal_equations([(x, x @ truth + offset)]), normal_equations([(x[:1], x[:1] @ truth + offset)])
+    fit, choice = (normal_equations([OutputBatch(part, part @ truth + offset)]) for part in (x, x[:1]))
     change = best_change(fit, choice)
     assert torch.allclose(change[:-1], truth, atol=1e-2)
     assert torch.allclose(change[-1], offset, atol=1e-2)
@@ -212,7 +212,7 @@ def test_refit_leaves_alone_what_it_cannot_help():
     random = torch.Generator().manual_seed(0)
     x, noise = torch.randn(1, 12, 8, generator=random), torch.randn(1, 12, 4, generator=random)
     other, noise2 = torch.randn(1, 400, 8, generator=random), torch.randn(1, 400, 4, generator=random)
-    assert best_change(normal_equations([(x, noise)]), normal_equations([(other, noise2)])) is None
+    assert best_change(*(normal_equations([OutputBatch(*each)]) for each in ((x, noise), (other, noise2)))) is None
 
 
 def test_streamed_moments_are_those_of_all_tokens_at_once():

@@ -81,7 +81,7 @@ def test_bytes_at_a_length_are_those_of_the_cache(case, tmp_path):
     model_spec, recipe = read_model_spec(read_config(source)), report.plan.recipe
     original, converted = load(source, dtype=recipe.dtype or "float32"), load(tmp_path / "out")
     before, after = measured(original), measured(converted)
-    planned = spec_after(report.plan, model_spec)
+    planned = spec_after(model_spec, report.plan.recipe, report.plan.layers)
     assert told(account(in_dtype(model_spec, recipe.dtype), AT), before) == before
     assert told(measure(original, AT), before) == before
     for count in (account(planned, AT), account(report.spec, AT), measure(converted, AT), measure(converted, AT, 40)):
@@ -120,7 +120,7 @@ def test_lengths_are_those_that_the_context_holds():
 
 
 def test_operations_of_a_layer_that_slides_are_those_within_its_window():
-    sliding, full = read_model_spec(tiny_config("gemma2").to_dict()).layers
+    sliding, full = read_model_spec(tiny_config("gemma2").to_dict()).attention_layers.values()
     costs = [original_cost(layer, 48).flops_per_token for layer in (sliding, full)]
     assert costs[1] - costs[0] == 4 * 48 * (4096 - 12)
 
@@ -137,7 +137,7 @@ def test_windows_are_those_of_stock(name, model_type, changes):
     if model_type in SINCE or model_type not in CONFIG_MAPPING:
         pytest.importorskip("transformers", minversion=SINCE.get(model_type, "5.24"))
     config = tiny_config(model_type, **changes)
-    layers = read_model_spec(config.to_dict()).layers
+    layers = [layer.attention for layer in read_model_spec(config.to_dict()).layers]
     expected = windows_of_stock(config)
     assert [layer and layer.cache_window for layer in layers] == [
         window if layer else None for layer, window in zip(layers, expected, strict=True)
@@ -147,7 +147,7 @@ def test_windows_are_those_of_stock(name, model_type, changes):
 @pytest.mark.parametrize("model_type", ["gemma3", "llama4", "mistral3", "qwen2_5_vl"])
 def test_windows_of_vision_language_models_are_those_of_stock(model_type):
     config = tiny_vision_config(model_type)
-    layers = read_model_spec(config.to_dict()).layers
+    layers = [layer.attention for layer in read_model_spec(config.to_dict()).layers]
     assert [layer and layer.cache_window for layer in layers] == windows_of_stock(config)
 
 
@@ -178,5 +178,6 @@ def test_a_config_without_layer_types_means_what_stock_makes_of_it(model_type):
     for per_layer in ("mlp_layer_types", "num_attention_heads_per_layer", "layer_rope_theta"):
         sizes.pop(per_layer, None)
     stock = CONFIG_MAPPING[model_type](**{name: value for name, value in sizes.items() if name != "model_type"})
-    found = [layer and layer.cache_window for layer in read_model_spec(sizes).layers]
+    attentions = [layer.attention for layer in read_model_spec(sizes).layers]
+    found = [attention and attention.cache_window for attention in attentions]
     assert found == windows_of_stock(stock)

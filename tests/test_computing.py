@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.data.text import bundled_text, calibration_windows
 from anymla.demo import bundled_model
+from anymla.evaluation.generation import stream_continuation
 from anymla.evaluation.scores import score_model
-from anymla.evaluation.story import stream_continuation
 from anymla.io import computing
 from anymla.io.checkpoint import load_tokenizer
 from anymla.io.computing import load_to_compute
 from anymla.io.streamed import StreamedModel
-from anymla.methods.mla.layer_step import Split
+from anymla.sweep.layer import CalibrationSplit
 from tests.damage import run_main
 from tests.families import FAST, logits, make_model, save_model, token_ids
 
@@ -110,7 +110,7 @@ def test_what_is_scored_is_what_is_saved(stories, tmp_path, machine):
     report = anymla.convert(stories, tmp_path / "out", **SETTINGS)
     tokens = {"tokens": FAST["calibration_tokens"], "length": FAST["calibration_length"], "seed": 0}
     windows = calibration_windows(bundled_text("train"), load_tokenizer(stories), **tokens)
-    held_out = windows[Split.of(len(windows)).held_out]
+    held_out = windows[CalibrationSplit.of(len(windows)).held_out]
     scores = score_model(load_to_compute(tmp_path / "out"), held_out, load_to_compute(stories))
     assert scores.cache_bytes_per_token == report.after.cache_bytes_per_token
     assert (scores.kl, scores.perplexity) == pytest.approx((report.after.kl, report.after.perplexity), rel=1e-3)

@@ -16,7 +16,7 @@ import anymla
 from anymla.exports import parity, weight_files
 from anymla.exports.deepseek.writer import write_deepseek
 from anymla.exports.fold import channel_slots
-from anymla.sweep import sequence
+from anymla.methods.mla.survey import SplitSurvey
 from tests.export_check import FAST, TARGET, converted, difference, load
 from tests.families import ROPES, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
@@ -185,7 +185,7 @@ def test_strided_channels(tmp_path):
 
 
 def test_goes_on_with_the_split_that_was_chosen(tmp_path, monkeypatch):
-    """A conversion stopped behind its first layer looks at no split again, and ends in the same weights."""
+    """A conversion stopped after its first layer looks at no split again, and ends in the same weights."""
 
     def stop(done, *_):
         if done == 1:
@@ -195,9 +195,9 @@ def test_goes_on_with_the_split_that_was_chosen(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         anymla.convert(source, tmp_path / "out", **FAST | TARGET, progress=stop)
     kept = json.loads((tmp_path / ".out.partial/.work/progress.json").read_text())
-    assert len(kept["split"]) == 2
+    assert [fact is not None for fact in kept["survey"]] == [True, True]
     with monkeypatch.context() as patch:
-        patch.setattr(sequence, "best_split", lambda *_: pytest.fail("looked again"))
+        patch.setattr(SplitSurvey, "layer", lambda *_: pytest.fail("looked again"))
         anymla.convert(source, tmp_path / "out", **FAST | TARGET)
     anymla.convert(source, tmp_path / "whole", **FAST | TARGET)
     name = "model.safetensors"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import anymla
-from anymla.io.work import hold
+from anymla.io.work import lock_folder
 from tests.damage import run_main
 
 
@@ -76,7 +76,7 @@ def test_clears_what_killed_runs_left(stories, tmp_path):
     left = [tmp_path / f".{name}-123456789/deepseek" for name in ("out.partial", "other.partial")]
     for folder in (*left, held := tmp_path / ".out.partial-1"):
         folder.mkdir(parents=True)
-    handle = hold(held)
+    handle = lock_folder(held)
     anymla.export(stories.converted, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"out", left[1].parent.name, held.name}
     os.close(handle)

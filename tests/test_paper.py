@@ -127,8 +127,8 @@ def calibration_ids(source):
     """The windows that the conversion takes its statistics from."""
     from anymla.data.text import bundled_text, calibration_windows
     from anymla.io.checkpoint import load_tokenizer
-    from anymla.methods.mla.layer_step import Split
+    from anymla.sweep.layer import CalibrationSplit
 
     tokens, length = FAST["calibration_tokens"], FAST["calibration_length"]
     windows = calibration_windows(bundled_text("train"), load_tokenizer(source), tokens=tokens, length=length, seed=0)
-    return windows[Split.of(len(windows)).fit]
+    return windows[CalibrationSplit.of(len(windows)).fit]

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from anymla.distributed import all_sum, first_decides, from_first, rank, world
 from anymla.errors import TextError
-from anymla.methods.mla.layer_step import Split
-from anymla.sweep.sequence import own_windows
+from anymla.sweep.layer import CalibrationSplit
+from anymla.sweep.streams import own_windows
 from tests.families import make_model, save_model
 
 
@@ -49,11 +49,11 @@ def test_alone_everything_is_the_identity():
 
 def test_parts_are_disjoint_and_together_everything(monkeypatch):
     windows = torch.arange(37).view(37, 1)
-    split = Split.of(37)
+    split = CalibrationSplit.of(37)
     found = {"fit": [], "choice": [], "held_out": []}
-    monkeypatch.setattr("anymla.sweep.sequence.world", lambda: 3)
+    monkeypatch.setattr("anymla.sweep.streams.world", lambda: 3)
     for number in range(3):
-        monkeypatch.setattr("anymla.sweep.sequence.rank", lambda number=number: number)
+        monkeypatch.setattr("anymla.sweep.streams.rank", lambda number=number: number)
         own, part = own_windows(windows, split)
         for kind in found:
             found[kind] += own[getattr(part, kind)].flatten().tolist()
@@ -62,6 +62,6 @@ def test_parts_are_disjoint_and_together_everything(monkeypatch):
 
 
 def test_more_processes_than_windows_to_choose_on(monkeypatch):
-    monkeypatch.setattr("anymla.sweep.sequence.world", lambda: 3)
+    monkeypatch.setattr("anymla.sweep.streams.world", lambda: 3)
     with pytest.raises(TextError, match="3 processes"):
-        own_windows(torch.zeros(8, 4), Split.of(8))
+        own_windows(torch.zeros(8, 4), CalibrationSplit.of(8))

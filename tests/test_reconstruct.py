@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 import anymla
 from anymla.architectures.model_spec import read_model_spec
 from anymla.demo import bundled_model
-from anymla.methods.mla import layer_step as step
+from anymla.methods.mla import choose
 from anymla.methods.mla.costs import reconstruction_steps
 from anymla.methods.mla.reconstruct import Reconstruction
 from anymla.model_run.activations import Activations, Budget
@@ -35,7 +35,7 @@ def test_steps_pay_on_text_that_they_did_not_see(tmp_path):
 def test_candidates_are_judged_by_what_steps_make_of_them(tmp_path, monkeypatch):
     kl, settings = [], SETTINGS | {"kv_cache": 0.125, "reconstruction_steps": 100}
     for trial in (4, 1000):
-        monkeypatch.setattr(step, "TRIAL", trial)  # 1000: none, and the channels of most worth
+        monkeypatch.setattr(choose, "TRIAL", trial)  # 1000: none, and the channels of most worth
         kl.append(anymla.convert(bundled_model(), tmp_path / str(trial), **settings).after.kl)
     assert kl[0] < 0.95 * kl[1]
 

@@ -14,7 +14,7 @@ import torch
 import anymla
 from anymla.cards import command, public_name
 from anymla.errors import CheckpointError, RecipeError
-from anymla.evaluation.story import stream_continuation
+from anymla.evaluation.generation import stream_continuation
 from anymla.io.find import CONFIG_FILES, find_model
 from anymla.io.hub_cache import commit_of, repo_of
 from tests.damage import BUNDLED, VALID, run_main
@@ -134,7 +134,7 @@ def test_eval_generate_and_tune(cache, tmp_path, monkeypatch, capfd):
     options |= {"adapter": None, "note": print}
     counted = []
     monkeypatch.setattr(
-        "anymla.evaluation.story.continuation", lambda model, *_, **__: counted.append(len(model.model.layers))
+        "anymla.evaluation.generation.continuation", lambda model, *_, **__: counted.append(len(model.model.layers))
     )
     for revision in ("v1.0", "main"):
         stream_continuation("org/name", "Once", revision=revision, **options)

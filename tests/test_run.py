@@ -2,11 +2,8 @@
 
 import json
 import os
-import random
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,15 +13,15 @@ from safetensors.torch import load_file
 import anymla
 from anymla.account import account, measure
 from anymla.architectures.model_spec import converted_spec, read_config, read_model_spec
-from anymla.data.tuning import Source
+from anymla.data.mixture import Source
 from anymla.errors import AnymlaError, OutputError, RecipeError, UnsupportedModelError
-from anymla.io.checkpoint import load_model, load_tokenizer
+from anymla.io.checkpoint import load_model
 from anymla.methods.base import Phase, all_methods
 from anymla.methods.mla.settings import MLA
 from anymla.methods.tune import Tune
 from anymla.recipe import Recipe, check_order, composes_with, given_recipe, read_recipe, refused_after, shipped_names
 from anymla.training.stages import make_stages
-from tests.damage import BUNDLED, TRAIN, VALID, Case, run_main
+from tests.damage import TRAIN, VALID, Case, run_main
 from tests.families import make_model, save_model
 
 CONVERT = {"kv_cache": 0.5, "calibration_tokens": 512, "calibration_length": 64, "reconstruction_steps": 2}

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import anymla
 from anymla.architectures.model_spec import read_model_spec
+from anymla.data.mixture import Source, Texts, packed_rows, padded_rows, read_texts, training_rows
 from anymla.data.packing import check_packing
-from anymla.data.tuning import Source, Texts, packed_rows, padded_rows, read_texts, training_rows
 from anymla.errors import RecipeError
 from anymla.evaluation.logits import at_head
 from anymla.io.checkpoint import load_model, load_tokenizer
@@ -174,7 +174,7 @@ def test_a_mixture_has_its_weights_in_tokens(tmp_path):
 def test_what_is_scored_on_is_not_learned_from(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{'abcdefghij'[i]} " * 60}) for i in range(10)))
     tokenizer = load_tokenizer(BUNDLED)
-    texts = read_texts(Tune(data=[str(tmp_path / "a.jsonl")], eval_tokens=256), tokenizer, 32)
+    texts = read_texts([str(tmp_path / "a.jsonl")], tokenizer, 32, held_out=None, held_out_tokens=256)
     rows = training_rows(texts, tokenizer, length=32, packing=True, seed=0)
     learned = {token for row, _ in zip(rows, range(200), strict=False) for token in row["input_ids"]}
     kept_apart = set(texts.held_out.flatten().tolist()) - {1}
@@ -192,7 +192,7 @@ def test_rows_of_a_sorted_file_come_mixed(tmp_path):
     def kinds(ids):
         return {number for number, tokens in enumerate(own) if tokens & set(ids)}
 
-    texts = read_texts(Tune(data=[str(tmp_path / "sorted.jsonl")], eval_tokens=8192), tokenizer, 64)
+    texts = read_texts([str(tmp_path / "sorted.jsonl")], tokenizer, 64, held_out=None, held_out_tokens=8192)
     assert len(kinds(texts.held_out.flatten().tolist())) > 2  # in the file's order it would be one
     stream = training_rows(texts, tokenizer, length=64, packing=True, seed=0)
     rows = [kinds(row["input_ids"]) for row, _ in zip(stream, range(200), strict=False)]

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import anymla
 from anymla.architectures.model_spec import read_model_spec
 from anymla.architectures.vision import _DEFAULTS, VISION
-from anymla.evaluation.story import stream_continuation
+from anymla.evaluation.generation import stream_continuation
 from anymla.modeling.latent_attention import LatentAttention
 from tests.families import converted_layers, save_model
 from tests.precision import Exact

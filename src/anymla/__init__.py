@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.recipe import Recipe
+    from anymla.recovery import tune
     from anymla.run_outcome import RunReport
     from anymla.runner import run
     from anymla.training.outcome import Recovery
-    from anymla.training.tune import tune
 
 __version__ = "0.1.0"
 
@@ -70,16 +70,16 @@ _HOMES = {
     "MLAPlan": "anymla.methods.mla.plan",
     "Push": "anymla.hub",
     "MLA": "anymla.methods.mla.settings",
-    "Recipe": "anymla.recipe",
     "Recovery": "anymla.training.outcome",
-    "RunReport": "anymla.run_outcome",
     "Scores": "anymla.evaluation.scores",
+    "Recipe": "anymla.recipe",
+    "RunReport": "anymla.run_outcome",
+    "run": "anymla.runner",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
     "push": "anymla.hub",
-    "run": "anymla.runner",
     "Tune": "anymla.methods.tune",
-    "tune": "anymla.training.tune",
+    "tune": "anymla.recovery",
 }
 
 

@@ -13,12 +13,12 @@ from rich.text import Text
 
 from anymla.data.text import bundled_text, read_documents, token_windows, tokenize
 from anymla.errors import InfeasibleError, OutputError
+from anymla.evaluation.generation import continuation
 from anymla.evaluation.likelihood import untracked
 from anymla.evaluation.scores import Scores, score_model
-from anymla.evaluation.story import continuation
 from anymla.io.checkpoint import load_model, load_tokenizer, new_folder
 from anymla.pipeline import convert
-from anymla.report.plot import quality_plot
+from anymla.report.quality_plot import quality_plot
 from anymla.report.tables import table
 
 if TYPE_CHECKING:

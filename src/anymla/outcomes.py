@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymla.account import account, reduced_bytes
 from anymla.architectures.model_spec import ALREADY
-from anymla.io.versions import versions
+from anymla.io.device import versions
 from anymla.layouts import verdicts
 from anymla.methods.mla.plan import MLAPlan
 from anymla.modeling.spec import CONFIG_FIELDS, AttentionSpec, ModelSpec
@@ -16,7 +16,7 @@ from anymla.modeling.spec import CONFIG_FIELDS, AttentionSpec, ModelSpec
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
     from anymla.io.computing import Computing
-    from anymla.methods.mla.layer_step import LayerResult
+    from anymla.methods.mla.choose import LayerResult
 
 REDUCTIONS = (4, 8, 16)
 

@@ -9,42 +9,37 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
-from anymla.account import no_cache, told_lengths
+from anymla.account import Account
 from anymla.architectures.model_spec import read_config, read_model_spec
-from anymla.errors import RecipeError, TextError, UnsupportedModelError
+from anymla.errors import RecipeError, UnsupportedModelError
 from anymla.exports.format import all_formats
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import (
     check_output,
     check_weights,
-    load_tokenizer,
     parse_size,
     safe_config,
 )
-from anymla.io.device import machine_memory, matmul_speed, pick_device
+from anymla.io.device import machine_memory, matmul_speed
 from anymla.io.find import with_revision
 from anymla.io.hub_cache import commit_of
 from anymla.io.sources.locate import Located, locate
 from anymla.io.sources.plain import Plain, notes_of, plain_source
-from anymla.io.work import WorkFolder
+from anymla.methods.mla.costs import reconstruction_steps
 from anymla.methods.mla.duration import faster
 from anymla.methods.mla.plan import MLAPlan, check_plan, explain, make_plan, plan_bytes
 from anymla.methods.mla.settings import MLA
-from anymla.modeling.spec import LayerSpec, ModelSpec
+from anymla.modeling.spec import ModelSpec
 from anymla.outcomes import Conversion, Inspection
-from anymla.weight_files import write_account
 
 if TYPE_CHECKING:
-    import torch
-
-    from anymla.io.computing import Computing
-    from anymla.io.streamed import StreamedModel
-    from anymla.methods.mla.layer_step import LayerResult
+    from anymla.methods.mla.choose import LayerResult
+    from anymla.sweep.run import Run
 
 Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
 
@@ -159,8 +154,20 @@ def convert(
         # with transformers' defaults where config.json says nothing
         model_spec = read_model_spec(safe_config(plain.folder).to_dict())
         chosen = _chosen_plan(name, model_spec, recipe, settings)
-        run = _Run(WorkFolder(output), memory, shard_size, restart, progress, notify, started)
-        return _convert_plain(plain, model_spec, chosen, run)
+        if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
+            all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)
+        from anymla.sweep.run import Run  # loads torch
+
+        told = _Told(model_spec, chosen.recipe, progress, notify)
+        run = Run(
+            output=output,
+            memory=memory,
+            shard_size=shard_size,
+            restart=restart,
+            progress=told.layer,
+            begins=told.begins,
+        )
+        return _convert(plain, model_spec, chosen, run, started)
 
 
 def peak_rss() -> int:
@@ -174,116 +181,89 @@ def peak_rss() -> int:
 
 def _chosen_plan(model: str, model_spec: ModelSpec, recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> MLAPlan:
     if not isinstance(recipe, MLAPlan):
-        return make_plan(model, model_spec, with_settings(recipe, settings))
+        return _with_steps(make_plan(model, model_spec, with_settings(recipe, settings)), model_spec)
     if others := [name for name in settings if name != "device"]:  # where to compute is not part of what is planned
         raise RecipeError(f"{', '.join(others)}: a plan is final; change its recipe and plan again")
     check_plan(recipe, model, model_spec)
-    return recipe.model_copy(update={"recipe": with_settings(recipe.recipe, settings)})
+    return _with_steps(recipe.model_copy(update={"recipe": with_settings(recipe.recipe, settings)}), model_spec)
 
 
-def _calibration(recipe: MLA, source: Path, model_spec: ModelSpec) -> torch.Tensor:
-    from anymla.data.text import bundled_text, calibration_windows
-
-    text = recipe.calibration or bundled_text("train")
-    length = min(recipe.calibration_length, model_spec.max_position_embeddings)
-    windows = calibration_windows(
-        text, load_tokenizer(source), tokens=recipe.calibration_tokens, length=length, seed=recipe.seed
-    )
-    if (largest := int(windows.max())) >= model_spec.vocab_size:
-        raise TextError(f"{source}: its tokenizer gives id {largest} but the model has {model_spec.vocab_size} tokens")
-    return windows
+def _with_steps(plan: MLAPlan, model_spec: ModelSpec) -> MLAPlan:
+    """``plan`` with its number of gradient steps spelled out."""
+    steps = reconstruction_steps(model_spec, plan.recipe)
+    return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"reconstruction_steps": steps})})
 
 
 @dataclass(frozen=True)
-class _Run:
-    """How a conversion runs: its work folder, bytes of activations in memory and of a shard, whom it tells."""
+class _Told:
+    """Whom a conversion tells how far it is."""
 
-    work: WorkFolder
-    memory: int
-    shard: int
-    restart: bool
+    model_spec: ModelSpec
+    recipe: MLA
     progress: Progress | None
     notify: Callable[[str], None] | None
-    started: float
+
+    def begins(self, left: int, device: str) -> None:
+        """Says how long the layers that are left take, where that is long."""
+        from anymla.distributed import world
+
+        speed = world() * matmul_speed(device)
+        if self.notify is not None and (long := faster(self.model_spec, self.recipe, speed, left)):
+            self.notify(long)
+
+    def layer(self, done: int, layers: int, result: dict[str, Any]) -> None:
+        """Reports a layer that is done."""
+        from anymla.methods.mla.choose import LayerResult
+
+        if self.progress is not None:
+            self.progress(done, layers, LayerResult(**result))
 
 
-def _convert_plain(source: Plain, model_spec: ModelSpec, chosen: MLAPlan, run: _Run) -> Conversion:
-    """Takes up what the work folder holds of this conversion, or begins it."""
-    if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
-        all_formats()[chosen.recipe.target].check_source(chosen.model, source.folder, model_spec.vocab_size)
-    windows = _calibration(chosen.recipe, source.folder, model_spec)
-
-    from anymla.distributed import join_processes, world
-    from anymla.io.streamed import StreamedModel
-    from anymla.sweep.progress import claim, decide_computing, fingerprint, kept
-
-    device = join_processes(pick_device(chosen.recipe.device))
-    streamed = StreamedModel(source.folder, dtype=chosen.recipe.dtype, device=device)
-    same = {"anymla": __version__, "--max-shard-size": run.shard}
-    claim(run.work, lambda: same | fingerprint(streamed, chosen, windows), restart=run.restart)
-    with kept(run.work, len(model_spec.layers)):
-        left = len(model_spec.layers) - len(run.work.progress["layers"])
-        computing = decide_computing(run.work, streamed.stored_dtype, device, chosen.recipe.dtype)
-        streamed.compute_in(computing.dtype)
-        if run.notify and (long := faster(model_spec, chosen.recipe, world() * matmul_speed(device), left)):
-            run.notify(long)
-        return _convert(streamed, source, model_spec, chosen, windows, computing, run)
-
-
-def _convert(
-    streamed: StreamedModel,
-    source: Plain,
-    model_spec: ModelSpec,
-    plan: MLAPlan,
-    windows: torch.Tensor,
-    computing: Computing,
-    run: _Run,
-) -> Conversion:
-    """Converts what the work folder does not hold yet, scores it, and puts it in the output's place."""
-    from anymla.distributed import rank, wait_for_all, world
+def _convert(source: Plain, model_spec: ModelSpec, chosen: MLAPlan, run: Run, started: float) -> Conversion:
+    """Runs the conversion over ``source``, scores it, and writes its report."""
+    from anymla.distributed import rank
     from anymla.evaluation.held_out import held_out_scores
-    from anymla.sweep.checkpoint import write_checkpoint
-    from anymla.sweep.sequence import Sequence
+    from anymla.methods.mla.choose import LayerResult
+    from anymla.sweep.run import swept
 
-    sequence = Sequence(streamed, model_spec, plan, windows, run.work)
-    converted = sequence.run(run.memory // world(), run.shard, run.progress)
-    before, after = held_out_scores(streamed, converted, tuples=sequence.tuples)
-    results = [record.result for record in converted.records]
-    specs = tuple(LayerSpec.of(record.spec or {}) for record in converted.records)
-    final = _final_plan(plan.model_copy(update={"layers": sequence.plans}), sequence.recipe, results)
-    report = Conversion(
-        output=run.work.output,
-        plan=final,
-        spec=replace(model_spec, dtype=computing.stored, layers=specs),
-        layers=tuple(result for result in results if result is not None),
-        before=before,
-        after=after,
-        cache_bytes_at=plan_bytes(final, model_spec),
-        commit=source.commit,
-        notes=(*source.notes, *streamed.notes),
-        computing=computing,
-        seconds=time.monotonic() - run.started,
-        peak_rss_bytes=peak_rss(),
-        anymla_version=__version__,
-    )
-    if rank() == 0:
-        write_checkpoint(streamed, run.work, specs, max_shard_size=run.shard)
-        _write_report(run.work.model, report)
-        lengths = told_lengths(report.spec)
-        write_account(run.work.model, report.spec, (record.after or no_cache(lengths) for record in converted.records))
-        run.work.finish()
-    wait_for_all()
+    with swept(chosen.recipe, source.folder, model_spec, run, choices=chosen.layers) as done:
+        results = [None if record.result is None else LayerResult(**record.result) for record in done.records]
+        before, after = (
+            Account(layers=tuple(found for record in done.records if (found := getattr(record, when)) is not None))
+            for when in ("before", "after")
+        )
+        scores = held_out_scores(
+            done.source, done.windows, done.original, done.converted, caches=(before, after), tuples=done.tuples
+        )
+        final = _final_plan(chosen.model_copy(update={"layers": done.plan.choices}), results)
+        report = Conversion(
+            output=run.output.absolute(),
+            plan=final,
+            spec=done.spec,
+            layers=tuple(result for result in results if result is not None),
+            before=scores[0],
+            after=scores[1],
+            cache_bytes_at=plan_bytes(final, model_spec),
+            commit=source.commit,
+            notes=(*source.notes, *done.source.notes),
+            computing=done.computing,
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=peak_rss(),
+            anymla_version=__version__,
+        )
+        if rank() == 0:
+            _write_report(done.folder, report)
     return report
 
 
-def _final_plan(plan: MLAPlan, recipe: MLA, results: list[LayerResult | None]) -> MLAPlan:
+def _final_plan(plan: MLAPlan, results: list[LayerResult | None]) -> MLAPlan:
     layers = tuple(
         layer
         if layer is None or result is None
         else layer.model_copy(update={"rope_dims": result.rope_dims, "kv_rank": result.kv_rank, "rope_choices": ()})
         for layer, result in zip(plan.layers, results, strict=True)
     )
-    return plan.model_copy(update={"layers": layers, "recipe": recipe})
+    return plan.model_copy(update={"layers": layers})
 
 
 def _write_report(folder: Path, report: Conversion) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from anymla import __version__
 from anymla.account import account
-from anymla.architectures.model_spec import converted_spec, read_config, read_model_spec
+from anymla.architectures.model_spec import read_config, spec_of
 from anymla.io.checkpoint import ACCOUNT, check_weights
 from anymla.io.sources.locate import Located
 from anymla.io.sources.plain import notes_of
-from anymla.modeling.spec import KEY, OLD_KEY, ModelSpec
+from anymla.modeling.spec import ModelSpec
 from anymla.recipe import Recipe
 from anymla.weight_files import sized, stored_bytes
 
@@ -48,7 +48,7 @@ class Quality:
 class StepOutcome:
     """What the model is after a step, or before the first one.
 
-    ``settings``: of the step. ``seconds``: that the step took, in its last process where it was stopped between.
+    ``settings``: of the step. ``seconds``: that the step took, the last call alone where it was stopped between.
     ``quality``: None without an evaluation text.
     """
 
@@ -89,19 +89,18 @@ class RunReport:
         }
 
 
-def spec_of(source: Located) -> ModelSpec:
+def source_spec(source: Located) -> ModelSpec:
     """What a model is, from its config alone; one that anymla converted may be tuned or changed further.
 
     Raises:
         UnsupportedModelError, CheckpointError: it is no model that anymla knows.
     """
-    config = read_config(source.base) if source.gguf is None else source.gguf.config
-    return converted_spec(config) if {KEY, OLD_KEY} & config.keys() else read_model_spec(config)
+    return spec_of(read_config(source.base) if source.gguf is None else source.gguf.config)
 
 
 def original_cost(source: Located, context: int | None) -> Cost:
     """What the original costs; its weights are counted where its folder holds them as they are."""
-    spec = spec_of(source)
+    spec = source_spec(source)
     if not notes_of(source):
         spec = sized(spec, stored_bytes(spec, check_weights(source.base)))
     context = context or spec.max_position_embeddings
@@ -117,7 +116,7 @@ def original_cost(source: Located, context: int | None) -> Cost:
 
 def step_cost(folder: Path, context: int | None) -> Cost:
     """What a step's checkpoint costs, as its account.json says."""
-    told, spec = json.loads((folder / ACCOUNT).read_text(encoding="utf-8")), converted_spec(read_config(folder))
+    told, spec = json.loads((folder / ACCOUNT).read_text(encoding="utf-8")), spec_of(read_config(folder))
     context = context or spec.max_position_embeddings
     names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")
     at = account(spec, (context,)).cache_bytes_at[str(context)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,18 +20,19 @@ from anymla.methods.base import Method
 from anymla.methods.mla.settings import MLA
 from anymla.methods.tune import Tune
 from anymla.recipe import Recipe, read_recipe
-from anymla.run_outcome import Quality, RunReport, StepOutcome, original_cost, spec_of, step_cost
+from anymla.run_outcome import Quality, RunReport, StepOutcome, original_cost, source_spec, step_cost
 
 Begins = Callable[[int, Method], Any]  # gives the progress callback of convert or tune, for a step and its number
 Note = Callable[[str], None]
-REPORTS = {"mla": "conversion.json", "tune": "tuning.json"}  # what a step writes beside its weights
 
 
 def run(
-    recipe: Recipe | str | Path,
+    model: Recipe | str | Path | None,
     output: str | Path,
-    *,
     steps: Sequence[Any] | None = None,
+    *,
+    recipe: str | Path | None = None,
+    teacher: str | Path | None = None,
     text: str | Path | None = None,
     context: int | None = None,
     overwrite: bool = False,
@@ -45,11 +45,14 @@ def run(
     """Runs the steps of a recipe, and writes the last one's checkpoint to ``output``.
 
     Args:
-        recipe: a recipe, a YAML file or the name of one that comes with anymla; with ``steps``, the model instead.
+        model: what the first step takes, as :func:`anymla.convert` does; or a whole recipe.
         output: the folder to write; ``run.json``, ``recipe.yaml`` and ``account.json`` lie beside the weights.
         steps: names of steps, ``{"mla": {"kv_cache": 0.25}}``, or objects such as ``MLA(kv_cache=0.25)``.
-        text: score the original and the model after every step on this text; it replaces the recipe's.
-        context: tokens at which the cache's size is told; it replaces the recipe's.
+        recipe: in place of steps, a YAML file or the name of a recipe that comes with anymla; ``model``, ``teacher``,
+            ``text`` and ``context`` replace what it says.
+        teacher: the original, where the model is not it.
+        text: score the original and the model after every step on this text.
+        context: tokens at which the cache's size is told.
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped run to ``output`` left, instead of going on from there.
         keep_steps: keep the checkpoints between the steps, in a folder ``OUTPUT-steps``.
@@ -64,32 +67,37 @@ def run(
         AnymlaError: one of its kinds, each one clear line. What a step refuses is told before any weight is read.
     """
     place = Path(os.path.expanduser(output))
-    chosen = _chosen(recipe, steps, text, context)
+    chosen = _chosen(model, steps, recipe, {"teacher": teacher, "text": text, "context": context})
     original = chosen.teacher or chosen.model
     adapter = next((step.adapter for step in chosen.steps if isinstance(step, MLA)), None)
-    chosen.plan(spec_of(locate(str(chosen.model), adapter=adapter, config_only=True)))
+    chosen.plan(source_spec(locate(str(chosen.model), adapter=adapter, config_only=True)))
     _check_texts(chosen)
-    source, teacher = locate(str(chosen.model), adapter=adapter), locate(str(original), adapter=adapter)
-    for path in (*source.paths, *teacher.paths):
+    source, taught_by = locate(str(chosen.model), adapter=adapter), locate(str(original), adapter=adapter)
+    for path in (*source.paths, *taught_by.paths):
         check_output(place, path, overwrite=overwrite)
     kept = place.absolute().with_name(f"{place.name}-steps") if keep_steps else None
     if kept is not None and os.path.lexists(kept) and not overwrite:
         raise OutputError(f"{kept} exists: choose another -o, or give --overwrite")
-    return _Run(chosen, place, teacher, adapter, kept, progress, told, note).all_steps(_source_facts(source), restart)
+    return _Run(chosen, place, taught_by, adapter, kept, progress, told, note).all_steps(_source_facts(source), restart)
 
 
-def _chosen(recipe: Recipe | str | Path, steps: Sequence[Any] | None, text: Any, context: int | None) -> Recipe:
-    """The recipe with the arguments in place of what it says."""
-    given = {"text": text, "context": context}
+def _chosen(
+    model: Recipe | str | Path | None, steps: Sequence[Any] | None, recipe: str | Path | None, given: dict[str, Any]
+) -> Recipe:
+    """The whole recipe, with the arguments in place of what it says.
+
+    Raises:
+        RecipeError: no model, no steps, or several of them.
+    """
     changes = {name: value for name, value in given.items() if value is not None}
-    if isinstance(recipe, Recipe):
-        if steps is not None:
-            raise RecipeError("steps: the recipe has its own; give a model in its place")
-        chosen = Recipe.of(recipe.model_dump(exclude={"steps"}) | {"steps": recipe.steps} | changes)
-    elif steps is not None:
-        chosen = Recipe.of({"model": recipe, "steps": list(steps)} | changes, "steps")
+    if (steps is not None) + (recipe is not None) + isinstance(model, Recipe) != 1:
+        raise RecipeError("give one of a recipe and the steps to run, as [{'mla': {'kv_cache': 0.25}}, 'tune']")
+    if isinstance(model, Recipe):
+        chosen = Recipe.of(model.model_dump(exclude={"steps"}) | {"steps": model.steps} | changes)
+    elif recipe is not None:
+        chosen = read_recipe(recipe, model=model, **changes)
     else:
-        chosen = read_recipe(recipe, **changes)
+        chosen = Recipe.of({"model": model, "steps": list(steps or ())} | changes, "steps")
     if chosen.model is None:
         raise RecipeError("the recipe names no model: give --model")
     return chosen
@@ -101,8 +109,8 @@ def _check_texts(recipe: Recipe) -> None:
     Raises:
         TextError: one is not.
     """
+    from anymla.data.mixture import Source
     from anymla.data.text import read_documents
-    from anymla.data.tuning import Source
 
     texts = [Source.of(data).name for step in recipe.steps if isinstance(step, Tune) for data in step.data or []]
     texts += [step.eval_data for step in recipe.steps if isinstance(step, Tune) and step.eval_data is not None]
@@ -142,7 +150,7 @@ class _Run:
 
         started = time.monotonic()
         join_processes(pick_device(getattr(self.recipe.steps[0], "device", "auto")))
-        work = WorkFolder(self.output, kind="run", counted="steps")
+        work = WorkFolder(self.output, kind="run", counted=("steps",))
         claim(work, lambda: self._fingerprint() | {"source": source}, restart=restart)
         with _kept(work, len(self.recipe.steps)):
             if not work.progress.get("finishing"):
@@ -182,10 +190,11 @@ class _Run:
 
         keep()
         for number in range(len(self.recipe.steps) + 1):
+            began = time.monotonic()
             if number and not _folder(work, self.recipe, number).is_dir():
                 self._step(work, number)
             if number == len(outcomes):
-                outcomes.append(self._outcome(work, number))
+                outcomes.append(self._outcome(work, number, time.monotonic() - began))
                 keep()
             if self.told is not None and rank() == 0:
                 self.told(number, StepOutcome.of(outcomes[number]))
@@ -200,7 +209,7 @@ class _Run:
                 done = pipeline.convert(source, folder, step, progress=progress, notify=self.note)
                 self._note(done.notes)
             elif isinstance(step, Tune):
-                from anymla.training.tune import tune
+                from anymla.recovery import tune
 
                 teacher = self.original.name
                 tune(source, folder, teacher=teacher, adapter=self.adapter, recipe=step, progress=progress)
@@ -215,19 +224,18 @@ class _Run:
             for text in texts:
                 self.note(text)
 
-    def _outcome(self, work: WorkFolder, number: int) -> dict[str, Any]:
+    def _outcome(self, work: WorkFolder, number: int, seconds: float) -> dict[str, Any]:
         """What the model is after a step, or before the first one; the same in all processes."""
         from anymla.distributed import first_decides, rank
 
         if rank() != 0:
             return dict(first_decides(None))
         if number == 0:
-            cost, seconds = original_cost(self.original, self.recipe.context), 0.0
+            cost = original_cost(self.original, self.recipe.context)
             name, settings, folder = "original", {}, None
         else:
             step, folder = self.recipe.steps[number - 1], _folder(work, self.recipe, number)
             name, settings, cost = step.name, step.model_dump(mode="json"), step_cost(folder, self.recipe.context)
-            seconds = json.loads((folder / REPORTS[name]).read_text(encoding="utf-8"))["seconds"]
         quality = self._quality(folder)
         outcome = StepOutcome(name=name, settings=settings, account=cost, quality=quality, seconds=seconds)
         return dict(first_decides(asdict(outcome)))

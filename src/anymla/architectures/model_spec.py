@@ -140,6 +140,15 @@ def converted_spec(config: Mapping[str, Any]) -> ModelSpec:
     return replace(spec, layers=layers)
 
 
+def spec_of(config: Mapping[str, Any]) -> ModelSpec:
+    """The facts of a model, stock or converted, from its parsed config.
+
+    Raises:
+        UnsupportedModelError: it can be neither read nor converted; the message says why.
+    """
+    return converted_spec(config) if {KEY, OLD_KEY} & config.keys() else read_model_spec(config)
+
+
 def _placed(converted: tuple[LayerSpec, ...], spec: ModelSpec) -> tuple[LayerSpec, ...]:
     """The converted layers that anymla 0.1 listed, among the others, with what the config says of their attention."""
     layers = list(spec.layers)

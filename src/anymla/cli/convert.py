@@ -29,7 +29,7 @@ from anymla.methods.mla.plan import MLAPlan
 from anymla.outcomes import Conversion
 
 if TYPE_CHECKING:
-    from anymla.methods.mla.layer_step import LayerResult
+    from anymla.methods.mla.choose import LayerResult
 
 
 @app.command()

@@ -120,7 +120,7 @@ def generate(
     revision: Revision = None,
 ) -> None:
     """Continue a prompt, streaming, through transformers' own generate."""
-    from anymla.evaluation.story import stream_continuation
+    from anymla.evaluation.generation import stream_continuation
 
     with shown("generate"):
         stream_continuation(

@@ -68,7 +68,7 @@ class _Phase:
     first: tuple[int, float]
     last: tuple[int, float]
     total: int | None
-    told: str = ""  # what its last report said
+    text: str = ""  # what its last report said
     lines: int = 0
     silent: bool = True  # whether the last report was not printed
 
@@ -117,8 +117,8 @@ class Lines:
                 self.phase = _Phase(what, (done, now), (done, now), total)
             phase = self.phase
             phase.last, phase.total, phase.silent = (done, now), total, True
-            phase.told = what if total is None else f"{what} {amount(done)} of {amount(total)}"
-            phase.told += f" ({detail})" if detail else ""
+            phase.text = what if total is None else f"{what} {amount(done)} of {amount(total)}"
+            phase.text += f" ({detail})" if detail else ""
             if done and (not self.lines or now - self.printed >= EVERY):
                 self._print_last()
 
@@ -127,8 +127,8 @@ class Lines:
         with self._lock:
             now, reported = self.clock(), self.begun if self.phase is None else self.phase.last[1]
             if now - self.printed >= EVERY and now - reported >= LONG:
-                told = "" if self.phase is None else f"{self.phase.told}{' done' if self.phase.total else ''}, "
-                self._print(told, now, " so far")
+                text = "" if self.phase is None else f"{self.phase.text}{' done' if self.phase.total else ''}, "
+                self._print(text, now, " so far")
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(1):
@@ -138,13 +138,13 @@ class Lines:
         """Prints the last step, as of its end, where there is one and that was not done yet."""
         if self.phase is not None and self.phase.silent and self.phase.last[0]:
             self.phase.silent = False
-            self._print(f"{self.phase.told}, ", self.phase.last[1])
+            self._print(f"{self.phase.text}, ", self.phase.last[1])
 
-    def _print(self, told: str, now: float, ending: str = "") -> None:
+    def _print(self, text: str, now: float, ending: str = "") -> None:
         left = None if self.phase is None else self.phase.seconds_left(now)
         ending += "" if left is None else f", about {left:.0f} s left"
         with suppress(OSError, ValueError):  # a log that is gone stops no work
-            self.stream.write(f"{self.command}: {told}{now - self.begun:.0f} s{ending}\n")
+            self.stream.write(f"{self.command}: {text}{now - self.begun:.0f} s{ending}\n")
             self.stream.flush()
         self.printed = self.clock()
         self.lines += 1

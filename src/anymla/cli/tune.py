@@ -81,10 +81,10 @@ def tune(
     """Train a converted model until it gives what the original gave."""
     base = {} if recipe is None else read_tune(recipe)
     chosen = Tune.of(base | settings, "settings")
-    from anymla.training import tune as tuning
+    from anymla.recovery import tune as tune_model
 
-    with shown("tune") as told, how_to_go_on():
-        report = tuning.tune(
+    with shown("tune") as report_steps, how_to_go_on():
+        report = tune_model(
             converted,
             output,
             teacher=teacher,
@@ -94,7 +94,7 @@ def tune(
             report_to=report_to,
             revision=revision,
             adapter=adapter,
-            progress=tuning_progress(told),
+            progress=tuning_progress(report_steps),
             note=print_note if first_process() else None,
         )
     if not first_process():

@@ -14,11 +14,10 @@ from anymla.evaluation.benchmarks import Benchmarks, Evaluation, prepare
 from anymla.evaluation.measures import compare
 from anymla.io.checkpoint import load_tokenizer
 from anymla.io.computing import load_to_compute
-from anymla.io.device import pick_device
+from anymla.io.device import pick_device, versions
 from anymla.io.find import with_revision
 from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import Plain, plain_source
-from anymla.io.versions import versions
 
 if TYPE_CHECKING:
     from torch import Tensor

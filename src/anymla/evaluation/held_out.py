@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -11,29 +12,35 @@ from anymla.evaluation.logits import Logits
 from anymla.evaluation.scores import Scores, ScoreSums
 from anymla.io.streamed import StreamedModel
 from anymla.model_run.stream import decoder_layers, logits_of
-from anymla.sweep.sequence import Converted
 
 
-def held_out_scores(streamed: StreamedModel, converted: Converted, *, tuples: bool) -> tuple[Scores, Scores]:
+def held_out_scores(
+    source: StreamedModel,
+    windows: Tensor,
+    original: Iterable[Tensor],
+    converted: Iterable[Tensor],
+    *,
+    caches: tuple[Account, Account],
+    tuples: bool,
+) -> tuple[Scores, Scores]:
     """Scores of the original and of the converted model on the held-out windows of all processes.
 
-    ``tuples``: whether layers of this family return tuples.
+    Args:
+        source: the original, whose last norm and head make the logits.
+        windows: this process's windows [N,T].
+        original: the original's final hidden states [1,T,D] of each, in order.
+        converted: those of the converted model.
+        caches: of each model, as measured.
+        tuples: whether layers of this family return tuples.
     """
     before, after = ScoreSums(), ScoreSums()
-    with streamed.on_demand(decoder_layers(streamed.model)):
-        pairs = zip(
-            converted.streams.original.split(1, converted.held_out),
-            converted.streams.converted.split(1, converted.held_out),
-            strict=True,
-        )
-        for (original, hidden), window in zip(pairs, converted.windows[converted.held_out], strict=True):
-            ids, reference = window[None].to(streamed.device), _logits(streamed.model, original, tuples)
+    with source.on_demand(decoder_layers(source.model)):
+        for window, true, hidden in zip(windows, original, converted, strict=True):
+            ids, reference = window[None].to(source.device), _logits(source.model, true, tuples)
             before.add(reference, ids, reference)
-            after.add(_logits(streamed.model, hidden, tuples), ids, reference)
-    cache_before = Account(layers=tuple(record.before for record in converted.records if record.before is not None))
-    cache_after = Account(layers=tuple(record.after for record in converted.records if record.after is not None))
-    device = streamed.device
-    return before.over_all_processes(device).scores(cache_before), after.over_all_processes(device).scores(cache_after)
+            after.add(_logits(source.model, hidden, tuples), ids, reference)
+    first, second = (sums.over_all_processes(source.device) for sums in (before, after))
+    return first.scores(caches[0]), second.scores(caches[1])
 
 
 def _logits(model: Any, hidden: Tensor, tuples: bool) -> Logits:

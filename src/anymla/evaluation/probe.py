@@ -72,10 +72,10 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def _query(begin: list[int], filler: list[int], trial: Trial, length: int, depth: float, index: int) -> Query:
     """``length`` tokens: filler, what is planted at ``depth`` in it, more filler, what is asked."""
-    room = length - len(begin) - len(trial.planted) - len(trial.asked)
+    left = length - len(begin) - len(trial.planted) - len(trial.asked)
     start = index * len(filler) // TRIALS
-    text = [filler[(start + place) % len(filler)] for place in range(room)]
-    before = round(depth * room)
+    text = [filler[(start + place) % len(filler)] for place in range(left)]
+    before = round(depth * left)
     ids = [*begin, *text[:before], *trial.planted, *text[before:], *trial.asked]
     return Query(ids, len(ids) - trial.count, trial.among)
 

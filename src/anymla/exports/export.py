@@ -14,8 +14,8 @@ from anymla.exports.export_report import Export
 from anymla.exports.format import Format, all_formats
 from anymla.io.checkpoint import check_output, new_folder, safe_config
 from anymla.io.config import read_object
+from anymla.io.device import versions
 from anymla.io.find import find_model
-from anymla.io.versions import versions
 from anymla.io.work import write_json
 from anymla.layouts import Target
 from anymla.modeling.spec import layers_of

@@ -18,7 +18,7 @@ from anymla.io.extra import misplaced
 from anymla.io.hub_cache import in_part
 from anymla.io.mistaken import other_config, stand_in
 from anymla.io.shards import INDEX, SINGLE, check_amount, check_index, held_tensors, index_of, shard_files
-from anymla.io.work import clear_abandoned, hold, remove
+from anymla.io.work import clear_abandoned, lock_folder, remove
 
 ACCOUNT = "account.json"  # bytes of the weights beside it
 
@@ -230,7 +230,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         clear_abandoned(output.absolute())
         part.mkdir(parents=True)
-        held = hold(part)
+        held = lock_folder(part)
         yield part
         if output.exists():
             output.rename(old)
@@ -263,7 +263,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation settings and licences: all files beside weights, their account, config and model card."""
+    """Copies tokenizer, generation settings, licences: all files but weights, their account, config and model card."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
     for file in source.iterdir():
         skip = (

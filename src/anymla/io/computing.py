@@ -69,7 +69,7 @@ def load_to_compute(folder: Path, *, dtype: str | None = None, device: str = "cp
     model = load_model(folder, dtype=dtype, device=device)
     stored = str(model.dtype).removeprefix("torch.")
     fast = getattr(torch, computing_dtype(stored, device, dtype).dtype)
-    room = machine_memory() // 2  # the other model needs some, too
-    if fast != model.dtype and fast.itemsize * sum(weight.numel() for weight in model.parameters()) < room:
+    budget = machine_memory() // 2  # the other model needs some, too
+    if fast != model.dtype and fast.itemsize * sum(weight.numel() for weight in model.parameters()) < budget:
         model = model.to(fast)
     return model

@@ -1,10 +1,12 @@
-"""Where to compute, and how much memory is there."""
+"""What this machine has: devices, memory, versions of what results depend on."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import time
+from importlib.metadata import version
 from typing import Any
 
 from anymla.errors import RecipeError
@@ -56,3 +58,9 @@ def give_back_memory() -> None:
     """Hands freed memory back to the system, where the C library (glibc) would keep it in pieces."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
+
+
+def versions(*others: str) -> dict[str, str]:
+    """The versions of Python, anymla, torch, transformers and ``others``, packages by name."""
+    packages = {name: version(name) for name in ("anymla", "torch", "transformers", *others)}
+    return packages | {"python": platform.python_version()}

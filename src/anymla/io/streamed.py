@@ -119,7 +119,7 @@ class StreamedModel:
         In the config too, so that the model that comes out keeps both. Returns a note for each.
         """
         stored = [name for name in self._ties if name in self._sources]
-        broken = [name for name in stored if (owner := self._first(name)) != name and self._differ(name, owner)]
+        broken = [name for name in stored if (owner := self._first_of_tied(name)) != name and self._differ(name, owner)]
         for name in broken:
             del self._ties[name]
         for prefix, part in self.model.named_modules():
@@ -173,7 +173,7 @@ class StreamedModel:
         """The size of a saved number over that of a computed one."""
         return self._dtype.itemsize / self._computing.itemsize
 
-    def _first(self, name: str) -> str:
+    def _first_of_tied(self, name: str) -> str:
         """The first tensor in the files of those that ``name`` is tied with; ``name`` where there is none."""
         tied = self._ties.get(name, name)
         ring = [tied, *(other for other, source in self._ties.items() if source == tied)]
@@ -181,7 +181,7 @@ class StreamedModel:
 
     def owner(self, name: str) -> str:
         """The tensor that the files hold for ``name``: itself, or the one it is tied to."""
-        return name if name in self._sources else self._first(name)
+        return name if name in self._sources else self._first_of_tied(name)
 
     def name_of(self, module: nn.Module) -> str:
         """The dotted name of a module of the model."""

@@ -22,15 +22,16 @@ class WorkFolder:
 
     progress.json in ``path`` is replaced whole, after all that it counts is durable; a kill at any moment leaves a
     state to go on from. Only one process at a time may hold the folder. The last step renames it to OUT. ``kind`` names
-    the work in messages; what of it is done is listed under ``counted`` in progress.json.
+    the work in messages; what of it is done is listed in progress.json, under the names in ``counted``.
     """
 
-    def __init__(self, output: Path, *, kind: str = "conversion", counted: str = "layers") -> None:
+    def __init__(
+        self, output: Path, *, kind: str = "conversion", counted: tuple[str, ...] = ("layers", "survey")
+    ) -> None:
         self.kind, self.counted = kind, counted
         self.output = output.absolute()
         self.model = self.output.with_name(f".{output.name}.partial")
         self.path = self.model / STATE
-        self._replaced = self.output.with_name(f".{output.name}.replaced")
         self.progress: dict[str, Any] = {}
         self._lock: Any = None
 
@@ -60,14 +61,19 @@ class WorkFolder:
 
     def _take_up(self, fingerprint: dict[str, Any], restart: bool) -> None:
         self.progress = {} if restart else self._read()
-        if self.progress.get(self.counted) and (other := _differing(self.progress["fingerprint"], fingerprint)):
+        if self.begun and (other := _differing(self.progress["fingerprint"], fingerprint)):
             raise OutputError(
                 f"{self.model} holds a {self.kind} that was stopped and had {other}: the command that began it goes "
                 "on, --restart discards it"
             )
-        if not self.progress.get(self.counted):
+        if not self.begun:
             self._empty()
-            self.progress = {"fingerprint": fingerprint, self.counted: [], "shards": []}
+            self.progress = {"fingerprint": fingerprint, "shards": []} | {name: [] for name in self.counted}
+
+    @property
+    def begun(self) -> bool:
+        """Whether something is done that the same work can go on from."""
+        return any(self.progress.get(name) for name in self.counted)
 
     def commit(self, **changes: Any) -> None:
         """Counts as done what ``changes`` says, atomically."""
@@ -76,18 +82,8 @@ class WorkFolder:
 
     def finish(self) -> None:
         """The new checkpoint takes the output's place; nothing else is left."""
-        if os.path.lexists(self.output):
-            remove(self._replaced)
-            self.output.rename(self._replaced)
-        try:
-            shutil.rmtree(self.path)
-            self.model.rename(self.output)
-        except OSError:
-            if os.path.lexists(self._replaced):
-                self._replaced.rename(self.output)
-            raise
-        if os.path.lexists(self._replaced):
-            remove(self._replaced)
+        shutil.rmtree(self.path)
+        replace_folder(self.model, self.output)
 
     def discard(self) -> None:
         """Removes the work folder, and the folders above that were made for it."""
@@ -116,12 +112,12 @@ def clear_abandoned(output: Path) -> None:
     for path in output.parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(output.name)}\.(partial|source)-\d+", path.name) and path.is_dir():
             with suppress(OSError):  # held, or gone by now
-                held = hold(path)
+                held = lock_folder(path)
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(held)
 
 
-def hold(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Holds ``folder`` until what this returns is closed, or the process ends in whatever way.
 
     Raises:
@@ -134,6 +130,22 @@ def hold(folder: Path) -> int:
         os.close(held)
         raise
     return held
+
+
+def replace_folder(new: Path, output: Path) -> None:
+    """Puts ``new`` at ``output``; what was there goes only once that is done."""
+    replaced = output.with_name(f".{output.name}.replaced")
+    if os.path.lexists(output):
+        remove(replaced)
+        output.rename(replaced)
+    try:
+        new.rename(output)
+    except OSError:
+        if os.path.lexists(replaced):
+            replaced.rename(output)
+        raise
+    if os.path.lexists(replaced):
+        remove(replaced)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -7,20 +7,25 @@ loads torch: a method's file imports it inside the functions that run.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field, field_validator
+
 import anymla.methods
 from anymla.errors import RecipeError
 from anymla.modeling.spec import LayerSpec, ModelSpec
-from anymla.settings import Settings
+from anymla.settings import MOST, DtypeName, Settings
 
 if TYPE_CHECKING:
-    from anymla.sweep.layer import Layer
-    from anymla.sweep.survey import Survey
+    from anymla.sweep.layer import Layer, Observer
+
+
+Facts = list[dict[str, Any] | None]  # per layer what a survey gathered, ready for JSON; None: not looked at
 
 
 class Phase(IntEnum):
@@ -49,10 +54,42 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a step will make: the model after it, and what the method chose per layer, ready for JSON."""
+    """What a step will make: the model after it, and what the method chose for each layer.
+
+    ``choices``: of a layer method, one per layer; None for a layer that stays as it is.
+    """
 
     after: ModelSpec
     choices: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """What a layer became: its new spec, and what the method has to say of it, ready for JSON."""
+
+    spec: LayerSpec
+    result: dict[str, Any]
+
+
+class Survey(ABC):
+    """What a method gathers on calibration text before its plan is final; anymla.sweep runs it, keeps what it says.
+
+    ``backward``: whether it needs gradients of the final loss.
+    """
+
+    backward: ClassVar[bool] = False
+
+    def layers(self, total: int) -> set[int]:
+        """Which of ``total`` layers it looks at; nothing runs after the last of them."""
+        return set(range(total))
+
+    @abstractmethod
+    def observer(self, layer: Layer) -> Observer:
+        """What collects while the original layer runs."""
+
+    @abstractmethod
+    def layer(self, layer: Layer, observed: Any) -> dict[str, Any]:
+        """What there is to know of the layer, ready for JSON; ``observed``: what :meth:`observer` gave."""
 
 
 class Method(Settings, ABC):
@@ -74,13 +111,11 @@ class Method(Settings, ABC):
         return None
 
     @abstractmethod
-    def plan(
-        self, model: ModelSpec, facts: list[dict[str, Any]] | None = None, choices: tuple[Any, ...] | None = None
-    ) -> Plan:
+    def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """What the model becomes; pure: the same arguments give the same plan.
 
-        ``facts``: per layer what the survey gathered; None in a dry run, or where the method has no survey.
-        ``choices``: those of an earlier plan, in which only what is still open is decided.
+        ``facts``: what the survey gathered, empty where there was none; None in a dry run. ``choices``: those of an
+        earlier plan, in which only what is still open is decided.
 
         Raises:
             InfeasibleError: the settings cannot be met; the message names what can.
@@ -88,19 +123,60 @@ class Method(Settings, ABC):
 
 
 class LayerMethod(Method):
-    """A method that changes one layer at a time, as anymla.sweep runs it over a checkpoint."""
+    """A method that changes one layer at a time, as anymla.sweep runs it over a checkpoint.
 
-    def survey(self, model: ModelSpec) -> Survey | None:
-        """What to gather on calibration text before the plan is made; None for nothing."""
+    Its fields say what it runs on; a method's own come before them.
+    """
+
+    calibration: str | None = Field(
+        None,
+        min_length=1,
+        description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. Default: bundled stories.",
+    )
+    calibration_tokens: int = Field(32768, ge=256, le=MOST, description="Tokens of calibration text to use.")
+    calibration_length: int = Field(
+        1024, ge=8, le=MOST, description="Tokens per calibration window (at most the model's context)."
+    )
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="A peft adapter (a folder or a hub id) to merge into the original's weights first; none leaves out "
+        "one that lies beside them. Default: that one, where there is one.",
+    )
+    device: str = Field(
+        "auto", max_length=60, description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
+    )
+    dtype: DtypeName | None = Field(
+        None,
+        description="Dtype to load, compute and save in. Default: the checkpoint's, computed in float32 where this CPU "
+        "is faster in that.",
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Which pieces of the calibration text are drawn.")
+
+    @field_validator("calibration", "adapter", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Puts the method's own fields before the shared ones: so they stand in --help, YAML and docs."""
+        shared = LayerMethod.model_fields
+        own = {name: field for name, field in cls.model_fields.items() if name not in shared}
+        cls.__pydantic_fields__ = own | {name: cls.model_fields[name] for name in shared}
+        cls.model_rebuild(force=True)
+
+    def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
+        """What to gather on calibration text before ``plan`` is final; None for nothing."""
         return None
 
     @abstractmethod
-    def observer(self, layer: Layer) -> Any:
+    def observer(self, layer: Layer) -> Observer:
         """What collects while the original layer runs over its stream; see anymla.sweep.layer.Observer."""
 
     @abstractmethod
-    def apply(self, layer: Layer, observed: Any) -> LayerSpec:
-        """Changes ``layer.module`` in place to what the plan says; returns what the layer now is."""
+    def apply(self, layer: Layer, observed: Any) -> Changed:
+        """Changes ``layer.module`` in place to what the plan says; ``observed``: what :meth:`observer` gave."""
 
 
 def all_methods() -> dict[str, type[Method]]:

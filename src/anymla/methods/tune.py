@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from anymla.methods.base import Method, Paper, Phase, Plan
+from anymla.methods.base import Facts, Method, Paper, Phase, Plan
 from anymla.modeling.spec import ModelSpec
 from anymla.settings import MOST
 
@@ -115,8 +115,6 @@ class Tune(Method):
             return "nothing in it was converted, so there is nothing to recover: put the step mla before it"
         return "it has no data: name a text to learn from" if self.data is None else None
 
-    def plan(
-        self, model: ModelSpec, facts: list[dict[str, Any]] | None = None, choices: tuple[Any, ...] | None = None
-    ) -> Plan:
+    def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """The same model: only its weights change."""
         return Plan(after=model)

@@ -92,7 +92,7 @@ def layers_give_tuples(model: Any, ids: Tensor) -> bool:
 def layer_inputs(model: Any, ids: Tensor, *, tuples: bool, use_cache: bool = False) -> LayerInputs:
     """Embeds windows ``ids`` [B,T] and records what each layer is called with: mask, rope tables, cache.
 
-    Runs no layer and nothing behind them. ``tuples``: what layers_give_tuples says of the model.
+    Runs no layer and nothing after them. ``tuples``: what layers_give_tuples says of the model.
     """
     layers = decoder_layers(model)
     names = [list(inspect.signature(layer.forward).parameters)[1:] for layer in layers]  # after the hidden states
@@ -113,6 +113,11 @@ def layer_inputs(model: Any, ids: Tensor, *, tuples: bool, use_cache: bool = Fal
 
 @torch.no_grad()
 def logits_of(model: Any, hidden: Tensor, *, tuples: bool) -> Tensor:
+    """Logits [B,T,V] of final hidden states [B,T,D], without gradients."""
+    return final_logits(model, hidden, tuples=tuples)
+
+
+def final_logits(model: Any, hidden: Tensor, *, tuples: bool) -> Tensor:
     """Logits [B,T,V] of final hidden states [B,T,D]: the model's own last norm and head."""
     output = (hidden, None) if tuples else hidden
     inputs: dict[str, Tensor] = {"inputs_embeds": hidden}  # whatever they are; their table need not be read
@@ -138,21 +143,33 @@ def check_runs(model: Any, hidden: Tensor, *, tuples: bool) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class AttentionStep:
-    """One batch through a layer: its attention's input, other arguments, output; and the layer's output, [B,T,D]."""
+@dataclass(frozen=True, kw_only=True)
+class AttentionRun:
+    """One batch through an attention: its input [B,T,D], its other arguments, its output [B,T,D] without residual."""
 
     inputs: Tensor
     arguments: dict[str, Any]
-    attended: Tensor
     output: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBatch:
+    """One batch through a layer: which windows, the hidden states before and after it [B,T,D], and its attention.
+
+    ``attention``: None where the layer has no softmax attention.
+    """
+
+    windows: slice
+    hidden: Tensor
+    output: Tensor
+    attention: AttentionRun | None
 
 
 @torch.no_grad()
 def attention_inputs(
     layer: Any, attention: nn.Module, hidden: Activations, arguments: dict[str, Any], batch: int
 ) -> Iterator[Tensor]:
-    """Yields per batch the attention module's input [B,T,D], and runs nothing behind it."""
+    """Yields per batch the attention module's input [B,T,D], and runs nothing after it."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -171,30 +188,35 @@ def attention_inputs(
 
 @torch.no_grad()
 def run_layer(
-    layer: Any, attention: nn.Module, hidden: Activations, arguments: dict[str, Any], batch: int
-) -> Iterator[AttentionStep]:
-    """Runs ``hidden`` [N,T,D] through a layer in batches."""
-    seen: dict[str, Any] = {}
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["arguments"] = dict(kwargs)
-        seen["input"] = args[0] if args else seen["arguments"].pop("hidden_states")
-        seen["residual"] = args[1] if len(args) > 1 else 0  # BLOOM's attention adds it
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        seen["output"] = first(output) - seen["residual"]
-
-    hooks = [
-        attention.register_forward_pre_hook(before, with_kwargs=True),
-        attention.register_forward_hook(after),
-    ]
-    try:
-        for part in hidden.split(batch):
+    layer: Any, attention: nn.Module | None, hidden: Activations, arguments: dict[str, Any], batch: int
+) -> Iterator[LayerBatch]:
+    """Runs ``hidden`` [N,T,D] through a layer in batches; its ``attention`` is listened to."""
+    seen: list[AttentionRun] = []
+    with _listening(attention, seen):
+        for start, part in zip(range(0, len(hidden), batch), hidden.split(batch), strict=True):
             output = first(layer(part, **arguments))
-            yield AttentionStep(seen["input"], seen["arguments"], seen["output"], output)
+            windows = slice(start, start + len(part))
+            yield LayerBatch(windows=windows, hidden=part, output=output, attention=seen.pop() if seen else None)
+
+
+@contextmanager
+def _listening(attention: nn.Module | None, seen: list[AttentionRun]) -> Iterator[None]:
+    """Within the block, what goes through ``attention`` is appended to ``seen``."""
+    if attention is None:
+        yield
+        return
+
+    def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        arguments = dict(kwargs)
+        inputs = args[0] if args else arguments.pop("hidden_states")
+        residual = args[1] if len(args) > 1 else 0  # BLOOM's attention adds it
+        seen.append(AttentionRun(inputs=inputs, arguments=arguments, output=first(output) - residual))
+
+    hook = attention.register_forward_hook(listen, with_kwargs=True)
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 def first(output: Any) -> Tensor:
@@ -204,7 +226,7 @@ def first(output: Any) -> Tensor:
 
 
 def pass_through(layer: Any, stream: Activations, arguments: dict[str, Any], batch: int) -> None:
-    """Moves ``stream`` on to the states behind ``layer``."""
+    """Moves ``stream`` on to the states after ``layer``."""
     done = 0
     for hidden in stream.split(batch):
         stream[done : done + len(hidden)] = first(layer(hidden, **arguments))

@@ -48,6 +48,7 @@ class LatentAttention(nn.Module):
         spec: what the original computes, and how large latent and rope key are.
     """
 
+    always_expands = False  # set while a model learns: fused kernels hold no scores for the way back
     query_rotation: Tensor
     channel_weight: Tensor
     channel_index: Tensor
@@ -241,6 +242,8 @@ class LatentAttention(nn.Module):
 
     def absorbs(self, new: int, mask: Tensor | None) -> bool:
         """Whether latent space takes fewer multiply-adds than expanding the cache, and the mask allows it."""
+        if self.always_expands:
+            return False
         if self.training and (self.attention_dropout > 0 or not is_plain(self.kv_b_proj)):  # adapters drop out, too
             return False
         if not (mask is None and new == 1) and not (isinstance(mask, Tensor) and mask.dim() == 4):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from anymla.io.auto import auto_class
@@ -39,20 +40,23 @@ def converted_config(model: Any, layers: tuple[LayerSpec, ...]) -> Any:
     )
 
 
-def write_checkpoint(
-    source: StreamedModel, work: WorkFolder, specs: tuple[LayerSpec, ...], *, max_shard_size: int
-) -> None:
-    """Completes ``work.model``: the last weights, config, modelling files, tokenizer and generation settings."""
-    config, layers = converted_config(source.model, specs), decoder_layers(source.model)
-    write_outside(source, work, layers, behind=True)
-    pack(work, len(layers) + 2, max_shard_size, last=True)
+def write_checkpoint(source: StreamedModel, work: WorkFolder, layers: Sequence[LayerSpec], *, shard_size: int) -> None:
+    """Completes ``work.model``: the last weights, config, tokenizer and generation settings.
+
+    Where some layer has a latent the config is a converted one and modelling files come with it; else it is stock.
+    """
+    modules = decoder_layers(source.model)
+    write_outside(source, work, modules, after=True)
+    pack(work, len(modules) + 2, shard_size, last=True)
     shards = name_shards(work)
     copy_companions(source.folder, work.model)
-    module = modeling_anymla.__name__.rsplit(".", 1)[-1]
-    config.auto_map = {
-        "AutoConfig": f"{module}.{type(config).__name__}",
-        auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",
-    }
+    config = source.model.config
+    if any(layer.latent is not None for layer in layers):
+        config, module = converted_config(source.model, tuple(layers)), modeling_anymla.__name__.rsplit(".", 1)[-1]
+        config.auto_map = {
+            "AutoConfig": f"{module}.{type(config).__name__}",
+            auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",
+        }
     config.save_pretrained(work.model)
     for shard in shards:
         shutil.copymode(work.model / "config.json", shard)

@@ -1,4 +1,4 @@
-"""Which conversion a work folder belongs to, and what becomes of it when the conversion stops early."""
+"""Which work a work folder belongs to, and what becomes of it when it stops early; for sweeps and trainings alike."""
 
 from __future__ import annotations
 
@@ -8,40 +8,36 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from anymla.distributed import first_decides, rank, world
 from anymla.errors import AnymlaError, OutputError
-from anymla.io.checkpoint import check_space
+from anymla.io.checkpoint import check_space, check_weights
 from anymla.io.computing import Computing, computing_dtype
 from anymla.io.safetensors import scan
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
-from anymla.methods.mla.plan import MLAPlan
+from anymla.settings import DtypeName, Settings
 
 
-def fingerprint(source: StreamedModel, plan: MLAPlan, windows: Tensor) -> dict[str, Any]:
-    """What the new weights depend on. Reads every weight once, and finds it finite.
+def fingerprint(settings: Settings, **inputs: Any) -> dict[str, Any]:
+    """What the new weights depend on: settings, what ``inputs`` are, and how many processes run which torch."""
+    return {"recipe": settings.model_dump(mode="json"), **inputs, "processes": world(), "torch": torch.__version__}
+
+
+def model_hash(folder: Path, dtype: DtypeName | None = None) -> list[Any]:
+    """What tells a checkpoint from all others. Reads every weight once, and finds it finite, in ``dtype`` too.
 
     Files are hashed whole: the same read also looks for NaN, and a sampled hash would miss a changed tensor.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
     """
-    files = sorted({tensor.file for tensor in source.stored.values()})
-    config = (source.folder / "config.json").read_bytes()
-    return {
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "plan": [layer if layer is None else layer.model_dump(mode="json") for layer in plan.layers],
-        "device": torch.device(source.device).type,
-        "processes": world(),
-        "torch": torch.__version__,
-        "calibration text": [hashlib.sha256(windows.numpy().tobytes()).hexdigest()],
-        "source": [hashlib.sha256(config).hexdigest(), *([file.name, scan(file, plan.recipe.dtype)] for file in files)],
-    }
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    return [config, *([file.name, scan(file, dtype)] for file in sorted(check_weights(folder)))]
 
 
 def claim(work: WorkFolder, fingerprint: Callable[[], dict[str, Any]], *, restart: bool) -> None:
@@ -76,46 +72,53 @@ def check_room(work: WorkFolder, source: StreamedModel, hidden_bytes: int) -> No
     Raises:
         OSError: not enough room.
     """
-    if not work.progress["layers"]:
+    if not work.begun:
         tensors = source.model.state_dict()
         weights = sum(tensor.numel() * source.saved[name].itemsize for name, tensor in tensors.items())
         check_space(work.path, weights + hidden_bytes)
 
 
 @contextmanager
-def kept(work: WorkFolder, layers: int) -> Iterator[None]:
-    """Keeps ``work`` when the block is stopped behind at least one of ``layers`` layers, and says how to go on.
+def keep_when_stopped(work: WorkFolder, done: Callable[[], str]) -> Iterator[None]:
+    """Keeps ``work`` when the block is stopped after something is done, and says how to go on.
 
     Before that, and where the same command would fail again, nothing is left. SIGTERM stops the block as Ctrl-C does.
+    ``done``: how much is, as "2 of 5 layers".
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
+
+    def told(otherwise: str = "") -> str:
+        if not work.begun:
+            return otherwise
+        return f"; {done()} are kept: the same command goes on, with --restart it begins anew"
+
     try:
         with terminated_as_interrupted():
             yield
     except KeyboardInterrupt as stop:
-        stop.add_note(f"stopped{_what_is_kept(work, layers) or '; nothing is left'}")
+        stop.add_note(f"stopped{told('; nothing is left')}")
         raise
     except AnymlaError as error:
-        if not isinstance(error.__cause__, OSError):
+        if not (isinstance(error.__cause__, OSError) or out_of_memory(error.__cause__)):
             if rank() == 0:
                 work.discard()
             raise
-        raise type(error)(f"{error}{_what_is_kept(work, layers)}") from error
+        raise type(error)(f"{error}{told()}") from error
     except OSError as error:
-        left = _what_is_kept(work, layers) or "; nothing was left there"
-        raise OutputError(f"{work.output} could not be written: {' '.join(str(error).split())}{left}") from error
+        reason = " ".join(str(error).split())
+        left = told("; nothing was left there")
+        raise OutputError(f"{work.output} could not be written: {reason}{left}") from error
     finally:
-        if rank() == 0 and not work.progress["layers"]:
+        if rank() == 0 and not work.begun:
             work.discard()
         work.release()
 
 
-def _what_is_kept(work: WorkFolder, layers: int) -> str:
-    if not (done := len(work.progress["layers"])):
-        return ""
-    return f"; {done} of {layers} layers are kept: the same command goes on, with --restart it begins anew"
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether there was too little memory, of any device."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
 @contextmanager

@@ -20,18 +20,18 @@ def write_layer(source: StreamedModel, work: WorkFolder, layer: nn.Module, index
     write_tensors(_part(work, index + 1), {name: source.as_saved(name, tensor) for name, tensor in named.items()})
 
 
-def write_outside(source: StreamedModel, work: WorkFolder, layers: nn.ModuleList, *, behind: bool) -> None:
-    """Writes the weights before the layers (embeddings), or ``behind`` them (norm, head), in the state dict's order."""
+def write_outside(source: StreamedModel, work: WorkFolder, layers: nn.ModuleList, *, after: bool) -> None:
+    """Writes the weights before the layers (embeddings), or ``after`` them (norm, head), in the state dict's order."""
     names, prefix = list(source.model.state_dict()), f"{source.name_of(layers)}."
     bounds = [number for number, name in enumerate(names) if name.startswith(prefix)]
-    wanted = names[bounds[-1] + 1 :] if behind else names[: bounds[0]]
+    wanted = names[bounds[-1] + 1 :] if after else names[: bounds[0]]
     tensors: dict[str, Tensor] = {}
     with source.on_demand(layers):
         for name in wanted:
             if name not in source.tied_away():
                 source.fill(source.model.get_submodule(name.rpartition(".")[0]))
                 tensors[name] = source.as_saved(name, source.model.get_parameter_or_buffer(name))
-        write_tensors(_part(work, len(layers) + 1 if behind else 0), tensors)
+        write_tensors(_part(work, len(layers) + 1 if after else 0), tensors)
 
 
 def pack(work: WorkFolder, parts: int, size: int, *, last: bool = False) -> None:

@@ -26,11 +26,7 @@ def always_expand(model: Any) -> None:
     In latent space kv_b_proj is read as a weight, too, which an adapter around the module would not notice.
     """
     for name in attention_names(model):
-        model.get_submodule(name).absorbs = _never
-
-
-def _never(*_: Any) -> bool:
-    return False
+        model.get_submodule(name).always_expands = True
 
 
 def choose_learning(model: Any, train: Train) -> None:

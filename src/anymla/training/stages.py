@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from anymla.data.tuning import Texts, collate, training_rows
+from anymla.data.mixture import Texts, collate, training_rows
 from anymla.distributed import rank, wait_for_all
 from anymla.errors import RecipeError
 from anymla.io.checkpoint import load_model

@@ -78,14 +78,14 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         """KL to the ``reference`` and cross-entropy on the text, in the recipe's shares."""
         ids, share = inputs["input_ids"], self.tuning.cross_entropy
         begins, following = inputs.get("position_ids"), ids.roll(-1, 1)
-        told = weight if begins is None else (begins > 0).float()  # nothing tells how a document begins
-        told = shares(torch.cat([told[:, 1:], torch.zeros_like(told[:, :1])], dim=1))
+        predicted = weight if begins is None else (begins > 0).float()  # nothing tells how a document begins
+        predicted = shares(torch.cat([predicted[:, 1:], torch.zeros_like(predicted[:, :1])], dim=1))
         counted = shares(weight)
 
         def loss(part: slice) -> Tensor:
             given, total = logits.at(part), torch.zeros((), device=ids.device)
             if share > 0:
-                total = total + share * (token_loss(given, following[:, part]) * told[:, part]).sum()
+                total = total + share * (token_loss(given, following[:, part]) * predicted[:, part]).sum()
             if reference is not None:
                 kl = token_kl(given, reference.at(part), self.tuning.temperature, self.tuning.top_k)
                 total = total + (1 - share) * (kl * counted[:, part]).sum()

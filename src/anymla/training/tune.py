@@ -1,4 +1,4 @@
-"""The corridor of `anymla tune`: checks, stages, and a checkpoint folder like the one that came in."""
+"""The step `tune`: checks, stages, and a checkpoint folder like the one that came in."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from anymla import __version__
 from anymla.account import measure, told_lengths
 from anymla.architectures.model_spec import context_of, converted_spec, read_config
+from anymla.data.mixture import Texts, read_texts
 from anymla.data.packing import check_packing
-from anymla.data.tuning import Texts, read_texts
 from anymla.distributed import join_processes, rank, wait_for_all
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.io.checkpoint import check_output, copy_companions, load_model, load_tokenizer
@@ -31,9 +31,9 @@ from anymla.methods.tune import Tune
 from anymla.modeling.spec import KEY, OLD_KEY
 from anymla.settings import DtypeName
 from anymla.sweep.progress import claim, decide_computing
-from anymla.training.keep import done_steps, fingerprint, kept
-from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, loss_plot, read_metrics, rewind_metrics
+from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, read_metrics, rewind_metrics
 from anymla.training.outcome import Quality, Recovery
+from anymla.training.resume import done_steps, keep_steps_when_stopped, tuning_fingerprint
 from anymla.training.stages import Stage, make_stages, mixed, run_stage, training_arguments
 from anymla.training.tuned_card import tuned_card
 from anymla.weight_files import write_account
@@ -94,12 +94,14 @@ def tune(
         tokenizer = load_tokenizer(student)
         length = min(tuning.length, context_of(student) or tuning.length)
         stages = make_stages(tuning, length, int(os.environ.get("WORLD_SIZE", "1")))
-        texts = read_texts(tuning, tokenizer, length)
+        texts = read_texts(
+            tuning.data, tokenizer, length, held_out=tuning.eval_data, held_out_tokens=tuning.eval_tokens
+        )
         device = join_processes(pick_device(tuning.device))
         run = _Run(student, plain.folder, tuning, stages, texts, tokenizer, device.partition(":")[0])
-        work = WorkFolder(place, kind="tuning", counted="checkpoints")
-        claim(work, lambda: fingerprint(student, plain.folder, tuning), restart=restart)
-        with kept(work, stages, tuning):
+        work = WorkFolder(place, kind="tuning", counted=("checkpoints",))
+        claim(work, lambda: tuning_fingerprint(student, plain.folder, tuning), restart=restart)
+        with keep_steps_when_stopped(work, stages, tuning):
             run.all_stages(work, progress, _reporters(report_to, work.model))
             report = _report(work, place, tuning, stages, started)
             if rank() == 0:
@@ -255,7 +257,6 @@ def _write_report(folder: Path, student: Path, report: Recovery) -> None:
     with suppress(OSError, UnicodeDecodeError):
         card = (student / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(tuned_card(card, report), encoding="utf-8")
-    loss_plot(folder / "loss.png", read_metrics(folder))
 
 
 def _write_account(folder: Path) -> None:

@@ -14,7 +14,7 @@ from anymla.errors import AnymlaError, OutputError
 from anymla.io.hub_cache import commit_of
 from anymla.io.sources.adapter_kinds import check_adapter
 from anymla.io.sources.locate import Located
-from anymla.io.work import clear_abandoned, hold
+from anymla.io.work import clear_abandoned, lock_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def _temporary(beside: Path | None) -> Iterator[Path]:
     held = None
     try:
         new.mkdir(parents=True)
-        held = hold(new)
+        held = lock_folder(new)
         new.rename(folder)
         yield folder
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,21 +92,36 @@ def make_plan(model: str, model_spec: ModelSpec, recipe: MLA) -> MLAPlan:
         UnsupportedModelError: the recipe's target cannot hold this model.
         RecipeError: a setting has no meaning for the target.
     """
+    check_settings(model, model_spec, recipe)
+    return MLAPlan(model=model, recipe=recipe, layers=plan_layers(model_spec, recipe))
+
+
+def check_settings(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
+    """Refuses what a config alone tells to be impossible.
+
+    Raises:
+        UnsupportedModelError: the recipe's target or its exact window cannot be had with this model.
+        RecipeError: a setting has no meaning for the target.
+        InfeasibleError: the exact window is too large for the calibration windows.
+    """
     check_exact_window(model, model_spec, recipe)
-    most = None
     if recipe.static_qk_norm and not LIMITS[recipe.target].grid:
         targets = listed(GRID_TARGETS, "and")
         raise RecipeError(f"--static-qk-norm is for --target {targets}: others keep the norms as they are")
     if recipe.target is not None:
         check_target(recipe.target, model, model_spec, static_norms=recipe.static_qk_norm)
-        most = most_rope_dims(recipe.target, recipe.rope, model_spec)
-    return MLAPlan(
-        model=model,
-        recipe=recipe,
-        layers=tuple(
-            None if layer.attention is None else _plan_layer(layer.attention, recipe, index, most)
-            for index, layer in enumerate(model_spec.layers)
-        ),
+
+
+def plan_layers(model_spec: ModelSpec, recipe: MLA) -> tuple[LayerPlan | None, ...]:
+    """The budget as cached numbers, rope dims and rank of every layer.
+
+    Raises:
+        InfeasibleError: the budget or an explicit size cannot be met; names what can.
+    """
+    most = None if recipe.target is None else most_rope_dims(recipe.target, recipe.rope, model_spec)
+    return tuple(
+        None if layer.attention is None else _plan_layer(layer.attention, recipe, index, most)
+        for index, layer in enumerate(model_spec.layers)
     )
 
 
@@ -258,9 +274,8 @@ def typical_split(layer: LayerPlan) -> tuple[int, int]:
     return rope_dims, layer.cached_numbers - rope_dims
 
 
-def spec_after(plan: MLAPlan, model_spec: ModelSpec) -> ModelSpec:
-    """The model that a plan makes of ``model_spec``; where a split is still to be chosen, with the typical one."""
-    recipe = plan.recipe
+def spec_after(model_spec: ModelSpec, recipe: MLA, layers: Sequence[LayerPlan | None]) -> ModelSpec:
+    """The model with ``layers`` as planned; where a split is still to be chosen, with the typical one."""
     biases = LIMITS[recipe.target].biases
 
     def converted(old: LayerSpec, layer: LayerPlan | None) -> LayerSpec:
@@ -270,14 +285,14 @@ def spec_after(plan: MLAPlan, model_spec: ModelSpec) -> ModelSpec:
         latent = LatentSpec(kv_lora_rank=rank, qk_rope_head_dim=rope_dims, biases=biases, exact_window=window)
         return replace(old, latent=latent, attention_bytes=None)
 
-    layers = tuple(converted(old, layer) for old, layer in zip(model_spec.layers, plan.layers, strict=True))
-    return in_dtype(replace(model_spec, layers=layers), recipe.dtype)
+    after = tuple(converted(old, layer) for old, layer in zip(model_spec.layers, layers, strict=True))
+    return in_dtype(replace(model_spec, layers=after), recipe.dtype)
 
 
 def plan_bytes(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, dict[str, int]]:
     """Bytes of the cache before and after, by the number of tokens in it."""
     before = account(in_dtype(model_spec, plan.recipe.dtype)).cache_bytes_at
-    after = account(spec_after(plan, model_spec)).cache_bytes_at
+    after = account(spec_after(model_spec, plan.recipe, plan.layers)).cache_bytes_at
     return {length: {"before": before[length], "after": after[length]} for length in before}
 
 
@@ -287,7 +302,10 @@ def explain(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, Any]:
     ``estimated_seconds`` are those of this machine's processor.
     """
     layers = []
-    bytes_before, bytes_after = account(in_dtype(model_spec, plan.recipe.dtype)), account(spec_after(plan, model_spec))
+    bytes_before, bytes_after = (
+        account(in_dtype(model_spec, plan.recipe.dtype)),
+        account(spec_after(model_spec, plan.recipe, plan.layers)),
+    )
     for index, (layer, old) in enumerate(zip(plan.layers, model_spec.layers, strict=True)):
         spec = old.attention
         if layer is None or spec is None:

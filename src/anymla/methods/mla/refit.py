@@ -27,12 +27,20 @@ class NormalEquations:
         return self.error - 2 * (change * self.cross).sum().item() + (change * (self.gram @ change)).sum().item()
 
 
-def normal_equations(batches: Iterable[tuple[Tensor, Tensor]], *, bias: bool = True) -> NormalEquations:
-    """Accumulates (features [..,F], error [..,D]) in float64; with ``bias``, a constant feature is appended for it."""
+@dataclass(frozen=True)
+class OutputBatch:
+    """What an output projection reads [..,F], and what its output lacks [..,D]."""
+
+    features: Tensor
+    lacking: Tensor
+
+
+def normal_equations(batches: Iterable[OutputBatch], *, bias: bool = True) -> NormalEquations:
+    """Accumulates ``batches`` in float64; with ``bias``, a constant feature is appended for it."""
     gram = cross = torch.zeros(())
     total = 0.0
-    for features, error in batches:
-        x, e = features.flatten(0, -2).double(), error.flatten(0, -2).double()
+    for batch in batches:
+        x, e = batch.features.flatten(0, -2).double(), batch.lacking.flatten(0, -2).double()
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if bias else x
         gram, cross, total = gram.to(x.device) + x.T @ x, cross.to(x.device) + x.T @ e, total + e.square().sum().item()
     return NormalEquations(all_sum(gram), all_sum(cross), all_sum_number(total, gram.device))
@@ -56,14 +64,14 @@ def best_change(fit: NormalEquations, choice: NormalEquations, *, bias: bool = T
 
 def refit_output(
     attention: Any,
-    batches: Callable[[slice], Iterable[tuple[Tensor, Tensor]]],
+    batches: Callable[[slice], Iterable[OutputBatch]],
     fit: slice,
     choice: slice,
     saved: torch.dtype,
 ) -> None:
     """Changes ``attention.o_proj`` in place, to numbers that the dtype ``saved`` holds.
 
-    ``batches(windows)`` yields its input and what its output still lacks.
+    ``batches(windows)`` yields what it reads and what its output still lacks.
 
     The converted layer then makes up, as far as a linear map can, for what it and the converted layers below it lost:
     W_o moves by argmin ||X change - E||^2 + ridge ||change||^2, the ridge chosen on windows that were not fitted.

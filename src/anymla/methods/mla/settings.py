@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from anymla.errors import RecipeError, UnsupportedModelError
+from anymla.errors import AnymlaError
 from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
-from anymla.methods.base import Method, Paper, Phase, Plan
+from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
 from anymla.modeling.spec import ModelSpec
-from anymla.settings import MOST, DtypeName
+from anymla.settings import MOST
+
+if TYPE_CHECKING:
+    from anymla.methods.mla.observe import AttentionObserver
+    from anymla.sweep.layer import Layer
 
 Rope = Literal[
     "channel-pca",
@@ -30,7 +34,7 @@ SHARED_ROPES = ("channel-pca", "rorope", "freqfold-2", "freqfold-4", "freqfold-8
 FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened", "balanced-pca"]
 
 
-class MLA(Method):
+class MLA(LayerMethod):
     """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
 
     name: ClassVar[str] = "mla"
@@ -83,53 +87,50 @@ class MLA(Method):
         description="Gradient steps per layer against the original layer's output, after output-aware; 0 for none. "
         "Default: 300, fewer for a model with more than 16 million attention weights, and at least 99.",
     )
-    calibration: str | None = Field(
-        None,
-        min_length=1,
-        description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. Default: bundled stories.",
-    )
-    calibration_tokens: int = Field(32768, ge=256, le=MOST, description="Tokens of calibration text to use.")
-    calibration_length: int = Field(
-        1024, ge=8, le=MOST, description="Tokens per calibration window (at most the model's context)."
-    )
-    adapter: str | None = Field(
-        None,
-        min_length=1,
-        description="A peft adapter (a folder or a hub id) to merge into the original's weights first; none leaves out "
-        "one that lies beside them. Default: that one, where there is one.",
-    )
-    device: str = Field(
-        "auto", max_length=60, description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
-    )
-    dtype: DtypeName | None = Field(
-        None,
-        description="Dtype to load, compute and save in. Default: the checkpoint's, computed in float32 where this CPU "
-        "is faster in that.",
-    )
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Which pieces of the calibration text are drawn.")
-
-    @field_validator("calibration", "adapter", mode="before")
-    @classmethod
-    def _path_as_text(cls, value: Any) -> Any:
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     def refuses(self, model: ModelSpec) -> str | None:
         """Why this model has no latent attention under these settings."""
-        from anymla.methods.mla.plan import make_plan
+        from anymla.methods.mla.plan import check_settings
 
-        if any(layer.latent is not None for layer in model.layers):
-            return "it has latent attention already"
         try:
-            make_plan("this model", model, self)
-        except (RecipeError, UnsupportedModelError) as error:
+            check_settings("this model", model, self)
+        except AnymlaError as error:
             return str(error)
         return None
 
-    def plan(
-        self, model: ModelSpec, facts: list[dict[str, Any]] | None = None, choices: tuple[Any, ...] | None = None
-    ) -> Plan:
-        """A latent for every layer with softmax attention; the choices are of LayerPlan."""
-        from anymla.methods.mla.plan import make_plan, spec_after
+    def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
+        """A latent for every layer with softmax attention; ``choices`` and those of the plan: LayerPlan."""
+        from anymla.methods.mla.plan import plan_layers, spec_after
+        from anymla.methods.mla.split import agreed
 
-        planned = make_plan("this model", model, self)
-        return Plan(after=spec_after(planned, model), choices=planned.layers)
+        layers = plan_layers(model, self) if choices is None else choices
+        if facts is not None:
+            layers = agreed(layers, self, model, facts)
+        return Plan(after=spec_after(model, self, layers), choices=layers)
+
+    def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
+        """What the splits that the target leaves open would lose; none where there is nothing to choose."""
+        from anymla.methods.mla.split import open_splits
+        from anymla.methods.mla.survey import SplitSurvey
+
+        first = next(layer for layer in plan.choices if layer is not None)
+        splits = open_splits(first, self, model)
+        return SplitSurvey(self, splits) if len(splits) > 1 else None
+
+    def observer(self, layer: Layer) -> AttentionObserver:
+        """Moments and targets."""
+        from anymla.methods.mla.observe import AttentionObserver
+
+        return AttentionObserver(self, layer)
+
+    def apply(self, layer: Layer, observed: AttentionObserver) -> Changed:
+        """Puts latent attention in the place of the layer's own."""
+        from anymla.methods.mla.choose import LayerFit
+
+        measured = observed.measured()
+        fit = LayerFit(self, layer, measured)
+        attention = fit.best()
+        changed = Changed(spec=fit.spec(attention), result=asdict(fit.result(attention)))
+        layer.module.set_submodule(layer.attention_path, attention)
+        measured.close()
+        return changed

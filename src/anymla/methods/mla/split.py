@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from anymla.layouts import LIMITS, grid_steps, most_channels
+from anymla.methods.base import Facts
 from anymla.methods.mla.plan import LayerPlan
 from anymla.methods.mla.settings import MLA
-from anymla.model_run.stream import pass_through
 from anymla.modeling.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from anymla.sweep.sequence import Sequence, Streams
 
 MOST_LAYERS = 8  # that are looked at, evenly spaced
 
-Split = tuple[int, int | None]  # rope dims and, on a grid, its step
+
+@dataclass(frozen=True)
+class RopeSplit:
+    """Rotated numbers of a layer's cache and, on a grid, its step."""
+
+    rope_dims: int
+    rope_step: int | None
 
 
-def open_splits(plan: LayerPlan, recipe: MLA, model_spec: ModelSpec) -> list[Split]:
+def open_splits(plan: LayerPlan, settings: MLA, model: ModelSpec) -> list[RopeSplit]:
     """Every split that the plan of one layer leaves open; none where each layer may have its own."""
-    limits = LIMITS[recipe.target]
+    limits = LIMITS[settings.target]
     if not limits.uniform:
         return []
     dims = plan.rope_choices if plan.rope_dims is None else (plan.rope_dims,)
     if not limits.grid:
-        return [(rope_dims, None) for rope_dims in dims]
-    most = most_channels(model_spec)
+        return [RopeSplit(rope_dims, None) for rope_dims in dims]
+    most = most_channels(model)
     steps = (plan.rope_step,) if plan.rope_step is not None else None
-    return [(rope_dims, step) for rope_dims in dims for step in steps or grid_steps(rope_dims, most)]
+    return [RopeSplit(rope_dims, step) for rope_dims in dims for step in steps or grid_steps(rope_dims, most)]
 
 
-def best_split(sequence: Sequence, streams: Streams, splits: list[Split]) -> Split:
-    """The one of ``splits`` with the least loss of the hidden states behind attention, summed over some layers.
+def agreed(
+    layers: tuple[LayerPlan | None, ...], settings: MLA, model: ModelSpec, facts: Facts
+) -> tuple[LayerPlan | None, ...]:
+    """``layers`` with the one split that loses least over the layers of ``facts``, where the target needs one.
 
-    Runs the original once more; ``streams`` begin anew behind it.
+    ``facts``: what :class:`SplitSurvey` gave of each layer.
     """
-    if len(splits) == 1:
-        return splits[0]
-    lost = dict.fromkeys(splits, 0.0)
-    total = len(sequence.layers)
-    seen = {index * total // min(total, MOST_LAYERS) for index in range(min(total, MOST_LAYERS))}
-    for index in range(max(seen) + 1):
-        layer, arguments = sequence.layers[index], sequence.arguments[index]
-        with sequence.source.layer(layer):
-            if index in seen:
-                step = sequence.step(index)
-                step.measure(index, streams.original, streams.converted)
-                for split in splits:
-                    lost[split] += step.share_lost(*split)
-                step.close()
-            else:
-                pass_through(layer, streams.original, arguments, 1)
-            pass_through(layer, streams.converted, arguments, 1)
-    streams.restore(0)
-    return min(splits, key=lambda split: lost[split])
+    first = next(layer for layer in layers if layer is not None)
+    if not (splits := open_splits(first, settings, model)):
+        return layers
+    lost = [sum(fact["lost"][number] for fact in facts if fact is not None) for number in range(len(splits))]
+    best = splits[lost.index(min(lost))]
+    rank = first.cached_numbers - best.rope_dims
+    update = {"rope_dims": best.rope_dims, "kv_rank": rank, "rope_choices": (), "rope_step": best.rope_step}
+    return tuple(layer and layer.model_copy(update=update) for layer in layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from anymla.data.text import read_documents, token_windows, tokenize
 from anymla.errors import RecipeError, TextError
-from anymla.methods.tune import Tune
 
 SHUFFLED = 1024  # documents of a stream among which the next one is drawn
 SHUFFLED_TOKENS = 1 << 19  # in packed rows among which the next one is drawn: neighbours are mostly of one document
@@ -86,8 +85,10 @@ class Texts:
     skipped: list[int]
 
 
-def read_texts(tuning: Tune, tokenizer: Any, length: int) -> Texts:
-    """Opens every source, and takes the text to score on from them or from where ``eval_data`` says.
+def read_texts(
+    data: Sequence[str] | None, tokenizer: Any, length: int, *, held_out: str | None, held_out_tokens: int
+) -> Texts:
+    """Opens every source of ``data``, and takes the text to score on from ``held_out``, or else from the sources.
 
     Raises:
         TextError: a source cannot be read, or leaves nothing to learn from.
@@ -95,21 +96,21 @@ def read_texts(tuning: Tune, tokenizer: Any, length: int) -> Texts:
     """
     if find_spec("datasets") is None:
         raise RecipeError("tuning needs the package datasets: pip install 'anymla[tune]'")
-    if tuning.data is None:
+    if data is None:
         raise RecipeError("--data is missing: name a text file, a .jsonl file or a hub data set to learn from")
-    sources = [Source.of(text) for text in tuning.data]
-    if tuning.eval_data is not None:
-        ids = _first_ids(tokenize(read_documents(tuning.eval_data), tokenizer), tuning.eval_tokens)
+    sources = [Source.of(text) for text in data]
+    if held_out is not None:
+        ids = _first_ids(tokenize(read_documents(held_out), tokenizer), held_out_tokens)
         for source in sources:
             _take(source, tokenizer, 1, length)  # it can be read
-        return Texts(sources, token_windows(ids, length, tuning.eval_data), [0] * len(sources))
+        return Texts(sources, token_windows(ids, length, held_out), [0] * len(sources))
     whole, ids, skipped = sum(source.share for source in sources), [], []
     for source in sources:
-        wanted = max(1, round(tuning.eval_tokens * source.share / whole))
+        wanted = max(1, round(held_out_tokens * source.share / whole))
         part, documents = _take(source, tokenizer, wanted, length)
         ids += part[:wanted]
         skipped.append(documents)
-    return Texts(sources, token_windows(ids, length, ", ".join(tuning.data)), skipped)
+    return Texts(sources, token_windows(ids, length, ", ".join(data)), skipped)
 
 
 def _first_ids(ids: Iterator[int], tokens: int) -> list[int]:

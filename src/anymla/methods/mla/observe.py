@@ -1,0 +1,184 @@
+"""What is measured on one layer while the original runs through it: moments, targets, and what static norms lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anymla.architectures.attention import SourceAttention, read_attention
+from anymla.distributed import all_sum_number
+from anymla.errors import CheckpointError, UnsupportedModelError
+from anymla.layouts import LIMITS
+from anymla.methods.mla.moments import Moments, MomentSums
+from anymla.methods.mla.settings import MLA
+from anymla.methods.mla.static_norm import with_static_norms
+from anymla.methods.mla.weights import build_attention, whole_layer
+from anymla.methods.mla.window import exact_window_of
+from anymla.model_run.activations import Activations
+from anymla.model_run.stream import AttentionRun, LayerBatch, attention_inputs, first
+from anymla.modeling.absorbed import additive_mask
+from anymla.modeling.arguments import without_cache
+from anymla.modeling.heads import rope_tables, score_bias
+from anymla.modeling.latent_attention import LatentAttention
+
+if TYPE_CHECKING:
+    from anymla.sweep.layer import Layer
+
+OFF, OFF_16_BIT = 1e-2, 0.1  # relative error of the attention at full budget from which on a layer is not understood
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one layer's attention is fitted to.
+
+    Args:
+        source: the attention that is converted, without what the target has no room for.
+        moments: of its queries, keys and values on the windows to fit on.
+        inputs: what it reads once the layers below are converted [N,T,D].
+        target: what it should add to the residual stream then [N,T,D]: what the original adds to its own, plus what the
+            converted layers below have lost of that stream by now.
+        arguments: what else it is called with.
+        power: squared size of the hidden states after the original attention, on the windows to choose on.
+        norms_lost: squared loss there by static norms alone, at full budget; None where there are none.
+    """
+
+    source: SourceAttention
+    moments: Moments
+    inputs: Activations
+    target: Activations
+    arguments: dict[str, Any]
+    power: float
+    norms_lost: float | None
+
+    def close(self) -> None:
+        """Gives the memory and files of the activations back."""
+        for room in (self.inputs, self.target):
+            room.close()
+
+
+class AttentionObserver:
+    """Sums moments and writes targets while the original layer runs; :meth:`measured` then gives both."""
+
+    def __init__(self, settings: MLA, layer: Layer) -> None:
+        if (spec := layer.old.attention) is None:
+            raise ValueError(f"layer {layer.index} has no softmax attention")
+        self.layer, self.attention = layer, layer.attention
+        self.whole = read_attention(layer.attention, spec, layer.family, layer.config)
+        self.source = self.whole if LIMITS[settings.target].biases else self.whole.without_biases()
+        self.window = exact_window_of(spec, settings)
+        if self.window:
+            self.source = self.whole = self.whole.with_exact_window(self.window)
+        self.static_norms = settings.static_qk_norm and spec.qk_norm
+        if self.static_norms:
+            self.source = self._with_static_norms()
+        self.sums = MomentSums(self.source.weights, self.window)
+        # for a difference of near-equal 16-bit numbers
+        self.precision = torch.promote_types(layer.original.dtype, torch.float32)
+        self.target = layer.original.like(self.precision)
+        self.arguments: dict[str, Any] = {}
+        self.power, self.norms_lost, self.finite = 0.0, 0.0, True
+
+    def add(self, batch: LayerBatch) -> None:
+        """Takes one batch of the original's stream."""
+        if (run := batch.attention) is None:
+            raise ValueError(f"layer {self.layer.index}: its attention did not run")
+        if batch.windows.start == 0:
+            self._check(run)
+        self.arguments, windows = run.arguments, self.layer.windows
+        seen, residual = batch.windows.start, self.layer.family.plain_residual
+        if len(fitted := run.inputs[: max(0, windows.fit.stop - seen)]):
+            self._add_moments(fitted, run.arguments)
+        stream = run.output.to(self.precision) + (batch.hidden if residual else 0)
+        chosen = slice(*(max(0, bound - seen) for bound in (windows.choice.start, windows.choice.stop)))
+        self.power += _power(stream[chosen])
+        if self.static_norms:
+            self._add_norms_lost(run, chosen)
+        target = stream - (self.layer.converted[batch.windows] if residual else 0)
+        self.target[batch.windows] = target
+        self.finite = self.finite and bool(target.isfinite().all())
+
+    def measured(self) -> Measured:
+        """All that was measured, over all processes, once every batch was added.
+
+        Raises:
+            CheckpointError: activations overflow.
+        """
+        device = self.sums.gram.device
+        power = all_sum_number(self.power, device)
+        moments = self.sums.moments()
+        self._check_finite(moments)
+        return Measured(
+            source=self.source,
+            moments=moments,
+            inputs=self._converted_inputs(),
+            target=self.target,
+            arguments=self.arguments,
+            power=max(power, 1e-300),
+            norms_lost=all_sum_number(self.norms_lost, device) if self.static_norms else None,
+        )
+
+    def _with_static_norms(self) -> SourceAttention:
+        """Fixed scales in the place of norms on queries and keys, as the windows to fit on have them."""
+        layer = self.layer
+        parts = attention_inputs(layer.module, self.attention, layer.original, layer.arguments, layer.batch)
+        fitted = (part for number, part in enumerate(parts) if number * layer.batch < layer.windows.fit.stop)
+        return with_static_norms(self.source, fitted)
+
+    def _check(self, run: AttentionRun) -> None:
+        """Refuses to convert what is not understood: at full budget a window's attention must be the original's."""
+        whole, arguments = self._at_full_budget(self.whole), without_cache(run.arguments)
+        found, expected = first(whole(run.inputs[:1], **arguments)).double(), run.output[:1].double()
+        off = ((found - expected).square().mean() / expected.square().mean().clamp_min(1e-300)).sqrt().item()
+        if off > (OFF_16_BIT if self.layer.saved.itemsize == 2 else OFF):
+            raise UnsupportedModelError(
+                f"layer {self.layer.index}: at full budget its attention is off by {off:.0%}; config.json must say "
+                "what this family's config leaves to defaults: load the model with transformers and save it again"
+            )
+
+    def _check_finite(self, moments: Moments) -> None:
+        if not (self.finite and bool(moments.weighted_gram.isfinite().all())):
+            dtype = str(self.layer.original.dtype).removeprefix("torch.")
+            wider = "float32 or bfloat16" if dtype == "float16" else "float64, or look for weights that are too large"
+            raise CheckpointError(f"activations overflow in {dtype} at layer {self.layer.index}: give --dtype {wider}")
+
+    def _converted_inputs(self) -> Activations:
+        """What the attention reads after the converted layers below."""
+        layer, start = self.layer, 0
+        inputs = layer.converted.like(layer.converted.dtype)
+        for part in attention_inputs(layer.module, self.attention, layer.converted, layer.arguments, layer.batch):
+            inputs[start : start + len(part)] = part
+            start += len(part)
+        return inputs
+
+    def _add_norms_lost(self, run: AttentionRun, chosen: slice) -> None:
+        """Adds the squared loss of a batch's output that static norms make at full budget."""
+        if len(inputs := run.inputs[chosen]):
+            output = first(self._at_full_budget(self.source)(inputs, **without_cache(run.arguments)))
+            self.norms_lost += _power(output.double() - run.output[chosen].double())
+
+    def _at_full_budget(self, source: SourceAttention) -> LatentAttention:
+        layer = self.layer
+        return build_attention(self.attention, source, whole_layer(source.weights), layer.config, layer.saved)
+
+    def _add_moments(self, inputs: Tensor, arguments: dict[str, Any]) -> None:
+        """Adds one batch's moments; what the family puts on scores comes as one additive mask."""
+        rest, spec = dict(arguments), self.source.spec
+        mask, positions, rope = (
+            rest.pop(name, None) for name in ("attention_mask", "position_ids", "position_embeddings")
+        )
+        pairs = spec.rope_pairs
+        if isinstance(rope, tuple) and pairs and rope[0].shape[-1] not in (pairs, 2 * pairs):
+            raise UnsupportedModelError(f"rope turns {rope[0].shape[-1]} dims of a head, config.json means {2 * pairs}")
+        cos, sin = rope_tables(spec.rope_table, pairs, rope, positions, inputs, self.layer.config)
+        mask = score_bias(mask, spec, self.layer.config, inputs, inputs.shape[1], rest)
+        if mask is None and not getattr(self.attention, "is_causal", True):  # PaliGemma's, which sees all of a prompt
+            mask = inputs.new_zeros(1, 1, inputs.shape[1], inputs.shape[1])
+        additive = None if mask is None else additive_mask(mask, inputs.dtype)
+        self.sums.add(*self.source.project(inputs), cos, sin, additive)
+
+
+def _power(values: Tensor) -> float:
+    return values.double().square().sum().item()

@@ -1,0 +1,170 @@
+"""Runs a method over a checkpoint and puts a new checkpoint in the output's place; goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from anymla import __version__
+from anymla.account import no_cache, told_lengths
+from anymla.data.text import bundled_text, calibration_windows
+from anymla.distributed import join_processes, rank, wait_for_all, world
+from anymla.errors import TextError
+from anymla.io.checkpoint import load_tokenizer
+from anymla.io.computing import Computing
+from anymla.io.device import pick_device
+from anymla.io.streamed import StreamedModel
+from anymla.io.work import WorkFolder
+from anymla.methods.base import LayerMethod, Plan
+from anymla.modeling.spec import ModelSpec
+from anymla.sweep.checkpoint import write_checkpoint
+from anymla.sweep.progress import claim, decide_computing, fingerprint, keep_when_stopped, model_hash
+from anymla.sweep.sequence import LayerRecord, Progress, Sequence
+from anymla.weight_files import write_account
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a sweep runs.
+
+    Args:
+        output: the folder to write.
+        memory: bytes of activations to hold in memory, of all processes; shard_size: bytes of a weight file.
+        restart: discard what a stopped sweep left.
+        progress: called after each layer; begins: called with the layers that are left and the device, before them.
+    """
+
+    output: Path
+    memory: int
+    shard_size: int
+    restart: bool = False
+    progress: Progress | None = None
+    begins: Callable[[int, str], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """A sweep whose layers are done.
+
+    Args:
+        folder: the new checkpoint, which is not yet at the output's place; reports are added to it.
+        source: the original; its weights are in its files.
+        plan: the final one; records: what became of the layers; spec: what the model now is.
+        windows: this process's windows to score on [N,T]; original, converted: their final hidden states [N,T,D].
+        tuples: whether layers of this family return tuples.
+        computing: what was computed in.
+    """
+
+    folder: Path
+    source: StreamedModel
+    plan: Plan
+    records: tuple[LayerRecord, ...]
+    spec: ModelSpec
+    windows: Tensor
+    original: Iterator[Tensor]
+    converted: Iterator[Tensor]
+    tuples: bool
+    computing: Computing
+
+
+@contextmanager
+def swept(
+    method: LayerMethod,
+    source: Path,
+    model: ModelSpec,
+    run: Run,
+    *,
+    choices: tuple[Any, ...] | None = None,
+) -> Iterator[Swept]:
+    """Runs ``method`` over the checkpoint folder ``source``; after the block its output is complete.
+
+    What is done is kept in a folder beside the output until all is; the same call goes on from there. Under torchrun
+    every process takes its part of the calibration text, and the first one writes. ``choices``: those of a plan that
+    was made before.
+
+    Raises:
+        AnymlaError: one of its kinds, each one clear line.
+    """
+    plan, windows = method.plan(model, None, choices), _calibration(method, source, model)
+    device = join_processes(pick_device(method.device))
+    streamed, work = StreamedModel(source, dtype=method.dtype, device=device), WorkFolder(run.output)
+    claim(work, lambda: _fingerprint(method, source, plan, windows, device, run), restart=run.restart)
+    layers = len(model.layers)
+    with keep_when_stopped(work, lambda: f"{len(work.progress['layers'])} of {layers} layers"):
+        computing = decide_computing(work, streamed.stored_dtype, device, method.dtype)
+        streamed.compute_in(computing.dtype)
+        if run.begins is not None:
+            run.begins(layers - len(work.progress["layers"]), device)
+        sequence = Sequence(streamed, model, windows, work, memory=run.memory // world())
+        survey = method.survey(model, plan)
+        facts = [] if survey is None else sequence.survey(survey, plan)
+        plan = method.plan(model, facts, plan.choices)
+        sequence.convert(method, plan, shard_size=run.shard_size, progress=run.progress)
+        done = _swept(sequence, plan, computing)
+        if rank() == 0:
+            write_checkpoint(streamed, work, done.spec.layers, shard_size=run.shard_size)
+            nothing = no_cache(told_lengths(model))
+            write_account(work.model, done.spec, (record.after or nothing for record in done.records))
+        yield done
+        if rank() == 0:
+            work.finish()
+        wait_for_all()
+
+
+def _calibration(method: LayerMethod, source: Path, model: ModelSpec) -> Tensor:
+    """The calibration text as windows [N,T]."""
+    windows = calibration_windows(
+        method.calibration or bundled_text("train"),
+        load_tokenizer(source),
+        tokens=method.calibration_tokens,
+        length=min(method.calibration_length, model.max_position_embeddings),
+        seed=method.seed,
+    )
+    if (largest := int(windows.max())) >= model.vocab_size:
+        raise TextError(f"{source}: its tokenizer gives id {largest} but the model has {model.vocab_size} tokens")
+    return windows
+
+
+def _swept(sequence: Sequence, plan: Plan, computing: Computing) -> Swept:
+    held_out, layers = sequence.split.held_out, tuple(record.spec for record in sequence.records)
+    return Swept(
+        folder=sequence.work.model,
+        source=sequence.source,
+        plan=plan,
+        records=tuple(sequence.records),
+        spec=replace(sequence.model, dtype=computing.stored, layers=layers),
+        windows=sequence.windows[held_out],
+        original=sequence.streams.original.split(1, held_out),
+        converted=sequence.streams.converted.split(1, held_out),
+        tuples=sequence.tuples,
+        computing=computing,
+    )
+
+
+def _fingerprint(
+    method: LayerMethod, source: Path, plan: Plan, windows: Tensor, device: str, run: Run
+) -> dict[str, Any]:
+    """What the new weights and their files depend on."""
+    return {
+        "anymla": __version__,
+        "--max-shard-size": run.shard_size,
+        **fingerprint(
+            method,
+            plan=[_as_json(choice) for choice in plan.choices],
+            device=torch.device(device).type,
+            source=model_hash(source, method.dtype),
+        ),
+        "calibration text": [hashlib.sha256(windows.numpy().tobytes()).hexdigest()],
+    }
+
+
+def _as_json(choice: Any) -> Any:
+    return choice.model_dump(mode="json") if isinstance(choice, BaseModel) else choice

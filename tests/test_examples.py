@@ -1,0 +1,62 @@
+"""The recipes in examples/: each says what it is for and how to run it, and runs on the bundled model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+
+import pytest
+import yaml
+
+import anymla
+from anymla.recipe import read_recipe
+from tests.damage import BUNDLED, TRAIN, VALID
+from tests.markdown import ROOT
+from tests.test_docs import parse
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+SMALLER = {
+    "mla": {"calibration_tokens": 2048, "calibration_length": 64, "reconstruction_steps": 0},
+    "tune": {"data": ["my-text.jsonl"], "tokens": 256, "length": 64, "eval_tokens": 256, "device": "cpu"},
+}
+each = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+
+
+@each
+def test_the_head_says_what_it_is_for_and_how_to_run_it(file):
+    first, *rest = file.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ") and first.endswith(".")
+    commands = [shlex.split(line.removeprefix("#")) for line in rest if line.startswith("#   anymla ")]
+    assert commands[0] == ["anymla", "run", f"examples/{file.name}", "-o", "OUT"]
+    for command in commands:
+        parse(command[1:])
+
+
+def test_each_is_in_the_table():
+    table = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    assert all(f"[{file.name}]({file.name})" in table for file in EXAMPLES)
+
+
+@each
+def test_it_is_a_recipe(file):
+    recipe = read_recipe(file)
+    assert recipe.model and recipe.steps
+
+
+@each
+def test_it_runs(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TRAIN, "my-text.txt")
+    shutil.copy(VALID, "held-out.txt")
+    lines = [json.dumps({"text": f"Once upon a time there was cat number {number}."}) for number in range(400)]
+    (tmp_path / "my-text.jsonl").write_text("\n".join(lines))
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) | {"context": 512}
+    content |= {"text_tokens": 512} if "text" in content else {}
+    steps = [{name: settings | SMALLER[name] for name, settings in step.items()} for step in content["steps"]]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content | {"steps": steps}))
+    done = anymla.run(BUNDLED, "OUT", recipe="small.yaml")
+    assert [step.name for step in done.steps] == [name for step in steps for name in step]
+    account = [step.account.cache_bytes_per_token for step in done.steps]
+    assert account[-1] < 1280  # the original's
+    assert (done.steps[-1].quality is None) == ("text" not in content)

@@ -1,0 +1,153 @@
+"""Every method keeps to the contract; a new one is one file, and is everywhere at once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import anymla
+import anymla.methods
+from anymla.methods.base import all_methods
+from tests.damage import TRAIN, VALID, run_main
+from tests.families import FAST, make_model, save_model
+from tests.method_contract import PROMISES, Case, Sample
+from tests.methods_page import PAGE, methods_page
+
+HALF = {"mla": {"kv_cache": 0.5, **FAST}}
+TINY = {
+    "data": [str(TRAIN)],
+    "eval_data": str(VALID),
+    "eval_tokens": 256,
+    "tokens": 2048,
+    "length": 64,
+    "batch": 4,
+    "save_every": 1,
+    "eval_every": 1,
+    "device": "cpu",
+}
+SAMPLES = {  # one line for each method
+    "mla": Sample({"kv_cache": 0.5, **FAST}, {"kv_cache": 1.0, **FAST}),
+    "tune": Sample(TINY, TINY | {"learning_rate": 1e-30}, before=(HALF,)),
+}
+TOY = '''
+"""Rounds the output projection of attention to a few levels: a method for tests."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from anymla.methods.base import Changed, LayerMethod, Paper, Phase, Plan
+from anymla.modeling.spec import ModelSpec
+
+
+class Ignore:
+    """Needs nothing of a layer."""
+
+    def add(self, batch: Any) -> None:
+        """Takes a batch."""
+
+
+class Toy(LayerMethod):
+    """Rounds the output projection of every attention."""
+
+    name: ClassVar[str] = "toy"
+    paper: ClassVar[Paper] = Paper(title="Rounding for tests", arxiv="0000.00000")
+    phase: ClassVar[Phase] = Phase.WEIGHTS
+    summary: ClassVar[str] = "Rounds the output projection of every attention to a few levels."
+    saves: ClassVar[tuple[str, ...]] = ("weights",)
+
+    levels: int = Field(0, ge=0, description="Levels to round to; 0 for none.")
+
+    def refuses(self, model: ModelSpec) -> str | None:
+        return "it is too small" if model.hidden_size < 4 else None
+
+    def plan(self, model: ModelSpec, facts: Any = None, choices: Any = None) -> Plan:
+        return Plan(after=model, choices=tuple({"levels": self.levels} for _ in model.layers))
+
+    def observer(self, layer: Any) -> Ignore:
+        return Ignore()
+
+    def apply(self, layer: Any, observed: Any) -> Changed:
+        weight = layer.attention.o_proj.weight
+        if self.levels:
+            step = weight.abs().max() / self.levels
+            weight.data = (weight / step).round() * step
+        return Changed(spec=layer.planned, result={"layer": layer.index, "levels": self.levels})
+'''
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny GQA model."""
+    folder = tmp_path_factory.mktemp("method")
+    return save_model(make_model("llama", torch.float32), folder / "source")
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """The toy method, registered by its one file."""
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "toy.py").write_text(TOY)
+    anymla.methods.__path__.append(str(tmp_path / "plugins"))
+    yield Sample({"levels": 7, **FAST_RUN}, {"levels": 0, **FAST_RUN})
+    anymla.methods.__path__.remove(str(tmp_path / "plugins"))
+    sys.modules.pop("anymla.methods.toy", None)
+    vars(anymla.methods).pop("toy", None)
+    gc.collect()  # a class is known for as long as it lives
+
+
+FAST_RUN = {name: FAST[name] for name in ("calibration_tokens", "calibration_length")}
+
+
+def test_every_method_is_in_the_contract():
+    assert SAMPLES.keys() == all_methods().keys()
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_contract(name, promise, source, tmp_path):
+    promise(Case(name, SAMPLES[name], source), tmp_path)
+
+
+def test_a_new_method_is_one_file(toy, source, tmp_path, monkeypatch, capfd):
+    """It is in the command line, in recipes, in the docs' page and on the card, and keeps to the contract."""
+    listed = run_main(["methods", "--json"], monkeypatch, capfd)
+    row = next(row for row in json.loads(listed.out) if row["name"] == "toy")
+    assert row["paper"] == "https://arxiv.org/abs/0000.00000"
+    assert (row["phase"], row["saves"], set(row["composes_with"])) == ("weights", ["weights"], {"mla", "tune"})
+    assert "### toy" in methods_page() and "0000.00000" in methods_page() and "`levels`" in methods_page()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {source}\nsteps:\n  - toy: {json.dumps(toy.settings)}\n")
+    done = run_main(["run", str(recipe), "-o", str(tmp_path / "out"), "--json"], monkeypatch, capfd)
+    assert (done.code, json.loads(done.out)["steps"][0]["name"]) == (0, "toy")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Rounding for tests" in card and "https://arxiv.org/abs/0000.00000" in card and "levels" in card
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama"  # a stock checkpoint stays one
+    for promise in PROMISES:
+        if promise.__name__ not in ("plans_are_pure", "a_killed_run_goes_on_to_the_same_bytes"):  # other processes
+            (folder := tmp_path / promise.__name__).mkdir()
+            promise(Case("toy", toy, source), folder)
+
+
+def test_a_toy_after_the_conversion(toy, source, tmp_path):
+    done = anymla.run(source, tmp_path / "out", steps=[HALF, {"toy": toy.settings}])
+    assert [step.name for step in done.steps] == ["mla", "toy"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "anymla_llama"
+
+
+def test_wrong_orders_are_refused(toy, source, tmp_path):
+    with pytest.raises(anymla.errors.RecipeError, match=r"step 2, mla, cannot follow toy.*ATTENTION"):
+        anymla.run(source, tmp_path / "out", steps=[{"toy": toy.settings}, HALF])
+
+
+def test_the_page_of_methods_is_made_from_them():
+    assert Path(PAGE).read_text(encoding="utf-8") == methods_page(), "make methods"
