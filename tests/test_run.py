@@ -73,18 +73,14 @@ def files_of(folder):
 
 def stop_at(number, after):
     """Progress that raises in a step, once it reported so often."""
+    seen = []
 
-    def begins(step_number, _):
-        seen = []
+    def progress(step_number, _, *told):
+        seen.extend([told] if step_number == number and told else [])
+        if len(seen) == after:
+            raise Stop
 
-        def progress(*now):
-            seen.append(now)
-            if step_number == number and len(seen) == after:
-                raise Stop
-
-        return progress
-
-    return begins
+    return progress
 
 
 @pytest.mark.parametrize("name", shipped_names())
@@ -158,7 +154,7 @@ def test_a_stopped_run_goes_on_inside_the_step(number, after, whole, source, tmp
     with pytest.raises(OutputError, match=r"step 1 kv_cache 0.5 and not 0.25.*--restart"):
         anymla.run(source, out, steps=[{"mla": CONVERT | {"kv_cache": 0.25}}, {"tune": TUNE}])
     seen = []
-    anymla.run(source, out, steps=STEPS, progress=lambda at, _: lambda *now: seen.append((at, now)))
+    anymla.run(source, out, steps=STEPS, progress=lambda at, _, *now: seen.extend([(at, now)] if now else []))
     if number == 1:
         assert seen[0][1][0] == 1  # layers of the first step that were kept
     else:

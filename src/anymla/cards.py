@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anymla.layouts import LAYOUTS, TARGETS, listed
+from anymla.methods.base import Method
 from anymla.methods.mla.settings import MLA
 
 TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
@@ -181,6 +182,13 @@ model = {auto}.from_pretrained("{FOLDER}"{arguments})
 def versions_named(versions: Mapping[str, str]) -> str:
     """Packages and their versions, in one line."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def step_card(card: str, step: Method) -> str:
+    """``card`` with what a step did: its summary, its paper and its settings."""
+    settings = "\n".join(f"- `{name}`: {value}" for name, value in step.model_dump(mode="json").items())
+    paper = step.paper.title if step.paper.link is None else f"[{step.paper.title}]({step.paper.link})"
+    return with_section(card, f"Step {step.name}", f"{step.summary}\n\nPaper: {paper}\n\n{settings}")
 
 
 def with_section(card: str, heading: str, text: str) -> str:

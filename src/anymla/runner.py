@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ from anymla.errors import AnymlaError, OutputError, RecipeError
 from anymla.io.checkpoint import check_output
 from anymla.io.device import pick_device
 from anymla.io.sources.locate import Located, locate
-from anymla.io.work import WorkFolder, remove, write_json
-from anymla.methods.base import Method
+from anymla.io.work import WorkFolder
+from anymla.layer_steps import apply
 from anymla.methods.mla.settings import MLA
 from anymla.methods.tune import Tune
 from anymla.recipe import Recipe, read_recipe
 from anymla.run_outcome import Quality, RunReport, StepOutcome, original_cost, source_spec, step_cost
+from anymla.run_work import finish, kept, step_folder
 
-Begins = Callable[[int, Method], Any]  # gives the progress callback of convert or tune, for a step and its number
+Progress = Callable[..., None]  # (number of a step, the step, and what its own progress is given)
 Note = Callable[[str], None]
 
 
@@ -38,7 +38,7 @@ def run(
     overwrite: bool = False,
     restart: bool = False,
     keep_steps: bool = False,
-    progress: Begins | None = None,
+    progress: Progress | None = None,
     told: Callable[[int, StepOutcome], None] | None = None,
     note: Note | None = None,
 ) -> RunReport:
@@ -56,8 +56,8 @@ def run(
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped run to ``output`` left, instead of going on from there.
         keep_steps: keep the checkpoints between the steps, in a folder ``OUTPUT-steps``.
-        progress: called before each step with its number, from 1, and the step; what it returns is called as
-            :func:`anymla.convert` or :func:`anymla.tune` call their ``progress``.
+        progress: called with a step's number, from 1, and the step when it begins; then with these and what
+            :func:`anymla.convert` or :func:`anymla.tune` give their ``progress``.
         told: called with 0 and the original's outcome, then after each step with its number and outcome.
         note: called with what the user should know, in words.
 
@@ -139,7 +139,7 @@ class _Run:
     original: Located
     adapter: str | None
     kept: Path | None
-    progress: Begins | None
+    progress: Progress | None
     told: Callable[[int, StepOutcome], None] | None
     note: Note | None
 
@@ -152,7 +152,7 @@ class _Run:
         join_processes(pick_device(getattr(self.recipe.steps[0], "device", "auto")))
         work = WorkFolder(self.output, kind="run", counted=("steps",))
         claim(work, lambda: self._fingerprint() | {"source": source}, restart=restart)
-        with _kept(work, len(self.recipe.steps)):
+        with kept(work, len(self.recipe.steps)):
             if not work.progress.get("finishing"):
                 self._go_on(work)
             outcomes = [StepOutcome.of(outcome) for outcome in work.progress["outcomes"]]
@@ -164,7 +164,7 @@ class _Run:
                 seconds=time.monotonic() - started,
             )
             if rank() == 0:
-                self._finish(work, report)
+                finish(work, report, self.kept)
             wait_for_all()
         return report
 
@@ -191,7 +191,7 @@ class _Run:
         keep()
         for number in range(len(self.recipe.steps) + 1):
             began = time.monotonic()
-            if number and not _folder(work, self.recipe, number).is_dir():
+            if number and not step_folder(work, self.recipe, number).is_dir():
                 self._step(work, number)
             if number == len(outcomes):
                 outcomes.append(self._outcome(work, number, time.monotonic() - began))
@@ -201,9 +201,14 @@ class _Run:
 
     def _step(self, work: WorkFolder, number: int) -> None:
         """Makes one step's checkpoint of the one before it."""
-        step, folder = self.recipe.steps[number - 1], _folder(work, self.recipe, number)
-        source = str(self.recipe.model) if number == 1 else _folder(work, self.recipe, number - 1)
-        progress = None if self.progress is None else self.progress(number, step)
+        step, folder = self.recipe.steps[number - 1], step_folder(work, self.recipe, number)
+        source = str(self.recipe.model) if number == 1 else step_folder(work, self.recipe, number - 1)
+
+        def progress(*told: Any) -> None:
+            if self.progress is not None:
+                self.progress(number, step, *told)
+
+        progress()
         try:
             if isinstance(step, MLA):
                 done = pipeline.convert(source, folder, step, progress=progress, notify=self.note)
@@ -213,6 +218,8 @@ class _Run:
 
                 teacher = self.original.name
                 tune(source, folder, teacher=teacher, adapter=self.adapter, recipe=step, progress=progress)
+            elif isinstance(step, LayerMethod):
+                apply(step, source, folder, progress=progress)
             else:
                 raise RecipeError(f"{step.name} cannot be run")
         except AnymlaError as error:
@@ -234,7 +241,7 @@ class _Run:
             cost = original_cost(self.original, self.recipe.context)
             name, settings, folder = "original", {}, None
         else:
-            step, folder = self.recipe.steps[number - 1], _folder(work, self.recipe, number)
+            step, folder = self.recipe.steps[number - 1], step_folder(work, self.recipe, number)
             name, settings, cost = step.name, step.model_dump(mode="json"), step_cost(folder, self.recipe.context)
         quality = self._quality(folder)
         outcome = StepOutcome(name=name, settings=settings, account=cost, quality=quality, seconds=seconds)
@@ -256,54 +263,3 @@ class _Run:
             adapter=self.adapter,
         )
         return Quality(**{name: getattr(scores, name) for name in Quality.__dataclass_fields__})
-
-    def _finish(self, work: WorkFolder, report: RunReport) -> None:
-        """The last step's checkpoint takes the output's place, with what was done beside it."""
-        work.commit(finishing=True)
-        folders = [_folder(work, self.recipe, number) for number in range(1, len(self.recipe.steps) + 1)]
-        if self.kept is not None:
-            self.kept.mkdir(exist_ok=True)
-            for folder in folders[:-1]:
-                if folder.is_dir():
-                    remove(self.kept / folder.name)
-                    folder.rename(self.kept / folder.name)
-        if folders[-1].is_dir():
-            for file in folders[-1].iterdir():
-                file.rename(work.model / file.name)
-        write_json(work.model / "run.json", report.to_dict())
-        (work.model / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
-        work.finish()
-
-
-def _folder(work: WorkFolder, recipe: Recipe, number: int) -> Path:
-    """Where a step's checkpoint lies until the run is done."""
-    return work.path / f"step-{number}-{recipe.steps[number - 1].name}"
-
-
-@contextmanager
-def _kept(work: WorkFolder, steps: int) -> Iterator[None]:
-    """Keeps ``work`` when the block is stopped and something is done, and says how to go on; else nothing is left."""
-    from anymla.distributed import rank
-    from anymla.sweep.progress import terminated_as_interrupted
-
-    def done() -> int:
-        return len([*work.path.glob("step-*")])
-
-    def left() -> str:
-        return f"{done()} of {steps} steps are kept: the same command goes on, with --restart it begins anew"
-
-    try:
-        with terminated_as_interrupted():
-            yield
-    except KeyboardInterrupt as stop:
-        if done():
-            stop.add_note(left())
-        raise
-    except AnymlaError as error:
-        raise type(error)(f"{error}{f'; {left()}' if done() else ''}") from error
-    except OSError as error:
-        raise OutputError(f"{work.output} could not be written: {' '.join(str(error).split())}") from error
-    finally:
-        if rank() == 0 and not done() and not [*work.path.glob(".step-*.partial")]:
-            work.discard()
-        work.release()

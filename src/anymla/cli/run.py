@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +65,7 @@ def run(
             overwrite=overwrite,
             restart=restart,
             keep_steps=keep_steps,
-            progress=lambda number, step: _progress(report, step, f"step {number} of {len(chosen.steps)}, {step.name}"),
+            progress=_progress(report, len(chosen.steps)),
             told=None if as_json else _tell,
             note=print_note if first_process() else None,
         )
@@ -82,13 +83,30 @@ def run(
     )
 
 
-def _progress(report: Report, step: Method, name: str) -> Any:
-    """Reports a step's progress as its own command does, under the step's name."""
+def _progress(report: Report, steps: int) -> Callable[..., None]:
+    """Reports the progress of each step as its own command does, under the step's name."""
+    telling: dict[int, Callable[..., None]] = {}
 
-    def named(done: int, total: int | None, what: str, *rest: Any, **details: Any) -> None:
-        report(done, total, f"{name}: {what}", *rest, **details)
+    def progress(number: int, step: Method, *told: Any) -> None:
+        def named(done: int, total: int | None, what: str, *rest: Any, **details: Any) -> None:
+            report(done, total, f"step {number} of {steps}, {step.name}: {what}", *rest, **details)
 
-    return tuning_progress(named) if step.name == "tune" else conversion_progress(named)
+        if number not in telling:
+            own: dict[str, Callable[[Report], Callable[..., None]]] = {
+                "mla": conversion_progress,
+                "tune": tuning_progress,
+            }
+            telling[number] = own.get(step.name, _layers)(named)
+        if told:
+            telling[number](*told)
+
+    return progress
+
+
+def _layers(report: Report) -> Callable[..., None]:
+    """Reports each layer of a step."""
+    report(0, None, "reading, then the first layer")
+    return lambda done, total, _: report(done, total, "layer")
 
 
 def _tell(number: int, outcome: StepOutcome) -> None:
