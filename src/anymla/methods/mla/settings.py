@@ -98,6 +98,8 @@ class MLA(LayerMethod):
         """Why this model has no latent attention under these settings."""
         from anymla.methods.mla.layer_plan import check_settings
 
+        if any(layer.latent is not None for layer in model.layers):
+            return "it has latent attention already"
         try:
             check_settings("this model", model, self)
         except AnymlaError as error:
