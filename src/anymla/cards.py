@@ -179,13 +179,6 @@ def versions_named(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def step_card(card: str, step: Method) -> str:
-    """``card`` with what a step did: its summary, its paper and its settings."""
-    settings = "\n".join(f"- `{name}`: {value}" for name, value in step.model_dump(mode="json").items())
-    paper = step.paper.title if step.paper.link is None else f"[{step.paper.title}]({step.paper.link})"
-    return with_section(card, f"Step {step.name}", f"{step.summary}\n\nPaper: {paper}\n\n{settings}")
-
-
 def with_section(card: str, heading: str, text: str) -> str:
     """``card`` with ``text`` below ``## heading``: in place of what stood there, or at the end."""
     section = f"## {heading}\n\n{text.strip()}\n"
