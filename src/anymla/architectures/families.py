@@ -35,6 +35,7 @@ class Family:
     scaling: float | None = None  # of scores; None: the module's own
     temperature: str | None = None  # of queries by position: 'llama4' or 'ministral3'
     position_bias: str | None = None  # modeling/heads.py, score_bias
+    attends_in_chunks: bool = False  # a query of a layer with rope sees its own chunk of the tokens only
     batched: bool = True  # layers take the mask and position bias of one window for many
     gate_activation: str | None = None  # of a gate on the heads' output; None: sigmoid
     adds_residual: bool = False  # the attention module itself adds the residual stream
@@ -161,6 +162,7 @@ FAMILIES: dict[str, Family] = {
         rope_layers="no_rope_layers",
         qk_norm="use_qk_norm",
         temperature="llama4",
+        attends_in_chunks=True,
     ),
     "mellum": Family(qk_norm=True, defaults=_ALL_FULL),
     "minimax": _POST_NORM,

@@ -24,7 +24,7 @@ def window_refusal(model_spec: ModelSpec) -> str | None:
     if model_spec.has_vision:
         return "it sees images, whose tokens may look ahead"
     family = FAMILIES[model_spec.text_model_type]
-    if family.temperature == "llama4":
+    if family.attends_in_chunks:
         return "its layers attend in chunks"
     if family.all_layers_attend:
         return "its layers mix tokens beside attention too, and transformers has a cache of its own kind for them"
