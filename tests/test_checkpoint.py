@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import anymla
 from anymla.demo import bundled_model
 from anymla.modeling.modeling_anymla import AnymlaLlamaForCausalLM
+from anymla.modeling.spec import CONFIG_FIELDS, KEY, OLD_KEY
 from tests.families import FAST, SHAPES, converted_layers, logits, make_model, save_model, token_ids
+from tests.family_models import tiny_model
 
 WITHOUT_ANYMLA = """
 import sys, torch
@@ -81,6 +83,39 @@ def test_loads_without_anymla(tmp_path, family):
     resaved = AutoModelForCausalLM.from_pretrained(tmp_path / "resaved").eval()
     assert torch.equal(logits(resaved, token_ids()), expected)
     assert (tmp_path / "resaved" / "modeling_anymla.py").is_file()
+
+
+OLD = {
+    "llama": ("llama", {}),
+    "gemma2": ("gemma2", {}),
+    "window": ("llama", {"exact_window": 5}),
+    "deepseek": ("llama", {"target": "deepseek"}),
+}
+
+
+def as_written_by_0_1(folder):
+    """Rewrites config.json of a converted folder: one flat list of the converted layers."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config[OLD_KEY] = []
+    for layer in config.pop(KEY)["layers"]:
+        known = {name: value for name, value in layer["attention"].items() if name not in CONFIG_FIELDS[4:]}
+        biases = layer["latent"].pop("biases", True)
+        config[OLD_KEY].append(
+            {"module": layer["module"], "query_bias": biases, "bias": biases} | known | layer["latent"]
+        )
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("model_type", "settings"), OLD.values(), ids=OLD)
+def test_a_folder_of_0_1_loads_unchanged(tmp_path, model_type, settings):
+    source = save_model(tiny_model(model_type, torch.float32), tmp_path / "source")
+    anymla.convert(source, tmp_path / "out", kv_cache=0.5, **settings, **FAST)
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), token_ids())
+    as_written_by_0_1(tmp_path / "out")
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(old, token_ids()), expected)
+    assert torch.equal(run_without_anymla(tmp_path / "out", tmp_path, {"input_ids": token_ids()}), expected)
 
 
 def test_sharded_files(tmp_path):
