@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer, Observer
 
 
-Facts = list[dict[str, Any] | None]  # per layer what a survey gathered, ready for JSON; None: not looked at
+# Per layer what a survey gathered; None: not looked at. Values are what JSON gives; a tensor is an io.safetensors.Stored,
+# whose file is read when it is needed.
+Facts = list[dict[str, Any] | None]
 
 
 class Phase(IntEnum):
@@ -74,7 +76,9 @@ class Changed:
 class Survey(ABC):
     """What a method gathers on calibration text before its plan is final; anymla.sweep runs it, keeps what it says.
 
-    ``backward``: whether it needs gradients of the final loss.
+    ``backward``: whether it needs gradients of the final loss. Its observers then see one window at a time, with the
+    gradient with respect to the layer's output, while the layer's weights have theirs in ``grad``; None, where a window
+    did not reach a weight.
     """
 
     backward: ClassVar[bool] = False
@@ -89,7 +93,10 @@ class Survey(ABC):
 
     @abstractmethod
     def layer(self, layer: Layer, observed: Any) -> dict[str, Any]:
-        """What there is to know of the layer, ready for JSON; ``observed``: what :meth:`observer` gave."""
+        """What there is to know of the layer, over all processes: tensors by name, and what is ready for JSON.
+
+        ``observed``: what :meth:`observer` gave.
+        """
 
 
 class Method(Settings, ABC):
