@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer, Observer
 
 
-# Per layer what a survey gathered; None: not looked at. Values are what JSON gives; a tensor is an io.safetensors.Stored,
-# whose file is read when it is needed.
+# Per layer what a survey gathered, as JSON gives it back; None: not looked at. Tensors are io.safetensors.Stored: they
+# stay in their files until a method reads them.
 Facts = list[dict[str, Any] | None]
 
 

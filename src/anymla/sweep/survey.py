@@ -29,6 +29,8 @@ from anymla.sweep.decoder import Decoder
 from anymla.sweep.layer import Layer
 from anymla.sweep.streams import SavedStreams
 
+HIDDEN, GRADIENT = "surveyed", "gradient"  # names of the streams' files
+
 
 @torch.no_grad()
 def run_survey(
@@ -66,6 +68,9 @@ def run_survey(
             BackwardSurvey(survey, decoder, plan, kept, wanted, memory).run()
     elif kept.passed <= max(wanted):
         ForwardSurvey(survey, Decoder(source, model, windows), plan, kept, wanted, memory).run()
+    for name in (HIDDEN, GRADIENT):
+        for path in work.path.glob(f"{name}-{rank()}-after-*"):
+            path.unlink()
     return kept.read()
 
 
@@ -174,18 +179,17 @@ class ForwardSurvey(SurveyRun):
 
     def run(self) -> None:
         """Looks at the layers that are not yet done."""
-        hidden, before = (self.room(name, self.decoder.shape[0]) for name in ("surveyed", "unmoved"))
+        hidden, before = (self.room(name, self.decoder.shape[0]) for name in (HIDDEN, "unmoved"))
         saved = SavedStreams(self.folder, hidden)
         self.begin(saved, hidden, 2)
         for index in range(self.kept.passed, max(self.wanted) + 1):
+            saved.keep_only(index)
             before.restore(saved.path(hidden, index))
             with self.decoder.source.layer(self.decoder.modules[index]):
                 facts = self._passed(self.decoder.layer(index, self.plan, original=hidden, converted=before))
             saved.save(index + 1)
             self.kept.add(index, facts)
-            saved.keep_only(index + 1)
             give_back_memory()
-        saved.keep_only()
 
     def _passed(self, layer: Layer) -> dict[str, Any] | None:
         if layer.index not in self.wanted:
@@ -202,25 +206,23 @@ class BackwardSurvey(SurveyRun):
     def run(self) -> None:
         """Goes on until every layer is looked at."""
         windows = self.decoder.split.fit.stop
-        self.hidden, self.gradient = (self.room(name, windows) for name in ("surveyed", "gradient"))
+        self.hidden, self.gradient = (self.room(name, windows) for name in (HIDDEN, GRADIENT))
         self.states, self.gradients = (SavedStreams(self.folder, each) for each in (self.hidden, self.gradient))
         self.total, self.lowest = len(self.decoder.modules), min(self.wanted)
         if self.kept.gradient_after is None:
             self._go_up()
             self._turn()
         self._go_down()
-        for saved in (self.states, self.gradients):
-            saved.keep_only()
 
     def _go_up(self) -> None:
         self.begin(self.states, self.hidden, self.total - self.lowest + 3)
         for index in range(self.kept.passed, self.total):
+            self.states.keep_only(*range(self.lowest, index), index)
             with self.decoder.source.layer(self.decoder.modules[index]):
                 layer = self.decoder.layer(index, self.plan, original=self.hidden, converted=self.hidden)
                 pass_through(layer.module, self.hidden, layer.arguments, layer.batch)
             self.states.save(index + 1)
             self.kept.add(index, None)
-            self.states.keep_only(*range(self.lowest, index + 1), index + 1)
             give_back_memory()
 
     def _turn(self) -> None:
@@ -237,13 +239,13 @@ class BackwardSurvey(SurveyRun):
         after = self.kept.gradient_after or self.total
         self.gradients.restore(after)
         for index in range(after - 1, self.lowest - 1, -1):
+            self.states.keep_only(*range(self.lowest, index + 1))
+            self.gradients.keep_only(index + 1)
             self.states.restore(index)
             with self.decoder.source.layer(self.decoder.modules[index]):
                 facts = self._passed(index)
             self.gradients.save(index)
             self.kept.add(index, facts, gradient_after=index)
-            self.states.keep_only(*range(self.lowest, index))
-            self.gradients.keep_only(index)
             give_back_memory()
 
     def _passed(self, index: int) -> dict[str, Any] | None:
