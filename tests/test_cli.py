@@ -17,7 +17,20 @@ from anymla.errors import AnymlaError
 from anymla.methods.mla.settings import MLA
 from tests.damage import BUNDLED, FAST, TRAIN, VALID, Run, run_main
 
-COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "eval", "generate", "export", "push", "refresh")
+COMMANDS = (
+    "demo",
+    "inspect",
+    "plan",
+    "convert",
+    "tune",
+    "eval",
+    "generate",
+    "export",
+    "push",
+    "refresh",
+    "run",
+    "methods",
+)
 SCORES = {
     "perplexity",
     "kl",
@@ -113,6 +126,9 @@ def test_inspect_json(anymla):
         ["plan", BUNDLED],
         ["plan", BUNDLED, "--target", "deepseek"],
         ["--help"],
+        ["methods"],
+        ["methods", "--json"],
+        ["run", "--help"],
     ],
 )
 def test_answers_at_once_without_torch(arguments):

@@ -57,6 +57,6 @@ def test_it_runs(file, tmp_path, monkeypatch):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content | {"steps": steps}))
     done = anymla.run(BUNDLED, "OUT", recipe="small.yaml")
     assert [step.name for step in done.steps] == [name for step in steps for name in step]
-    account = [step.account["cache_bytes_per_token"] for step in done.steps]
+    account = [step.account.cache_bytes_per_token for step in done.steps]
     assert account[-1] < 1280  # the original's
     assert (done.steps[-1].quality is None) == ("text" not in content)
