@@ -16,6 +16,7 @@ from anymla.io.device import pick_device
 from anymla.io.sources.locate import Located, locate
 from anymla.io.work import WorkFolder
 from anymla.layer_steps import apply
+from anymla.methods.base import LayerMethod
 from anymla.methods.mla.settings import MLA
 from anymla.methods.tune import Tune
 from anymla.recipe import Recipe, read_recipe
