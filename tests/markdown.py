@@ -31,10 +31,10 @@ def links(page: Path) -> list[str]:
 
 
 def undefined(page: Path) -> set[str]:
-    """Names in brackets that look like a file's and have no definition, so that they are no link."""
+    """Names of links by reference, and names in brackets that look like a file's, that have no definition."""
     text = re.sub(r"`[^`\n]*`", "", prose(page))
     defined = set(re.findall(r"^\[([^\]]+)\]:", text, re.MULTILINE))
-    return set(re.findall(r"\[([\w./-]+\.(?:py|md))\](?![(:])", text)) - defined
+    return {*re.findall(r"\]\[([^\]]+)\]", text), *re.findall(r"\[([\w./-]+\.(?:py|md))\](?![(:])", text)} - defined
 
 
 def anchors(page: Path) -> set[str]:

@@ -17,8 +17,20 @@ from anymla.errors import AnymlaError
 from anymla.methods.mla.settings import MLA
 from tests.damage import BUNDLED, FAST, TRAIN, VALID, Run, run_main
 
-COMMANDS = ("demo", "inspect", "plan", "convert", "tune", "run", "methods")
-COMMANDS += ("eval", "generate", "export", "push", "refresh")
+COMMANDS = (
+    "demo",
+    "inspect",
+    "plan",
+    "convert",
+    "tune",
+    "eval",
+    "generate",
+    "export",
+    "push",
+    "refresh",
+    "run",
+    "methods",
+)
 SCORES = {
     "perplexity",
     "kl",
