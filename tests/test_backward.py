@@ -65,22 +65,24 @@ def test_gradients_are_those_of_the_whole_model(family, part_bytes, tmp_path, mo
         assert loss == pytest.approx(expected[number][0], rel=1e-9)
     layers = decoder_layers(model)
     for index in range(len(layers) - 1, -1, -1):
-        for sample in layer_gradients(layers[index], kept[index], gradient, arguments[index], slice(None)):
+        for sample in layer_gradients(layers[index], kept[index], gradient, arguments[index]):
             for name, weight in layers[index].named_parameters():
-                whole = expected[sample.window][1].get(f"{index}.{name}")
+                whole = expected[sample.windows.start][1].get(f"{index}.{name}")
                 assert (weight.grad is None or not weight.grad.any()) if whole is None else True
                 if whole is not None:
                     assert torch.allclose(weight.grad, whole, rtol=1e-7, atol=1e-12), (index, name)
         assert all(weight.grad is None and not weight.requires_grad for weight in layers[index].parameters())
 
 
-def test_some_windows_only(tmp_path):
-    model, ids = tiny_model("llama", torch.float64).eval(), token_ids(batch=3, length=10)
+def test_without_weights_the_gradient_alone_moves_on(tmp_path):
+    model, ids = tiny_model("llama", torch.float64).eval(), token_ids(batch=2, length=10)
     kept, arguments, _tuples = streams(model, ids, tmp_path)
-    gradient = kept[-1].like(torch.float64)
-    gradient[:] = torch.ones(gradient.shape, dtype=torch.float64)
-    layer = decoder_layers(model)[-1]
-    seen = [sample.window for sample in layer_gradients(layer, kept[-2], gradient, arguments[-1], slice(1, 3))]
-    assert seen == [1, 2]
-    assert torch.equal(gradient[0:1], torch.ones_like(gradient[0:1]))
-    assert not torch.equal(gradient[1:2], torch.ones_like(gradient[1:2]))
+    layer, moved = decoder_layers(model)[-1], []
+    for weights in (True, False):
+        gradient = kept[-1].like(torch.float64)
+        gradient[:] = torch.ones(gradient.shape, dtype=torch.float64)
+        for _ in layer_gradients(layer, kept[-2], gradient, arguments[-1], weights=weights):
+            assert all((weight.grad is not None) is weights for weight in layer.parameters())
+        moved.append(gradient[:])
+    assert torch.equal(*moved)
+    assert not torch.equal(moved[0], torch.ones_like(moved[0]))

@@ -24,3 +24,10 @@ def auto_class(model_type: str) -> Any:
 
     sees = model_type.removeprefix("anymla_") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def model_class(config: Any) -> Any:
+    """The class that loads the checkpoint of ``config`` whole; one of a converted model must be registered by now."""
+    if config.model_type.startswith("anymla_"):
+        return auto_class(config.model_type)._model_mapping[type(config)]
+    return stock_class(config.model_type)

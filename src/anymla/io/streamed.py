@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from anymla.errors import CheckpointError
-from anymla.io.auto import stock_class
+from anymla.io.auto import model_class
 from anymla.io.checkpoint import check_loading, check_weights, implementations, safe_config
 from anymla.io.extra import left_out
 from anymla.io.safetensors import Stored, read_header
@@ -60,7 +60,7 @@ class StreamedModel:
         config = safe_config(self.folder)
         try:
             check_amount(self.folder, config, {name: prod(tensor.shape) for name, tensor in self.stored.items()})
-            model, info = stock_class(config.model_type).from_pretrained(
+            model, info = model_class(config).from_pretrained(
                 None,
                 config=config,
                 dtype=dtype or "auto",

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer, Observer
 
 
-Facts = list[dict[str, Any] | None]  # per layer what a survey gathered, ready for JSON; None: not looked at
+# Per layer what a survey gathered, as JSON gives it back; None: not looked at. Tensors are io.safetensors.Stored: they
+# stay in their files until a method reads them.
+Facts = list[dict[str, Any] | None]
 
 
 class Phase(IntEnum):
@@ -75,7 +77,9 @@ class Changed:
 class Survey(ABC):
     """What a method gathers on calibration text before its plan is final; anymla.sweep runs it, keeps what it says.
 
-    ``backward``: whether it needs gradients of the final loss.
+    ``backward``: whether it needs gradients of the final loss. Its observers then see one window at a time, with the
+    gradient with respect to the layer's output, while the layer's weights have theirs in ``grad``; None, where a window
+    did not reach a weight.
     """
 
     backward: ClassVar[bool] = False
@@ -90,7 +94,10 @@ class Survey(ABC):
 
     @abstractmethod
     def layer(self, layer: Layer, observed: Any) -> dict[str, Any]:
-        """What there is to know of the layer, ready for JSON; ``observed``: what :meth:`observer` gave."""
+        """What there is to know of the layer, over all processes: tensors by name, and what is ready for JSON.
+
+        ``observed``: what :meth:`observer` gave.
+        """
 
 
 class Method(Settings, ABC):

@@ -7,7 +7,6 @@ log-likelihood of the next one, in nats; each window is a sample of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,26 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from anymla.model_run.activations import Activations
-from anymla.model_run.stream import final_logits, first
+from anymla.model_run.stream import LayerBatch, final_logits, first
 
 PART_BYTES = 64 << 20  # of logits at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerGradient:
-    """One window through a layer and back.
-
-    Args:
-        window: which one.
-        hidden, output: hidden states [1,T,D] before and after the layer.
-        gradient: of the loss of this window with respect to ``output`` [1,T,D]; those with respect to the layer's
-            weights are in their ``grad``, of this window alone.
-    """
-
-    window: int
-    hidden: Tensor
-    output: Tensor
-    gradient: Tensor
 
 
 def loss_gradient(model: Any, hidden: Tensor, ids: Tensor, *, tuples: bool) -> tuple[float, Tensor]:
@@ -58,33 +40,33 @@ def loss_gradient(model: Any, hidden: Tensor, ids: Tensor, *, tuples: bool) -> t
 
 
 def layer_gradients(
-    layer: nn.Module, hidden: Activations, gradient: Activations, arguments: dict[str, Any], windows: slice
-) -> Iterator[LayerGradient]:
-    """Runs ``windows`` through a layer again and goes back, one after the other.
+    layer: nn.Module, hidden: Activations, gradient: Activations, arguments: dict[str, Any], *, weights: bool = True
+) -> Iterator[LayerBatch]:
+    """Runs a layer again and goes back through it, one window after the other.
 
     Args:
         layer: with its weights; their ``grad`` is that of the window which was yielded last, and gone at the end.
         hidden: hidden states before the layer [N,T,D].
-        gradient: with respect to those after it; moves on to those before it, in place.
+        gradient: with respect to those after it [N,T,D]; moves on to those before it, in place.
         arguments: what the layer is called with beside hidden states.
-        windows: which of the N windows.
+        weights: whether the weights get their ``grad``.
     """
-    weights = [weight for weight in layer.parameters() if weight.is_floating_point()]
-    for weight in weights:
+    asked = [weight for weight in layer.parameters() if weights and weight.is_floating_point()]
+    for weight in asked:
         weight.requires_grad_(True)
     try:
-        for window in range(*windows.indices(len(hidden))):
+        for window in range(len(hidden)):
             place = slice(window, window + 1)
             states, after = hidden[place].detach().requires_grad_(True), gradient[place]
-            for weight in weights:
+            for weight in asked:
                 weight.grad = None
             with torch.enable_grad():
                 output = first(layer(states, **arguments))
-            output.backward(after.to(output.dtype))
+            output.backward(after)
             before = torch.zeros_like(states) if states.grad is None else states.grad
-            yield LayerGradient(window=window, hidden=states.detach(), output=output.detach(), gradient=after)
+            yield LayerBatch(windows=place, hidden=states.detach(), output=output.detach(), gradient=after)
             gradient[place] = before
     finally:
-        for weight in weights:
+        for weight in asked:
             weight.grad = None
             weight.requires_grad_(False)

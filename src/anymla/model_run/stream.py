@@ -154,15 +154,21 @@ class AttentionRun:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBatch:
-    """One batch through a layer: which windows, the hidden states before and after it [B,T,D], and its attention.
+    """One batch through a layer, forwards, or forwards and back.
 
-    ``attention``: None where the layer has no softmax attention.
+    Args:
+        windows: which ones.
+        hidden, output: hidden states before and after the layer [B,T,D].
+        attention: what went through its attention; None where it has no softmax attention, and on the way back.
+        gradient: on the way back, that of the loss with respect to ``output`` [B,T,D]. The layer's weights then have
+            theirs in ``grad``, of this batch alone.
     """
 
     windows: slice
     hidden: Tensor
     output: Tensor
-    attention: AttentionRun | None
+    attention: AttentionRun | None = None
+    gradient: Tensor | None = None
 
 
 @torch.no_grad()

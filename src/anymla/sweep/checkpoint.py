@@ -12,7 +12,7 @@ from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling import modeling_anymla
-from anymla.modeling.spec import KEY, LayerSpec, config_entry
+from anymla.modeling.spec import KEY, OLD_KEY, LayerSpec, config_entry
 from anymla.register import converted_class, register
 from anymla.sweep.shards import name_shards, pack, write_outside
 
@@ -20,24 +20,23 @@ from anymla.sweep.shards import name_shards, pack, write_outside
 def converted_config(model: Any, layers: tuple[LayerSpec, ...]) -> Any:
     """The config of the converted ``model``: the original's fields, DeepSeek's names, the spec of every layer."""
     register()
-    model_class: Any = converted_class(type(model).__name__)
+    made: Any = converted_class(type(model).__name__.removeprefix(modeling_anymla.PREFIX))
     parts = [layer.parts for layer in layers if layer.latent is not None]
-    rank = max(latent.kv_lora_rank for _, latent in parts)
     rope_dims = max(latent.qk_rope_head_dim for _, latent in parts)
     head_dim = max(attention.head_dim for attention, _ in parts)
     fields = model.config.to_dict()
-    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+    for name in ("model_type", "architectures", "auto_map", "transformers_version", OLD_KEY):
         fields.pop(name, None)
-    return model_class.config_class(
-        **fields,
-        architectures=[model_class.__name__],
-        kv_lora_rank=rank,
-        qk_rope_head_dim=rope_dims,
-        qk_nope_head_dim=head_dim,
-        v_head_dim=head_dim,
-        qk_head_dim=head_dim + rope_dims,
-        **{KEY: config_entry(layers)},
-    )
+    fields |= {
+        "architectures": [made.__name__],
+        "kv_lora_rank": max(latent.kv_lora_rank for _, latent in parts),
+        "qk_rope_head_dim": rope_dims,
+        "qk_nope_head_dim": head_dim,
+        "v_head_dim": head_dim,
+        "qk_head_dim": head_dim + rope_dims,
+        KEY: config_entry(layers),
+    }
+    return made.config_class(**fields)
 
 
 def write_checkpoint(source: StreamedModel, work: WorkFolder, layers: Sequence[LayerSpec], *, shard_size: int) -> None:

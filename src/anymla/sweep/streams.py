@@ -1,6 +1,8 @@
-"""The two streams of hidden states that a sweep moves from layer to layer."""
+"""The streams of hidden states that a sweep moves from layer to layer."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,34 +13,42 @@ from anymla.model_run.activations import Activations, Budget
 from anymla.sweep.layer import CalibrationSplit
 
 
-class Streams:
-    """The hidden states of the original, and those of the model whose layers are converted so far.
+class SavedStreams:
+    """Streams that are saved together after each layer, before that layer counts as done."""
 
-    Both are saved after each layer, before that layer counts as done; what was saved before goes once it does.
-    """
+    def __init__(self, folder: Path, *streams: Activations) -> None:
+        self.folder, self.streams = folder, streams
+
+    def path(self, stream: Activations, layers: int) -> Path:
+        """Where one of them lies as it was after ``layers`` layers."""
+        return self.folder / f"{stream.name}-after-{layers}"
+
+    def save(self, layers: int) -> None:
+        """Keeps all as they are after ``layers`` layers."""
+        for stream in self.streams:
+            stream.save(self.path(stream, layers))
+
+    def restore(self, layers: int) -> None:
+        """Takes all up after ``layers`` layers."""
+        for stream in self.streams:
+            stream.restore(self.path(stream, layers))
+
+    def keep_only(self, *layers: int) -> None:
+        """Removes all that is saved but what was kept after ``layers`` layers."""
+        for stream in self.streams:
+            kept = {self.path(stream, number) for number in layers}
+            for path in self.folder.glob(f"{stream.name}-after-*"):
+                if path not in kept:
+                    path.unlink()
+
+
+class Streams(SavedStreams):
+    """The hidden states of the original, and those of the model whose layers are converted so far."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str, budget: Budget) -> None:
         self.original = Activations(shape, dtype, device, budget, f"original-{rank()}")
         self.converted = Activations(shape, dtype, device, budget, f"converted-{rank()}")
-        self.folder = budget.folder
-
-    def save(self, layers: int) -> None:
-        """Keeps both as they are after ``layers`` layers."""
-        for stream in (self.original, self.converted):
-            stream.save(self.folder / f"{stream.name}-after-{layers}")
-
-    def restore(self, layers: int) -> None:
-        """Takes both up after ``layers`` layers."""
-        for stream in (self.original, self.converted):
-            stream.restore(self.folder / f"{stream.name}-after-{layers}")
-
-    def keep_only(self, *layers: int) -> None:
-        """Removes all that is saved but what was kept after ``layers`` layers."""
-        for stream in (self.original, self.converted):
-            kept = {f"{stream.name}-after-{number}" for number in layers}
-            for path in self.folder.glob(f"{stream.name}-after-*"):
-                if path.name not in kept:
-                    path.unlink()
+        super().__init__(budget.folder, self.original, self.converted)
 
 
 def own_windows(windows: Tensor, split: CalibrationSplit) -> tuple[Tensor, CalibrationSplit]:
