@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.methods.mla.plan import LayerPlan, MLAPlan
+from anymla.methods.mla.layer_plan import LayerPlan
+from anymla.methods.mla.plan import MLAPlan
 from anymla.model_run.stream import decoder_layers
 
 

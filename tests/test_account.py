@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import anymla
 from anymla.account import account, in_dtype, measure, told_lengths
 from anymla.architectures.families import FAMILIES
-from anymla.architectures.model_spec import converted_spec, read_config, read_model_spec
+from anymla.architectures.model_spec import converted_spec, read_config, read_model_spec, spec_of
 from anymla.io.checkpoint import check_weights, load_model
-from anymla.methods.mla.plan import spec_after
+from anymla.methods.mla.layer_plan import spec_after
 from anymla.modeling.arguments import cache_argument
 from anymla.modeling.spec import CONFIG_FIELDS, DTYPE_BYTES, KEY, AttentionSpec, LatentSpec, LayerSpec
 from anymla.weight_files import sized, stored_bytes
@@ -34,7 +34,7 @@ CASES = [(name, name, {}) for name, family in FAMILIES.items() if not family.ins
 def spec_in(folder):
     """The spec of a checkpoint, converted or not, with the bytes that its files hold."""
     config = read_config(folder)
-    spec = converted_spec(config) if KEY in config else read_model_spec(config)
+    spec = spec_of(config)
     return sized(spec, stored_bytes(spec, check_weights(folder)))
 
 

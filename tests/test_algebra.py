@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anymla.architectures.attention import AttentionWeights
-from anymla.methods.mla.factorization import FACTORIZATIONS, LatentProblem
+from anymla.methods.mla.channels import no_channels
+from anymla.methods.mla.factorization import FACTORIZATIONS
+from anymla.methods.mla.latent import LatentProblem
 from anymla.methods.mla.moments import MomentSums, rotate, to_complex
 from anymla.methods.mla.refit import OutputBatch, best_change, normal_equations
-from anymla.methods.mla.rope import ROPE_CHOICES, SpreadPCA, no_channels
+from anymla.methods.mla.rope import ROPE_CHOICES
+from anymla.methods.mla.rope.channel_pca import SpreadPCA
 from anymla.methods.mla.settings import SHARED_ROPES
 
 CHOICES = ROPE_CHOICES | {"spread": SpreadPCA()}

@@ -15,7 +15,7 @@ from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_config, read_model_spec
 from anymla.demo import bundled_model
 from anymla.methods.mla.costs import original_cost
-from anymla.methods.mla.plan import spec_after
+from anymla.methods.mla.layer_plan import spec_after
 from anymla.modeling.arguments import cache_argument
 from tests.families import save_model, token_ids
 from tests.family_check import load

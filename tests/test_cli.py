@@ -126,6 +126,9 @@ def test_inspect_json(anymla):
         ["plan", BUNDLED],
         ["plan", BUNDLED, "--target", "deepseek"],
         ["--help"],
+        ["methods"],
+        ["methods", "--json"],
+        ["run", "--help"],
     ],
 )
 def test_answers_at_once_without_torch(arguments):

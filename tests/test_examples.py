@@ -55,8 +55,8 @@ def test_it_runs(file, tmp_path, monkeypatch):
     content |= {"text_tokens": 512} if "text" in content else {}
     steps = [{name: settings | SMALLER[name] for name, settings in step.items()} for step in content["steps"]]
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content | {"steps": steps}))
-    done = anymla.run(BUNDLED, "OUT", recipe="small.yaml").to_dict()
-    assert [step["name"] for step in done["steps"]] == [name for step in steps for name in step]
-    account = json.loads((tmp_path / "OUT" / "account.json").read_text(encoding="utf-8"))
-    assert account["cache_bytes_per_token"] < 1280  # the original's
-    assert account["measured"]["cache_bytes_per_token"] == account["cache_bytes_per_token"]
+    done = anymla.run(BUNDLED, "OUT", recipe="small.yaml")
+    assert [step.name for step in done.steps] == [name for step in steps for name in step]
+    account = [step.account.cache_bytes_per_token for step in done.steps]
+    assert account[-1] < 1280  # the original's
+    assert (done.steps[-1].quality is None) == ("text" not in content)

@@ -10,15 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.architectures.model_spec import read_model_spec
 from anymla.data.mixture import Source, Texts, packed_rows, padded_rows, read_texts, training_rows
 from anymla.data.packing import check_packing
 from anymla.errors import RecipeError
 from anymla.evaluation.logits import at_head
 from anymla.io.checkpoint import load_model, load_tokenizer
-from anymla.methods.mla.plan import make_plan
-from anymla.methods.mla.settings import MLA
-from anymla.methods.tune import Tune, read_tuning, shipped_names, shipped_recipe
+from anymla.methods.tune import Tune
+from anymla.recipe import read_mla, read_recipe, read_tune, shipped_names
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
 from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
@@ -28,17 +26,6 @@ from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 
 TINY = {"data": [str(TRAIN)], "length": 64, "eval_data": str(VALID), "eval_tokens": 256, "device": "cpu"}
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-MODELS = {  # of each shipped recipe's config.json: family, vocabulary, context, SIZES, head_dim
-    "HuggingFaceTB/SmolLM-135M": ("llama", 49152, 2048, 576, 1536, 30, 9, 3, 64),
-    "HuggingFaceTB/SmolLM-360M": ("llama", 49152, 2048, 960, 2560, 32, 15, 5, 64),
-    "HuggingFaceTB/SmolLM-1.7B": ("llama", 49152, 2048, 2048, 8192, 24, 32, 32, 64),
-    "meta-llama/Llama-2-7b-hf": ("llama", 32000, 4096, 4096, 11008, 32, 32, 32, 128),
-    "meta-llama/Llama-3.2-1B": ("llama", 128256, 131072, 2048, 8192, 16, 32, 8, 64),
-    "meta-llama/Llama-3.1-8B": ("llama", 128256, 131072, 4096, 14336, 32, 32, 8, 128),
-    "Qwen/Qwen3-0.6B-Base": ("qwen3", 151936, 32768, 1024, 3072, 28, 16, 8, 128),
-    "Qwen/Qwen3-8B-Base": ("qwen3", 151936, 32768, 4096, 12288, 36, 32, 8, 128),
-}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +69,7 @@ def test_the_gap_closes_on_the_bundled_model(converted_folder, tmp_path):
     )
     assert before == after
     assert "## Tuned" in (tmp_path / "out" / "README.md").read_text()
-    assert read_tuning(tmp_path / "out" / "tuning.yaml") == report.tuning
+    assert Tune.of(read_tune(tmp_path / "out" / "tuning.yaml")) == report.tuning
     old, new = (load_file(folder / "model.safetensors") for folder in (converted_folder, tmp_path / "out"))
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed
@@ -272,20 +259,19 @@ def test_a_step_is_shared_out():
 
 
 @pytest.mark.parametrize("name", shipped_names())
-def test_shipped_recipes_can_be_planned(name):
-    recipe = shipped_recipe(name)
-    assert Tune.of(recipe.tune.model_dump()) == recipe.tune
-    assert read_tuning(name) == recipe.tune
-    if recipe.model is None:
-        return
-    family, vocabulary, context, *sizes, head_dim = MODELS[recipe.model]
-    facts = {"model_type": family, "vocab_size": vocabulary, "max_position_embeddings": context, "head_dim": head_dim}
-    model_spec = read_model_spec(facts | dict(zip(SIZES, sizes)) | {"hidden_act": "silu", "dtype": "bfloat16"})
-    for share in recipe.kv_cache:
-        planned = make_plan(recipe.model, model_spec, MLA.of(recipe.convert.model_dump() | {"kv_cache": share}))
-        assert len(planned.layers) == sizes[2]
-    assert sum(Source.of(text).share for text in recipe.tune.data) == pytest.approx(1)
-    assert make_stages(recipe.tune, recipe.tune.length, 8)
+def test_shipped_recipes_have_settings_to_tune_with(name):
+    assert Tune.of(read_tune(name)) == read_recipe(name).steps[1]
+
+
+def test_a_recipe_file_holds_settings_or_steps(tmp_path):
+    flat, steps, other = (tmp_path / f"{name}.yaml" for name in ("flat", "steps", "other"))
+    flat.write_text("tokens: 512\n")
+    steps.write_text("steps:\n- mla: {kv_cache: 0.5}\n- tune: {tokens: 512}\n")
+    other.write_text("steps: [mla]\n")
+    assert read_tune(flat) == read_tune(steps) == {"tokens": 512}
+    assert read_mla(steps) == {"kv_cache": 0.5}
+    with pytest.raises(RecipeError, match="no step tune"):
+        read_tune(other)
 
 
 TUNE = "tune {tmp}/converted --teacher {model} -o {out} --data {train} --tokens 512 --length 32 --eval-tokens 256"

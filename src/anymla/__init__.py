@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from anymla.methods.tune import Tune
     from anymla.outcomes import Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
+    from anymla.recipe import Recipe
     from anymla.recovery import tune
+    from anymla.run_outcome import RunReport
+    from anymla.runner import run
     from anymla.training.outcome import Recovery
 
 __version__ = "0.1.0"
@@ -41,7 +44,7 @@ __all__ = [
     "Push",
     "Recipe",
     "Recovery",
-    "RunOutcome",
+    "RunReport",
     "Scores",
     "Tune",
     "convert",
@@ -70,7 +73,7 @@ _HOMES = {
     "Recovery": "anymla.training.outcome",
     "Scores": "anymla.evaluation.scores",
     "Recipe": "anymla.recipe",
-    "RunOutcome": "anymla.runner",
+    "RunReport": "anymla.run_outcome",
     "run": "anymla.runner",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",

@@ -9,26 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from anymla.layouts import LAYOUTS, TARGETS, listed
+from anymla.methods.base import Method
 from anymla.methods.mla.settings import MLA
 
 TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
 USE, FILES = "Use", "Files"  # sections that are written anew
 FOLDER = "THIS_FOLDER"  # the hub's name of it, once it has one
 LIBRARY = "library_name: transformers"
-BASE = "DeepSeek-V2 (multi-head latent attention)"
-PAPERS = {
-    BASE: "2405.04434",
-    "MHA2MLA": "2502.14837",
-    "EliteKV": "2503.01586",
-    "TransMLA": "2502.07864",
-    "SVD-LLM": "2403.07378",
-}
-SOURCES = {  # whose method a setting of the recipe is, where it is not anymla's own
-    **dict.fromkeys(("high", "low", "uniform", "two-norm", "joint-svd", "split-svd"), "MHA2MLA"),
-    "elite": "EliteKV",
-    **dict.fromkeys(("rorope", "freqfold-2", "freqfold-4", "freqfold-8", "freqfold-16", "balanced-pca"), "TransMLA"),
-    "whitened": "SVD-LLM",
-}
 
 
 def model_card(report: Mapping[str, Any], auto: str) -> str:
@@ -144,15 +131,24 @@ def public_name(source: str | Path) -> str:
 
 
 def _method(recipe: Mapping[str, Any]) -> str:
-    used = [SOURCES.get(recipe[name]) for name in ("rope", "factorization")]
-    of = [f" ({name})" if name else "" for name in used]
-    papers = ", ".join(
-        f"[{name}](https://arxiv.org/abs/{PAPERS[name]})" for name in dict.fromkeys([BASE, *filter(None, used)])
-    )
+    used = MLA.of({name: recipe[name] for name in ("rope", "factorization")}).papers()
+    rope, latent = (f" ({paper.title})" if paper.link else "" for paper in used)
+    papers = ", ".join(f"[{paper.title}]({paper.link})" for paper in dict.fromkeys([MLA.paper, *used]) if paper.link)
     return (
-        f"Rope channels by `{recipe['rope']}`{of[0]}, latent by `{recipe['factorization']}`{of[1]}; where no system is "
+        f"Rope channels by `{recipe['rope']}`{rope}, latent by `{recipe['factorization']}`{latent}; where no system is "
         f"named, the method is anymla's own. Papers: {papers}."
     )
+
+
+def step_card(method: Method, source: str | Path, card: str | None) -> str:
+    """README.md after a step without a report of its own: ``card``, the one of the step before, with what it did."""
+    rows = "".join(f"| `{name}` | {shown} |\n" for name, shown in method.model_dump(mode="json").items())
+    title, link = method.paper.title, method.paper.link
+    paper = f"[{title}]({link})" if link else title
+    text = f"{method.summary}\n\nPaper: {paper}.\n\n| setting | value |\n|---|---|\n{rows}"
+    if card is None:
+        card = f"---\n{LIBRARY}\ntags: [anymla]\n---\n\n# {public_name(source)} after {method.name}\n"
+    return with_section(card, f"The step `{method.name}`", text)
 
 
 def static_norms_cost(lost: Sequence[float]) -> str:

@@ -15,7 +15,7 @@ from anymla.methods.base import Method, Phase, method_of
 from anymla.methods.mla.settings import MLA
 from anymla.methods.tune import Tune
 from anymla.modeling.spec import ModelSpec
-from anymla.settings import MOST, Settings, read_yaml
+from anymla.settings import MOST, Settings, parse_yaml, read_yaml
 
 
 class Recipe(Settings):
@@ -131,6 +131,10 @@ def recipe_file(recipe: str | Path) -> Path:
         RecipeError: it is neither.
     """
     path = Path(os.path.expanduser(recipe))
+    if os.path.isdir(path):
+        raise RecipeError(
+            f"{recipe} is a folder and no recipe: with a model, give steps, as --step 'mla: {{kv_cache: 0.25}}'"
+        )
     if os.path.exists(path):
         return path
     if str(recipe) not in shipped_names():
@@ -146,6 +150,47 @@ def read_recipe(recipe: str | Path, **changes: Any) -> Recipe:
     """
     path = recipe_file(recipe)
     return Recipe.of(read_yaml(path) | {name: value for name, value in changes.items() if value is not None}, str(path))
+
+
+def given_recipe(recipe: str, steps: list[str], settings: list[str], changes: dict[str, Any]) -> Recipe:
+    """The recipe that a command line means.
+
+    Args:
+        recipe: a file or the name of a recipe; the model where there are ``steps``.
+        steps: each a step in YAML.
+        settings: each ``step.name=value``, the value in YAML; it replaces the setting of all steps of that name.
+        changes: fields of the recipe in place of its own; None: as it says.
+
+    Raises:
+        RecipeError: one of them cannot be.
+    """
+    if steps:
+        parsed = [parse_yaml(step, f"--step {step!s:.60}") for step in steps]
+        content, source = {"model": recipe, "steps": parsed}, "--step"
+    else:
+        path = recipe_file(recipe)
+        content, source = read_yaml(path), str(path)
+    content = content | {name: value for name, value in changes.items() if value is not None}
+    found = Recipe.of(content, source)
+    for setting in settings:
+        found = _with_setting(found, setting)
+    return found
+
+
+def _with_setting(recipe: Recipe, setting: str) -> Recipe:
+    """``recipe`` with one ``step.name=value`` in place of its own."""
+    place, equals, text = setting.partition("=")
+    step_name, dot, name = place.partition(".")
+    if not equals or not dot:
+        raise RecipeError(f"--set {setting!s:.60} must be a step's setting, as mla.kv_cache=0.125")
+    if step_name not in [step.name for step in recipe.steps]:
+        raise RecipeError(f"--set {setting!s:.60}: the recipe has no step {step_name!s:.40}")
+    value = parse_yaml(text, f"--set {setting!s:.60}")
+    steps = [
+        step if step.name != step_name else step.of(step.model_dump(exclude_unset=True) | {name: value}, "--set")
+        for step in recipe.steps
+    ]
+    return Recipe.of(recipe.model_dump(exclude={"steps"}) | {"steps": steps}, "--set")
 
 
 def read_mla(path: Path) -> dict[str, Any]:

@@ -1,303 +1,266 @@
-"""`anymla run`: the steps of a recipe, one after the other; between them lie ordinary checkpoints."""
+"""`anymla run`: a recipe's steps one after the other, each from an ordinary checkpoint to the next."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anymla import __version__
-from anymla.architectures.model_spec import read_config, spec_of
-from anymla.errors import OutputError, RecipeError
+from anymla import __version__, pipeline
+from anymla.errors import AnymlaError, OutputError, RecipeError
 from anymla.io.checkpoint import check_output
+from anymla.io.device import pick_device
 from anymla.io.sources.locate import Located, locate
-from anymla.io.work import lock_folder, replace_folder, write_json
-from anymla.methods.base import Method
+from anymla.io.work import WorkFolder
+from anymla.layer_steps import apply
+from anymla.methods.base import LayerMethod
+from anymla.methods.mla.settings import MLA
+from anymla.methods.tune import Tune
 from anymla.recipe import Recipe, read_recipe
+from anymla.run_outcome import Quality, RunReport, StepOutcome, original_cost, source_spec, step_cost
+from anymla.run_work import finish, kept, step_folder
 
-PROGRESS = "progress.json"
-ACCOUNT = "account.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepProgress:
-    """How far a run is: ``done`` of ``total`` parts of the step ``name``, the ``step``-th of ``steps``."""
-
-    step: int
-    steps: int
-    name: str
-    done: int
-    total: int | None
-    detail: str = ""
-
-
-Progress = Callable[[StepProgress], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOutcome:
-    """What a step made: its settings, the model's bytes, its quality where there is a text, and the seconds it took.
-
-    ``account``: as in account.json, with ``cache_bytes_at_context``. ``quality``: perplexity, and KL and top-1
-    agreement to the original.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    account: dict[str, Any]
-    quality: dict[str, Any] | None
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOutcome:
-    """What a run made: where the model is, and the original and every step."""
-
-    output: Path
-    recipe: Recipe
-    context: int
-    steps: tuple[StepOutcome, ...]
-    anymla_version: str = __version__
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report under its stable JSON names."""
-        return {
-            "output": str(self.output),
-            "recipe": self.recipe.to_dict(),
-            "context": self.context,
-            "steps": [asdict(step) for step in self.steps],
-            "anymla_version": self.anymla_version,
-        }
+Progress = Callable[..., None]  # (number of a step, the step, and what its own progress is given)
+Note = Callable[[str], None]
 
 
 def run(
-    model: str | Path | Recipe | None,
+    model: Recipe | str | Path | None,
     output: str | Path,
     steps: Sequence[Any] | None = None,
     *,
     recipe: str | Path | None = None,
     teacher: str | Path | None = None,
     text: str | Path | None = None,
-    text_tokens: int | None = None,
     context: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
     keep_steps: bool = False,
     progress: Progress | None = None,
-    done: Callable[[StepOutcome], None] | None = None,
-) -> RunOutcome:
-    """Runs the steps of a recipe on a model and writes what the last one makes to ``output``.
+    told: Callable[[int, StepOutcome], None] | None = None,
+    note: Note | None = None,
+) -> RunReport:
+    """Runs the steps of a recipe, and writes the last one's checkpoint to ``output``.
 
     Args:
-        model: a checkpoint as :func:`anymla.convert` takes it, or a whole recipe.
-        output: the folder to write.
-        steps: names of steps, or names with settings, as ``[{"mla": {"kv_cache": 0.25}}, "tune"]``.
-        recipe: instead of steps, a YAML file or the name of a recipe that comes with anymla.
-        teacher: the original, where ``model`` is not it.
-        text: what to score the model on after every step.
-        text_tokens: read at most this many tokens of it.
+        model: what the first step takes, as :func:`anymla.convert` does; or a whole recipe.
+        output: the folder to write; ``run.json``, ``recipe.yaml`` and ``account.json`` lie beside the weights.
+        steps: names of steps, ``{"mla": {"kv_cache": 0.25}}``, or objects such as ``MLA(kv_cache=0.25)``.
+        recipe: in place of steps, a YAML file or the name of a recipe that comes with anymla; ``model``, ``teacher``,
+            ``text`` and ``context`` replace what it says.
+        teacher: the original, where the model is not it.
+        text: score the original and the model after every step on this text.
         context: tokens at which the cache's size is told.
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped run to ``output`` left, instead of going on from there.
-        keep_steps: keep the checkpoints between the steps, in the folder ``output`` with ``-steps`` after its name.
-        progress: called as the steps go on.
-        done: called with the original, as step 0, and after every step.
+        keep_steps: keep the checkpoints between the steps, in a folder ``OUTPUT-steps``.
+        progress: called with a step's number, from 1, and the step when it begins; then with these and what
+            :func:`anymla.convert` or :func:`anymla.tune` give their ``progress``.
+        told: called with 0 and the original's outcome, then after each step with its number and outcome.
+        note: called with what the user should know, in words.
+
+    What is done is kept in a folder beside ``output``: the same call goes on inside the step that was stopped.
 
     Raises:
-        AnymlaError: one of its kinds, each one clear line; what the config decides is refused before weights are read.
+        AnymlaError: one of its kinds, each one clear line. What a step refuses is told before any weight is read.
     """
     place = Path(os.path.expanduser(output))
-    given = {"teacher": teacher, "text": text, "text_tokens": text_tokens, "context": context}
-    chosen = _chosen(model, steps, recipe, {name: value for name, value in given.items() if value is not None})
-    source = locate(str(chosen.model))
-    for path in source.paths:
+    chosen = _chosen(model, steps, recipe, {"teacher": teacher, "text": text, "context": context})
+    original = chosen.teacher or chosen.model
+    adapter = next((step.adapter for step in chosen.steps if isinstance(step, MLA)), None)
+    chosen.plan(source_spec(locate(str(chosen.model), adapter=adapter, config_only=True)))
+    _check_texts(chosen)
+    source, taught_by = locate(str(chosen.model), adapter=adapter), locate(str(original), adapter=adapter)
+    for path in (*source.paths, *taught_by.paths):
         check_output(place, path, overwrite=overwrite)
-    config = read_config(source.base) if source.gguf is None else source.gguf.config
-    spec = spec_of(config)
-    chosen.plan(spec)
-    if chosen.teacher is None and any(layer.latent is not None for layer in spec.layers):
-        raise RecipeError(f"{chosen.model} was converted already: give its original as --teacher")
-    held = chosen.context or spec.max_position_embeddings
-    work = _Work(place, {"recipe": chosen.to_dict(), "model": _identity(source), "anymla": __version__})
-    with work.opened(restart=restart):
-        runner = _Runner(chosen, work, held, restart, progress)
-        outcomes = runner.run(done)
-        report = RunOutcome(output=place, recipe=chosen, context=held, steps=tuple(outcomes))
-        last = work.step(len(chosen.steps), chosen.steps[-1])
-        write_json(last / "run.json", report.to_dict())
-        (last / "recipe.yaml").write_text(chosen.to_yaml(), encoding="utf-8")
-        work.finish(last, keep_steps=keep_steps)
-    return report
+    kept = place.absolute().with_name(f"{place.name}-steps") if keep_steps else None
+    if kept is not None and os.path.lexists(kept) and not overwrite:
+        raise OutputError(f"{kept} exists: choose another -o, or give --overwrite")
+    return _Run(chosen, place, taught_by, adapter, kept, progress, told, note).all_steps(_source_facts(source), restart)
 
 
 def _chosen(
-    model: str | Path | Recipe | None, steps: Sequence[Any] | None, recipe: str | Path | None, given: dict[str, Any]
+    model: Recipe | str | Path | None, steps: Sequence[Any] | None, recipe: str | Path | None, given: dict[str, Any]
 ) -> Recipe:
-    """The whole recipe, checked.
+    """The whole recipe, with the arguments in place of what it says.
 
     Raises:
         RecipeError: no model, no steps, or several of them.
     """
+    changes = {name: value for name, value in given.items() if value is not None}
+    if (steps is not None) + (recipe is not None) + isinstance(model, Recipe) != 1:
+        raise RecipeError("give one of a recipe and the steps to run, as [{'mla': {'kv_cache': 0.25}}, 'tune']")
     if isinstance(model, Recipe):
-        return Recipe.of({**model.to_dict(), "steps": model.steps, **given})
-    if (steps is None) == (recipe is None):
-        raise RecipeError("give the steps to run, or a recipe that has them: --step 'mla: {kv_cache: 0.25}'")
-    if recipe is not None:
-        chosen = read_recipe(recipe, model=model, **given)
+        chosen = Recipe.of(model.model_dump(exclude={"steps"}) | {"steps": model.steps} | changes)
+    elif recipe is not None:
+        chosen = read_recipe(recipe, model=model, **changes)
     else:
-        chosen = Recipe.of({"model": model, "steps": list(steps or ()), **given}, "--step")
+        chosen = Recipe.of({"model": model, "steps": list(steps or ())} | changes, "steps")
     if chosen.model is None:
-        raise RecipeError("no model is named: give one as MODEL, --model, or in the recipe")
+        raise RecipeError("the recipe names no model: give --model")
     return chosen
 
 
-def _identity(source: Located) -> dict[str, Any]:
-    """What tells one source from another without reading its weights: names, sizes, and the config's hash."""
-    files = sorted(path for base in source.paths for path in ([base] if base.is_file() else base.iterdir()))
-    config = hashlib.sha256(json.dumps(source.gguf.config if source.gguf else read_config(source.base)).encode())
-    return {"config": config.hexdigest(), "files": [[file.name, file.stat().st_size] for file in files]}
+def _check_texts(recipe: Recipe) -> None:
+    """Finds local texts readable before hours of work need them.
+
+    Raises:
+        TextError: one is not.
+    """
+    from anymla.data.mixture import Source
+    from anymla.data.text import read_documents
+
+    texts = [Source.of(data).name for step in recipe.steps if isinstance(step, Tune) for data in step.data or []]
+    texts += [step.eval_data for step in recipe.steps if isinstance(step, Tune) and step.eval_data is not None]
+    for name in [*texts, *([] if recipe.text is None else [recipe.text])]:
+        path = Path(os.path.expanduser(name))
+        if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
+            read_documents(name)
 
 
-class _Work:
-    """``.OUT.steps`` beside OUT: a folder per step, and progress.json with what is done."""
+def _source_facts(source: Located) -> list[Any]:
+    """What tells one source from another without reading its weights: steps themselves hash all that they read."""
+    files = [
+        file for path in source.paths for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))
+    ]
+    configs = [(path / name) for path in source.paths for name in ("config.json", "adapter_config.json")]
+    texts = [path.read_text(encoding="utf-8") for path in configs if path.is_file()]
+    return [*texts, *([file.name, file.stat().st_size] for file in files)]
 
-    def __init__(self, output: Path, fingerprint: dict[str, Any]) -> None:
-        self.output, self.fingerprint = output.absolute(), json.loads(json.dumps(fingerprint))
-        self.folder = self.output.with_name(f".{output.name}.steps")
-        self.outcomes: list[StepOutcome] = []
 
-    def step(self, number: int, method: Method) -> Path:
-        """The checkpoint that a step makes, under the name that the output will have."""
-        return self.folder / f"{number}-{method.name}" / self.output.name
+@dataclass(frozen=True)
+class _Run:
+    """One run: its recipe, where it goes, the original, where steps are kept, and whom it tells."""
 
-    @contextmanager
-    def opened(self, *, restart: bool) -> Iterator[None]:
-        """Takes up what a stopped run left, or begins; where a run leaves nothing to go on from, nothing stays.
+    recipe: Recipe
+    output: Path
+    original: Located
+    adapter: str | None
+    kept: Path | None
+    progress: Progress | None
+    told: Callable[[int, StepOutcome], None] | None
+    note: Note | None
 
-        Raises:
-            OutputError: another run is at work there, or one with other settings was stopped there.
-        """
-        made = [folder for folder in self.folder.parents if not folder.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            held = lock_folder(self.folder)
-        except OSError as error:
-            raise OutputError(f"{self.output} is being written by another run: wait, or choose -o") from error
-        try:
-            self._take_up(restart)
-            yield
-        finally:
-            os.close(held)
-            self._clear(made)
+    def all_steps(self, source: list[Any], restart: bool) -> RunReport:
+        """Does what the work folder does not hold yet, and puts the last checkpoint in the output's place."""
+        from anymla.distributed import join_processes, rank, wait_for_all
+        from anymla.sweep.progress import claim
 
-    def _take_up(self, restart: bool) -> None:
-        path = self.folder / PROGRESS
-        if restart:
-            for child in self.folder.iterdir():
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if kept is not None and kept["fingerprint"] != self.fingerprint:
-            raise OutputError(
-                f"{self.folder} holds a run that was stopped and had another recipe or model: the command that began "
-                "it goes on, --restart discards it"
+        started = time.monotonic()
+        join_processes(pick_device(getattr(self.recipe.steps[0], "device", "auto")))
+        work = WorkFolder(self.output, kind="run", counted=("steps",))
+        claim(work, lambda: self._fingerprint() | {"source": source}, restart=restart)
+        with kept(work, len(self.recipe.steps)):
+            if not work.progress.get("finishing"):
+                self._go_on(work)
+            outcomes = [StepOutcome.of(outcome) for outcome in work.progress["outcomes"]]
+            report = RunReport(
+                output=self.output,
+                recipe=self.recipe,
+                original=outcomes[0],
+                steps=tuple(outcomes[1:]),
+                seconds=time.monotonic() - started,
             )
-        self.outcomes = [StepOutcome(**outcome) for outcome in (kept or {"steps": []})["steps"]]
-        self._write()
+            if rank() == 0:
+                finish(work, report, self.kept)
+            wait_for_all()
+        return report
 
-    def commit(self, outcome: StepOutcome) -> None:
-        """Counts a step as done."""
-        self.outcomes.append(outcome)
-        self._write()
+    def _fingerprint(self) -> dict[str, Any]:
+        """What the new weights depend on, beside the source."""
+        steps = {
+            f"step {number}": {"name": step.name, **step.model_dump(mode="json")}
+            for number, step in enumerate(self.recipe.steps, 1)
+        }
+        return {"anymla": __version__, "steps": len(steps), "teacher": self.original.name, **steps}
 
-    def _write(self) -> None:
-        write_json(
-            self.folder / PROGRESS,
-            {"fingerprint": self.fingerprint, "steps": [asdict(outcome) for outcome in self.outcomes]},
-        )
+    def _go_on(self, work: WorkFolder) -> None:
+        """Does the steps whose checkpoints ``work`` lacks; tells what the model is after each."""
+        from anymla.distributed import rank
 
-    def finish(self, last: Path, *, keep_steps: bool) -> None:
-        """The last step's checkpoint takes the output's place."""
-        replace_folder(last, self.output)
-        if keep_steps:
-            (self.folder / PROGRESS).unlink()
-            shutil.rmtree(last.parent)
-            replace_folder(self.folder, self.output.with_name(f"{self.output.name}-steps"))
-        else:
-            shutil.rmtree(self.folder)
+        told_of = [self.recipe.text, self.recipe.text_tokens, self.recipe.context]
+        outcomes = work.progress.get("outcomes", []) if work.progress.get("told_of") == told_of else []
 
-    def _clear(self, made: list[Path]) -> None:
-        """Removes the folder where no step has left anything in it."""
-        if not self.folder.is_dir() or any(any(child.iterdir()) for child in self.folder.iterdir() if child.is_dir()):
-            return
-        shutil.rmtree(self.folder)
-        for folder in made:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
+        def keep() -> None:
+            if rank() == 0:
+                work.commit(steps=[step.name for step in self.recipe.steps], outcomes=outcomes, told_of=told_of)
+            work.progress["outcomes"] = outcomes
 
+        keep()
+        for number in range(len(self.recipe.steps) + 1):
+            began = time.monotonic()
+            if number and not step_folder(work, self.recipe, number).is_dir():
+                self._step(work, number)
+            if number == len(outcomes):
+                outcomes.append(self._outcome(work, number, time.monotonic() - began))
+                keep()
+            if self.told is not None and rank() == 0:
+                self.told(number, StepOutcome.of(outcomes[number]))
 
-class _Runner:
-    """The steps of one run, those that are done already left out."""
+    def _step(self, work: WorkFolder, number: int) -> None:
+        """Makes one step's checkpoint of the one before it."""
+        step, folder = self.recipe.steps[number - 1], step_folder(work, self.recipe, number)
+        source = str(self.recipe.model) if number == 1 else step_folder(work, self.recipe, number - 1)
 
-    def __init__(self, recipe: Recipe, work: _Work, context: int, restart: bool, progress: Progress | None) -> None:
-        self.recipe, self.work, self.context, self.restart = recipe, work, context, restart
-        self.progress = progress
-        self.teacher = str(recipe.teacher or recipe.model)
-
-    def run(self, done: Callable[[StepOutcome], None] | None) -> list[StepOutcome]:
-        """Runs what is left of the steps; returns what all of them made."""
-        source = str(self.recipe.model)
-        for number, step in enumerate(self.recipe.steps, 1):
-            target = self.work.step(number, step)
-            if number > len(self.work.outcomes):
-                began = time.monotonic()
-                if not target.exists():  # else it was stopped after the step, before it was counted
-                    target.parent.mkdir(exist_ok=True)
-                    self._apply(number, step, source, target)
-                self.work.commit(self._outcome(step, target, time.monotonic() - began))
-            if done is not None:
-                done(self.work.outcomes[number - 1])
-            source = str(target)
-        return self.work.outcomes
-
-    def _apply(self, number: int, step: Method, source: str, target: Path) -> None:
-        from anymla.pipeline import apply
-
-        def report(done: int, total: int | None, detail: str = "") -> None:
+        def progress(*told: Any) -> None:
             if self.progress is not None:
-                steps = len(self.recipe.steps)
-                self.progress(
-                    StepProgress(step=number, steps=steps, name=step.name, done=done, total=total, detail=detail)
-                )
+                self.progress(number, step, *told)
 
-        report(0, None, "reading")
-        apply(step, source, target, teacher=self.teacher, restart=self.restart, progress=report)
+        progress()
+        try:
+            if isinstance(step, MLA):
+                done = pipeline.convert(source, folder, step, progress=progress, notify=self.note)
+                self._note(done.notes)
+            elif isinstance(step, Tune):
+                from anymla.recovery import tune
 
-    def _outcome(self, step: Method, folder: Path, seconds: float) -> StepOutcome:
-        account = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
-        return StepOutcome(
-            name=step.name,
-            settings=step.model_dump(mode="json"),
-            account=account | {"cache_bytes_at_context": self._cache_bytes(folder)},
-            quality=self._quality(folder),
-            seconds=seconds,
-        )
+                teacher = self.original.name
+                tune(source, folder, teacher=teacher, adapter=self.adapter, recipe=step, progress=progress)
+            elif isinstance(step, LayerMethod):
+                apply(step, source, folder, progress=progress)
+            else:
+                raise RecipeError(f"{step.name} cannot be run")
+        except AnymlaError as error:
+            raise type(error)(f"step {number}, {step.name}: {error}") from error
 
-    def _cache_bytes(self, folder: Path) -> int:
-        from anymla.account import account
+    def _note(self, texts: Iterable[str]) -> None:
+        """Tells each of ``texts``."""
+        if self.note is not None:
+            for text in texts:
+                self.note(text)
 
-        return account(spec_of(read_config(folder)), [self.context]).cache_bytes_at[str(self.context)]
+    def _outcome(self, work: WorkFolder, number: int, seconds: float) -> dict[str, Any]:
+        """What the model is after a step, or before the first one; the same in all processes."""
+        from anymla.distributed import first_decides, rank
 
-    def _quality(self, folder: Path) -> dict[str, Any] | None:
+        if rank() != 0:
+            return dict(first_decides(None))
+        if number == 0:
+            cost = original_cost(self.original, self.recipe.context)
+            name, settings, folder = "original", {}, None
+        else:
+            step, folder = self.recipe.steps[number - 1], step_folder(work, self.recipe, number)
+            name, settings, cost = step.name, step.model_dump(mode="json"), step_cost(folder, self.recipe.context)
+        quality = self._quality(folder)
+        outcome = StepOutcome(name=name, settings=settings, account=cost, quality=quality, seconds=seconds)
+        return dict(first_decides(asdict(outcome)))
+
+    def _quality(self, folder: Path | None) -> Quality | None:
+        """Scores of a step's checkpoint against the original, or of the original."""
         if self.recipe.text is None:
             return None
         from anymla.evaluation.evaluate import evaluate
 
-        scores = evaluate(folder, self.recipe.text, self.teacher, tokens=self.recipe.text_tokens)
-        return {name: getattr(scores, name) for name in ("perplexity", "kl", "top1_agreement", "tokens")}
+        against = None if folder is None else self.original.name
+        scores = evaluate(
+            folder or self.original.name,
+            self.recipe.text,
+            against,
+            tokens=self.recipe.text_tokens,
+            device=getattr(self.recipe.steps[0], "device", "auto"),
+            adapter=self.adapter,
+        )
+        return Quality(**{name: getattr(scores, name) for name in Quality.__dataclass_fields__})

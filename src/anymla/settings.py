@@ -78,13 +78,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise RecipeError(f"{path} has more than {MOST_BYTES >> 20} MiB: too large for a recipe or a plan")
-        content = yaml.load(text.decode("utf-8-sig"), _Loader)
-    except RecipeError:
-        raise
-    except Exception as error:  # beside its own errors, PyYAML lets through what dates and numbers of no sense raise
+        decoded = text.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error
+    content = parse_yaml(decoded, str(path))
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold names and values, as 'kv_cache: 0.25'")
     if odd := [name for name in content if not isinstance(name, str)]:
         raise RecipeError(f"{path}: {shown(odd[0])} is no name of a setting")
     return content
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """What ``text`` holds; ``source`` is how messages name it.
+
+    Raises:
+        RecipeError: it is no plain YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # beside its own errors, PyYAML lets through what dates and numbers of no sense raise
+        raise RecipeError(f"{source} cannot be read: {' '.join(str(error).split()):.200}") from error

@@ -134,7 +134,7 @@ def convert(
             restart=restart,
             max_shard_size=max_shard_size,
             max_memory=max_memory,
-            progress=_layers(report),
+            progress=conversion_progress(report),
             notify=print_note if first_process() else None,
             **device,
         )
@@ -157,7 +157,7 @@ def convert(
     )
 
 
-def _layers(report: Report) -> pipeline.Progress:
+def conversion_progress(report: Report) -> pipeline.Progress:
     """Reports each layer, and what comes before and behind them."""
 
     def progress(done: int, total: int, result: LayerResult) -> None:

@@ -2,133 +2,144 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
-from anymla.cli.options import Json, app, err, first_process, how_to_go_on, out, print_json
+from anymla.cli.convert import conversion_progress
+from anymla.cli.options import Json, app, first_process, how_to_go_on, out, print_json, print_note
 from anymla.cli.progress import Report, shown
-from anymla.errors import RecipeError
+from anymla.cli.tune import tuning_progress
 from anymla.methods.base import Method, all_methods
-from anymla.recipe import composes_with, shipped_names
+from anymla.recipe import Recipe, composes_with, given_recipe
+from anymla.settings import MOST
 
 if TYPE_CHECKING:
-    from anymla.runner import Progress, StepOutcome, StepProgress
+    from anymla.run_outcome import StepOutcome
 
 
 @app.command()
 def run(
-    source: Annotated[
+    recipe: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|RECIPE",
-            help="With --step a model; else a recipe: a YAML file or the name of one that comes with anymla.",
+            help="A recipe's YAML file, the name of one that comes with anymla, or, with --step, a model.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the model of the last step to.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the last step's model to.")],
     step: Annotated[
         list[str] | None,
-        typer.Option(help="A step and its settings, as 'mla: {kv_cache: 0.25}' or 'tune'; again for the next one."),
+        typer.Option(help="A step in YAML, as 'mla: {kv_cache: 0.25}' or tune; again for the next one."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model to run a recipe on, in place of its own.")] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="The original, where the model is not it, for tuning and scores.")
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting in place of the recipe's, as tune.data=TEXT; may be given again."),
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Text to score the model on after every step.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model, in place of the recipe's.")] = None,
+    teacher: Annotated[str | None, typer.Option(help=Recipe.model_fields["teacher"].description)] = None,
+    text: Annotated[str | None, typer.Option(help=Recipe.model_fields["text"].description)] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens at which the cache's size is told. Default: the model's context.")
+        int | None, typer.Option(min=1, max=MOST, help=Recipe.model_fields["context"].description)
     ] = None,
-    keep_steps: Annotated[
-        bool, typer.Option("--keep-steps", help="Keep the checkpoints between the steps, in OUT-steps.")
-    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew where a stopped run to the same folder left work.")
     ] = False,
+    keep_steps: Annotated[
+        bool, typer.Option("--keep-steps", help="Keep the checkpoints between the steps, in OUT-steps.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run the steps of a recipe, one after the other; after each the model's bytes are shown."""
-    if step and model is not None:
-        raise RecipeError("--model is for a recipe: with --step the model stands before the options")
-    from anymla import runner
+    """Take a model through the steps of a recipe."""
+    changes = {"model": model, "teacher": teacher, "text": text, "context": context}
+    chosen = given_recipe(recipe, step or [], settings or [], changes)
+    from anymla.runner import run as run_steps
 
-    speaks = first_process()
     with shown("run") as report, how_to_go_on():
-        outcome = runner.run(
-            source if step else model,
+        done = run_steps(
+            chosen,
             output,
-            None if not step else [_parsed(each) for each in step],
-            recipe=None if step else source,
-            teacher=teacher,
-            text=text,
-            context=context,
             overwrite=overwrite,
             restart=restart,
             keep_steps=keep_steps,
-            progress=_progress(report),
-            done=_tell if speaks and not as_json else None,
+            progress=_progress(report, len(chosen.steps)),
+            told=None if as_json else _tell,
+            note=print_note if first_process() else None,
         )
-    if not speaks:
+    if not first_process():
         return
     if as_json:
-        return print_json(outcome.to_dict())
-    from anymla.report.runs import run_table
+        return print_json(done.to_dict())
+    from anymla.report.run import run_table
 
-    out.print(run_table(outcome))
-    out.print(f"Wrote {output}. Next: anymla eval {output} --against {outcome.recipe.model} --text YOUR.txt")
-
-
-def _parsed(step: str) -> Any:
-    try:
-        return yaml.safe_load(step)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--step {step:.60} cannot be read: {' '.join(str(error).split()):.200}") from error
-
-
-def _progress(report: Report) -> Progress:
-    def progress(now: StepProgress) -> None:
-        report(now.done, now.total, f"step {now.step} of {now.steps}, {now.name}:", now.detail)
-
-    return progress
-
-
-def _tell(outcome: StepOutcome) -> None:
-    """Says how large the model is after a step."""
-    from anymla.report.tables import size
-
-    account, quality = outcome.account, outcome.quality
-    weights = "" if account["weight_bytes"] is None else f"weights {size(account['weight_bytes'])}, "
-    scored = "" if quality is None else f", perplexity {quality['perplexity']:.2f}, KL {quality['kl']:.3f}"
-    err.print(
-        f"{outcome.name}: {weights}cache {account['cache_bytes_per_token']:,.0f} bytes per token, "
-        f"{size(account['cache_bytes_at_context'])} at the context{scored}; {outcome.seconds:.0f} s",
+    out.print(run_table(done))
+    out.print(
+        f"Wrote {output} in {done.seconds:.0f} s. Next: anymla eval {output} --against "
+        f"{chosen.teacher or chosen.model} --text YOUR.txt",
         soft_wrap=True,
     )
 
 
+def _progress(report: Report, steps: int) -> Callable[..., None]:
+    """Reports the progress of each step as its own command does, under the step's name."""
+    telling: dict[int, Callable[..., None]] = {}
+
+    def progress(number: int, step: Method, *told: Any) -> None:
+        def named(done: int, total: int | None, what: str, *rest: Any, **details: Any) -> None:
+            report(done, total, f"step {number} of {steps}, {step.name}: {what}", *rest, **details)
+
+        if number not in telling:
+            own: dict[str, Callable[[Report], Callable[..., None]]] = {
+                "mla": conversion_progress,
+                "tune": tuning_progress,
+            }
+            telling[number] = own.get(step.name, _layers)(named)
+        if told:
+            telling[number](*told)
+
+    return progress
+
+
+def _layers(report: Report) -> Callable[..., None]:
+    """Reports each layer of a step."""
+    report(0, None, "reading, then the first layer")
+    return lambda done, total, _: report(done, total, "layer")
+
+
+def _tell(number: int, outcome: StepOutcome) -> None:
+    """Prints what the model is after a step, as soon as it is known."""
+    from anymla.report.run import outcome_line
+
+    out.print(outcome_line(number, outcome), soft_wrap=True)
+
+
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the steps that recipes are made of: what each saves, its paper, what it goes together with."""
+    """List the steps that a recipe can have: what each saves, its paper, what it goes with."""
     known = list(all_methods().values())
-    rows = [_described(method, known) for method in known]
+    facts = [
+        {
+            "name": method.name,
+            "paper": method.paper.link or method.paper.title,
+            "phase": method.phase.name.lower(),
+            "saves": list(method.saves),
+            "composes_with": composes_with(method, known),
+            "summary": method.summary,
+        }
+        for method in known
+    ]
     if as_json:
-        return print_json(rows)
-    from anymla.report.runs import methods_table
+        return print_json(facts)
+    from anymla.report.tables import table
 
-    out.print(methods_table(rows))
-    out.print(f"Recipes that come with anymla: {', '.join(shipped_names())}. Next: anymla run RECIPE -o OUT")
+    columns = ("step", "what it does", "phase", "saves", "goes with", "paper")
+    names = ("name", "summary", "phase", "saves", "composes_with", "paper")
+    rows = [[_cell(fact[name]) for name in names] for fact in facts]
+    out.print(table("Steps of a recipe", columns, rows))
 
 
-def _described(method: type[Method], known: list[type[Method]]) -> dict[str, Any]:
-    """A method under the stable JSON names."""
-    return {
-        "name": method.name,
-        "paper": method.paper.link or method.paper.title,
-        "phase": method.phase.name.lower(),
-        "saves": list(method.saves),
-        "composes_with": composes_with(method, known),
-        "summary": method.summary,
-    }
+def _cell(value: Any) -> str:
+    return (", ".join(value) or "-") if isinstance(value, list) else str(value)

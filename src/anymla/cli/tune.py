@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from anymla.training.logs import Progress, TuneProgress
 
 
-def _steps(report: Report) -> Progress:
+def tuning_progress(report: Report) -> Progress:
     """Reports each step, with tokens per second of this run."""
     begun = (0, time.monotonic())
 
@@ -94,7 +94,7 @@ def tune(
             report_to=report_to,
             revision=revision,
             adapter=adapter,
-            progress=_steps(report_steps),
+            progress=tuning_progress(report_steps),
             note=print_note if first_process() else None,
         )
     if not first_process():

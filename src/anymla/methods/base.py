@@ -10,6 +10,7 @@ import importlib
 import os
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -180,11 +181,16 @@ class LayerMethod(Method):
 
 
 def all_methods() -> dict[str, type[Method]]:
-    """Every method by its name: the classes in the files and packages of anymla.methods, in the order of phases."""
-    for found in pkgutil.iter_modules(anymla.methods.__path__, f"{anymla.methods.__name__}."):
-        importlib.import_module(found.name)
-    named = {kind.name: kind for kind in _subclasses(Method) if "name" in vars(kind)}
+    """Every method by its name, in the order of phases."""
+    named: dict[str, type[Method]] = classes_in(anymla.methods.__path__, anymla.methods.__name__, Method)
     return dict(sorted(named.items(), key=lambda item: (item[1].phase, item[0])))
+
+
+def classes_in(path: Iterable[str], package: str, kind: Any) -> dict[str, Any]:
+    """The classes of ``kind`` in the files and packages of ``package``, by their ``name``; one without is none."""
+    for found in pkgutil.iter_modules(path, f"{package}."):
+        importlib.import_module(found.name)
+    return {vars(child)["name"]: child for child in _subclasses(kind) if "name" in vars(child)}
 
 
 def method_of(name: str, settings: dict[str, Any], source: str = "settings") -> Method:

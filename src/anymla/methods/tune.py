@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from anymla.methods.base import Method, Paper, Phase, Plan
+from anymla.methods.base import Facts, Method, Paper, Phase, Plan
 from anymla.modeling.spec import ModelSpec
 from anymla.settings import MOST
 
@@ -27,7 +27,7 @@ class Tune(Method):
     name: ClassVar[str] = "tune"
     paper: ClassVar[Paper] = Paper(title="MHA2MLA: data-efficient fine-tuning", arxiv="2502.14837")
     phase: ClassVar[Phase] = Phase.HEAL
-    summary: ClassVar[str] = "Trains a converted model until it gives what the original gave."
+    summary: ClassVar[str] = "recovery training, until the model gives what the original gave"
     saves: ClassVar[tuple[str, ...]] = ()
 
     data: list[str] | None = Field(
@@ -110,13 +110,11 @@ class Tune(Method):
         return self
 
     def refuses(self, model: ModelSpec) -> str | None:
-        """A model without latent attention: there is nothing to recover."""
-        if any(layer.latent is not None for layer in model.layers):
-            return None
-        return "nothing in it was converted, so there is nothing to recover: put the step mla before it"
+        """A model without latent attention has nothing to recover, and without text there is nothing to learn from."""
+        if all(layer.latent is None for layer in model.layers):
+            return "nothing in it was converted, so there is nothing to recover: put the step mla before it"
+        return "it has no data: name a text to learn from" if self.data is None else None
 
-    def plan(
-        self, model: ModelSpec, facts: list[dict[str, Any]] | None = None, choices: tuple[Any, ...] | None = None
-    ) -> Plan:
+    def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """The same model: only its weights change."""
         return Plan(after=model)

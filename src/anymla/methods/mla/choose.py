@@ -12,19 +12,19 @@ from torch import Tensor
 from anymla.distributed import all_sum_number
 from anymla.methods.mla.costs import TRIED_FROM
 from anymla.methods.mla.factorization import FACTORIZATIONS
+from anymla.methods.mla.layer_plan import TYPICAL_ROPE_SHARE, LayerPlan
 from anymla.methods.mla.observe import Measured
-from anymla.methods.mla.plan import TYPICAL_ROPE_SHARE, LayerPlan
 from anymla.methods.mla.reconstruct import Reconstruction
 from anymla.methods.mla.refit import OutputBatch, refit_output
 from anymla.methods.mla.rope import ROPE_CHOICES, RopeChoice
 from anymla.methods.mla.rope.channel_pca import ChannelPCA, GridPCA, SpreadPCA
-from anymla.methods.mla.settings import MLA
 from anymla.methods.mla.split import RopeSplit
 from anymla.methods.mla.weights import build_attention, convert_layer
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
+    from anymla.methods.mla.settings import MLA
     from anymla.sweep.layer import Layer
 
 TRIAL = 4  # a candidate takes this part of the gradient steps before it is judged: a smaller one misjudges

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from anymla.io.device import machine_memory
-from anymla.methods.mla.settings import MLA
 from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from anymla.methods.mla.settings import MLA
 
 CONTEXT = 4096  # cached tokens at which FLOPs per token are counted
 STEP_TOKENS = 1024  # of one step of the reconstruction

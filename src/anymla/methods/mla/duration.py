@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from anymla.methods.mla.costs import STEP_TOKENS, TRIED_FROM, WITH_TRIALS, original_cost, reconstruction_steps
-from anymla.methods.mla.settings import MLA
 from anymla.modeling.spec import AttentionSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from anymla.methods.mla.settings import MLA
 
 LONG = 600  # seconds from which on a user is told what is faster
 START = 5  # seconds for Python, torch and transformers

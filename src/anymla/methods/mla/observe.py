@@ -13,7 +13,6 @@ from anymla.distributed import all_sum_number
 from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.layouts import LIMITS
 from anymla.methods.mla.moments import Moments, MomentSums
-from anymla.methods.mla.settings import MLA
 from anymla.methods.mla.static_norm import with_static_norms
 from anymla.methods.mla.weights import build_attention, whole_layer
 from anymla.methods.mla.window import exact_window_of
@@ -25,6 +24,7 @@ from anymla.modeling.heads import rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
 
 if TYPE_CHECKING:
+    from anymla.methods.mla.settings import MLA
     from anymla.sweep.layer import Layer
 
 OFF, OFF_16_BIT = 1e-2, 0.1  # relative error of the attention at full budget from which on a layer is not understood

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
 from anymla.errors import AnymlaError
 from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
+from anymla.methods.mla.factorization import FACTORIZATIONS
+from anymla.methods.mla.papers import DEEPSEEK
+from anymla.methods.mla.rope import ROPE_CHOICES
 from anymla.modeling.spec import ModelSpec
 from anymla.settings import MOST
 
@@ -17,28 +20,26 @@ if TYPE_CHECKING:
     from anymla.methods.mla.observe import AttentionObserver
     from anymla.sweep.layer import Layer
 
-Rope = Literal[
-    "channel-pca",
-    "high",
-    "low",
-    "uniform",
-    "two-norm",
-    "elite",
-    "rorope",
-    "freqfold-2",
-    "freqfold-4",
-    "freqfold-8",
-    "freqfold-16",
-]
-SHARED_ROPES = ("channel-pca", "rorope", "freqfold-2", "freqfold-4", "freqfold-8", "freqfold-16")  # by all KV heads
-FactorizationName = Literal["output-aware", "joint-svd", "split-svd", "whitened", "balanced-pca"]
+if TYPE_CHECKING:
+    Rope: TypeAlias = str
+    FactorizationName: TypeAlias = str
+else:
+    Rope, FactorizationName = Literal[tuple(ROPE_CHOICES)], Literal[tuple(FACTORIZATIONS)]
+
+SHARED_ROPES = tuple(name for name, choice in ROPE_CHOICES.items() if choice.shared)  # by all KV heads
+PER_HEAD_ROPES = tuple(name for name, choice in ROPE_CHOICES.items() if not choice.shared)
+
+
+def _described(choices: dict[str, Any]) -> str:
+    """Every choice with what it takes and whose it is."""
+    return "; ".join(f"{name}: {choice.summary} ({choice.paper.title})" for name, choice in choices.items())
 
 
 class MLA(LayerMethod):
     """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
 
     name: ClassVar[str] = "mla"
-    paper: ClassVar[Paper] = Paper(title="DeepSeek-V2 (multi-head latent attention)", arxiv="2405.04434")
+    paper: ClassVar[Paper] = DEEPSEEK
     phase: ClassVar[Phase] = Phase.ATTENTION
     summary: ClassVar[str] = "multi-head latent attention in place of keys and values of every head"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
@@ -51,14 +52,13 @@ class MLA(LayerMethod):
     )
     rope: Rope = Field(
         "channel-pca",
-        description="Which rope channels stay rotated: anymla's channel-pca; high, low, uniform, two-norm of MHA2MLA; "
-        "elite of EliteKV; rorope and freqfold-N (N frequencies taken for equal) of TransMLA.",
+        description=f"Which rope channels stay rotated. {_described(ROPE_CHOICES)}.",
     )
     rope_dims: int | None = Field(
         None,
         ge=0,
         le=MOST,
-        description="Rotated dims: per KV head for high/low/uniform/two-norm/elite, in total (2K) for the others. "
+        description=f"Rotated dims: per KV head for {'/'.join(PER_HEAD_ROPES)}, in total (2K) for the others. "
         "Default: chosen per layer on calibration text.",
     )
     kv_rank: int | None = Field(
@@ -76,7 +76,9 @@ class MLA(LayerMethod):
         description=f"Let --target {listed(GRID_TARGETS, 'and')} take models with norms on queries and keys: a fixed "
         "scale per head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
     )
-    factorization: FactorizationName = Field("output-aware", description="How the latent is found.")
+    factorization: FactorizationName = Field(
+        "output-aware", description=f"How the latent is found. {_described(FACTORIZATIONS)}."
+    )
     expected_rotation: bool = Field(
         True, description="Replace dropped rotations by their expectation on calibration text (the paper: by 1)."
     )
@@ -88,10 +90,16 @@ class MLA(LayerMethod):
         "Default: 300, fewer for a model with more than 16 million attention weights, and at least 99.",
     )
 
+    def papers(self) -> tuple[Paper, Paper]:
+        """Whose the rope choice and the factorisation are."""
+        return ROPE_CHOICES[self.rope].paper, FACTORIZATIONS[self.factorization].paper
+
     def refuses(self, model: ModelSpec) -> str | None:
         """Why this model has no latent attention under these settings."""
-        from anymla.methods.mla.plan import check_settings
+        from anymla.methods.mla.layer_plan import check_settings
 
+        if any(layer.latent is not None for layer in model.layers):
+            return "it has latent attention already"
         try:
             check_settings("this model", model, self)
         except AnymlaError as error:
@@ -100,7 +108,7 @@ class MLA(LayerMethod):
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """A latent for every layer with softmax attention; ``choices`` and those of the plan: LayerPlan."""
-        from anymla.methods.mla.plan import plan_layers, spec_after
+        from anymla.methods.mla.layer_plan import plan_layers, spec_after
         from anymla.methods.mla.split import agreed
 
         layers = plan_layers(model, self) if choices is None else choices

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from anymla.layouts import LIMITS, grid_steps, most_channels
 from anymla.methods.base import Facts
-from anymla.methods.mla.plan import LayerPlan
-from anymla.methods.mla.settings import MLA
+from anymla.methods.mla.layer_plan import LayerPlan
 from anymla.modeling.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from anymla.methods.mla.settings import MLA
 
 MOST_LAYERS = 8  # that are looked at, evenly spaced
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from anymla.methods.base import Survey
 from anymla.methods.mla.choose import LayerFit
 from anymla.methods.mla.observe import AttentionObserver
-from anymla.methods.mla.settings import MLA
 from anymla.methods.mla.split import MOST_LAYERS, RopeSplit
 
 if TYPE_CHECKING:
+    from anymla.methods.mla.settings import MLA
     from anymla.sweep.layer import Layer
 
 

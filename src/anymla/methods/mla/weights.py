@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from anymla.architectures.attention import AttentionWeights, SourceAttention
-from anymla.methods.mla.factorization import Factorization, Latent, LatentProblem
+from anymla.methods.mla.channels import Channels, no_channels, per_head_channels
+from anymla.methods.mla.factorization import Factorization
+from anymla.methods.mla.latent import Latent, LatentProblem
 from anymla.methods.mla.moments import Moments
-from anymla.methods.mla.rope import Channels, RopeChoice, no_channels, per_head_channels
+from anymla.methods.mla.rope import RopeChoice
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.modeling.modeling_anymla import attention_class
 from anymla.modeling.spec import LatentSpec, LayerSpec

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from anymla.architectures.families import FAMILIES
 from anymla.errors import InfeasibleError, RecipeError, UnsupportedModelError
-from anymla.methods.mla.settings import MLA
 from anymla.modeling.spec import AttentionSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from anymla.methods.mla.settings import MLA
 
 HINT = "For transformers alone, --exact-window 64 loses far less: it keeps the last 64 tokens as they are."
 

@@ -1,18 +1,10 @@
-"""Factorisations of keys and values into a latent, one file each."""
+"""Factorisations of keys and values into a latent, one file each: a class of Factorization with a name is one."""
 
-from anymla.methods.mla.factorization.balanced_pca import BalancedPCA
-from anymla.methods.mla.factorization.joint_svd import JointSVD
-from anymla.methods.mla.factorization.latent import Factorization, Latent, LatentProblem
-from anymla.methods.mla.factorization.output_aware import OutputAware
-from anymla.methods.mla.factorization.split_svd import SplitSVD
-from anymla.methods.mla.factorization.whitened import Whitened
+from anymla.methods.base import classes_in
+from anymla.methods.mla.factorization.choice import Factorization
 
 FACTORIZATIONS: dict[str, Factorization] = {
-    "output-aware": OutputAware(),
-    "joint-svd": JointSVD(),
-    "split-svd": SplitSVD(),
-    "whitened": Whitened(),
-    "balanced-pca": BalancedPCA(),
+    name: kind() for name, kind in classes_in(__path__, __name__, Factorization).items()
 }
 
-__all__ = ["FACTORIZATIONS", "Factorization", "Latent", "LatentProblem"]
+__all__ = ["FACTORIZATIONS", "Factorization"]

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
+from anymla.methods.base import Paper
+from anymla.methods.mla.factorization.choice import Factorization
+from anymla.methods.mla.papers import TRANSMLA
 
-from anymla.methods.mla.factorization.latent import Latent, LatentProblem, top_eigenvectors
+if TYPE_CHECKING:
+    from anymla.methods.mla.latent import Latent, LatentProblem
 
 
 @dataclass(frozen=True)
-class BalancedPCA:
+class BalancedPCA(Factorization):
     """PCA of [k_rest / ratio ; v], ratio = mean norm of k_rest's rows over that of v's; biases ride along."""
 
-    refits_output: ClassVar[bool] = False
+    name: ClassVar[str] = "balanced-pca"
+    paper: ClassVar[Paper] = TRANSMLA
+    summary: ClassVar[str] = "principal components of keys and values brought to equal size"
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
+        import torch
+
+        from anymla.methods.mla.latent import Latent, top_eigenvectors
+
         power = problem.gram.diagonal()
         floor = 1e-12 * power.max()
         keys, values = power[: problem.key_size], power[problem.key_size :]

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from anymla.methods.base import Paper
+from anymla.methods.mla.factorization.choice import Factorization
+from anymla.methods.mla.papers import OWN
 
-from anymla.methods.mla.factorization.latent import Latent, LatentProblem, blockwise, top_eigenvectors
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anymla.methods.mla.latent import Latent, LatentProblem
 
 
 @dataclass(frozen=True)
-class OutputAware:
+class OutputAware(Factorization):
     """Minimises E || M^{1/2} (y - y~) ||^2 over rank-r y~, y centred, tokens weighted by the attention they receive.
 
     With U the top eigenvectors of M^{1/2} Cov(y) M^{1/2}: encoder U^T M^{1/2}, decoder M^{-1/2} U. A constant in k_rest
     adds the same number to every score of a row, and the mean of v comes back as an output bias, so means cost no rank.
     """
 
-    metric_floor: float = 1e-4  # smallest eigenvalue of a metric block, as a share of its largest
-
+    name: ClassVar[str] = "output-aware"
+    paper: ClassVar[Paper] = OWN
+    summary: ClassVar[str] = "what the layer's output needs most"
     refits_output: ClassVar[bool] = True
 
+    metric_floor: float = 1e-4  # smallest eigenvalue of a metric block, as a share of its largest
+
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
+        import torch
+
+        from anymla.methods.mla.latent import Latent, blockwise, top_eigenvectors
+
         mean = problem.weighted_mean
         covariance = torch.addr(problem.weighted_gram, mean, mean, alpha=-1)
         root, inverse = self._roots(problem.metric)
@@ -34,6 +45,8 @@ class OutputAware:
 
     def _roots(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """M^{1/2} and M^{-1/2}, block by block; small eigenvalues are raised so that the inverse stays tame."""
+        import torch
+
         values, vectors = torch.linalg.eigh((blocks + blocks.transpose(1, 2)) / 2)
         values = values.clamp_min(0)
         values = values.maximum(self.metric_floor * values[:, -1:])

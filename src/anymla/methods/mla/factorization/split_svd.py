@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
+from anymla.methods.base import Paper
+from anymla.methods.mla.factorization.choice import Factorization
+from anymla.methods.mla.papers import MHA2MLA
 
-from anymla.methods.mla.factorization.latent import Latent, LatentProblem, top_eigenvectors
+if TYPE_CHECKING:
+    from anymla.methods.mla.latent import Latent, LatentProblem
 
 
 @dataclass(frozen=True)
-class SplitSVD:
+class SplitSVD(Factorization):
     """One latent for keys and one for values, of equal rank; the values get what the keys have no use for."""
 
-    refits_output: ClassVar[bool] = False
+    name: ClassVar[str] = "split-svd"
+    paper: ClassVar[Paper] = MHA2MLA
+    summary: ClassVar[str] = "one SVD of the key weights and one of the value weights"
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
+        import torch
+
+        from anymla.methods.mla.latent import Latent, top_eigenvectors
+
         size = problem.key_size
         key_gram = problem.weight_gram[:size, :size]
         floor = 1e-12 * problem.weight_gram.trace().item()

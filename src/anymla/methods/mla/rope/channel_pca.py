@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from anymla.methods.base import Paper
+from anymla.methods.mla.papers import OWN
+from anymla.methods.mla.rope.choice import RopeChoice
 
-from anymla.methods.mla.moments import Moments
-from anymla.methods.mla.rope.channels import Channels, spread
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anymla.methods.mla.channels import Channels
+    from anymla.methods.mla.moments import Moments
 
 
 @dataclass(frozen=True)
 class PrincipalAxes:
-    """Eigenvectors u_j of every frequency's pairs across kv heads, and what each would be worth as a channel.
+    """Eigenvectors u_j of every frequency's pairs across kv heads, and what each would score as a channel.
 
-    worth [P,G], axes [P,G,G] complex (the last dimension counts eigenvectors), root [P,G]: D_f^{1/2}.
+    score [P,G], axes [P,G,G] complex (the last dimension counts eigenvectors), root [P,G]: D_f^{1/2}.
     """
 
-    worth: Tensor
+    score: Tensor
     axes: Tensor
     root: Tensor
 
     def channels(self, frequency: Tensor, axis: Tensor) -> Channels:
         """The channels of eigenvectors ``axis`` [K] of frequencies ``frequency`` [K]."""
+        from anymla.methods.mla.channels import Channels
+
         chosen, root = self.axes[frequency, :, axis], self.root[frequency]  # [K,G]
         encode = chosen.conj() * root
         scale = encode.abs().square().sum(1, keepdim=True).sqrt()
@@ -31,59 +38,72 @@ class PrincipalAxes:
 
 
 @dataclass(frozen=True)
-class ChannelPCA:
+class ChannelPCA(RopeChoice):
     """Top K of lambda_j (1 - |rho_f|^2) over all frequencies f and eigenvectors j.
 
-    For each frequency, the pairs z_f of all kv heads, weighted by how strongly queries read them (D_f), are turned to
-    principal axes u_j: D_f^{1/2} E[z z^*] D_f^{1/2} u_j = lambda_j u_j. A channel is worth its energy lambda_j times
+    For each frequency, the pairs z_f of all kv heads, weighted by how strongly queries read them (D_f), are rotated to
+    principal axes u_j: D_f^{1/2} E[z z^*] D_f^{1/2} u_j = lambda_j u_j. A channel scores its energy lambda_j times
     the part 1 - |rho_f|^2 of the rotation that an expected rotation rho cannot replace. Mixing kv heads within one
     frequency commutes with RoPE, so all channels together are exact.
     """
 
+    name: ClassVar[str] = "channel-pca"
+    paper: ClassVar[Paper] = OWN
+    summary: ClassVar[str] = "principal components of each frequency across heads"
+    shared: ClassVar[bool] = True
+
     def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
         axes = principal_axes(moments, expected_rotation)
-        kv_heads = axes.worth.shape[1]
-        best = axes.worth.flatten().topk(rope_dims // 2).indices
+        kv_heads = axes.score.shape[1]
+        best = axes.score.flatten().topk(rope_dims // 2).indices
         return axes.channels(best // kv_heads, best % kv_heads)
 
 
 @dataclass(frozen=True)
-class SpreadPCA:
-    """The same, but frequencies are spread evenly, and each gives the eigenvectors that are worth most.
+class SpreadPCA(RopeChoice):
+    """The same, but frequencies are spread evenly, and each gives the eigenvectors that score most.
 
-    What is worth most often lies in neighbouring frequencies, which carry much of the same. Gradient steps can change
+    What scores most often lies in neighbouring frequencies, which carry much of the same. Gradient steps can change
     all of a channel but its frequency, and fewer steps bring more of channels that are spread.
     """
 
     def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
+        import torch
+
+        from anymla.methods.mla.channels import spread
+
         axes = principal_axes(moments, expected_rotation)
-        frequency = spread(len(axes.worth), rope_dims // 2).to(axes.worth.device)
+        frequency = spread(len(axes.score), rope_dims // 2).to(axes.score.device)
         place = torch.arange(len(frequency), device=frequency.device) - torch.searchsorted(frequency, frequency)
-        return axes.channels(frequency, axes.worth.argsort(1, descending=True)[frequency, place])
+        return axes.channels(frequency, axes.score.argsort(1, descending=True)[frequency, place])
 
 
 @dataclass(frozen=True)
-class GridPCA:
-    """The same, but channel i is the eigenvector of frequency i * step that is worth most.
+class GridPCA(RopeChoice):
+    """The same, but channel i is the eigenvector of frequency i * step that scores most.
 
-    Their frequencies are a geometric series, so that plain rope with another base turns them (docs/exporting.md).
+    Their frequencies are a geometric series, so that plain rope with another base rotates them (docs/exporting.md).
     """
 
     step: int = 1
 
     def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
+        import torch
+
         axes = principal_axes(moments, expected_rotation)
-        frequency = torch.arange(rope_dims // 2, device=axes.worth.device) * self.step
-        return axes.channels(frequency, axes.worth[frequency].argmax(1))
+        frequency = torch.arange(rope_dims // 2, device=axes.score.device) * self.step
+        return axes.channels(frequency, axes.score[frequency].argmax(1))
 
 
 def principal_axes(moments: Moments, expected_rotation: bool) -> PrincipalAxes:
     """All that could be a channel."""
+    import torch
+
     heads, pairs = moments.rotation.shape
     kv_heads = moments.key_norm.shape[0]
     d = moments.query_gram.shape[-1]
-    turned = moments.query_gram.diagonal(dim1=1, dim2=2)[:, : 2 * pairs]
-    query_power = turned.reshape(heads, 2, pairs).sum(1)  # E|q_f|^2, [H,P]
+    rotated = moments.query_gram.diagonal(dim1=1, dim2=2)[:, : 2 * pairs]
+    query_power = rotated.reshape(heads, 2, pairs).sum(1)  # E|q_f|^2, [H,P]
     reading = moments.key_weight[:, None] * query_power
     read_by_group = reading.view(kv_heads, -1, pairs).sum(1).clamp_min(1e-30)  # D, [G,P]
     lost = _lost_rotation(moments, expected_rotation)
@@ -95,8 +115,8 @@ def principal_axes(moments: Moments, expected_rotation: bool) -> PrincipalAxes:
     hermitian = torch.complex(blocks[:, 0, :, 0] + blocks[:, 1, :, 1], blocks[:, 1, :, 0] - blocks[:, 0, :, 1])
     root = read_by_group.sqrt().T  # [P,G]
     energy, axes = torch.linalg.eigh(root[:, :, None] * hermitian.permute(2, 0, 1) * root[:, None, :])
-    worth = energy * (axes.abs().square() * lost_by_group.T[:, :, None]).sum(1)
-    return PrincipalAxes(worth=worth, axes=axes, root=root)
+    score = energy * (axes.abs().square() * lost_by_group.T[:, :, None]).sum(1)
+    return PrincipalAxes(score=score, axes=axes, root=root)
 
 
 def _lost_rotation(moments: Moments, expected_rotation: bool) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from anymla.methods.base import Paper
+from anymla.methods.mla.rope.choice import RopeChoice
 
-from anymla.distributed import from_first
-from anymla.methods.mla.moments import Moments, to_complex
-from anymla.methods.mla.rope.channels import Channels, per_head_channels
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anymla.methods.mla.channels import Channels
+    from anymla.methods.mla.moments import Moments
 
 
 @dataclass(frozen=True)
-class Elite:
+class Elite(RopeChoice):
     """RoPElite: of every kv head, k times the pair whose rotation, put back, leaves the least mean |score error|.
 
     Scores are those before the softmax, of all query heads of the group, on ``Moments.sample``: up to 128 queries of
@@ -21,7 +24,16 @@ class Elite:
     the paper, or turns by its expected rotation.
     """
 
+    name: ClassVar[str] = "elite"
+    paper: ClassVar[Paper] = Paper(title="EliteKV", arxiv="2503.01586")
+    summary: ClassVar[str] = "the frequencies of each head that its scores need most"
+
     def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
+        import torch
+
+        from anymla.distributed import from_first
+        from anymla.methods.mla.channels import per_head_channels
+
         kv_heads, pairs = moments.key_norm.shape
         constant = moments.rotation if expected_rotation else torch.ones_like(moments.rotation)
         kept = rope_dims // 2 // kv_heads
@@ -34,6 +46,10 @@ def score_changes(moments: Moments, constant: Tensor, head: int) -> Tensor:
 
     ``constant`` [H,P] stands in for the rotation; N counts query heads, windows and pairs of tokens of the sample.
     """
+    import torch
+
+    from anymla.methods.mla.moments import to_complex
+
     sample, pairs = moments.sample, constant.shape[1]
     group = len(constant) // sample.key.shape[1]
     key = to_complex(sample.key[:, head, :, : 2 * pairs]).conj()  # [S,T,P]
@@ -47,6 +63,8 @@ def score_changes(moments: Moments, constant: Tensor, head: int) -> Tensor:
 
 def greedy(changes: Tensor, kept: int) -> Tensor:
     """Indices [kept] of rows of ``changes`` [P,N], each the one that leaves the least mean |sum of the others|."""
+    import torch
+
     left, free = changes.sum(0), torch.ones(len(changes), dtype=torch.bool, device=changes.device)
     chosen: list[int] = []
     for _ in range(kept):

@@ -4,44 +4,100 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from anymla.methods.base import Paper
+from anymla.methods.mla.papers import TRANSMLA
+from anymla.methods.mla.rope.choice import RopeChoice
 
-from anymla.methods.mla.moments import Moments
-from anymla.methods.mla.rope.channels import Channels, spread
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anymla.methods.mla.channels import Channels
+    from anymla.methods.mla.moments import Moments
 
 
 @dataclass(frozen=True)
-class RoRoPE:
+class RoRoPE(RopeChoice):
     """Real principal components of the keys across kv heads, the same for real and imaginary parts.
 
-    K channels turn with a regular grid of the P frequencies, floor(i P / K): TransMLA's collapse to 2K dims. ``fold``
+    K channels rotate with a regular grid of the P frequencies, floor(i P / K): TransMLA's collapse to 2K dims. ``fold``
     adjacent frequencies are taken for equal (FreqFold): the components then are of fold G pairs, and those of one fold
     go, the largest first, to the grid's frequencies in it. A fold that does not divide P becomes the largest part of it
     that does. More channels than one head has (K > P) are beyond TransMLA: further components within each frequency,
     nothing folded, all of them exact.
     """
 
+    name: ClassVar[str] = "rorope"
+    paper: ClassVar[Paper] = TRANSMLA
+    summary: ClassVar[str] = "principal components of keys across heads, on a regular grid of frequencies"
+    shared: ClassVar[bool] = True
+
     fold: int = 1
 
     def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
+        import torch
+
+        from anymla.methods.mla.channels import Channels, spread
+
         kv_heads, pairs = moments.key_norm.shape
-        turns = spread(pairs, rope_dims // 2).to(moments.gram.device)
-        folded = len(turns) <= pairs and len(turns) < kv_heads * pairs
+        chosen = spread(pairs, rope_dims // 2).to(moments.gram.device)
+        folded = len(chosen) <= pairs and len(chosen) < kv_heads * pairs
         fold = gcd(self.fold, pairs) if folded else 1
         axes = _principal_axes(moments, pairs, fold)
-        own, place = turns // fold, turns % fold
-        component = torch.arange(len(turns), device=turns.device) - torch.searchsorted(own, own)
-        entry = torch.arange(fold, device=turns.device)[:, None]
-        pair = (place + entry) % fold  # the first entry is the pair that the channel turns with
+        own, place = chosen // fold, chosen % fold
+        component = torch.arange(len(chosen), device=chosen.device) - torch.searchsorted(own, own)
+        entry = torch.arange(fold, device=chosen.device)[:, None]
+        pair = (place + entry) % fold  # the first entry is the pair that the channel rotates with
         vectors = axes[own[None], :, pair, component[None]].flatten(0, 1)  # [fold K,G]
         vectors = vectors.to(torch.complex128)
         return Channels(index=(own * fold + pair).flatten(), encode=vectors, decode=vectors, fold=fold)
 
 
+@dataclass(frozen=True)
+class FreqFold2(RoRoPE):
+    """RoRoPE with 2 adjacent frequencies taken for equal."""
+
+    name: ClassVar[str] = "freqfold-2"
+    summary: ClassVar[str] = "RoRoPE with 2 frequencies taken for equal"
+
+    fold: int = 2
+
+
+@dataclass(frozen=True)
+class FreqFold4(RoRoPE):
+    """RoRoPE with 4 adjacent frequencies taken for equal."""
+
+    name: ClassVar[str] = "freqfold-4"
+    summary: ClassVar[str] = "RoRoPE with 4 frequencies taken for equal"
+
+    fold: int = 4
+
+
+@dataclass(frozen=True)
+class FreqFold8(RoRoPE):
+    """RoRoPE with 8 adjacent frequencies taken for equal."""
+
+    name: ClassVar[str] = "freqfold-8"
+    summary: ClassVar[str] = "RoRoPE with 8 frequencies taken for equal"
+
+    fold: int = 8
+
+
+@dataclass(frozen=True)
+class FreqFold16(RoRoPE):
+    """RoRoPE with 16 adjacent frequencies taken for equal."""
+
+    name: ClassVar[str] = "freqfold-16"
+    summary: ClassVar[str] = "RoRoPE with 16 frequencies taken for equal"
+
+    fold: int = 16
+
+
 def _principal_axes(moments: Moments, pairs: int, fold: int) -> Tensor:
     """Eigenvectors [P/fold, G, fold, G fold] of E[k k^T] over the pairs of each fold, the largest first."""
+    import torch
+
     kv_heads, d = moments.key_norm.shape[0], moments.query_gram.shape[-1]
     gram = moments.gram[: kv_heads * d, : kv_heads * d].view(kv_heads, d, kv_heads, d)
     shape = (kv_heads, 2, pairs // fold, fold)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from anymla.architectures.attention import AttentionWeights
+from anymla.methods.mla.channels import Channels
 from anymla.methods.mla.moments import Moments
-from anymla.methods.mla.rope.channels import Channels
 
 DAMPING = 1e-6  # share of the weights' own moments in the data's: directions that calibration never saw keep an order
 
@@ -120,14 +119,6 @@ class Latent:
     encoder: Tensor
     decoder: Tensor
     mean: Tensor
-
-
-class Factorization(Protocol):
-    """Finds a rank-r latent of y; ``refits_output`` says whether W_o is then fitted to the original's output."""
-
-    refits_output: ClassVar[bool]
-
-    def __call__(self, problem: LatentProblem, rank: int) -> Latent: ...
 
 
 def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:

@@ -1,15 +1,14 @@
 """Rope channels: which complex numbers of the keys keep their rotation (docs/mathematics.md, 'Rope channels').
 
 Shapes: G kv heads of d dims, P rope pairs in each (the rest of a head is not rotated), K channels, H query heads.
-With z_f(t) in C^G the pair of frequency f of every kv head, channel j is s_j = sum_g encode[j,g] z_{f_j,g}, turns with
-theta_{f_j}, and gives kv head g back the part decode[j,g] s_j of its pair f_j. A channel may be folded over m
-frequencies that are taken for equal (TransMLA): it then has m entries, j, j + K, .., and turns with the first one's.
+With z_f(t) in C^G the pair of frequency f of every kv head, channel j is s_j = sum_g encode[j,g] z_{f_j,g}, rotates
+with theta_{f_j}, and gives kv head g back the part decode[j,g] s_j of its pair f_j. A channel may be folded over m
+frequencies that are taken for equal (TransMLA): it then has m entries, j, j + K, .., and rotates with the first one's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,8 +35,8 @@ class Channels:
         )
         matrix[torch.arange(len(self.index)), :, self.index] = self.encode
         matrix = matrix.view(self.fold, len(self), *matrix.shape[1:]).sum(0)
-        turned = _real_matrix(matrix.flatten(1), pairs).unflatten(1, (self.encode.shape[1], 2 * pairs))
-        return torch.nn.functional.pad(turned, (0, head_dim - 2 * pairs)).flatten(1)
+        rotated = _real_matrix(matrix.flatten(1), pairs).unflatten(1, (self.encode.shape[1], 2 * pairs))
+        return torch.nn.functional.pad(rotated, (0, head_dim - 2 * pairs)).flatten(1)
 
     def remainder(self, pairs: int, head_dim: int) -> Tensor:
         """The real matrix [G d, G d] that leaves of half-split keys what no channel carries."""
@@ -49,10 +48,10 @@ class Channels:
             for read in range(written % len(self), len(index), len(self)):  # entries of the same channel
                 matrix[:, index[written], :, index[read]] -= torch.outer(self.decode[written], self.encode[read])
         size = kv_heads * pairs
-        turned = _real_matrix(matrix.reshape(size, size), pairs)  # rows: all real parts, then all imaginary parts
-        turned = turned.view(2, kv_heads, pairs, kv_heads, 2 * pairs).transpose(0, 1).flatten(1, 2)  # [G,2P,G,2P]
-        full = torch.eye(kv_heads * head_dim, dtype=turned.dtype, device=turned.device)
-        full.view(kv_heads, head_dim, kv_heads, head_dim)[:, : 2 * pairs, :, : 2 * pairs] = turned
+        rotated = _real_matrix(matrix.reshape(size, size), pairs)  # rows: all real parts, then all imaginary parts
+        rotated = rotated.view(2, kv_heads, pairs, kv_heads, 2 * pairs).transpose(0, 1).flatten(1, 2)  # [G,2P,G,2P]
+        full = torch.eye(kv_heads * head_dim, dtype=rotated.dtype, device=rotated.device)
+        full.view(kv_heads, head_dim, kv_heads, head_dim)[:, : 2 * pairs, :, : 2 * pairs] = rotated
         return full
 
 
@@ -62,14 +61,6 @@ def _real_matrix(matrix: Tensor, pairs: int) -> Tensor:
     real, imag = matrix.real.reshape(shape), matrix.imag.reshape(shape)
     upper, lower = torch.cat([real, -imag], dim=-1), torch.cat([imag, real], dim=-1)
     return torch.cat([upper.flatten(1), lower.flatten(1)])
-
-
-class RopeChoice(Protocol):
-    """Chooses the channels of one layer."""
-
-    def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
-        """``rope_dims`` = 2K rotated numbers in the cache, over all kv heads."""
-        ...
 
 
 def no_channels(moments: Moments) -> Channels:

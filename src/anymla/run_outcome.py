@@ -1,0 +1,123 @@
+"""What `anymla run` returns: what the model costs and how good it is, at first and after every step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anymla import __version__
+from anymla.account import account
+from anymla.architectures.model_spec import read_config, spec_of
+from anymla.io.checkpoint import ACCOUNT, check_weights
+from anymla.io.sources.locate import Located
+from anymla.io.sources.plain import notes_of
+from anymla.modeling.spec import ModelSpec
+from anymla.recipe import Recipe
+from anymla.weight_files import sized, stored_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Bytes of a model; ``weight_bytes`` is None where they are not known without making its files plain.
+
+    ``cache_bytes_per_token``, ``cache_bytes_once``: see :class:`anymla.account.LayerAccount`.
+    ``cache_bytes_at_context``: of the whole cache, once it holds ``context`` tokens.
+    """
+
+    weight_bytes: int | None
+    cache_bytes_per_token: int
+    cache_bytes_once: int
+    context: int
+    cache_bytes_at_context: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Scores on the evaluation text; KL (nats per token) and top-1 agreement are to the original, None for itself."""
+
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What the model is after a step, or before the first one.
+
+    ``settings``: of the step. ``seconds``: that the step took, the last call alone where it was stopped between.
+    ``quality``: None without an evaluation text.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    account: Cost
+    quality: Quality | None
+    seconds: float
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> StepOutcome:
+        """The outcome that ``asdict`` described."""
+        quality = described["quality"]
+        made = {"account": Cost(**described["account"]), "quality": None if quality is None else Quality(**quality)}
+        return cls(**{**described, **made})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What a run did: where the model is, the recipe, the original, and what every step made of it."""
+
+    output: Path
+    recipe: Recipe
+    original: StepOutcome
+    steps: tuple[StepOutcome, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report under its stable JSON names."""
+        return {
+            "output": str(self.output),
+            "model": self.recipe.model,
+            "recipe": self.recipe.to_dict(),
+            "original": asdict(self.original),
+            "steps": [asdict(step) for step in self.steps],
+            "seconds": self.seconds,
+            "anymla_version": __version__,
+        }
+
+
+def source_spec(source: Located) -> ModelSpec:
+    """What a model is, from its config alone; one that anymla converted may be tuned or changed further.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: it is no model that anymla knows.
+    """
+    return spec_of(read_config(source.base) if source.gguf is None else source.gguf.config)
+
+
+def original_cost(source: Located, context: int | None) -> Cost:
+    """What the original costs; its weights are counted where its folder holds them as they are."""
+    spec = source_spec(source)
+    if not notes_of(source):
+        spec = sized(spec, stored_bytes(spec, check_weights(source.base)))
+    context = context or spec.max_position_embeddings
+    counted = account(spec, (context,))
+    return Cost(
+        weight_bytes=counted.weight_bytes,
+        cache_bytes_per_token=counted.cache_bytes_per_token,
+        cache_bytes_once=counted.cache_bytes_once,
+        context=context,
+        cache_bytes_at_context=counted.cache_bytes_at[str(context)],
+    )
+
+
+def step_cost(folder: Path, context: int | None) -> Cost:
+    """What a step's checkpoint costs, as its account.json says."""
+    told, spec = json.loads((folder / ACCOUNT).read_text(encoding="utf-8")), spec_of(read_config(folder))
+    context = context or spec.max_position_embeddings
+    names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")
+    at = account(spec, (context,)).cache_bytes_at[str(context)]
+    return Cost(**{name: told[name] for name in names}, context=context, cache_bytes_at_context=at)

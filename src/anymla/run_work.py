@@ -1,0 +1,64 @@
+"""The work folder of a run: the steps' checkpoints until all are done, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from anymla.errors import AnymlaError, OutputError
+from anymla.io.work import WorkFolder, remove, write_json
+from anymla.recipe import Recipe
+from anymla.run_outcome import RunReport
+
+
+def step_folder(work: WorkFolder, recipe: Recipe, number: int) -> Path:
+    """Where a step's checkpoint lies until the run is done."""
+    return work.path / f"step-{number}-{recipe.steps[number - 1].name}"
+
+
+@contextmanager
+def kept(work: WorkFolder, steps: int) -> Iterator[None]:
+    """Keeps ``work`` when the block is stopped and something is done, and says how to go on; else nothing is left."""
+    from anymla.distributed import rank
+    from anymla.sweep.progress import terminated_as_interrupted
+
+    def done() -> int:
+        return len([*work.path.glob("step-*")])
+
+    def left() -> str:
+        return f"{done()} of {steps} steps are kept: the same command goes on, with --restart it begins anew"
+
+    try:
+        with terminated_as_interrupted():
+            yield
+    except KeyboardInterrupt as stop:
+        if done():
+            stop.add_note(left())
+        raise
+    except AnymlaError as error:
+        raise type(error)(f"{error}{f'; {left()}' if done() else ''}") from error
+    except OSError as error:
+        raise OutputError(f"{work.output} could not be written: {' '.join(str(error).split())}") from error
+    finally:
+        if rank() == 0 and not done() and not [*work.path.glob(".step-*.partial")]:
+            work.discard()
+        work.release()
+
+
+def finish(work: WorkFolder, report: RunReport, steps_to: Path | None) -> None:
+    """The last step's checkpoint takes the output's place, with what was done beside it."""
+    work.commit(finishing=True)
+    folders = [step_folder(work, report.recipe, number) for number in range(1, len(report.recipe.steps) + 1)]
+    if steps_to is not None:
+        steps_to.mkdir(exist_ok=True)
+        for folder in folders[:-1]:
+            if folder.is_dir():
+                remove(steps_to / folder.name)
+                folder.rename(steps_to / folder.name)
+    if folders[-1].is_dir():
+        for file in folders[-1].iterdir():
+            file.rename(work.model / file.name)
+    write_json(work.model / "run.json", report.to_dict())
+    (work.model / "recipe.yaml").write_text(report.recipe.to_yaml(), encoding="utf-8")
+    work.finish()

@@ -1,0 +1,75 @@
+"""Kills runs at counted points and lets them go on, as kill_points does to conversions; a script, so that it may fork.
+
+    python -m tests.run_kill_points MODEL FOLDER SEED KILLS STEPS
+
+Prints one JSON object: points in all, and per kill the point, the step it was in and the files that differ at the end.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import anymla
+import anymla.evaluation.held_out
+import anymla.recovery
+import anymla.runner
+import anymla.sweep.checkpoint
+import anymla.sweep.sequence
+from tests.kill_points import Points
+
+TIMED = {"conversion.json", "tuning.json", "run.json", "loss.png", "metrics.jsonl"}
+
+
+def in_child(model: str, output: Path, steps: list, kill_at: int | None = None) -> dict:
+    """Runs in a forked process; how it ended, and how many points each step had."""
+    receiver, sender = os.pipe()
+    if (child := os.fork()) == 0:
+        points, begun = Points(str(output.parent), kill_at), []
+        anymla.run(model, output, steps=steps, progress=lambda *_: begun.append(points.seen))
+        os.write(sender, json.dumps({"points": points.seen, "begun": begun}).encode())
+        os._exit(0)
+    os.close(sender)
+    report = os.fdopen(receiver).read()
+    _, status = os.waitpid(child, 0)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return {"killed": killed, "code": os.waitstatus_to_exitcode(status), **json.loads(report or "{}")}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # forked processes have no others
+    model, folder, seed, kills, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    steps = json.loads(steps)
+    whole = in_child(model, folder / "whole" / "out", steps)
+    expected, total, second = files_of(folder / "whole" / "out"), whole["points"], whole["begun"][1]
+    chosen = random.Random(seed)
+    points = chosen.sample(range(second), kills // 2) + chosen.sample(range(second, total), kills - kills // 2)
+    trials = []
+    for point in points:
+        output = folder / str(point) / "out"
+        first, again = in_child(model, output, steps, point), in_child(model, output, steps)
+        found = files_of(output) if output.is_dir() else {}
+        names = expected.keys() | found.keys()
+        trials.append(
+            {
+                "point": point,
+                "step": 1 if point < second else 2,
+                "killed": first["killed"],
+                "code": again["code"],
+                "different": sorted(name for name in names if expected.get(name) != found.get(name)),
+                "left": sorted(path.name for path in output.parent.iterdir()),
+            }
+        )
+    sys.stdout.write(json.dumps({"points": total, "trials": trials}))
+
+
+if __name__ == "__main__":
+    main()
