@@ -19,7 +19,7 @@ from anymla.io.checkpoint import check_weights, load_model
 from anymla.methods.mla.layer_plan import spec_after
 from anymla.modeling.arguments import cache_argument
 from anymla.modeling.spec import CONFIG_FIELDS, DTYPE_BYTES, KEY, AttentionSpec, LatentSpec, LayerSpec
-from anymla.weight_files import sized, stored_bytes
+from anymla.stored_bytes import sized, stored_bytes
 from tests.damage import TRAIN, VALID
 from tests.families import make_model, save_model, token_ids
 from tests.family_check import load

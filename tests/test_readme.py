@@ -29,6 +29,8 @@ SHRUNK = {
     "tune": "--tokens 256 --length 64 --eval-tokens 256",
     "eval": "--tokens 256 --length 64 --limit 1",
     "generate": "--max-new-tokens 4",
+    "run": "--set mla.calibration_tokens=2048 --set mla.calibration_length=64 --set mla.reconstruction_steps=2 "
+    "--set tune.tokens=256 --set tune.length=64 --set tune.eval_tokens=256 --overwrite",
 }
 FROM_THE_HUB = "Qwen/"  # tests have no network: tests/test_docs.py parses these
 
@@ -93,9 +95,14 @@ def test_serving(folder, monkeypatch, capfd):
     assert run(next(block for block in SHELL if "anymla export" in block), monkeypatch, capfd) == 3
 
 
+def test_recipes(folder, monkeypatch, capfd):
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    assert run(next(block for block in SHELL if "anymla run" in block), monkeypatch, capfd) == 3
+
+
 def test_no_block_is_left_out():
     assert len(PYTHON) == 2
-    assert sum("anymla " in line.partition("#")[0] for block in SHELL for line in block.splitlines()) == 6 + 3 + 3
+    assert sum("anymla " in line.partition("#")[0] for block in SHELL for line in block.splitlines()) == 6 + 3 + 3 + 3
 
 
 def test_targets_of_make_and_extras_exist():

@@ -16,7 +16,7 @@ from anymla.io.sources.locate import Located
 from anymla.io.sources.plain import notes_of
 from anymla.modeling.spec import ModelSpec
 from anymla.recipe import Recipe
-from anymla.weight_files import sized, stored_bytes
+from anymla.stored_bytes import sized, stored_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from anymla.errors import AnymlaError, OutputError
+from anymla.io.config import read_object
 from anymla.io.work import WorkFolder, remove, write_json
 from anymla.recipe import Recipe
 from anymla.run_outcome import RunReport
+
+STEP_REPORTS = ("conversion.json", "tuning.json")
 
 
 def step_folder(work: WorkFolder, recipe: Recipe, number: int) -> Path:
@@ -59,6 +62,9 @@ def finish(work: WorkFolder, report: RunReport, steps_to: Path | None) -> None:
     if folders[-1].is_dir():
         for file in folders[-1].iterdir():
             file.rename(work.model / file.name)
+    for name in STEP_REPORTS:
+        if (path := work.model / name).is_file():  # it was written where the step's folder lay
+            write_json(path, read_object(path) | {"output": str(report.output)})
     write_json(work.model / "run.json", report.to_dict())
     (work.model / "recipe.yaml").write_text(report.recipe.to_yaml(), encoding="utf-8")
     work.finish()

@@ -25,11 +25,11 @@ from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.methods.base import LayerMethod, Plan
 from anymla.modeling.spec import ModelSpec
+from anymla.stored_bytes import write_account
 from anymla.sweep.checkpoint import write_checkpoint
 from anymla.sweep.progress import claim, decide_computing, fingerprint, keep_when_stopped, model_hash
 from anymla.sweep.sequence import LayerRecord, Progress, Sequence
 from anymla.sweep.survey import run_survey
-from anymla.weight_files import write_account
 
 
 @dataclass(frozen=True, kw_only=True)

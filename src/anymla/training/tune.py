@@ -30,13 +30,13 @@ from anymla.io.work import WorkFolder
 from anymla.methods.tune import Tune
 from anymla.modeling.spec import KEY, OLD_KEY
 from anymla.settings import DtypeName
+from anymla.stored_bytes import write_account
 from anymla.sweep.progress import claim, decide_computing
 from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, read_metrics, rewind_metrics
 from anymla.training.outcome import Quality, Recovery
 from anymla.training.resume import done_steps, keep_steps_when_stopped, tuning_fingerprint
 from anymla.training.stages import Stage, make_stages, mixed, run_stage, training_arguments
 from anymla.training.tuned_card import tuned_card
-from anymla.weight_files import write_account
 
 REPORTERS = ("tensorboard", "trackio")
 
