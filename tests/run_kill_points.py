@@ -30,7 +30,7 @@ def in_child(model: str, output: Path, steps: list, kill_at: int | None = None) 
     receiver, sender = os.pipe()
     if (child := os.fork()) == 0:
         points, begun = Points(str(output.parent), kill_at), []
-        anymla.run(model, output, steps=steps, progress=lambda *_: begun.append(points.seen))
+        anymla.run(model, output, steps=steps, progress=lambda _, step, *told: told or begun.append(points.seen))
         os.write(sender, json.dumps({"points": points.seen, "begun": begun}).encode())
         os._exit(0)
     os.close(sender)

@@ -17,7 +17,7 @@ from tests.test_docs import parse
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SMALLER = {
-    "mla": {"calibration_tokens": 2048, "calibration_length": 64, "reconstruction_steps": 0},
+    "mla": {"calibration_tokens": 2048, "calibration_length": 128, "reconstruction_steps": 0},
     "tune": {"data": ["my-text.jsonl"], "tokens": 256, "length": 64, "eval_tokens": 256, "device": "cpu"},
 }
 each = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)

@@ -72,7 +72,7 @@ def check_room(work: WorkFolder, source: StreamedModel, hidden_bytes: int) -> No
     Raises:
         OSError: not enough room.
     """
-    if not work.begun:
+    if not work.progress["layers"]:
         tensors = source.model.state_dict()
         weights = sum(tensor.numel() * source.saved[name].itemsize for name, tensor in tensors.items())
         check_space(work.path, weights + hidden_bytes)

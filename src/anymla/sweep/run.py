@@ -28,6 +28,7 @@ from anymla.modeling.spec import ModelSpec
 from anymla.sweep.checkpoint import write_checkpoint
 from anymla.sweep.progress import claim, decide_computing, fingerprint, keep_when_stopped, model_hash
 from anymla.sweep.sequence import LayerRecord, Progress, Sequence
+from anymla.sweep.survey import run_survey
 from anymla.weight_files import write_account
 
 
@@ -103,10 +104,10 @@ def swept(
         streamed.compute_in(computing.dtype)
         if run.begins is not None:
             run.begins(layers - len(work.progress["layers"]), device)
-        sequence = Sequence(streamed, model, windows, work, memory=run.memory // world())
-        survey = method.survey(model, plan)
-        facts = [] if survey is None else sequence.survey(survey, plan)
+        memory, survey = run.memory // world(), method.survey(model, plan)
+        facts = [] if survey is None else run_survey(survey, streamed, model, plan, windows, work, memory=memory)
         plan = method.plan(model, facts, plan.choices)
+        sequence = Sequence(streamed, model, windows, work, memory=memory)
         sequence.convert(method, plan, shard_size=run.shard_size, progress=run.progress)
         done = _swept(sequence, plan, computing)
         if rank() == 0:
@@ -134,17 +135,17 @@ def _calibration(method: LayerMethod, source: Path, model: ModelSpec) -> Tensor:
 
 
 def _swept(sequence: Sequence, plan: Plan, computing: Computing) -> Swept:
-    held_out, layers = sequence.split.held_out, tuple(record.spec for record in sequence.records)
+    held_out, layers = sequence.decoder.split.held_out, tuple(record.spec for record in sequence.records)
     return Swept(
         folder=sequence.work.model,
         source=sequence.source,
         plan=plan,
         records=tuple(sequence.records),
         spec=replace(sequence.model, dtype=computing.stored, layers=layers),
-        windows=sequence.windows[held_out],
+        windows=sequence.decoder.windows[held_out],
         original=sequence.streams.original.split(1, held_out),
         converted=sequence.streams.converted.split(1, held_out),
-        tuples=sequence.tuples,
+        tuples=sequence.decoder.tuples,
         computing=computing,
     )
 

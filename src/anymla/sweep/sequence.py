@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,29 +12,24 @@ from torch import Tensor
 from transformers import Cache
 
 from anymla.account import LayerAccount, measured_layer, told_lengths
-from anymla.architectures.families import FAMILIES
 from anymla.distributed import from_first, rank, wait_for_all
 from anymla.io.device import give_back_memory
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
-from anymla.methods.base import Facts, LayerMethod, Plan, Survey
+from anymla.methods.base import LayerMethod, Plan
 from anymla.model_run.activations import Budget
 from anymla.model_run.stream import (
-    batch_size,
-    check_runs,
-    decoder_layers,
     layer_inputs,
-    layers_give_tuples,
     pass_through,
     run_layer,
 )
 from anymla.modeling.spec import LayerSpec, ModelSpec
-from anymla.sweep.layer import CalibrationSplit, Layer, Observer
+from anymla.sweep.decoder import PROBE_TOKENS, Decoder
+from anymla.sweep.layer import Layer, Observer
 from anymla.sweep.progress import check_room
 from anymla.sweep.shards import pack, write_layer, write_outside
-from anymla.sweep.streams import Streams, own_windows
+from anymla.sweep.streams import Streams
 
-PROBE_TOKENS = 8
 Progress = Callable[[int, int, dict[str, Any]], None]  # (layers done, layers, the last one's result)
 
 
@@ -71,65 +67,27 @@ class Sequence:
         self, source: StreamedModel, model: ModelSpec, windows: Tensor, work: WorkFolder, *, memory: int
     ) -> None:
         self.source, self.model, self.work = source, model, work
-        self.family = FAMILIES[model.text_model_type]
-        self.modules = decoder_layers(source.model)
-        self.windows, self.split = own_windows(windows, CalibrationSplit.of(len(windows)))
+        self.decoder = decoder = Decoder(source, model, windows)
+        self.modules = decoder.modules
         self.records = [LayerRecord.of(fields) for fields in work.progress["layers"]]
         with source.on_demand(self.modules, embeddings=True):
-            ids = self.windows[:1].to(source.device)
-            self.tuples = tuples = layers_give_tuples(source.model, ids[:, :PROBE_TOKENS])
-            inputs = layer_inputs(source.model, ids, tuples=tuples)
-            self.arguments = inputs.arguments
-            self.probes = [
-                layer_inputs(source.model, ids[:, :PROBE_TOKENS], tuples=tuples, use_cache=True) for _ in range(2)
-            ]
-            check_runs(source.model, self.probes[0].hidden, tuples=tuples)
-        shape = (len(self.windows), *inputs.hidden.shape[1:])
-        check_room(work, source, 4 * inputs.hidden.nbytes * shape[0])  # two streams, two generations each
-        self.streams = Streams(shape, inputs.hidden.dtype, source.device, Budget(memory, work.path))
+            ids = decoder.windows[:1, :PROBE_TOKENS].to(source.device)
+            self.probes = [layer_inputs(source.model, ids, tuples=decoder.tuples, use_cache=True) for _ in range(2)]
+        size = math.prod(decoder.shape) * decoder.dtype.itemsize
+        check_room(work, source, 4 * size)  # two streams, two generations each
+        self.streams = Streams(decoder.shape, decoder.dtype, source.device, Budget(memory, work.path))
         self._begin()
 
-    @torch.no_grad()
     def _begin(self) -> None:
         """Fills both streams: with embedded windows, or with what was saved."""
-        if self.work.begun:
+        if self.records:
             self.streams.restore(len(self.records))
             return
-        with self.source.on_demand(self.modules, embeddings=True):
-            for number, window in enumerate(self.windows):
-                ids, place = window[None].to(self.source.device), slice(number, number + 1)
-                hidden = layer_inputs(self.source.model, ids, tuples=self.tuples).hidden
-                self.streams.original[place] = self.streams.converted[place] = hidden
+        self.decoder.embed(self.streams.original, self.streams.converted)
         self.streams.save(0)
         self.streams.restore(0)
         if rank() == 0:
             write_outside(self.source, self.work, self.modules, after=False)
-
-    @torch.no_grad()
-    def survey(self, survey: Survey, plan: Plan) -> Facts:
-        """What ``survey`` says of the layers that it looks at; goes on where it was stopped."""
-        facts: Facts = list(self.work.progress["survey"])
-        last = max(survey.layers(len(self.modules)))
-        if len(facts) <= last:
-            self.streams.restore(len(facts))
-        for index in range(len(facts), last + 1):
-            with self.source.layer(self.modules[index]):
-                layer = self._layer(index, plan)
-                facts.append(self._surveyed(survey, layer))
-                pass_through(layer.module, layer.converted, layer.arguments, 1)
-            self.streams.save(index + 1)
-            self._commit(survey=facts)
-            self.streams.keep_only(0, index + 1)
-        self.streams.restore(len(self.records))
-        return facts
-
-    def _surveyed(self, survey: Survey, layer: Layer) -> dict[str, Any] | None:
-        if layer.index not in survey.layers(len(self.modules)) or layer.choice is None:
-            pass_through(layer.module, layer.original, layer.arguments, 1)
-            return None
-        observer = survey.observer(layer)
-        self._observe(layer, observer)
-        return survey.layer(layer, observer)
 
     @torch.no_grad()
     def convert(self, method: LayerMethod, plan: Plan, *, shard_size: int, progress: Progress | None) -> None:
@@ -154,25 +112,9 @@ class Sequence:
 
     def _layer(self, index: int, plan: Plan) -> Layer:
         """One layer, whose weights are there."""
-        module, old, length = self.modules[index], self.model.layers[index], self.streams.original.shape[1]
-        heads = 0 if old.attention is None else old.attention.num_heads
-        return Layer(
-            index=index,
-            module=module,
-            name=self.source.name_of(module),
-            old=old,
-            planned=plan.after.layers[index],
-            choice=plan.choices[index],
-            below=tuple(record.result for record in self.records),
-            arguments=self.arguments[index],
-            windows=self.split,
-            batch=batch_size(heads, length) if self.family.batched and heads else 1,
-            config=self.source.model.config.get_text_config(),
-            family=self.family,
-            saved=self.source.saved_in(module),
-            original=self.streams.original,
-            converted=self.streams.converted,
-        )
+        below = tuple(record.result for record in self.records)
+        streams = self.streams
+        return self.decoder.layer(index, plan, original=streams.original, converted=streams.converted, below=below)
 
     def _changed(self, method: LayerMethod, layer: Layer) -> LayerRecord:
         """Lets the method change a layer, and moves both streams on."""
