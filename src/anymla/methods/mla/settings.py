@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -10,9 +11,9 @@ from pydantic import Field
 from anymla.errors import AnymlaError
 from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
-from anymla.methods.mla.factorization import FACTORIZATIONS
+from anymla.methods.mla.factorization import FACTORIZATIONS, Factorization
 from anymla.methods.mla.papers import DEEPSEEK
-from anymla.methods.mla.rope import ROPE_CHOICES
+from anymla.methods.mla.rope import ROPE_CHOICES, RopeChoice
 from anymla.modeling.spec import ModelSpec
 from anymla.settings import MOST
 
@@ -30,9 +31,12 @@ SHARED_ROPES = tuple(name for name, choice in ROPE_CHOICES.items() if choice.sha
 PER_HEAD_ROPES = tuple(name for name, choice in ROPE_CHOICES.items() if not choice.shared)
 
 
-def _described(choices: dict[str, Any]) -> str:
-    """Every choice with what it takes and whose it is."""
-    return "; ".join(f"{name}: {choice.summary} ({choice.paper.title})" for name, choice in choices.items())
+def _credited(choices: Mapping[str, RopeChoice | Factorization]) -> str:
+    """The names of all choices, by whose they are."""
+    by: dict[str, list[str]] = {}
+    for name, choice in choices.items():
+        by.setdefault(choice.paper.title, []).append(name)
+    return "; ".join(f"{', '.join(names)} of {title}" for title, names in by.items())
 
 
 class MLA(LayerMethod):
@@ -52,7 +56,7 @@ class MLA(LayerMethod):
     )
     rope: Rope = Field(
         "channel-pca",
-        description=f"Which rope channels stay rotated. {_described(ROPE_CHOICES)}.",
+        description=f"Which rope channels stay rotated: {_credited(ROPE_CHOICES)}.",
     )
     rope_dims: int | None = Field(
         None,
@@ -77,7 +81,7 @@ class MLA(LayerMethod):
         "scale per head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
     )
     factorization: FactorizationName = Field(
-        "output-aware", description=f"How the latent is found. {_described(FACTORIZATIONS)}."
+        "output-aware", description=f"How the latent is found: {_credited(FACTORIZATIONS)}."
     )
     expected_rotation: bool = Field(
         True, description="Replace dropped rotations by their expectation on calibration text (the paper: by 1)."
