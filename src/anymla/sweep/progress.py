@@ -79,11 +79,11 @@ def check_room(work: WorkFolder, source: StreamedModel, hidden_bytes: int) -> No
 
 
 @contextmanager
-def keep_when_stopped(work: WorkFolder, done: Callable[[], str]) -> Iterator[None]:
+def keep_when_stopped(work: WorkFolder, done: Callable[[], str], *, always: bool = False) -> Iterator[None]:
     """Keeps ``work`` when the block is stopped after something is done, and says how to go on.
 
-    Before that, and where the same command would fail again, nothing is left. SIGTERM stops the block as Ctrl-C does.
-    ``done``: how much is, as "2 of 5 layers".
+    Before that nothing is left, nor where the same command would fail again, unless ``always`` is set. SIGTERM stops
+    the block as Ctrl-C does. ``done``: how much is, as "2 of 5 layers".
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
@@ -101,7 +101,7 @@ def keep_when_stopped(work: WorkFolder, done: Callable[[], str]) -> Iterator[Non
         stop.add_note(f"stopped{told('; nothing is left')}")
         raise
     except AnymlaError as error:
-        if not (isinstance(error.__cause__, OSError) or out_of_memory(error.__cause__)):
+        if not (always or isinstance(error.__cause__, OSError) or out_of_memory(error.__cause__)):
             if rank() == 0:
                 work.discard()
             raise
