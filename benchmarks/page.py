@@ -18,9 +18,10 @@ nor any choice of settings has seen; where it has several domains, on windows dr
 token are read from the live cache; only those of CARE without partial RoPE are counted, as no cache here holds
 them: it rebuilds and rotates all keys at every step and cannot decode from the latent. The exact window
 (`--exact-window`) takes half of the bytes in contexts as long as those scored, and the latent the other half;
-in longer ones the window's part vanishes. A method with settings gets those that do best on calibration text
-that was not fitted on. Seconds are those of the whole row, the tries, the conversion and the scoring; peak
-memory is that of its process, most of which is Python, torch and transformers.
+in longer ones the window's part vanishes. Rows made before its newest token was left out of the count, which the
+cache does not hold between steps, say that one token more. A method with settings gets those that do best on
+calibration text that was not fitted on. Seconds are those of the whole row, the tries, the conversion and the
+scoring; peak memory is that of its process, most of which is Python, torch and transformers.
 """
 
 

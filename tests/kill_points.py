@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,20 +47,30 @@ class Points:
             self.seen += 1
 
 
-def in_child(model: str, output: Path, kill_at: int | None = None) -> dict:
-    """Converts in a forked process; how it ended, and what it reported."""
+def forked(work: Callable[[Points], dict], folder: Path, kill_at: int | None = None) -> dict:
+    """Does ``work`` in a forked process, whose file operations in ``folder`` count; how it ended, what it reported."""
     receiver, sender = os.pipe()
     if (child := os.fork()) == 0:
-        done = []
-        points = Points(str(output.parent), kill_at)
-        anymla.convert(model, output, progress=lambda layers, *_: done.append(layers), **SETTINGS)
-        os.write(sender, json.dumps({"points": points.seen, "layers": done}).encode())
+        points = Points(str(folder), kill_at)
+        found = work(points)
+        os.write(sender, json.dumps({"points": points.seen} | found).encode())
         os._exit(0)
     os.close(sender)
     report = os.fdopen(receiver).read()
     _, status = os.waitpid(child, 0)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     return {"killed": killed, "code": os.waitstatus_to_exitcode(status), **json.loads(report or "{}")}
+
+
+def in_child(model: str, output: Path, kill_at: int | None = None) -> dict:
+    """Converts in a forked process."""
+
+    def convert(_: Points) -> dict:
+        done = []
+        anymla.convert(model, output, progress=lambda layers, *_: done.append(layers), **SETTINGS)
+        return {"layers": done}
+
+    return forked(convert, output.parent, kill_at)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -6,9 +6,7 @@ Prints one JSON object: points in all, and per kill the point, the step it was i
 """
 
 import json
-import os
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -20,24 +18,20 @@ import anymla.recovery
 import anymla.runner
 import anymla.sweep.checkpoint
 import anymla.sweep.sequence
-from tests.kill_points import Points
+from tests.kill_points import Points, forked
 
 TIMED = {"conversion.json", "tuning.json", "run.json", "loss.png", "metrics.jsonl"}
 
 
 def in_child(model: str, output: Path, steps: list, kill_at: int | None = None) -> dict:
-    """Runs in a forked process; how it ended, and how many points each step had."""
-    receiver, sender = os.pipe()
-    if (child := os.fork()) == 0:
-        points, begun = Points(str(output.parent), kill_at), []
+    """Runs in a forked process; how many points there were when each step began."""
+
+    def run(points: Points) -> dict:
+        begun = []
         anymla.run(model, output, steps=steps, progress=lambda _, step, *told: told or begun.append(points.seen))
-        os.write(sender, json.dumps({"points": points.seen, "begun": begun}).encode())
-        os._exit(0)
-    os.close(sender)
-    report = os.fdopen(receiver).read()
-    _, status = os.waitpid(child, 0)
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    return {"killed": killed, "code": os.waitstatus_to_exitcode(status), **json.loads(report or "{}")}
+        return {"begun": begun}
+
+    return forked(run, output.parent, kill_at)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,6 @@ go on, and prints per survey the points in all, and per kill whether the facts a
 """
 
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from anymla.distributed import join_processes, rank
 from tests.families import token_ids
-from tests.kill_points import Points
+from tests.kill_points import Points, forked
 from tests.surveys import Fisher, Hidden, Taylor, digest, in_memory, surveyed
 
 SURVEYS = {"fisher": Fisher, "hidden": Hidden, "taylor": Taylor}
@@ -26,16 +25,11 @@ WINDOWS = token_ids(batch=8, length=12)
 
 def in_child(kind: str, model: Path, output: Path, kill_at: int | None = None) -> dict:
     """Surveys in a forked process: how it ended, the facts' digest, file operations, and passes it had to make."""
-    receiver, sender = os.pipe()
-    if (child := os.fork()) == 0:
-        points = Points(str(output.parent), kill_at)
-        found = digest(surveyed(SURVEYS[kind](), model, WINDOWS, output, memory=0))
-        os.write(sender, json.dumps({"digest": found, "points": points.seen}).encode())
-        os._exit(0)
-    os.close(sender)
-    report = os.fdopen(receiver).read()
-    _, status = os.waitpid(child, 0)
-    return {"code": os.waitstatus_to_exitcode(status), **json.loads(report or "{}")}
+
+    def survey(_: Points) -> dict:
+        return {"digest": digest(surveyed(SURVEYS[kind](), model, WINDOWS, output, memory=0))}
+
+    return forked(survey, output.parent, kill_at)
 
 
 def kept(output: Path) -> list:

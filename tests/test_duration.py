@@ -26,7 +26,7 @@ def slow(monkeypatch):
         monkeypatch.setattr(f"{place}.matmul_speed", lambda device="cpu": SLOW)
 
 
-def blueprint_of(model_type="llama", **sizes):
+def model_spec_of(model_type="llama", **sizes):
     return read_model_spec(tiny_config(model_type, **sizes).to_dict())
 
 
@@ -36,25 +36,25 @@ def test_speed_is_measured():
 
 def test_more_work_takes_longer():
     recipe = anymla.MLA()
-    least = estimated_seconds(blueprint_of(), recipe, SLOW)
-    assert least < estimated_seconds(blueprint_of(num_hidden_layers=4), recipe, SLOW)
-    assert least < estimated_seconds(blueprint_of(vocab_size=5000), recipe, SLOW)
-    assert least < estimated_seconds(blueprint_of(), recipe.model_copy(update={"calibration_tokens": 65536}), SLOW)
-    assert least > estimated_seconds(blueprint_of(), recipe.model_copy(update={"reconstruction_steps": 0}), SLOW)
-    assert least > estimated_seconds(blueprint_of(), recipe, SLOW, layers=1)  # a conversion that goes on
-    assert least > estimated_seconds(blueprint_of(), recipe, QUICK)
-    hybrid = blueprint_of("qwen3_next", num_hidden_layers=2)
+    least = estimated_seconds(model_spec_of(), recipe, SLOW)
+    assert least < estimated_seconds(model_spec_of(num_hidden_layers=4), recipe, SLOW)
+    assert least < estimated_seconds(model_spec_of(vocab_size=5000), recipe, SLOW)
+    assert least < estimated_seconds(model_spec_of(), recipe.model_copy(update={"calibration_tokens": 65536}), SLOW)
+    assert least > estimated_seconds(model_spec_of(), recipe.model_copy(update={"reconstruction_steps": 0}), SLOW)
+    assert least > estimated_seconds(model_spec_of(), recipe, SLOW, layers=1)  # a conversion that goes on
+    assert least > estimated_seconds(model_spec_of(), recipe, QUICK)
+    hybrid = model_spec_of("qwen3_next", num_hidden_layers=2)
     assert estimated_seconds(hybrid, recipe, SLOW) > 0
 
 
 def test_what_is_faster_is_offered_with_its_time():
     recipe = anymla.MLA()
-    said = faster(blueprint_of(), recipe, SLOW)
+    said = faster(model_spec_of(), recipe, SLOW)
     assert "takes about" in said and "--reconstruction-steps 0 (about" in said
-    assert faster(blueprint_of(), recipe, QUICK) is None
+    assert faster(model_spec_of(), recipe, QUICK) is None
     bare = anymla.MLA(reconstruction_steps=0, calibration_tokens=1024)
-    assert faster(blueprint_of(), bare, 1e4).endswith(" here.")  # nothing is left to leave out
-    fewer = faster(blueprint_of(), anymla.MLA(reconstruction_steps=0, calibration_tokens=1 << 20), SLOW)
+    assert faster(model_spec_of(), bare, 1e4).endswith(" here.")  # nothing is left to leave out
+    fewer = faster(model_spec_of(), anymla.MLA(reconstruction_steps=0, calibration_tokens=1 << 20), SLOW)
     assert "--calibration-tokens 8192 (about" in fewer and "--reconstruction-steps" not in fewer
 
 

@@ -13,7 +13,7 @@ from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_model_spec
 from anymla.demo import bundled_model
 from anymla.errors import RecipeError
-from anymla.methods.mla.static_norm import with_static_norms
+from anymla.methods.mla.source import with_static_norms
 from tests.damage import run_main
 from tests.families import make_model, save_model
 

@@ -26,7 +26,6 @@ from anymla.architectures.parts import (
     sinks_of,
 )
 from anymla.architectures.parts import norm_names as names_of_norms
-from anymla.errors import UnsupportedModelError
 from anymla.modeling.heads import query_temperature, split_heads
 from anymla.modeling.spec import AttentionSpec, Temperature
 
@@ -86,25 +85,6 @@ class SourceAttention:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
             query = query * query_temperature(positions, temperature).to(query.dtype)
         return query, key, value
-
-    def without_biases(self) -> SourceAttention:
-        """The same, for a layout that has none: the latent carries its mean, no projection has a constant.
-
-        Raises:
-            UnsupportedModelError: the attention itself has biases.
-        """
-        w = self.weights
-        if any(bias.any() for bias in (w.query_bias, w.key_bias, w.value_bias, w.output_bias)):
-            raise UnsupportedModelError("its attention has biases, the target's layout none: give --target vllm")
-        return replace(self, weights=replace(w, centred=False), biases=False)
-
-    def with_exact_window(self, tokens: int) -> SourceAttention:
-        """The same, for a layer that keeps the keys and values of its last ``tokens`` beside the latent.
-
-        Where values are no linear map of x, the latent carries their mean, for exact ones cannot be centred.
-        """
-        centred = self.weights.centred and self.spec.linear_values
-        return replace(self, weights=replace(self.weights, centred=centred), exact_window=tokens)
 
     def _heads(self, hidden: Tensor, weight: Tensor, bias: Tensor, norm: str) -> Tensor:
         states = linear(hidden, weight.flatten(0, 1).to(hidden.dtype), bias.flatten().to(hidden.dtype))

@@ -13,7 +13,7 @@ from anymla.distributed import all_sum_number
 from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.layouts import LIMITS
 from anymla.methods.mla.moments import Moments, MomentSums
-from anymla.methods.mla.static_norm import with_static_norms
+from anymla.methods.mla.source import with_exact_window, with_static_norms, without_biases
 from anymla.methods.mla.weights import build_attention, whole_layer
 from anymla.methods.mla.window import exact_window_of
 from anymla.model_run.activations import Activations
@@ -67,10 +67,10 @@ class AttentionObserver:
             raise ValueError(f"layer {layer.index} has no softmax attention")
         self.layer, self.attention = layer, layer.attention
         self.whole = read_attention(layer.attention, spec, layer.family, layer.config)
-        self.source = self.whole if LIMITS[settings.target].biases else self.whole.without_biases()
+        self.source = self.whole if LIMITS[settings.target].biases else without_biases(self.whole)
         self.window = exact_window_of(spec, settings)
         if self.window:
-            self.source = self.whole = self.whole.with_exact_window(self.window)
+            self.source = self.whole = with_exact_window(self.whole, self.window)
         self.static_norms = settings.static_qk_norm and spec.qk_norm
         if self.static_norms:
             self.source = self._with_static_norms()

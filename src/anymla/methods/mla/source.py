@@ -1,4 +1,4 @@
-"""Norms on queries and keys replaced by a fixed scale per head: the nearest that a layout without them can hold.
+"""The original attention as a layout can hold it: without biases, beside an exact window, without norms.
 
 Shapes: B windows, T tokens, D hidden, H query heads, G key/value heads, d head_dim.
 """
@@ -13,6 +13,28 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from anymla.architectures.attention import SourceAttention, gain_of
+from anymla.errors import UnsupportedModelError
+
+
+def without_biases(source: SourceAttention) -> SourceAttention:
+    """``source`` for a layout that has no biases: the latent carries its mean, no projection has a constant.
+
+    Raises:
+        UnsupportedModelError: the attention itself has biases.
+    """
+    w = source.weights
+    if any(bias.any() for bias in (w.query_bias, w.key_bias, w.value_bias, w.output_bias)):
+        raise UnsupportedModelError("its attention has biases, the target's layout none: give --target vllm")
+    return replace(source, weights=replace(w, centred=False), biases=False)
+
+
+def with_exact_window(source: SourceAttention, tokens: int) -> SourceAttention:
+    """``source`` for a layer that keeps the keys and values of its last ``tokens`` beside the latent.
+
+    Where values are no linear map of x, the latent carries their mean, for exact ones cannot be centred.
+    """
+    centred = source.weights.centred and source.spec.linear_values
+    return replace(source, weights=replace(source.weights, centred=centred), exact_window=tokens)
 
 
 def with_static_norms(source: SourceAttention, inputs: Iterable[Tensor]) -> SourceAttention:
