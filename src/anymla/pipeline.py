@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
 from anymla.account import Account
-from anymla.architectures.model_spec import read_config, read_model_spec
+from anymla.architectures.model_spec import read_config, read_model_spec, source_config
 from anymla.errors import RecipeError, UnsupportedModelError
 from anymla.exports.format import all_formats
 from anymla.io.auto import auto_class
@@ -28,7 +28,7 @@ from anymla.io.checkpoint import (
 from anymla.io.device import machine_memory, matmul_speed
 from anymla.io.find import with_revision
 from anymla.io.hub_cache import commit_of
-from anymla.io.sources.locate import Located, locate
+from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import Plain, notes_of, plain_source
 from anymla.methods.mla.costs import reconstruction_steps
 from anymla.methods.mla.duration import faster
@@ -59,7 +59,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
     source = locate(name, config_only=True)
     facts: dict[str, Any] = {"model": name, "commit": commit_of(source.base)}
     try:
-        model_spec, notes = read_model_spec(_config(source)), notes_of(source)
+        model_spec, notes = read_model_spec(source_config(source)), notes_of(source)
     except UnsupportedModelError as error:
         return Inspection(**facts, supported=False, reason=str(error), model_spec=None)
     return Inspection(**facts, supported=True, reason=None, model_spec=model_spec, notes=notes)
@@ -78,18 +78,14 @@ def plan(model: str | Path, recipe: MLA | None = None, *, revision: str | None =
         UnsupportedModelError, InfeasibleError, RecipeError, CheckpointError: as the message says.
     """
     name, chosen = with_revision(model, revision), with_settings(recipe, settings)
-    model_spec = read_model_spec(_config(locate(name, adapter=chosen.adapter, config_only=True)))
+    model_spec = read_model_spec(source_config(locate(name, adapter=chosen.adapter, config_only=True)))
     return make_plan(name, model_spec, chosen)
 
 
 def explain_plan(plan: MLAPlan) -> dict[str, Any]:
     """A plan's costs before and after: per layer cached numbers, parameters, FLOPs per token; predicted peak bytes."""
     source = locate(plan.model, adapter=plan.recipe.adapter, config_only=True)
-    return explain(plan, read_model_spec(_config(source)))
-
-
-def _config(source: Located) -> dict[str, Any]:
-    return read_config(source.base) if source.gguf is None else source.gguf.config
+    return explain(plan, read_model_spec(source_config(source)))
 
 
 def with_settings(recipe: MLA | None, settings: dict[str, Any]) -> MLA:
@@ -144,7 +140,7 @@ def convert(
     name = with_revision(model, revision)
     adapter = (recipe.recipe if isinstance(recipe, MLAPlan) else with_settings(recipe, settings)).adapter
     source = locate(name, adapter=adapter)
-    read_model_spec(_config(source))  # what is wrong with config.json is said in its own words
+    read_model_spec(source_config(source))  # what is wrong with config.json is said in its own words
     for path in source.paths:
         check_output(output, path, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)

@@ -10,7 +10,7 @@ from typing import Any
 
 from anymla import __version__
 from anymla.account import account
-from anymla.architectures.model_spec import read_config, spec_of
+from anymla.architectures.model_spec import read_config, source_config, spec_of
 from anymla.io.checkpoint import ACCOUNT, check_weights
 from anymla.io.sources.locate import Located
 from anymla.io.sources.plain import notes_of
@@ -95,7 +95,7 @@ def source_spec(source: Located) -> ModelSpec:
     Raises:
         UnsupportedModelError, CheckpointError: it is no model that anymla knows.
     """
-    return spec_of(read_config(source.base) if source.gguf is None else source.gguf.config)
+    return spec_of(source_config(source))
 
 
 def original_cost(source: Located, context: int | None) -> Cost:

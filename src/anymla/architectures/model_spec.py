@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anymla.architectures.block import beyond_latent, has_experts, other_block
 from anymla.architectures.families import FAMILIES, REFUSED, TEXT_ONLY_INSIDE, Family
@@ -30,6 +30,9 @@ from anymla.modeling.spec import (
     layers_of,
 )
 
+if TYPE_CHECKING:
+    from anymla.io.sources.locate import Located
+
 ALREADY = "already multi-head latent attention"
 
 
@@ -45,6 +48,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise CheckpointError(f"{folder} {no_config(folder)}")
     return read_object(path)
+
+
+def source_config(source: Located) -> dict[str, Any]:
+    """The parsed config of a source, whichever kind of files it is.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return read_config(source.base) if source.gguf is None else source.gguf.config
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
