@@ -1,0 +1,79 @@
+"""How a coded cache holds keys and values: one row of bytes each per token.
+
+One of the modelling files that travel with every converted checkpoint; it needs the standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 16)  # bits that a coefficient may have
+PLANES = (16, 8, 4, 2, 1)  # a code's bits are cut into these, so that each plane of a row packs without gaps
+SCALE_BYTES = 2  # of a float16: a scale, a zero point, an outlier's value
+INDEX_BYTES = 2  # of an outlier's place
+KINDS = ("table", "int", "fp8", "plain")
+BASES = ("own", "channels", "axes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """How the coefficients of one token become a row of bytes.
+
+    Args:
+        bits: (bits, how many coefficients) in the coefficients' order, as runs.
+        kind: "table": levels of each coefficient, static; "int" and "fp8": a grid, with a scale per token and block;
+            "plain": numbers of the cache's own dtype.
+        token_scale: whether a "table" codes the token's coefficients less their zero point, over their scale, both
+            stored per token (KVQuant's values).
+        block: coefficients that share a scale, of "int" and "fp8"; 0: all.
+        outliers: coefficients of a token, the farthest from their levels, kept apart as float16 with their index.
+    """
+
+    bits: tuple[tuple[int, int], ...]
+    kind: str = "table"
+    token_scale: bool = False
+    block: int = 0
+    outliers: int = 0
+
+    @property
+    def width(self) -> int:
+        """Coefficients that come in and go out."""
+        return sum(count for _, count in self.bits)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a row's codes alone."""
+        return sum(bits * count for bits, count in self.bits)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row: every plane of codes in whole bytes, scales, outliers with their index."""
+        codes = sum(-(-plane * self._in_plane(plane) // 8) for plane in PLANES)
+        blocks = -(-self.width // (self.block or max(1, self.width)))
+        scales = 2 if self.token_scale else blocks if self.kind in ("int", "fp8") else 0
+        return codes + scales * SCALE_BYTES + self.outliers * (SCALE_BYTES + INDEX_BYTES)
+
+    def _in_plane(self, plane: int) -> int:
+        """Coefficients whose code has this plane: 3 bits are a plane of 2 and one of 1."""
+        return sum(count for bits, count in self.bits if bits & plane)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedSpec:
+    """A cache of codes: keys before rope and values, each in a basis.
+
+    Args:
+        keys, values: how their coefficients are stored.
+        key_basis: "own": the keys themselves; "channels": complex axes across key/value heads within one rope
+            frequency, on which scores are computed; "axes": any axes, from which keys are rebuilt when they are read.
+        value_basis: "own" or "axes".
+        first_tokens: tokens at the start of every sequence whose coefficients are kept exactly.
+        rope_scale: what rope multiplies queries and keys with, beside turning them (yarn).
+    """
+
+    keys: Coding
+    values: Coding
+    key_basis: str = "axes"
+    value_basis: str = "axes"
+    first_tokens: int = 4
+    rope_scale: float = 1.0
