@@ -35,6 +35,19 @@ class Coding:
     block: int = 0
     outliers: int = 0
 
+    def __post_init__(self) -> None:
+        widths = {bits for bits, _ in self.bits}
+        if unknown := widths - {*WIDTHS}:
+            raise ValueError(f"coding: bits must be among {WIDTHS}, got {min(unknown)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"coding: kind must be one of {', '.join(KINDS)}, got {self.kind!s:.20}")
+        if not 0 <= self.outliers < max(1, self.width):
+            raise ValueError(f"coding: {self.outliers} outliers of {self.width} coefficients")
+        if self.kind != "table":
+            allowed = {"int": ({4}, {8}), "fp8": ({8},), "plain": ({16},)}[self.kind]
+            if widths not in allowed or self.token_scale or self.outliers:
+                raise ValueError(f"coding: kind {self.kind} has one width of {allowed} bits, and only tables more")
+
     @property
     def width(self) -> int:
         """Coefficients that come in and go out."""
@@ -44,6 +57,11 @@ class Coding:
     def code_bits(self) -> int:
         """Bits of a row's codes alone."""
         return sum(bits * count for bits, count in self.bits)
+
+    @property
+    def table_numbers(self) -> int:
+        """Levels of all coefficients; 16 bits need none."""
+        return sum(2**bits * count for bits, count in self.bits if 0 < bits < 16) if self.kind == "table" else 0
 
     @property
     def row_bytes(self) -> int:
