@@ -1,13 +1,11 @@
 """What every codec of a coded cache is: coefficients of a token to a row of bytes, and back.
 
 One of the modelling files that travel with every converted checkpoint; it needs torch only.
-
-Codes of 1, 2, 4 or 8 bits are packed without gaps: code i of n lies in byte i % B of B = ceil(n bits / 8), so that one
-shift per code of a byte cuts them all.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,22 +50,33 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., n], uint8 and below 2**bits, as bytes [..., ceil(n bits / 8)]."""
+def pack(words: Tensor, bits: int) -> Tensor:
+    """Words [..., n], uint8 and below 2**bits, as bytes [..., ceil(n bits / 8)]; the first word is a byte's lowest."""
     per_byte = 8 // bits
-    parts = pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (per_byte, -1)).unbind(-2)
-    packed = parts[0]
-    for place, part in enumerate(parts[1:], start=1):
-        packed = packed | part << place * bits
-    return packed
+    if per_byte == 1:
+        return words
+    parts = pad(words, (0, -words.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+    return (parts << torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)).sum(-1, dtype=torch.uint8)
 
 
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` codes [..., count], uint8, that ``pack`` put into bytes."""
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The words [..., n], uint8, that ``pack`` put into bytes, and those that fill up the last byte."""
     if bits == 8:
         return packed
-    parts = [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
-    return torch.cat(parts, -1)[..., :count]
+    words = _words_of_bytes(bits, packed.device).index_select(0, packed.flatten().int())
+    return words.view(packed.shape).view(torch.uint8)
+
+
+@cache
+def _words_of_bytes(bits: int, device: torch.device) -> Tensor:
+    """For each byte [256] the 8 / bits words in it, side by side as one integer: one look-up cuts a byte."""
+    words = torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, bits, device=device)
+    return (words & 2**bits - 1).to(torch.uint8).view({4: torch.int16, 2: torch.int32, 1: torch.int64}[bits])[:, 0]
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts, one behind the other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def encode_half(x: Tensor) -> Tensor:

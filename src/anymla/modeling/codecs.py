@@ -78,7 +78,7 @@ class IntCodec(_ScaledCodec):
         return pack((scaled.round() + 2 ** (self.bits - 1)).to(torch.uint8), self.bits)
 
     def _unpack(self, codes: Tensor) -> Tensor:
-        return unpack(codes, self.bits, self.width).float() - 2 ** (self.bits - 1)
+        return unpack(codes, self.bits)[..., : self.width].float() - 2 ** (self.bits - 1)
 
 
 class Fp8Codec(_ScaledCodec):
