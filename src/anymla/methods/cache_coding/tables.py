@@ -9,8 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from anymla.modeling.coding_spec import Coding
+
 ITERATIONS = 50  # of Lloyd's
 MOST_FITTED = 6  # bits; more levels need more tokens than a sample has, and are put evenly between those
+
+
+def fit_tables(coefficients: Tensor, coding: Coding, weights: Tensor | None = None) -> dict[int, Tensor]:
+    """Levels of all coefficients [N,C] that ``coding`` gives 1 to 8 bits, as a codec takes them.
+
+    By bits, [coefficients of so many bits, 2**bits] in the coefficients' order. ``weights``: as of TableSample.
+    """
+    widths = torch.tensor([bits for bits, count in coding.bits for _ in range(count)])
+    tables = {}
+    for bits in sorted({*widths.tolist()} - {0, 16}):
+        places = (widths == bits).nonzero()[:, 0].to(coefficients.device)
+        of_these = None if weights is None else weights.expand_as(coefficients)[:, places]
+        tables[bits] = TableSample(coefficients[:, places], of_these).fit(bits)
+    return tables
 
 
 class TableSample:
