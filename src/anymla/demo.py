@@ -165,7 +165,7 @@ def _paper(budget: float, rope_dims: int) -> Contender:
 def _numbered(report: Report, number: int, contenders: tuple[Contender, ...]) -> Report:
     """Reports under the name of a contender."""
     contender = contenders[number - 1]
-    name = f"{number} of {len(contenders)}, {contender.method} at {contender.budget:.4g} of the bytes"
+    name = f"{number} of {len(contenders)}, {contender.method} at {contender.budget:.1%} of the bytes"
     return lambda done, total, what: report(done, total, f"{name}: {what}")
 
 
