@@ -8,20 +8,13 @@ from torch import Tensor
 
 from anymla.errors import CheckpointError
 from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels
-from anymla.methods.cache_coding.rope import RopeSeen
 from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
 from anymla.modeling.spec import LayerSpec
 from anymla.sweep.layer import Layer
 
 
 class EnergySurvey(KeyValueSurvey):
-    """Also "energies": of keys in both bases and of values; "inv_freq" [P] and "rope_scale" of the layer's rope."""
-
-    def observer(self, layer: Layer) -> KeyValueSums:
-        """The same, and the rope that is seen."""
-        observed = super().observer(layer)
-        observed.rope = RopeSeen(layer.module.get_submodule(observed.path))
-        return observed
+    """Also "energies": of keys in both bases, and of values."""
 
     def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
         """The facts of the layer, over all processes.
@@ -35,7 +28,6 @@ class EnergySurvey(KeyValueSurvey):
         facts["energies"] = {name: basis.energies.tolist() for name, basis in bases.items()}
         if not all(basis.energies.isfinite().all() for basis in bases.values()):
             raise CheckpointError(f"keys, values or gradients overflow at layer {layer.index}: give --dtype float64")
-        facts["inv_freq"], facts["rope_scale"] = observed.rope.found
         return facts
 
 

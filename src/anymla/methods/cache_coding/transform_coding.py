@@ -14,7 +14,8 @@ from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:
-    from anymla.sweep.layer import Layer, Observer
+    from anymla.methods.cache_coding.survey import Unheard
+    from anymla.sweep.layer import Layer
 
 
 class TransformCoding(LayerMethod):
@@ -71,9 +72,11 @@ class TransformCoding(LayerMethod):
 
         return EnergySurvey(self.first_tokens)
 
-    def observer(self, layer: Layer) -> Observer:
+    def observer(self, layer: Layer) -> Unheard:
         """Nothing: the survey has seen it all."""
-        return _Nothing()
+        from anymla.methods.cache_coding.survey import Unheard
+
+        return Unheard()
 
     def apply(self, layer: Layer, observed: Any) -> Changed:
         """Puts an attention whose cache is coded in the place of the layer's own."""
@@ -89,13 +92,6 @@ class TransformCoding(LayerMethod):
         if old.attention is None:
             raise ValueError("a layer without softmax attention has no coded cache")
         return replace(old, coded=layer.spec(old.attention, self.first_tokens), attention_bytes=None)
-
-
-class _Nothing:
-    """Needs nothing of a layer."""
-
-    def add(self, batch: Any) -> None:
-        """Takes a batch."""
 
 
 def _energies(attention: AttentionSpec, facts: dict[str, Any] | None) -> Energies:
