@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def random_gauges(folder, grow=0):
 def test_folds_exactly_into_deepseek(tmp_path):
     folder = converted(tmp_path, make_model("llama", torch.float32))
     (tmp_path / "out").mkdir()
-    shape = write_deepseek(folder, tmp_path / "out", gauges=random_gauges(folder, grow=3))
+    shape = write_deepseek(folder, tmp_path / "out", gauges=partial(random_gauges, grow=3))
     assert shape.sizes.rank == read_converted(folder).layers[0].latent.kv_lora_rank + 3
     assert difference(load(folder), load(tmp_path / "out")) < 1e-4
 
@@ -40,5 +42,5 @@ def test_folds_exactly_beside_biases_and_norms(tmp_path, family):
     model = tiny_model("qwen3") if family == "qwen3" else make_model("llama", torch.float32, attention_bias=True)
     source = save_model(model, tmp_path / "source")
     anymla.convert(source, folder := tmp_path / "converted", kv_cache=0.5, rope="freqfold-2", **FAST)
-    write_vllm(folder, tmp_path / "out", pad="none", gauges=random_gauges(folder))
+    write_vllm(folder, tmp_path / "out", pad="none", gauges=random_gauges)
     assert difference(load(folder), load_fused(tmp_path / "out")) < 1e-4

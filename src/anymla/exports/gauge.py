@@ -1,7 +1,8 @@
-"""The gauge of the cache: maps of the latent and of rope channels that fold into the weights, chosen for a codec.
+"""The gauge of the cache: maps of the latent and factors of rope channels, which fold into the weights exactly.
 
 Whatever invertible map the encoder of the latent gets, the decoder undoes it: the model is the same, and what a
 quantised cache loses of it is not. A rope channel takes a factor only: nothing else commutes with its rotation.
+gauge_choice.py chooses them.
 
 Shapes as in converted.py; r' >= r is the width of the latent as it is cached.
 """
@@ -64,5 +65,5 @@ def folded(tensors: Mapping[str, Tensor], gauge: Gauge) -> dict[str, Tensor]:
         made["kv_b_proj.weight"] = made["kv_b_proj.weight"] @ gauge.decoder
     if "channel_weight" in made:
         reads = made["channel_weight"]  # [2,G,K fold]
-        made["channel_weight"] = reads / gauge.channels.repeat(reads.shape[-1] // len(gauge.channels))
+        made["channel_weight"] = reads / gauge.channels.repeat(reads.shape[-1] // max(1, len(gauge.channels)))
     return made

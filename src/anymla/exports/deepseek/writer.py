@@ -7,7 +7,7 @@ latent and one eps. What it cannot say is refused here; what it says otherwise i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def write_deepseek(
     *,
     pad: str = "none",
     dtype: str | None = None,
-    gauges: Sequence[Gauge] | None = None,
+    gauges: Callable[[Path], Sequence[Gauge]] | None = None,
 ) -> DeepSeekShape:
     """Writes the converted model of ``converted`` into ``folder``, which is there and empty.
 
@@ -58,14 +58,15 @@ def write_deepseek(
         pad: with zeros, exactly, up to sizes that kernels need: 'cpu' rank 512 and rope 64, for vLLM's on CPUs; 'cuda'
             rope 64, nope 64 or 128, value 128, for prefill on GPUs; 'full' both, for FlashMLA and TensorRT-LLM.
         dtype: of the weights, not float16, which has no room for the latent norm. Default: the converted model's.
-        gauges: of the cache, one per layer; by default it holds what the converted model's does.
+        gauges: chooses those of the cache, one per layer; by default it holds what the converted model's does.
 
     Raises:
         UnsupportedModelError: DeepSeek's layout cannot hold the model; the message says what stops it.
         CheckpointError: ``converted`` is no converted model, or broken.
     """
     source = read_converted(converted)
-    source = source if gauges is None else regauged(source, gauges)
+    _check(source)
+    source = source if gauges is None else regauged(source, gauges(converted))
     dtype = dtype or str(source.config["dtype"])
     shape = _shape(source, pad)
     stream = (NORM_EPS / float(source.config["rms_norm_eps"])) ** 0.5  # the residual stream, scaled, has that eps
@@ -75,11 +76,15 @@ def write_deepseek(
     return shape
 
 
-def _shape(source: Converted, pad: str) -> DeepSeekShape:
-    """What the layers agree on, once nothing stands against DeepSeek's layout."""
+def _check(source: Converted) -> None:
+    """Refuses what DeepSeek's layout cannot hold, but for sizes."""
     _check_model(source)
     for layer in source.layers:
         _check_layer(source, layer)
+
+
+def _shape(source: Converted, pad: str) -> DeepSeekShape:
+    """What the layers agree on."""
     grids = {_grid(source, layer) for layer in source.layers}
     if len(grids) > 1:
         raise UnsupportedModelError(

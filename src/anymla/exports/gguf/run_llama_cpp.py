@@ -1,7 +1,7 @@
 """llama.cpp on one GGUF file, by any Python that has llama-cpp-python: a JSON object on stdin, one on stdout.
 
-In:  model (a GGUF file), cache ("f32", "f16", "q8_0" or "q4_0"), n_batch (most tokens of a step), prompts (lists of ids), new (tokens
-     to add to each, greedily), texts (to be tokenised), logits (a .npz file to write).
+In:  model (a GGUF file), cache ("f32", "f16", "q8_0" or "q4_0"), n_batch (most tokens of a step), prompts (lists of
+     ids), new (tokens to add to each, greedily), texts (to be tokenised), logits (a .npz file to write).
 Out: tokens (the new ids of each prompt), text (of each prompt with them), ids (of each text), version (of
      llama-cpp-python), bytes (of each prompt's state before its first and after its last step, and how many tokens lie
      between).

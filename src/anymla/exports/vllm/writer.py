@@ -8,7 +8,7 @@ DeepSeek has no words for stays: rope frequencies per layer and channel, scaled 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,12 @@ REFUSED = {
 
 
 def write_vllm(
-    converted: Path, folder: Path, *, pad: str = "cpu", dtype: str | None = None, gauges: Sequence[Gauge] | None = None
+    converted: Path,
+    folder: Path,
+    *,
+    pad: str = "cpu",
+    dtype: str | None = None,
+    gauges: Callable[[Path], Sequence[Gauge]] | None = None,
 ) -> Sizes:
     """Writes the converted model of ``converted`` into ``folder``; returns the sizes that all layers have there.
 
@@ -54,7 +59,7 @@ def write_vllm(
         pad: with zeros, exactly, up to sizes that kernels need (padding.py). A layer that keeps less than another is
             filled up to it in any case: vLLM has one size for all.
         dtype: of the weights. Default: the converted model's.
-        gauges: of the cache, one per layer; by default it holds what the converted model's does.
+        gauges: chooses those of the cache, one per layer; by default it holds what the converted model's does.
 
     Raises:
         UnsupportedModelError: the model does something that vLLM's latent attention does not.
@@ -63,7 +68,7 @@ def write_vllm(
     """
     source, config = read_converted(converted), safe_config(converted)
     check_model(source, config)
-    source = source if gauges is None else regauged(source, gauges)
+    source = source if gauges is None else regauged(source, gauges(converted))
     d = max(layer.spec.head_dim for layer in source.layers)
     rank = max(layer.latent.kv_lora_rank for layer in source.layers)
     rope_dims = max(layer.latent.qk_rope_head_dim for layer in source.layers)
