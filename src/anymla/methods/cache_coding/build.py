@@ -25,6 +25,8 @@ from anymla.modeling.spec import LayerSpec
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
 
+LEAST = 0.05  # of a coefficient's mean weight: what each of its tokens counts at least
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coded:
@@ -73,23 +75,29 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
 def build_transformed(layer: Layer, coding: LayerCoding, spec: CodedSpec) -> tuple[CodedAttention, float]:
     """The attention of a layer as planned, and what its codes cost on the survey's sample, in nats of KL per token."""
     facts = coding.facts
-    keys, key_loss = _fitted(
-        spec.keys, key_basis(facts, coding.key_basis, layer.old), facts["key_sample"], coding.key_bits
-    )
-    values, value_loss = _fitted(spec.values, value_basis(facts), facts["value_sample"], coding.value_bits)
+    keys, key_loss = _fitted(spec.keys, key_basis(facts, coding.key_basis, layer.old), facts, "key", coding.key_bits)
+    values, value_loss = _fitted(spec.values, value_basis(facts), facts, "value", coding.value_bits)
     return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
 
 
-def _fitted(coding: Coding, basis: Basis, sample: Any, bits: Sequence[int]) -> tuple[Coded, float]:
-    """Levels fitted to ``sample`` [N,n], the coefficients in the order of ``coding``, and what they lose there."""
+def _fitted(
+    coding: Coding, basis: Basis, facts: dict[str, Any], kind: str, bits: Sequence[int]
+) -> tuple[Coded, float]:
+    """Levels fitted to the sample of "key" or "value", and what they lose there.
+
+    The coefficients are put in the order of ``coding``. Levels are weighted by what an error of this coefficient in
+    this token costs: its gradient, squared.
+    """
     channels = 0 if basis.frequency is None else len(basis.frequency)
     basis = basis.ordered(torch.tensor(ordered(bits, channels)))
-    coefficients = basis.encode(read(sample)).float()
-    coded = Coded(coding=coding, basis=basis, tables=fit_tables(coefficients, coding))
+    coefficients = basis.encode(read(facts[f"{kind}_sample"])).float()
+    weights = (read(facts[f"{kind}_gradients"]).double() @ basis.decoder.T).square()
+    weights += LEAST * weights.mean(0)
+    coded = Coded(coding=coding, basis=basis, tables=fit_tables(coefficients, coding, weights))
     codec = make_codec(coding)
     codec.set_tables(coded.tables)
-    errors = (codec(coefficients) - coefficients).double().square().mean(0)
-    return coded, (errors @ basis.costs).item() / 2
+    errors = ((codec(coefficients) - coefficients).double().square() * weights).mean(0)
+    return coded, errors.sum().item() / 2
 
 
 def _outside(source: SourceAttention) -> dict[str, Tensor | None]:

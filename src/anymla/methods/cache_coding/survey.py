@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from anymla.architectures.attention import read_attention
 from anymla.distributed import all_rows, all_sum, all_sum_number, world
 from anymla.methods.base import Survey
+from anymla.methods.cache_coding.rope import RopeSeen
 from anymla.methods.mla.weights import ConvertedLayer, build_attention, whole_layer
 from anymla.model_run.stream import LayerBatch
 from anymla.modeling.latent_attention import LatentAttention
@@ -30,7 +31,8 @@ class KeyValueSurvey(Survey):
     """Moments of keys and of values, and of the loss's gradients with respect to them, per layer.
 
     The facts of a layer, for "key" and for "value": "key_mean" [Gd], "key_covariance" and "key_fisher" [Gd,Gd],
-    float64, "key_sample" and "key_gradients" [N,Gd] of the same tokens, float32; and "tokens", how many were summed.
+    float64, "key_sample" and "key_gradients" [N,Gd] of the same tokens, float32; "tokens", how many were summed; and of
+    the layer's rope "inv_freq" [P] and "rope_scale" (rope.py).
 
     The Fisher matrix is E[g g^T] of one token's gradient g of the window's whole negative log-likelihood, in nats: an
     error of covariance D in every key costs about tr(F D) / 2 nats of KL per token. That holds for errors that are
@@ -72,6 +74,7 @@ class KeyValueSums:
         attention = build_attention(self.original, source, whole, layer.config, layer.original.dtype)
         attention.always_expands = True
         self.order, self.made = _places(whole, spec.rope_pairs, spec.head_dim), Made(attention)
+        self.rope = RopeSeen(attention)
         layer.module.set_submodule(self.path, attention)
         self.sums = {kind: Sums(spec.num_kv_heads * spec.head_dim, layer.original.device) for kind in KINDS}
         tokens = layer.windows.fit.stop * (layer.original.shape[1] - first_tokens)
@@ -93,10 +96,18 @@ class KeyValueSums:
         """All that was summed, over all processes; the layer has its own attention again."""
         self.layer.module.set_submodule(self.path, self.original)
         tokens = round(all_sum_number(self.tokens, self.layer.original.device))
-        found: dict[str, Any] = {"tokens": tokens}
+        inv_freq, rope_scale = self.rope.found
+        found: dict[str, Any] = {"tokens": tokens, "inv_freq": inv_freq, "rope_scale": rope_scale}
         for kind, sums in self.sums.items():
             found |= {f"{kind}_{name}": value for name, value in sums.facts(tokens).items()}
         return found
+
+
+class Unheard:
+    """An observer of a layer of which the survey has seen all."""
+
+    def add(self, batch: LayerBatch) -> None:
+        """Takes a batch."""
 
 
 class Sums:
