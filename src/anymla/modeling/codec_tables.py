@@ -16,13 +16,15 @@ from .codec import FLOAT16_MAX, FLOAT16_TINY, Codec, decode_half, encode_half, j
 from .coding_spec import PAIRED, PLANES, Coding, word
 
 Made = TypeVar("Made")
+IN_CACHE = 2**17  # numbers that are encoded at once: what is made of them stays in a CPU's cache
 HALVES, SINGLES, PAIRS, ZEROS = range(4)  # where a coefficient is read from: 16 bits, up to 8, up to 4, none
 
 
 class _Writing(NamedTuple):
     """What encoding needs: n coefficients of 1 to 8 bits by falling bits, m of all."""
 
-    bounds: Tensor  # [n, most levels - 1], halfway between levels, then infinite
+    bounds: Tensor  # flat, of [n, most levels - 1]: halfway between levels, then infinite
+    first: Tensor  # [n], where a coefficient's bounds start
     levels: Tensor  # flat
     starts: Tensor  # [n], where a coefficient's levels start
     steps: Tensor  # [m], mean distance of two levels; where there are none the mean of the others'
@@ -52,7 +54,7 @@ class TableCodec(Codec):
         widths = [bits for bits, count in coding.bits for _ in range(count)]
         order = sorted(range(len(widths)), key=lambda place: -widths[place])
         self._order = None if order == sorted(order) else order
-        self._halves = coding.counts.get(16, 0)
+        self._halves, self._zeros = (coding.counts.get(bits, 0) for bits in (16, 0))
         self._classes = {bits: count for bits, count in coding.counts.items() if 0 < bits < 16}
         self._coded = sum(self._classes.values())
         self._planes = _planes(self._classes)
@@ -80,26 +82,29 @@ class TableCodec(Codec):
 
     def encode(self, x: Tensor) -> Tensor:
         """The rows, uint8 [..., row_bytes], of coefficients [..., width]."""
-        tables, coding = self._made(self._writing), self.coding
-        shape, x = x.shape[:-1], x.reshape(-1, self.width).float()
+        tables = self._made(self._writing)
+        tokens = x.reshape(-1, self.width).float()
+        parts = [self._encode(part, tables) for part in tokens.split(max(1, IN_CACHE // self.width))]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], self.row_bytes)
+
+    def _encode(self, x: Tensor, tables: _Writing) -> Tensor:
+        """The rows [N, row_bytes] of coefficients [N, width]."""
         ordered = x if tables.order is None else x[:, tables.order]
         dense = ordered[:, self._halves : self._halves + self._coded]
-        numbers, places = [], None
-        if coding.token_scale:
+        numbers, places = [], x.new_zeros(0)
+        if self.coding.token_scale:
             places, zero, scale = self._token_scale(x)
             numbers, dense = [zero, scale], (dense - zero) / scale
-        codes = _search(dense, tables.bounds)
-        if coding.outliers:
-            places = self._outliers(ordered, codes, tables) if places is None else places
+        codes = _search(dense, tables.bounds, tables.first)
+        if self.coding.outliers:
+            places = places if numbers else self._outliers(ordered, codes, tables)
             numbers.append(x.gather(-1, places))
-        parts = [
-            codes.new_empty(len(x), 0, dtype=torch.uint8)
-            if places is None
-            else places.to(torch.int16).view(torch.uint8)
-        ]
+        parts = self._pack(codes)
         if numbers or self._halves:
-            parts.append(encode_half(torch.cat([*numbers, ordered[:, : self._halves]], -1)))
-        return torch.cat([*parts, *self._pack(codes.to(torch.uint8))], -1).view(*shape, self.row_bytes)
+            parts.insert(0, encode_half(joined([*numbers, ordered[:, : self._halves]])))
+        if self.coding.outliers:
+            parts.insert(0, places.to(torch.int16).view(torch.uint8))
+        return joined(parts) if parts else x.new_empty(len(x), 0, dtype=torch.uint8)
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The coefficients [..., width] that the rows hold."""
@@ -108,22 +113,23 @@ class TableCodec(Codec):
         coding, parts = self.coding, {}
         sparse, scales = coding.outliers, 2 * coding.token_scale
         start = 2 * (2 * sparse + scales + self._halves)
-        numbers = decode_half(rows[..., 2 * sparse : start]).to(dtype) if start else None
         for source, words in self._unpack(rows[..., start:]).items():
             tables = self._made(self._reading, source, dtype)
             found = tables.numbers.index_select(0, (words + tables.starts).flatten())
-            parts[source] = found.view(*words.shape).view(dtype)
-        if numbers is not None:
+            parts[source] = found.view(words.shape).view(dtype)
+        if start:
+            stored = decode_half(rows[..., :start])
+            places, numbers = stored[..., :sparse], stored[..., sparse:].to(dtype)
             if scales:
-                parts = {source: part * numbers[..., 1:2] + numbers[..., :1] for source, part in parts.items()}
+                zero, scale = numbers[..., :1], numbers[..., 1:2]
+                parts = {source: part.mul_(scale).add_(zero) for source, part in parts.items()}
             parts[HALVES] = numbers[..., scales + sparse :]
-        if ZEROS in {source for source, _, _ in self._pieces}:
-            parts[ZEROS] = torch.zeros((), dtype=dtype, device=rows.device).expand(*rows.shape[:-1], self.width)
+        if self._zeros:
+            parts[ZEROS] = torch.zeros(*rows.shape[:-1], self._zeros, dtype=dtype, device=rows.device)
         x = joined([parts[source][..., first:stop] for source, first, stop in self._pieces])
-        if numbers is None or not sparse:
-            return x
-        places = decode_half(rows[..., : 2 * sparse]).view(torch.int16).long() & 0xFFFF
-        return x.scatter(-1, places, numbers[..., scales : scales + sparse])
+        if sparse:
+            x.scatter_(-1, places.view(torch.int16).long() & 0xFFFF, numbers[..., scales : scales + sparse])
+        return x
 
     def _token_scale(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Outliers' places, zero point and scale [N,1] of tokens: the rest of a token lies within -1 and 1."""
@@ -150,13 +156,14 @@ class TableCodec(Codec):
         parts = codes.split([*self._classes.values()], -1)
         for (bits, count), part in zip(self._classes.items(), parts, strict=True):
             if bits <= PAIRED:
-                part = pad(part, (0, count % 2))
-                part = part[:, ::2] | part[:, 1::2] << bits
+                part = pad(part, (0, 1)) if count % 2 else part
+                part = torch.add(part[:, ::2], part[:, 1::2], alpha=2**bits)
             words[bits] = part
-        return [
-            pack(joined([words[bits] >> below & 2**plane - 1 for bits, below, _ in held]), plane)
-            for plane, _, held in self._planes
-        ]
+        planes = []
+        for plane, _, held in self._planes:
+            cut = [words[bits] >> below & 2**plane - 1 if plane < 8 else words[bits] for bits, below, _ in held]
+            planes.append(pack(joined(cut), plane))
+        return planes
 
     def _unpack(self, packed: Tensor) -> dict[int, Tensor]:
         """The words [..., W] that lie in the planes: of one code, of two."""
@@ -196,14 +203,15 @@ class TableCodec(Codec):
         tables, device = self._tables(), self.levels.device
         most = max((2**bits for bits in tables), default=1)
         halfway = [(each[:, 1:] + each[:, :-1]) / 2 for each in tables.values()]
-        bounds = [pad(each, (0, most - 1 - each.shape[1]), value=torch.inf) for each in halfway]
+        bounds = [pad(each, (0, most - 1 - each.shape[1]), value=torch.inf).flatten() for each in halfway]
         step = [(each[:, -1] - each[:, 0]) / (each.shape[1] - 1) for each in tables.values()]
         steps = torch.full((self.width,), float(torch.cat(step).mean()) if step else 1.0, device=device)
         steps[self._halves : self._halves + self._coded] = torch.cat([steps[:0], *step])
         sizes = torch.tensor([2**bits for bits, count in self._classes.items() for _ in range(count)], dtype=torch.long)
         order = None if self._order is None else torch.tensor(self._order, device=device)
         return _Writing(
-            bounds=torch.cat([steps.new_zeros(0, most - 1), *bounds]),
+            bounds=torch.cat([steps[:0], *bounds]),
+            first=torch.arange(self._coded, dtype=torch.int32, device=device) * (most - 1),
             levels=self.levels.float(),
             starts=(sizes.cumsum(0) - sizes).to(device),
             steps=steps.clamp(min=FLOAT16_TINY),
@@ -222,16 +230,17 @@ class TableCodec(Codec):
         return _Reading(numbers, starts)
 
 
-def _search(x: Tensor, bounds: Tensor) -> Tensor:
-    """How many of the bounds [n, 2**b - 1] of its own each number of x [N, n] exceeds: b halvings of all at once."""
-    size = bounds.shape[1]
-    first = torch.arange(0, bounds.numel(), max(1, size), dtype=torch.int32, device=x.device)
-    bounds, place = bounds.flatten(), first.repeat(len(x), 1)
-    step = (size + 1) // 2
+def _search(x: Tensor, bounds: Tensor, first: Tensor) -> Tensor:
+    """How many bounds of its own each number of x [N, n] exceeds, uint8: halvings of all numbers at once.
+
+    ``bounds``: flat, as many of each coefficient: 2**b - 1; ``first`` [n]: where those of a coefficient start.
+    """
+    place, flat = first.repeat(len(x)), x.flatten()
+    step = (len(bounds) // max(1, len(first)) + 1) // 2
     while step:
-        place.add_(x > bounds[step - 1 :].index_select(0, place.flatten()).view(x.shape), alpha=step)
+        place.add_(flat > bounds[step - 1 :].index_select(0, place), alpha=step)
         step //= 2
-    return place - first
+    return (place.view(x.shape) - first).to(torch.uint8)
 
 
 def _pairs(table: Tensor) -> Tensor:
