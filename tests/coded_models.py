@@ -44,7 +44,9 @@ def coded_model(model: Any, key_basis: str = "own", value_basis: str = "own", bi
         for part, norm in source.norms.items():
             tensors |= {f"{part}.{key}": tensor for key, tensor in norm.state_dict().items()}
         states |= {f"{names[module]}.{name}": tensor for name, tensor in tensors.items()}
-    fields = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
+    fields = {
+        name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")
+    }
     made = converted_class(type(model).__name__)
     config = made.config_class(**fields, **{KEY: config_entry(tuple(layers))}, architectures=[made.__name__])
     converted = made._from_config(config, dtype=model.dtype, experts_implementation="eager").eval()
