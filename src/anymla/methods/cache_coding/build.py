@@ -120,7 +120,14 @@ def _projected(source: SourceAttention, keys: Coded, values: Coded, made: LayerS
     weights = source.weights
     sides = (
         ("key", "k_proj", weights.key.flatten(0, 1), weights.key_bias.flatten(), keys.basis, made.encodes_keys),
-        ("value", "v_proj", weights.value.flatten(0, 1), weights.value_bias.flatten(), values.basis, made.encodes_values),
+        (
+            "value",
+            "v_proj",
+            weights.value.flatten(0, 1),
+            weights.value_bias.flatten(),
+            values.basis,
+            made.encodes_values,
+        ),
     )
     tensors = {}
     for name, projection, weight, bias, basis, encodes in sides:

@@ -96,7 +96,10 @@ def plan_layers(
                 key_basis=basis,
                 key_bits=tuple(keys),
                 value_bits=tuple(values),
-                predicted_kl=(error(energy.axes if basis == "axes" else energy.channels, keys) + error(energy.values, values)) / 2,
+                predicted_kl=(
+                    error(energy.axes if basis == "axes" else energy.channels, keys) + error(energy.values, values)
+                )
+                / 2,
             )
             for energy, basis, keys, values in zip(energies, bases, bits[::2], bits[1::2], strict=True)
         ]
