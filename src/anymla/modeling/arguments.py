@@ -53,10 +53,11 @@ def cache_of(output: Any) -> Any:
     return next(output[name] for name in CACHE_NAMES if name in output)
 
 
-def make_fit(cache: Any, index: int, hidden_states: Tensor, rank: int, rope_dims: int) -> None:
-    """Gives layer ``index`` of a static cache that was made in advance the widths of latent and rope key.
+def make_fit(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
+    """Gives layer ``index`` of a static cache that was made in advance the widths and the dtype of its tensors.
 
-    ``StaticCache.early_initialization`` knows one width for keys and values alike. ``hidden_states`` [B,T,D].
+    ``StaticCache.early_initialization`` knows one width for keys and values alike. ``keys``, ``values``: [B,1,T,n] of
+    new tokens.
 
     Raises:
         NotImplementedError: a graph is being traced, which already holds the tensors of other widths.
@@ -66,13 +67,12 @@ def make_fit(cache: Any, index: int, hidden_states: Tensor, rank: int, rope_dims
     if not isinstance(layer, StaticLayer) or not layer.is_initialized:
         return
     held = (layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
-    if held == (1, rank, rope_dims):
+    if held == (1, keys.shape[-1], values.shape[-1]) and layer.keys.dtype == keys.dtype:
         return
     if torch.compiler.is_exporting() or torch.compiler.is_compiling():
         raise NotImplementedError(
             f"layer {index}: this static cache was made in advance for {held[0]} heads of {held[1]} and {held[2]} "
-            f"numbers, and latent attention caches {rank} and {rope_dims}: use a StaticCache without "
+            f"numbers, and this attention caches {keys.shape[-1]} and {values.shape[-1]}: use a StaticCache without "
             "early_initialization; torch.export of one is not supported"
         )
-    latent, rope_key = (hidden_states.new_empty(len(hidden_states), 1, 0, width) for width in (rank, rope_dims))
-    layer.lazy_initialization(latent, rope_key)
+    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 16)  # bits that a coefficient may have
-PLANES = (16, 8, 4, 2, 1)  # a code's bits are cut into these, so that each plane of a row packs without gaps
+PLANES = (16, 8, 4, 2, 1)  # a word's bits are cut into these, so that each plane of a row packs without gaps
 SCALE_BYTES = 2  # of a float16: a scale, a zero point, an outlier's value
 INDEX_BYTES = 2  # of an outlier's place
+PAIRED = 4  # codes of at most so many bits share a word with the next one, so that one look-up reads two
 KINDS = ("table", "int", "fp8", "plain")
 BASES = ("own", "channels", "axes")
 
@@ -35,6 +36,19 @@ class Coding:
     block: int = 0
     outliers: int = 0
 
+    def __post_init__(self) -> None:
+        widths = {bits for bits, _ in self.bits}
+        if unknown := widths - {*WIDTHS}:
+            raise ValueError(f"coding: bits must be among {WIDTHS}, got {min(unknown)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"coding: kind must be one of {', '.join(KINDS)}, got {self.kind!s:.20}")
+        if not 0 <= self.outliers < max(1, self.width):
+            raise ValueError(f"coding: {self.outliers} outliers of {self.width} coefficients")
+        if self.kind != "table":
+            allowed = {"int": ({4}, {8}), "fp8": ({8},), "plain": ({16},)}[self.kind]
+            if widths not in allowed or self.token_scale or self.outliers:
+                raise ValueError(f"coding: kind {self.kind} has one width of {allowed} bits, and only tables more")
+
     @property
     def width(self) -> int:
         """Coefficients that come in and go out."""
@@ -46,16 +60,29 @@ class Coding:
         return sum(bits * count for bits, count in self.bits)
 
     @property
+    def counts(self) -> dict[int, int]:
+        """How many coefficients have so many bits, by falling bits."""
+        widths = sorted({bits for bits, _ in self.bits}, reverse=True)
+        return {width: sum(count for bits, count in self.bits if bits == width) for width in widths}
+
+    @property
+    def table_numbers(self) -> int:
+        """Levels of all coefficients."""
+        return sum(2**bits * count for bits, count in self.counts.items() if 0 < bits < 16 and self.kind == "table")
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of a row: every plane of codes in whole bytes, scales, outliers with their index."""
-        codes = sum(-(-plane * self._in_plane(plane) // 8) for plane in PLANES)
+        """Bytes of a row: every plane of words in whole bytes, scales, outliers with their index."""
+        words = [word(bits, count) for bits, count in self.counts.items()]
+        codes = sum(-(-plane * sum(count for bits, count in words if bits & plane) // 8) for plane in PLANES)
         blocks = -(-self.width // (self.block or max(1, self.width)))
         scales = 2 if self.token_scale else blocks if self.kind in ("int", "fp8") else 0
         return codes + scales * SCALE_BYTES + self.outliers * (SCALE_BYTES + INDEX_BYTES)
 
-    def _in_plane(self, plane: int) -> int:
-        """Coefficients whose code has this plane: 3 bits are a plane of 2 and one of 1."""
-        return sum(count for bits, count in self.bits if bits & plane)
+
+def word(bits: int, count: int) -> tuple[int, int]:
+    """Bits of a word, and how many words ``count`` codes of ``bits`` bits need."""
+    return (2 * bits, -(-count // 2)) if bits <= PAIRED else (bits, count)
 
 
 @dataclass(frozen=True, kw_only=True)

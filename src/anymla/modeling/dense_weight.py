@@ -27,19 +27,24 @@ def dense_weight(module: nn.Module, size: int, like: Tensor) -> Tensor | None:
     if is_plain(module):
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight
-    if _hooked(module) or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _products(module, size, like)
-    state = (like.dtype, like.device, _state(module))
-    kept = module.__dict__.get(_KEPT)
-    if kept is None or kept[0] != state:
-        kept = (state, _products(module, size, like))
-        module.__dict__[_KEPT] = kept
-    return kept[1]
+    weight, constant = _kept_products(module, size, like)
+    return None if constant.any() else weight
+
+
+def affine_map(module: nn.Module, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight [out,size] and the constant [out] of a linear ``module``, as ``dense_weight`` has the first."""
+    if _is_visible(module) and (bias := module._parameters["bias"]) is not None:
+        return module.weight, bias  # type: ignore[return-value]
+    return _kept_products(module, size, like)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the module is a linear layer whose weight is what it looks like."""
-    if type(module) is not nn.Linear or _hooked(module) or module._parameters.get("bias") is not None:
+    """Whether the module is a linear layer without a bias whose weight is what it looks like."""
+    return _is_visible(module) and module._parameters.get("bias") is None
+
+
+def _is_visible(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or _hooked(module):
         return False
     weight: Any = module.weight
     kind = type(weight)
@@ -55,13 +60,23 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _products(module: nn.Module, size: int, like: Tensor) -> Tensor | None:
-    """The products of the module with all unit vectors, less what it makes of zero."""
+def _kept_products(module: nn.Module, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    if _hooked(module) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _products(module, size, like)
+    state = (like.dtype, like.device, _state(module))
+    kept = module.__dict__.get(_KEPT)
+    if kept is None or kept[0] != state:
+        kept = (state, _products(module, size, like))
+        module.__dict__[_KEPT] = kept
+    found: tuple[Tensor, Tensor] = kept[1]
+    return found
+
+
+def _products(module: nn.Module, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The products of the module with all unit vectors, and what it makes of zero, which they are without."""
     unit = torch.eye(size + 1, size, dtype=like.dtype, device=like.device)  # the last row is zero
     products: Tensor = module(unit[None])[0].to(like.dtype)
-    if products[-1].any():
-        return None
-    return products[:-1].mT
+    return (products[:-1] - products[-1]).mT, products[-1]
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:

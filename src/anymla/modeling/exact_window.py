@@ -87,6 +87,10 @@ class ExactWindowAttention(LatentAttention):
         self.exact_window = spec.parts[1].exact_window
         self.key_mean = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_dim))
 
+    def make_room(self, cache: Any) -> None:
+        """Gives ``cache`` room for the exact tokens of this layer."""
+        make_room(cache, self.layer_idx, self.exact_window)
+
     def _make_projections(self, hidden: int, spec: LayerSpec) -> None:
         super()._make_projections(hidden, spec)
         if self.spec.linear_keys:  # the latent is made of x
@@ -96,7 +100,7 @@ class ExactWindowAttention(LatentAttention):
         self,
         hidden_states: Tensor,
         query: Tensor,
-        rope: tuple[Tensor, Tensor],
+        places: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: Any,
         kwargs: dict[str, Any],
@@ -107,15 +111,15 @@ class ExactWindowAttention(LatentAttention):
             NotImplementedError: a mask or a cache of a kind that says nothing of single tokens.
         """
         key, value = self.true_key(hidden_states), self.true_value(hidden_states)
-        latent, rope_key = self.compress(hidden_states, *rope, (key, value))
-        exact = (self._rotated(key, *rope), value)
+        latent, rope_key = self.compress(hidden_states, *places, (key, value))
+        exact = (self._rotated(key, *places), value)
         if cache is not None:
-            make_room(cache, self.layer_idx, self.exact_window)
+            self.make_room(cache)
             (latent, rope_key), exact = cache.update(latent, rope_key, self.layer_idx, exact)
         mask = score_bias(mask, self.spec, self.config, hidden_states, latent.shape[2], kwargs)
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             raise NotImplementedError("a model with an exact window runs with attn_implementation sdpa or eager only")
-        queries, true_query = self.queries(query, *rope), self._rotated(query, *rope)
+        queries, true_query = self.queries(query, *places), self._rotated(query, *places)
         if self.query_gain is not None:
             true_query = true_query * self.query_gain
         precision = torch.promote_types(query.dtype, torch.float32)

@@ -10,84 +10,34 @@ is [pairs | dims without rope], whatever order its family has: the conversion pe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, pad
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .absorbed import absorbed_attention, additive_mask
-from .arguments import make_fit, take_cache
+from .absorbed import absorbed_attention
+from .arguments import make_fit
+from .attention import ConvertedAttention, joined
 from .dense_weight import dense_weight, is_plain
-from .heads import (
-    attention_weights,
-    causal_mask,
-    dropout_rates,
-    multiply_pairs,
-    query_temperature,
-    rope_tables,
-    score_bias,
-    split_heads,
-    taken,
-    window_of,
-)
+from .heads import multiply_pairs, rope_tables, score_bias
 from .spec import LayerSpec
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(ConvertedAttention):
     """Multi-head latent attention that stands in for the attention module ``original`` of one layer.
 
-    Norms are taken over from ``original``. Keys and values are rebuilt per key/value head, so GQA stays GQA.
-
-    Args:
-        original: the stock module, possibly on the meta device.
-        config: the language model's config.
-        spec: what the original computes, and how large latent and rope key are.
+    Keys and values are rebuilt per key/value head, so GQA stays GQA.
     """
 
-    always_expands = False  # set while a model learns: fused kernels hold no scores for the way back
     query_rotation: Tensor
     channel_weight: Tensor
     channel_index: Tensor
-    query_gain: Tensor | None
 
-    def __init__(self, original: Any, config: Any, spec: LayerSpec) -> None:
-        super().__init__()
+    def _make_cached(self, hidden: int, spec: LayerSpec) -> None:
         attention, latent = spec.parts
-        self.layer_spec, self.spec, self.config = spec, attention, config
-        self.is_causal = bool(getattr(original, "is_causal", True))  # PaliGemma's is not
-        self.layer_idx: int = original.layer_idx if hasattr(original, "layer_idx") else original.layer_id
         self.kv_lora_rank, self.qk_rope_head_dim = latent.kv_lora_rank, latent.qk_rope_head_dim
-        self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
-        self.num_key_value_groups = attention.num_heads // attention.num_kv_heads
-        self.head_dim, self.rope_pairs, self.scaling = attention.head_dim, attention.rope_pairs, attention.scaling
         self.channel_fold = latent.channel_fold
-        self.attention_dropout, self.output_dropout = dropout_rates(original)
-        self.sliding_window = window_of(original, config, self.layer_idx)
-
-        self.q_norm, self.k_norm = (taken(original, name) for name in attention.norms or (None, None))
-        self.v_norm = taken(original, attention.value_norm)
-        self.output_norm = taken(original, attention.output_norm)
-        self._make_projections(config.hidden_size, spec)
-        self.sinks = nn.Parameter(torch.zeros(attention.num_heads)) if attention.sinks else None
-        self._make_channels()
-
-    def _make_channels(self) -> None:
-        """What rotates queries in expectation, and what reads the channels."""
-        reads = self.qk_rope_head_dim // 2 * self.channel_fold
-        ones = torch.ones(self.num_heads, self.rope_pairs)
-        self.register_buffer("query_rotation", torch.stack([ones, torch.zeros_like(ones)]))
-        self.register_buffer("channel_weight", torch.zeros(2, self.num_kv_heads, reads))
-        self.register_buffer("channel_index", torch.zeros(reads, dtype=torch.long))
-        self.register_buffer("query_gain", torch.ones(self.head_dim) if self.spec.query_gain else None)
-
-    def _make_projections(self, hidden: int, spec: LayerSpec) -> None:
-        attention, latent = spec.parts
         keys, cached = self.num_kv_heads * self.head_dim, self.kv_lora_rank + self.qk_rope_head_dim
-        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=latent.biases)
         if attention.linear_keys:
             self.kv_a_proj_with_mqa = nn.Linear(hidden, cached, bias=latent.biases)
         else:  # something not linear stands between x and the cache: encode the true keys and values
@@ -97,32 +47,22 @@ class LatentAttention(nn.Module):
             if spec.makes_values:
                 self.v_proj = nn.Linear(hidden, keys)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, 2 * keys, bias=False)
-        self.gate_proj = nn.Linear(hidden, attention.gate) if attention.gate else None
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=latent.biases)
+
+    def _biases(self, spec: LayerSpec) -> bool:
+        return spec.parts[1].biases
+
+    def _make_buffers(self, spec: LayerSpec) -> None:
+        """What rotates queries in expectation, and what reads the channels."""
+        reads = self.qk_rope_head_dim // 2 * self.channel_fold
+        ones = torch.ones(self.num_heads, self.rope_pairs)
+        self.register_buffer("query_rotation", torch.stack([ones, torch.zeros_like(ones)]))
+        self.register_buffer("channel_weight", torch.zeros(2, self.num_kv_heads, reads))
+        self.register_buffer("channel_index", torch.zeros(reads, dtype=torch.long))
 
     @property
     def channel_frequency(self) -> Tensor:
         """The rope pair [K] with whose frequency each channel rotates."""
         return self.channel_index[: self.qk_rope_head_dim // 2]
-
-    def true_query(self, hidden_states: Tensor, positions: Any) -> Tensor:
-        """The original's query [B,H,T,d]: norm applied, rope not yet."""
-        query = self._heads(self.q_proj(hidden_states), self.q_norm)
-        if self.spec.temperature is not None:
-            query = query * query_temperature(positions, self.spec.temperature).to(query.dtype)
-        return query
-
-    def true_key(self, hidden_states: Tensor) -> Tensor:
-        """The original's keys before rope [B,G,T,d]; in layers whose keys are not linear in x."""
-        return self._heads(self.k_proj(hidden_states), self.k_norm)
-
-    def true_value(self, hidden_states: Tensor) -> Tensor:
-        """The original's values [B,G,T,d]; in layers that make them (LayerSpec.makes_values)."""
-        return self._heads(self.v_proj(hidden_states), self.v_norm)
-
-    def _heads(self, states: Tensor, norm: Any) -> Tensor:
-        spec = self.spec
-        return split_heads(states, self.head_dim, clip=spec.clip, norm=norm, norm_over=spec.norm_over)
 
     def queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Position-free query [B,H,T,d] (expected rotation applied) and rotated channel query [B,H,T,R]."""
@@ -152,7 +92,7 @@ class LatentAttention(nn.Module):
             latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         else:
             key = self.true_key(hidden_states) if true_kv is None else true_kv[0]
-            compressed = self.k_a_proj_with_mqa(_joined(key))
+            compressed = self.k_a_proj_with_mqa(joined(key))
             latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             latent = latent + self.v_a_proj(self._value_source(hidden_states, true_kv))
         rope_key = multiply_pairs(
@@ -163,8 +103,8 @@ class LatentAttention(nn.Module):
     def _value_source(self, hidden_states: Tensor, true_kv: tuple[Tensor, Tensor] | None) -> Tensor:
         """What the latent's part for values is linear in: the true values [B,T,G d], or x."""
         if true_kv is not None:
-            return _joined(true_kv[1])
-        return _joined(self.true_value(hidden_states)) if self.layer_spec.makes_values else hidden_states
+            return joined(true_kv[1])
+        return joined(self.true_value(hidden_states)) if self.layer_spec.makes_values else hidden_states
 
     def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuilds key [B,G,S,d+R] and value [B,G,S,d] of every key/value head from the cached [B,1,S,r], [B,1,S,R]."""
@@ -217,28 +157,7 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Rebuilds keys and values and calls the attention that the config names; returns [B,T,H,d] and the weights."""
         key, value = self.expand_kv(latent, rope_key)
-        query, rate = torch.cat([query_nope, query_rope], dim=-1), self.attention_dropout if self.training else 0.0
-        if self.spec.softcap is not None or self.sinks is not None:
-            return self._attend_densely(query, key, value, mask, rate)
-        attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        kwargs |= {"dropout": rate, "scaling": self.scaling, "sliding_window": self.sliding_window}
-        value = pad(value, (0, self.qk_rope_head_dim))  # flash kernels want keys and values of one width
-        output, weights = attention(self, query, key, value, mask, **kwargs)
-        return output[..., : self.head_dim], weights
-
-    def _attend_densely(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float
-    ) -> tuple[Tensor, Tensor]:
-        """Soft-caps and sinks, which stock kernels do not have in common."""
-        if mask is None and query.shape[2] > 1 and self.is_causal:
-            mask = causal_mask(query.shape[2], key.shape[2], self.sliding_window, query.device)
-        mask = None if mask is None else additive_mask(mask, query.dtype)
-        key, value = (states.repeat_interleave(self.num_key_value_groups, dim=1) for states in (key, value))
-        weights = attention_weights(query @ key.mT * self.scaling, mask, self.spec.softcap, self.sinks)
-        weights = dropout(weights, rate, self.training)
-        return (weights @ value).transpose(1, 2), weights
+        return self.attend_as_stock(torch.cat([query_nope, query_rope], dim=-1), key, value, mask, kwargs)
 
     def absorbs(self, new: int, mask: Tensor | None) -> bool:
         """Whether latent space takes fewer multiply-adds than expanding the cache, and the mask allows it."""
@@ -251,68 +170,30 @@ class LatentAttention(nn.Module):
         keys, rank = self.num_kv_heads * self.head_dim, self.kv_lora_rank
         return new == 1 or new * self.num_heads * (rank - self.head_dim) < keys * rank
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        residual: Tensor | None = None,
-        position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
-        *,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention over ``hidden_states`` [B,T,D] and the cache, as the layers of transformers call it.
-
-        Raises:
-            NotImplementedError: attention weights are asked for.
-            TypeError: an argument that holds a cache or a tensor is not known (arguments.py).
-        """
-        if kwargs.pop("output_attentions", False):
-            raise NotImplementedError("a converted model does not return attention weights: decode never forms them")
-        cache = take_cache(kwargs)
-        if position_ids is None and self.spec.temperature is not None:
-            seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-            position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device)[None]
-        cos, sin = rope_tables(
-            self.spec.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states, self.config
-        )
-        query = self.true_query(hidden_states, position_ids)
-        output, weights = self.attend(hidden_states, query, (cos, sin), attention_mask, cache, kwargs)
-        return self._project(output, hidden_states, residual), weights
+    def places(
+        self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cos and sin [B or 1,1,T,P] of the new tokens."""
+        kind, pairs = self.spec.rope_table, self.rope_pairs
+        return rope_tables(kind, pairs, position_embeddings, position_ids, hidden_states, self.config)
 
     def attend(
         self,
         hidden_states: Tensor,
         query: Tensor,
-        rope: tuple[Tensor, Tensor],
+        places: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: Any,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Puts the new tokens into the cache and attends to all of it; returns [B,T,H,d] and the weights."""
-        query_nope, query_rope = self.queries(query, *rope)
-        latent, rope_key = self.compress(hidden_states, *rope)
+        query_nope, query_rope = self.queries(query, *places)
+        latent, rope_key = self.compress(hidden_states, *places)
         if cache is not None:
-            make_fit(cache, self.layer_idx, hidden_states, self.kv_lora_rank, self.qk_rope_head_dim)
+            make_fit(cache, self.layer_idx, latent, rope_key)
             latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
         mask = score_bias(mask, self.spec, self.config, hidden_states, latent.shape[-2], kwargs)
         inputs = (query_nope, query_rope, latent, rope_key, mask)
         if self.absorbs(query.shape[2], mask) and (up := self.up_projections(query)) is not None:
             return self.attend_absorbed(*inputs, up), None
         return self.attend_expanded(*inputs, **kwargs)
-
-    def _project(self, output: Tensor, hidden_states: Tensor, residual: Tensor | None) -> Tensor:
-        """The heads' output [B,T,H,d], gated and normalised, projected to [B,T,D]."""
-        if self.gate_proj is not None:
-            gate = getattr(nn.functional, self.spec.gate_activation)(self.gate_proj(hidden_states))
-            output = output * gate.unflatten(-1, (self.num_heads, -1))
-        output = output.flatten(2)
-        if self.output_norm is not None:
-            output = self.output_norm(output)
-        output = dropout(self.o_proj(output), self.output_dropout, self.training)
-        return output if residual is None or not self.spec.adds_residual else residual + output
-
-
-def _joined(heads: Tensor) -> Tensor:
-    """Heads [B,N,T,d] as [B,T,N d]."""
-    return heads.transpose(1, 2).flatten(2)

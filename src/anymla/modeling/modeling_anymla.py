@@ -1,9 +1,9 @@
 """Models of transformers whose attention was converted to multi-head latent attention by anymla.
 
-``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with LatentAttention in the layers that its config
-names, and so for every other class: they are made when they are first asked for. With the files that it imports, a copy
-of this one travels with every converted checkpoint, so that ``from_pretrained(folder, trust_remote_code=True)`` works
-without anymla.
+``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with LatentAttention or CodedAttention in the layers
+that its config names, and so for every other class: they are made when they are first asked for. With the files that it
+imports, a copy of this one travels with every converted checkpoint, so that ``from_pretrained(folder,
+trust_remote_code=True)`` works without anymla.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from transformers import Cache
 
 from .arguments import CACHE_NAMES
-from .exact_cache import make_room
+from .coded_attention import CodedAttention
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
@@ -24,12 +24,12 @@ PREFIX = "Anymla"
 
 
 class LatentModelMixin(ReplacedAttention):
-    """Puts LatentAttention into the stock model, where its config says, before any weight is loaded."""
+    """Puts another attention into the stock model, where its config says, before any weight is loaded."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         for layer in layers_of(config.to_dict()) or ():
-            if layer.latent is not None:
+            if layer.replaced is not None:
                 replace_attention(self, layer)
 
     @property
@@ -62,13 +62,13 @@ class LatentModelMixin(ReplacedAttention):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As always; exact windows have their room in it before assisted decoding asks it to record."""
+        """As always; what needs room of its own has it before assisted decoding asks the cache to record."""
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
-        windowed = [part for part in self.modules() if isinstance(part, ExactWindowAttention)]  # type: ignore[attr-defined]
-        for attention in windowed if isinstance(cache, Cache) else ():
-            make_room(cache, attention.layer_idx, attention.exact_window)
-        if windowed and cache is not None and generation_config.is_assistant:
+        parts = [part for part in self.modules() if isinstance(part, ExactWindowAttention | CodedAttention)]  # type: ignore[attr-defined]
+        for attention in parts if isinstance(cache, Cache) else ():
+            attention.make_room(cache)
+        if parts and cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
         return made
 
@@ -79,8 +79,10 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
     model.set_submodule(layer.module, attention_class(layer)(original, model.config.get_text_config(), layer))
 
 
-def attention_class(layer: LayerSpec) -> type[LatentAttention]:
-    """The attention that a converted layer has."""
+def attention_class(layer: LayerSpec) -> type[Any]:
+    """The attention that a converted layer has, a kind of ConvertedAttention."""
+    if layer.coded is not None:
+        return CodedAttention
     return ExactWindowAttention if layer.parts[1].exact_window else LatentAttention
 
 

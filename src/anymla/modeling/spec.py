@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from .coding_spec import BASES, CodedSpec, Coding
+
 VERSION = 1
 KEY = "anymla"  # in config.json: {"version": .., "layers": [..]}
 OLD_KEY = "mla_layers"  # what anymla 0.1 wrote
@@ -20,18 +22,22 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 class Slot:
     """Numbers of one kind that a layer caches per token.
 
-    ``tokens``: the most tokens it holds; None where it holds all. ``once``: whether it holds the latest tokens beside
-    another slot that holds all, so that its size is paid once and not per token. ``codec``: how a number is stored.
+    ``tokens``: the most tokens it holds; None where it holds all. ``once``: whether it holds some tokens beside another
+    slot that holds all, so that its size is paid once and not per token. ``until``: tokens at which it is given up.
+    ``codec``: how a number is stored: "plain" in the cache's dtype, "byte", "index" as an int64.
     """
 
     name: str
     width: int
     tokens: int | None = None
     once: bool = False
+    until: int | None = None
     codec: str = "plain"
 
     def held(self, length: int) -> int:
         """Tokens that it holds once ``length`` tokens are read."""
+        if self.until is not None and length >= self.until:
+            return 0
         return length if self.tokens is None else min(length, self.tokens)
 
 
@@ -172,7 +178,7 @@ class LatentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: its attention, and the latent that holds its cache where it was converted.
+    """One decoder layer: its attention, and the latent or the codes that hold its cache where it was converted.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
@@ -181,6 +187,7 @@ class LayerSpec:
 
     attention: AttentionSpec | None = None
     latent: LatentSpec | None = None
+    coded: CodedSpec | None = None
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
@@ -197,6 +204,24 @@ class LayerSpec:
         return self.attention, self.latent
 
     @property
+    def replaced(self) -> AttentionSpec | None:
+        """The attention of a layer that has another module than the original; None in others."""
+        return None if self.latent is None and self.coded is None else self.attention
+
+    @property
+    def encodes_keys(self) -> bool:
+        """Whether keys of a coded cache are put into their basis after the projection, for they are not linear in x."""
+        return self._in_basis("key_basis") and not (self.attention is None or self.attention.linear_queries)
+
+    @property
+    def encodes_values(self) -> bool:
+        """The same of values."""
+        return self._in_basis("value_basis") and not (self.attention is None or self.attention.linear_values)
+
+    def _in_basis(self, name: str) -> bool:
+        return self.coded is not None and getattr(self.coded, name) != "own"
+
+    @property
     def makes_values(self) -> bool:
         """Whether a converted attention makes the original's values, and not the latent of x alone."""
         if self.attention is None or self.latent is None:
@@ -209,6 +234,8 @@ class LayerSpec:
         if (attention := self.attention) is None:
             return ()
         window = None if attention.cache_window is None else max(0, attention.cache_window - 1)
+        if self.coded is not None:
+            return _coded_slots(self.coded, attention.cached_numbers // 2, window)
         if (latent := self.latent) is None:
             width = attention.stored_numbers // 2
             return tuple(Slot(name=name, width=width, tokens=window) for name in ("keys", "values"))
@@ -222,7 +249,12 @@ class LayerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of the layer: fields at their defaults are left out, sizes of weights are too."""
-        named = {"module": self.module, "attention": _shortened(self.attention), "latent": _shortened(self.latent)}
+        named = {
+            "module": self.module,
+            "attention": _shortened(self.attention),
+            "latent": _shortened(self.latent),
+            "coded": None if self.coded is None else _described(self.coded),
+        }
         return {name: value for name, value in named.items() if value is not None}
 
     @classmethod
@@ -233,10 +265,13 @@ class LayerSpec:
             ValueError: it is no such description; the message says which field.
         """
         described = _checked(cls, described, skipped=("attention_bytes", "other_bytes"))
-        attention, latent = described.get("attention"), described.get("latent")
+        attention, latent, coded = (described.get(name) for name in ("attention", "latent", "coded"))
+        if latent is not None and coded is not None:
+            raise ValueError("LayerSpec: a layer has a latent or a coded cache, not both")
         return cls(
             attention=None if attention is None else _attention(attention),
             latent=None if latent is None else LatentSpec(**_checked(LatentSpec, latent)),
+            coded=None if coded is None else _coded(coded, attention),
             module=described.get("module"),
         )
 
@@ -323,6 +358,50 @@ def _attention(described: Any) -> AttentionSpec:
     if (temperature := described.get("temperature")) is not None:
         described["temperature"] = Temperature(**_checked(Temperature, temperature))
     return AttentionSpec(**described)
+
+
+def _coded_slots(coded: CodedSpec, width: int, window: int | None) -> tuple[Slot, ...]:
+    """Rows of bytes, and the first tokens' ``width`` coefficients of keys and of values with their columns."""
+    rows = {"keys": coded.keys.row_bytes, "values": coded.values.row_bytes}
+    slots = [Slot(name=name, width=size, tokens=window, codec="byte") for name, size in rows.items()]
+    if first := coded.first_tokens:
+        once: Any = {"tokens": first, "once": True, "until": None if window is None else window + first}
+        slots += [Slot(name=name, width=width, **once) for name in ("first_keys", "first_values")]
+        slots.append(Slot(name="first_columns", width=1, codec="index", **once))
+    return tuple(slots)
+
+
+def _described(coded: CodedSpec) -> dict[str, Any]:
+    """A coded cache as ``config.json`` has it."""
+    codings = {name: _shortened(getattr(coded, name)) for name in ("keys", "values")}
+    return {**(_shortened(coded) or {}), **codings}
+
+
+def _coded(described: Any, attention: Any) -> CodedSpec:
+    described = _checked(CodedSpec, described)
+    for name in ("keys", "values"):
+        described[name] = _coding(described[name])
+    coded, size = CodedSpec(**described), 0 if attention is None else _attention(attention).cached_numbers // 2
+    for name, coding in (("keys", coded.keys), ("values", coded.values)):
+        if coding.width != size:
+            raise ValueError(f"CodedSpec: {name}: {coding.width} coefficients, the layer has {size}")
+    for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
+        if (found := getattr(coded, name)) not in allowed:
+            raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {found!s:.20}")
+    if type(coded.first_tokens) is not int or coded.first_tokens < 0:
+        raise ValueError(f"CodedSpec: first_tokens must be a number of tokens, got {coded.first_tokens!s:.20}")
+    if isinstance(coded.rope_scale, bool) or not isinstance(coded.rope_scale, int | float) or not coded.rope_scale > 0:
+        raise ValueError(f"CodedSpec: rope_scale must be a positive number, got {coded.rope_scale!s:.20}")
+    return coded
+
+
+def _coding(described: Any) -> Coding:
+    described = _checked(Coding, described)
+    runs = described["bits"]
+    pairs = isinstance(runs, list | tuple) and all(isinstance(run, list | tuple) and len(run) == 2 for run in runs)
+    if not pairs or not all(type(number) is int and number >= 0 for run in runs for number in run):
+        raise ValueError(f"Coding: bits must be a list of pairs [bits, how many coefficients], got {runs!s:.40}")
+    return Coding(**described | {"bits": tuple((bits, count) for bits, count in runs)})
 
 
 def _names(kind: Any) -> list[str]:

@@ -1,0 +1,273 @@
+"""Attention whose cache holds codes: a row of bytes for the keys of a token, taken before rope, and one for its values.
+
+One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only. What
+methods build (shapes as in torch.nn.Linear, weight [out,in]; n = G d):
+
+    q_proj [H d,D], k_proj [n,D], v_proj [n,D], o_proj [D,H d], each with a bias; gate_proj, sinks, norms, query_gain as
+    in LatentAttention. A head is [P real parts | P imaginary parts | rest].
+    Coefficients z = (k - mean) E, of values likewise. In the basis "own" they are k itself: no encoder, no decoder.
+    Where keys are linear in x, E and the mean are folded into k_proj; elsewhere (LayerSpec.encodes_keys) norm and clip
+    follow k_proj, then key_encoder [n,n]: weight E^T, bias -mean E. value_encoder (LayerSpec.encodes_values) likewise.
+    key_decoder, value_decoder [n,n]: weight (E^-1)^T, bias the mean; absent in the basis "own".
+    key_codec, value_codec: make_codec of the spec's codings, with their buffers.
+    inv_freq [P], int32: the bits of float32 numbers, which a cast of the model must not round: the angle by which a
+    pair turns per position, negative where the family turns backwards. ``inv_freq.view(torch.float32)`` reads it.
+    channel_index [G P], int64, in the basis "channels" only: the rope pair with which a channel turns. Coefficients
+    are [G P real parts | G P imaginary parts | G (d - 2 P) of dims without rope].
+
+Shapes: B batch, T new tokens, S cached tokens, H query heads, G key/value heads, d head_dim, P rope pairs, c tokens of
+a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .absorbed import additive_mask
+from .arguments import make_fit
+from .attention import ConvertedAttention, joined
+from .codecs import make_codec
+from .coded_cache import ExactTokens, NewTokens, Places, make_room
+from .coding_spec import CodedSpec
+from .dense_weight import affine_map
+from .heads import attention_weights, causal_mask, multiply_pairs, score_bias
+from .spec import LayerSpec
+
+Product = Callable[[Tensor, Tensor], Tensor]  # of turned queries [B,H,T,d] and coefficients [B,c,G d]: scores [B,H,T,c]
+CHUNK = 1024  # cached tokens that are read at a time in decode
+FEW = 16  # new tokens up to which the cache is read in chunks
+
+
+class Rows(NamedTuple):
+    """What the new tokens see: rows of bytes [B,S,row_bytes], and what belongs in some columns instead."""
+
+    keys: Tensor
+    values: Tensor
+    places: Places | None
+    start: int  # the column of the first new token
+
+
+class CodedAttention(ConvertedAttention):
+    """Attention over a cache of codes that stands in for the attention module ``original`` of one layer.
+
+    A cached token's position is its column, for scores see differences of positions only.
+    """
+
+    inv_freq: Tensor
+    channel_index: Tensor | None
+    key_decoder: nn.Module | None
+    value_decoder: nn.Module | None
+    coded: CodedSpec
+
+    def _make_cached(self, hidden: int, spec: LayerSpec) -> None:
+        if spec.coded is None:
+            raise ValueError(f"the layer at {spec.module} has no coded cache")
+        self.coded, size = spec.coded, self.num_kv_heads * self.head_dim
+        self.k_proj, self.v_proj = nn.Linear(hidden, size), nn.Linear(hidden, size)
+        self.key_encoder = nn.Linear(size, size) if spec.encodes_keys else None
+        self.value_encoder = nn.Linear(size, size) if spec.encodes_values else None
+        self.key_decoder = None if self.coded.key_basis == "own" else nn.Linear(size, size)
+        self.value_decoder = None if self.coded.value_basis == "own" else nn.Linear(size, size)
+
+    def _make_buffers(self, spec: LayerSpec) -> None:
+        self.key_codec, self.value_codec = make_codec(self.coded.keys), make_codec(self.coded.values)
+        self.register_buffer("inv_freq", torch.zeros(self.rope_pairs, dtype=torch.int32))
+        channels = torch.zeros(self.num_kv_heads * self.rope_pairs, dtype=torch.long)
+        self.register_buffer("channel_index", channels if self.coded.key_basis == "channels" else None)
+
+    def make_room(self, cache: Any) -> Any:
+        """Gives ``cache`` room for the rows of this layer."""
+        return make_room(cache, self.layer_idx, self.coded.first_tokens)
+
+    def places(self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+        """The positions [B or 1,T], where the family says them."""
+        return position_ids if position_ids is None or position_ids.dim() == 2 else position_ids[0]
+
+    def coefficients(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What is coded of the new tokens: keys and values [B,T,G d] in their bases."""
+        keys, values = joined(self.true_key(hidden_states)), joined(self.true_value(hidden_states))
+        keys = keys if self.key_encoder is None else self.key_encoder(keys)
+        return keys, values if self.value_encoder is None else self.value_encoder(values)
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        query: Tensor,
+        places: Tensor | None,
+        mask: Tensor | None,
+        cache: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Puts the new tokens' rows into the cache and attends to all of it; returns [B,T,H,d] and the weights."""
+        tokens = NewTokens(*self.coefficients(hidden_states), places)
+        rows = None if cache is None else self._cached(tokens, cache)
+        start, length = (0, query.shape[2]) if rows is None else (rows.start, rows.keys.shape[1])
+        mask = score_bias(mask, self.spec, self.config, hidden_states, length, kwargs)
+        query = self._scaled(query, places, start)
+        if rows is not None and self.reads_chunks(query.shape[2], mask):
+            return self.attend_in_chunks(query, rows, mask), None
+        keys, values = self._read_back(tokens) if rows is None else self._whole(rows, query.dtype)
+        return self.attend_expanded(query, keys, values, start, mask, kwargs)
+
+    def _read_back(self, tokens: NewTokens) -> tuple[Tensor, Tensor]:
+        """What would be read of the new tokens, were there a cache; gradients pass."""
+        keys, values = self.key_codec(tokens.keys), self.value_codec(tokens.values)
+        if (first := tokens.first(None, 0, self.coded.first_tokens)) is None:
+            return keys, values
+        places = first.placed()
+        return places.put(keys, 0, values=False), places.put(values, 0, values=True)
+
+    def _cached(self, tokens: NewTokens, cache: Any) -> Rows:
+        """Adds the new tokens to ``cache``; all that they see."""
+        self.make_room(cache)
+        keys, values = self.key_codec.encode(tokens.keys)[:, None], self.value_codec.encode(tokens.values)[:, None]
+        make_fit(cache, self.layer_idx, keys, values)
+        seen = int(cache.get_seq_length(self.layer_idx))
+        _, offset = cache.get_mask_sizes(keys.shape[2], self.layer_idx)
+        first: ExactTokens | None
+        (keys, values), first = cache.update(keys, values, self.layer_idx, tokens)
+        return Rows(keys[:, 0], values[:, 0], None if first is None else first.placed(offset), seen - offset)
+
+    def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, *, values: bool) -> Tensor:
+        """Coefficients [B,c,G d] of keys, or ``values``, of the columns from ``start`` to before ``stop``."""
+        codec, held = (self.value_codec, rows.values) if values else (self.key_codec, rows.keys)
+        states: Tensor = codec.decode(held[:, start:stop], dtype)
+        return states if rows.places is None else rows.places.put(states, start, values=values)
+
+    def _whole(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Coefficients [B,S,G d] of all keys and values."""
+        length = rows.keys.shape[1]
+        return self._read(rows, 0, length, dtype, values=False), self._read(rows, 0, length, dtype, values=True)
+
+    def _angles(self, columns: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin [..,t,P] of rope at ``columns`` [..,t], in the dtype of ``like``."""
+        angles = columns[..., None].double() * self.inv_freq.view(torch.float32).double()
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+    def _scaled(self, query: Tensor, positions: Tensor | None, start: int) -> Tensor:
+        """The query [B,H,T,d] before rope, with what rope and the family put on it, or on it and keys, after rope.
+
+        A gain of the turned query is one of it in the frame of its own position, whatever its column.
+        """
+        if self.coded.rope_scale != 1 and self.rope_pairs:
+            scale = query.new_ones(self.head_dim)
+            scale[: 2 * self.rope_pairs] = self.coded.rope_scale**2  # of queries and keys
+            query = query * scale
+        if self.query_gain is None:
+            return query
+        if positions is None:
+            positions = torch.arange(start, start + query.shape[2], device=query.device)[None]
+        cos, sin = self._angles(positions[:, None], query)
+        return turned(turned(query, cos, sin) * self.query_gain, cos, -sin)
+
+    def attend_expanded(
+        self, query: Tensor, keys: Tensor, values: Tensor, start: int, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rebuilds keys and values from coefficients [B,S,G d] and calls the attention that the config names.
+
+        query [B,H,T,d] before rope, its first token in column ``start``. Returns [B,T,H,d] and the weights.
+        """
+        cos, sin = self._angles(torch.arange(keys.shape[1], device=keys.device), query)
+        key, value = self._rebuilt(keys, self.key_decoder), self._rebuilt(values, self.value_decoder)
+        key, new = turned(key, cos, sin), slice(start, start + query.shape[2])
+        query = turned(query, cos[new], sin[new])
+        return self.attend_as_stock(query, key, value, mask, kwargs)
+
+    def _rebuilt(self, states: Tensor, decoder: nn.Module | None) -> Tensor:
+        """Heads [B,G,t,d] of coefficients [B,t,G d]."""
+        states = states if decoder is None else decoder(states)
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def reads_chunks(self, new: int, mask: Tensor | None) -> bool:
+        """Whether the cache is read a chunk at a time: few new tokens, and a mask of single tokens or none."""
+        if self.always_expands or self.training or new > FEW:
+            return False
+        return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
+
+    def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+        """Attention that holds no more than a chunk of the cache as numbers; arguments as above."""
+        new = query.shape[2]
+        length = min(rows.keys.shape[1], rows.start + new)  # a static cache has empty rows behind
+        if mask is None and new > 1 and self.is_causal:
+            mask = causal_mask(new, length, self.sliding_window, query.device)
+        mask = None if mask is None else additive_mask(mask[..., :length], query.dtype)
+        chunks = [(start, min(length, start + CHUNK)) for start in range(0, length, CHUNK)]
+        scores = torch.cat(self._scores(query * self.scaling, rows, chunks), dim=-1)
+        weights = attention_weights(scores, mask, self.spec.softcap, self.sinks)
+        context = self._context(weights, rows, chunks)
+        return context.transpose(1, 2)
+
+    def _scores(self, query: Tensor, rows: Rows, chunks: list[tuple[int, int]]) -> list[Tensor]:
+        """Scores [B,H,T,c] of each chunk; in it keys and queries are turned from its first column on."""
+        columns = rows.start + torch.arange(query.shape[2], device=query.device)
+        tables = self._angles(torch.arange(min(CHUNK, chunks[-1][1]), device=query.device), query)
+        product, scores = (self._by_heads if self.channel_index is None else self._by_channels)(*tables), []
+        for start, stop in chunks:
+            here = turned(query, *self._angles(columns - start, query))
+            scores.append(product(here, self._read(rows, start, stop, query.dtype, values=False)))
+        return scores
+
+    def _by_heads(self, cos: Tensor, sin: Tensor) -> Product:
+        """Rebuilds keys; ``cos``, ``sin`` [c,P] of a chunk's columns."""
+
+        def product(query: Tensor, states: Tensor) -> Tensor:
+            columns = slice(0, states.shape[1])
+            keys = self._rebuilt(states, self.key_decoder)
+            return grouped(query, turned(keys, cos[columns], sin[columns]).mT)
+
+        return product
+
+    def _by_channels(self, cos: Tensor, sin: Tensor) -> Product:
+        """Takes the query to the channels, for the decoder commutes with rope; the mean of keys turns as they do."""
+        weight, mean = self._decoder(self.key_decoder, cos)
+        heads, mean = weight[None], mean.repeat_interleave(self.num_key_value_groups, dim=0)[:, None]
+        turns, waves = (cos[:, self.channel_index], sin[:, self.channel_index]), torch.cat([cos, sin], -1)
+        sizes = [2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs]
+        mean_pairs, mean_rest = mean.split(sizes, dim=-1)
+        real, imag = mean_pairs.chunk(2, dim=-1)
+
+        def product(query: Tensor, states: Tensor) -> Tensor:
+            columns = slice(0, states.shape[1])
+            states = turned(states, *(table[columns] for table in turns))
+            scores = (grouped(query, heads).flatten(1, 2) @ states.mT).unflatten(1, query.shape[1:3])
+            pairs, rest = query.split(sizes, dim=-1)
+            of_mean = multiply_pairs(pairs, real, -imag)  # the conjugate of what multiplies the columns' turns
+            return scores + of_mean @ waves[columns].mT + (rest * mean_rest).sum(-1, keepdim=True)
+
+        return product
+
+    def _context(self, weights: Tensor, rows: Rows, chunks: list[tuple[int, int]]) -> Tensor:
+        """Values weighted with ``weights`` [B,H,T,S]: [B,H,T,d]."""
+        read = ((slice(*chunk), self._read(rows, *chunk, weights.dtype, values=True)) for chunk in chunks)
+        if self.value_decoder is None:
+            return torch.stack([grouped(weights[..., at], self._rebuilt(states, None)) for at, states in read]).sum(0)
+        flat = weights.flatten(1, 2)
+        context = torch.stack([flat[..., at] @ states for at, states in read]).sum(0)
+        weight, mean = self._decoder(self.value_decoder, weights)
+        heads = grouped(context.unflatten(1, weights.shape[1:3]), weight.mT[None])
+        mean = mean.repeat_interleave(self.num_key_value_groups, dim=0)
+        return heads + weights.sum(-1, keepdim=True) * mean[:, None]  # a sink takes a part of the weights
+
+    def _decoder(self, decoder: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [G,d,G d] and constant [G,d] of a decoder."""
+        weight, mean = affine_map(decoder, self.num_kv_heads * self.head_dim, like)
+        return weight.unflatten(0, (-1, self.head_dim)), mean.unflatten(0, (-1, self.head_dim))
+
+
+def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """States [..,t,n] whose first 2 m numbers are pairs, half-split, turned by the angle of cos and sin [..,t,m]."""
+    size = 2 * cos.shape[-1]
+    if not size:
+        return states
+    pairs, rest = states.split([size, states.shape[-1] - size], dim=-1)
+    return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
+
+
+def grouped(query: Tensor, states: Tensor) -> Tensor:
+    """Products [B,H,T,m] of [B,H,T,n] with [B or 1,G,n,m], whose heads are not copied."""
+    groups = query.unflatten(1, (states.shape[1], -1)).flatten(2, 3)
+    return (groups @ states).unflatten(2, (-1, query.shape[2])).flatten(1, 2)

@@ -1,0 +1,251 @@
+"""A cache of rows of bytes, beside the exact first tokens of every sequence, in the caches of transformers.
+
+One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only.
+
+Shapes: B batch, T new tokens, S cached tokens, F exact first tokens, n coefficients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
+
+GROWTH = 8  # rows grow by one in so many, and by
+LEAST_GROWTH = 64  # this many at least: appending a token copies nothing but then
+
+
+class ExactTokens(NamedTuple):
+    """Coefficients of some tokens [B,F,n] as they were before coding, and their columns [B,F] in the cache.
+
+    A column is the number of a token in its sequence, padding included; -1 where a sequence has fewer such tokens.
+    """
+
+    keys: Tensor
+    values: Tensor
+    columns: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> ExactTokens:
+        """The same with every tensor changed."""
+        return ExactTokens(*(change(tensor) for tensor in self))
+
+    def last(self, count: int) -> ExactTokens:
+        """The ``count`` tokens of each sequence with the largest columns."""
+        columns, index = self.columns.topk(min(count, self.columns.shape[1]), dim=1)
+        index = index[..., None]
+        keys, values = (states.gather(1, index.expand(-1, -1, states.shape[-1])) for states in self[:2])
+        return ExactTokens(keys, values, columns)
+
+    def placed(self, start: int = 0) -> Places:
+        """Where they belong in a tensor whose first column is ``start``."""
+        row, token = ((self.columns >= 0) & (self.columns >= start)).nonzero(as_tuple=True)
+        columns = self.columns[row, token] - start
+        stop = int(columns.max()) + 1 if len(columns) else 0
+        return Places(self.keys[row, token], self.values[row, token], row, columns, stop)
+
+
+class Places(NamedTuple):
+    """Coefficients [m,n] of keys and of values that belong in ``column`` [m] of sequence ``row`` [m]."""
+
+    keys: Tensor
+    values: Tensor
+    row: Tensor
+    column: Tensor
+    stop: int  # behind the last column
+
+    def put(self, states: Tensor, start: int, *, values: bool) -> Tensor:
+        """``states`` [B,c,n], keys or ``values`` of columns from ``start`` on, with those of these tokens in place."""
+        if start >= self.stop:
+            return states
+        column = self.column - start
+        inside = (column >= 0) & (column < states.shape[1])
+        exact = (self.values if values else self.keys)[inside]
+        return states.index_put((self.row[inside], column[inside]), exact.to(states.dtype))
+
+
+class NewTokens(NamedTuple):
+    """Coefficients of keys and values [B,T,n], and where the family says so the positions [B or 1,T], of new tokens."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor | None = None
+
+    def first(self, held: ExactTokens | None, start: int, count: int) -> ExactTokens | None:
+        """The exact first tokens once these were read, which begin at column ``start``; ``held``: those of before.
+
+        The last ``count`` tokens with a position below ``count``: padding on the left may have small ones, too.
+        """
+        batch, new = self.keys.shape[:2]
+        if self.positions is None:
+            found = self._early(slice(0, max(0, count - start)), start)
+            if not found.columns.shape[1]:
+                return held
+        else:
+            early = self.positions < count
+            if not early.any():
+                return held
+            columns = torch.arange(start, start + new, device=early.device).where(early, -1).expand(batch, -1)
+            found = ExactTokens(self.keys, self.values, columns).last(count)
+        if held is None:
+            return found
+        return ExactTokens(*(torch.cat(pair, dim=1) for pair in zip(held, found, strict=True))).last(count)
+
+    def _early(self, tokens: slice, start: int) -> ExactTokens:
+        keys, values = self.keys[:, tokens].clone(), self.values[:, tokens].clone()
+        columns = torch.arange(start, start + keys.shape[1], device=keys.device).expand(len(keys), -1)
+        return ExactTokens(keys, values, columns)
+
+
+class CodedLayer:
+    """Goes before a layer class of transformers, whose keys and values then are rows of bytes [B,1,S,row_bytes]."""
+
+    _layer_type = None  # not for the register of transformers
+    first_tokens: int
+    first: ExactTokens | None = None
+    room: tuple[Tensor, Tensor] | None = None  # rows that keys and values begin, and more behind
+    blank: NewTokens | None = None  # one token of zeros: how large an exact one is
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+
+    def update(
+        self, keys: Tensor, values: Tensor, tokens: NewTokens
+    ) -> tuple[tuple[Tensor, Tensor], ExactTokens | None]:
+        """Adds rows of new tokens; returns the rows of all that the first of them sees, and the exact first tokens."""
+        if self.blank is None:
+            self.blank = NewTokens(*(torch.zeros_like(states[:1, :1]) for states in tokens[:2]))
+        self.first = tokens.first(self.first, int(self.get_seq_length()), self.first_tokens)
+        first = self.first
+        if isinstance(self, DynamicLayer) and not self.is_sliding:
+            return self._append(keys, values), first
+        rows = super().update(keys, values)  # type: ignore[misc]
+        if isinstance(self, DynamicSlidingWindowLayer):
+            if keys.shape[2] > 1 and not self.record_past:  # slices would hold the memory of a whole prompt
+                self.keys, self.values = self.keys.clone(), self.values.clone()
+            self._forget()
+        return rows, first
+
+    def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
+        """As always; without rows the tensors have their widths already."""
+        super().lazy_initialization(keys, values)  # type: ignore[misc]
+        if isinstance(self, DynamicLayer):
+            self.keys, self.values, self.room = keys[:, :, :0], values[:, :, :0], None
+
+    def get_seq_length(self) -> int:
+        """Tokens that were read."""
+        if isinstance(self, DynamicLayer) and not self.is_sliding:
+            return self.keys.shape[2] if self.is_initialized else 0
+        length: int = super().get_seq_length()  # type: ignore[misc]
+        return length
+
+    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts new rows behind the others, where there is room without a copy."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        rooms = self.room or (self.keys, self.values)
+        length = self.keys.shape[2] + keys.shape[2]
+        given = zip((self.keys, self.values), rooms, (keys, values), strict=True)
+        self.room = _fill(*next(given)), _fill(*next(given))
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+    def _forget(self) -> None:
+        """Gives the exact first tokens up once their columns are out of the window."""
+        start = self.get_seq_length() - self.keys.shape[2]
+        if self.first is not None and start > 0 and int(self.first.columns.max()) < start:
+            self.first = None
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.first is not None:
+            self.first = self.first.each(change)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders the batch, for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence of the batch."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these sequences of the batch."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._change(lambda tensor: tensor[indices, ...])
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Removes the latest tokens."""
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if self.first is not None:
+            length = int(self.get_seq_length())
+            columns = self.first.columns.where(self.first.columns < length, -1)
+            self.first = self.first._replace(columns=columns).last(min(length, self.first_tokens)) if length else None
+        if isinstance(self, DynamicSlidingWindowLayer):
+            self._forget()
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        super().reset()  # type: ignore[misc]
+        self.first = self.room = None
+
+    def offload(self) -> None:
+        """Moves the layer to the CPU."""
+        super().offload()  # type: ignore[misc]
+        self.room = None
+        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Moves the layer back to its device."""
+        super().prefetch()  # type: ignore[misc]
+        if self.is_initialized:
+            self._change(lambda tensor: tensor.to(self.device, non_blocking=True))  # type: ignore[attr-defined]
+
+
+def _fill(held: Tensor, room: Tensor, new: Tensor) -> Tensor:
+    """``room`` with ``new`` behind the rows of ``held``; a larger one where it is full or does not begin with them."""
+    batch, heads, length, width = held.shape
+    total = length + new.shape[2]
+    begins = room.data_ptr() == held.data_ptr() and room.shape[0] == batch and room.stride() == held.stride()
+    writable = torch.is_inference_mode_enabled() or not room.is_inference()
+    if not (begins and writable) or room.shape[2] < total:
+        room = new.new_empty(batch, heads, total + max(total // GROWTH, LEAST_GROWTH), width)
+        room[:, :, :length] = held
+    room[:, :, length:total] = new
+    return room
+
+
+@functools.cache
+def _coded(kind: Any) -> Any:
+    """``kind`` with CodedLayer before it."""
+    return type(f"Coded{kind.__name__}", (CodedLayer, kind), {})
+
+
+def make_room(cache: Any, index: int, first_tokens: int) -> CodedLayer:
+    """Makes layer ``index`` of ``cache`` one of rows of bytes, unless it is.
+
+    Raises:
+        NotImplementedError: a kind of cache that holds no rows, or one that was filled by another attention.
+    """
+    layers: list[Any] = cache.layers
+    if cache.layer_class_to_replicate is DynamicLayer:  # a cache made without a config grows as it is used
+        layers.extend(DynamicLayer() for _ in range(index + 1 - len(layers)))
+    layer = layers[index]
+    if isinstance(layer, CodedLayer):
+        return layer
+    filled = layer.is_initialized and not isinstance(layer, StaticLayer)
+    if filled or isinstance(layer, QuantizedLayer) or not isinstance(layer, DynamicLayer | StaticLayer):
+        without = " that was filled before" if filled else ""
+        raise NotImplementedError(
+            f"a model with a coded cache needs a DynamicCache or a StaticCache, got a {type(layer).__name__}{without}"
+        )
+    found: Any = type(layer)
+    kind: Any = _coded(found)
+    coded: CodedLayer = kind.__new__(kind)
+    vars(coded).update(vars(layer), first_tokens=first_tokens)
+    layers[index] = coded
+    return coded
