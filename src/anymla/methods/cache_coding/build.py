@@ -80,9 +80,7 @@ def build_transformed(layer: Layer, coding: LayerCoding, spec: CodedSpec) -> tup
     return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
 
 
-def _fitted(
-    coding: Coding, basis: Basis, facts: dict[str, Any], kind: str, bits: Sequence[int]
-) -> tuple[Coded, float]:
+def _fitted(coding: Coding, basis: Basis, facts: dict[str, Any], kind: str, bits: Sequence[int]) -> tuple[Coded, float]:
     """Levels fitted to the sample of "key" or "value", and what they lose there.
 
     The coefficients are put in the order of ``coding``. Levels are weighted by what an error of this coefficient in
