@@ -1,4 +1,4 @@
-# make demo   makes the environment, then converts the bundled model and shows the result
+# make demo   makes the environment, then converts a real model of 135 M parameters and shows the result
 # make test   lint and spelling, types, import order, tests
 # make test-engines  the exports in vLLM and llama.cpp; builds these once (minutes)
 # make families  converts a tiny model of every family and writes docs/families.md

@@ -177,16 +177,25 @@ class Rows:
 
     def add(self, key: dict[str, Any], *job: Any) -> None:
         """Measures what ``key`` names, in a fresh process, unless it is there."""
-        key = json.loads(json.dumps(key))  # lists for tuples, as in the file
-        if any(all(row.get(name) == value for name, value in key.items()) for row in self.rows):
+        if self.has(key):
             return
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
             row = key | pool.submit(measure, *job).result()
-        self.rows.append(row)
+        self.keep({}, row)
+        print({name: row.get(name) for name in ("model", "method", "case", "budget", "perplexity", "kl")}, flush=True)
+
+    def has(self, key: dict[str, Any]) -> bool:
+        """Whether a row is what ``key`` names."""
+        key = json.loads(json.dumps(key))  # lists for tuples, as in the file
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def keep(self, key: dict[str, Any], row: dict[str, Any]) -> None:
+        """Writes ``row`` with ``key``, where that is not empty in place of the rows that it names."""
+        others = [row for row in self.rows if not key or any(row.get(name) != key[name] for name in key)]
+        self.rows = [*others, key | row]
         partial = self.path.with_suffix(".part")
         partial.write_text(json.dumps(self.rows, indent=1) + "\n")
         os.replace(partial, self.path)
-        print({name: row.get(name) for name in ("model", "method", "case", "budget", "perplexity", "kl")}, flush=True)
 
 
 def find_models(folders: list[Path]) -> list[Path]:

@@ -36,7 +36,8 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _table(columns: list[str], lines: list[list[str]]) -> list[str]:
+def table(columns: list[str], lines: list[list[str]]) -> list[str]:
+    """A table in Markdown, its first column left-aligned."""
     return [_line(columns), _line(["---"] + ["---:"] * (len(columns) - 1)), *map(_line, lines), ""]
 
 
@@ -104,12 +105,12 @@ def _variations(rows: list[Row], ours: list[Row]) -> list[str]:
     """The default method varied: its scores, or where it was probed what both models find again."""
     if "probe" in rows[0]:
         columns = ["cache kept", "probe", "chance", "original", "converted", "standard error of the difference"]
-        return _table(columns, [line for row in rows for line in _probed(row)])
+        return table(columns, [line for row in rows for line in _probed(row)])
     columns = ["cache kept", "case", "bytes", "perplexity", "KL", "top-1", "original's perplexity"]
     budgets = dict.fromkeys(row["budget"] for row in rows)
     whole = ours if rows[0]["group"] == PARTS else []
     shown = [row for budget in budgets for row in (*whole, *rows) if row["budget"] == budget]
-    return _table(
+    return table(
         columns,
         [
             [
@@ -163,7 +164,7 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
                 "peak memory",
                 "settings",
             ]
-            lines += _table(
+            lines += table(
                 columns,
                 [
                     [f"{row['budget']:.4g}", row["method"], *_quality(row), *_cost(row), _settings(row)]
@@ -172,7 +173,7 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
             )
             columns = ["cache kept", "KL", "best peer that absorbs", "ratio", "CARE without partial RoPE", "perplexity"]
             columns += ["exact window: KL", "ratio", "perplexity"]
-            lines += ["Against the best of them:", "", *_table(columns, _against_peers(scored))]
+            lines += ["Against the best of them:", "", *table(columns, _against_peers(scored))]
         ours = [row for row in scored if row["method"] == "anymla"]
         for group in dict.fromkeys(row["group"] for row in mine if row.get("case")):
             lines += [f"### {group}", "", *_variations([row for row in mine if row.get("group") == group], ours)]

@@ -249,22 +249,6 @@ def test_tune_says_how_far_it_is(converted_folder, monkeypatch, capfd, tmp_path)
     assert json.loads(run.out)["steps"] == 8
 
 
-def test_demo_says_how_far_it_is(monkeypatch, capfd, tmp_path):
-    from anymla import demo
-
-    monkeypatch.setattr(progress, "EVERY", 0.0)
-    monkeypatch.setattr(demo, "BUDGETS", (0.3125,))
-    monkeypatch.setattr(demo, "PAPER", ("high",))
-    small = {"calibration_tokens": 2048, "calibration_length": 128}
-    monkeypatch.setattr(demo, "FAST", small | {"reconstruction_steps": 2})
-    monkeypatch.setattr(demo, "PAPER_SETTINGS", demo.PAPER_SETTINGS | small)
-    run = run_main(["demo", "-o", str(tmp_path / "demo"), "--json"], monkeypatch, capfd)
-    steps = steps_of(run)
-    assert [numbers(line)[:2] for line in steps] == [(1, 3), (2, 3), (3, 3)]
-    assert steps[0].startswith("demo: conversion: 1 of 3, ") and "s left" in steps[0]
-    assert [row["method"] for row in json.loads(run.out)["rows"]] == ["anymla", "anymla, exact window", "high"]
-
-
 def fake_hub(monkeypatch, folder, pieces):
     """A hub client that downloads ``pieces``, as many bytes each, through the bars that it is given."""
 

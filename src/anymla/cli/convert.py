@@ -23,7 +23,7 @@ from anymla.cli.options import (
     print_note,
     recipe_options,
 )
-from anymla.cli.progress import Report, shown, tracked
+from anymla.cli.progress import Report, shown
 from anymla.errors import RecipeError
 from anymla.methods.mla.plan import MLAPlan
 from anymla.outcomes import Conversion
@@ -35,15 +35,21 @@ if TYPE_CHECKING:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("anymla-demo"),
+    bundled: Annotated[
+        bool, typer.Option("--bundled", help="Convert the tiny model that comes with anymla: nothing is fetched.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert the bundled model at several budgets, compare to the paper's method, and let it tell a story."""
+    """Convert SmolLM2-135M-Instruct to an eighth of its cache, ask both the same, compare with other methods."""
     from anymla.demo import run_demo
 
     with shown("demo") as report:
-        results = run_demo(output, None if as_json else out, tracked(report))
+        outcome = run_demo(output, bundled=bundled, report=report, note=print_note)
     if as_json:
-        print_json(results)
+        return print_json(outcome.to_dict())
+    from anymla.report.demo import demo_shown
+
+    out.print(demo_shown(outcome))
 
 
 @app.command()

@@ -31,6 +31,13 @@ def export(
             f"Default: {', '.join(f'{pad} for {name}' for pad, name in _default_pads())}."
         ),
     ] = None,
+    cache_type: Annotated[
+        str | None,
+        typer.Option(
+            help="Rotate the latent, exactly, so that this quantised cache loses least, and measure what it loses: "
+            "q8_0 or q4_0 with --to gguf, fp8 else. Default: a cache of 16 bits."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +46,7 @@ def export(
 
     with shown("export") as report:
         report(0, None, "writing and checking")
-        done = run_export(converted, output, to, dtype=dtype, pad=pad, overwrite=overwrite)
+        done = run_export(converted, output, to, dtype=dtype, pad=pad, cache_type=cache_type, overwrite=overwrite)
     if done.parity.engine_failed is not None:
         err.print(f"warning: {done.parity.engine_failed}; checked in {done.parity.engine} only", soft_wrap=True)
     if done.warning is not None:

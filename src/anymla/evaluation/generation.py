@@ -39,6 +39,15 @@ def continuation(
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
+def reply(model: Any, tokenizer: Any, question: str, *, max_new_tokens: int, **sampling: Any) -> str:
+    """What ``model`` answers to ``question``, put by the tokenizer's chat template."""
+    chat = [{"role": "user", "content": question}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    tokens = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
 def stream_continuation(
     model: str,
     prompt: str,

@@ -39,6 +39,7 @@ def _made(converted: Path, chosen: Format, done: Export) -> str:
     """What it is and the command that makes it again."""
     words = ["anymla", "export", public_name(converted.resolve()), "--to", done.target, "-o", done.output.name]
     words += ["--dtype", done.dtype] + (["--pad", done.pad] if chosen.pads else [])
+    words += [] if done.cache_type is None else ["--cache-type", done.cache_type]
     return f"This is {chosen.kind}, exported with {versions_named(done.versions)}:\n\n{shell([shlex.join(words)])}"
 
 

@@ -11,12 +11,15 @@ from anymla.layouts import Target
 if TYPE_CHECKING:
     from anymla.exports.parity import Parity
 
+BYTES = {"q8_0": 34 / 32, "q4_0": 18 / 32, "fp8": 1}  # per number, scales included; 2 else
+
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """What was written, how it was found equal to the converted model, and the commands that serve it, per engine.
 
     ``bytes``: of all files but the model card and this report. ``dtype``, ``pad``: as written, defaults filled in.
+    ``cache_type``: of the quantised cache that it is for, or None.
     ``original_numbers``: what the original caches per token and layer, beside parity's ``cached_numbers``.
     ``versions``: of what wrote and checked it.
     """
@@ -24,6 +27,7 @@ class Export:
     output: Path
     target: Target
     pad: str
+    cache_type: str | None
     parity: Parity
     original_numbers: float
     bytes: int
@@ -44,7 +48,7 @@ class Export:
     @property
     def warning(self) -> str | None:
         """That the cache is no smaller than the original's, where it is not."""
-        if self.parity.cached_numbers < self.original_numbers:
+        if self.parity.cached_numbers * BYTES.get(self.cache_type, 2) < self.original_numbers * 2:
             return None
         filled = (
             "" if self.pad == "none" else f"; --pad {self.pad} fills it up, --pad none does not (docs/exporting.md)"

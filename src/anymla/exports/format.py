@@ -29,6 +29,7 @@ class Format(ABC):
         kind: what is written, as the model card says it.
         dtypes: of the weights.
         pads: the choices of ``--pad``; none where nothing is padded.
+        caches: the quantised caches for which the latent's gauge can be chosen.
         default_pad: the one that is taken unasked.
         library: the library that loads it, as the hub's cards name it.
         loading: further arguments with which transformers loads it; None where transformers does not.
@@ -39,6 +40,7 @@ class Format(ABC):
     kind: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     pads: ClassVar[tuple[str, ...]] = PADS
+    caches: ClassVar[tuple[str, ...]]
     default_pad: ClassVar[str] = "none"
     library: ClassVar[str] = "transformers"
     loading: ClassVar[str | None] = None
@@ -68,15 +70,17 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def write(self, converted: Path, folder: Path, *, dtype: str, pad: str) -> Parity:
+    def write(self, converted: Path, folder: Path, *, dtype: str, pad: str, cache: str | None) -> Parity:
         """Writes the model of ``converted`` into the empty ``folder`` and holds it to the converted one.
+
+        ``cache``: one of ``caches``, which it is to lose least with; None for a cache of floats.
 
         Raises:
             AnymlaError: one of its kinds: the format cannot hold the model, or the export is another model.
         """
 
     @abstractmethod
-    def commands(self, folder: Path, place: Path | str, *, dtype: str, pad: str) -> dict[str, str]:
+    def commands(self, folder: Path, place: Path | str, *, dtype: str, pad: str, cache: str | None) -> dict[str, str]:
         """The commands that serve what was written to ``folder`` and will be at ``place``, per engine."""
 
 

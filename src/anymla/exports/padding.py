@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from anymla.exports.fold import Sizes
 
 PADS = ("none", "cpu", "cuda", "full")
+BLOCK = 32  # numbers with one scale in llama.cpp's quantised caches
 
 
 def padded(folder: Path, sizes: Sizes, pad: str) -> Sizes:
-    """The sizes of the model in ``folder``, grown to what ``pad``, one of PADS, asks for.
+    """The sizes of the model in ``folder``, grown to what ``pad``, one of PADS or 'blocks', asks for.
 
     'cpu': rank 512 and rope 64, the only ones of vLLM's kernel for CPUs. 'cuda': rope 64, nope 64 or 128, value 128,
-    for prefill on GPUs. 'full': both, for FlashMLA and TensorRT-LLM.
+    for prefill on GPUs. 'full': both, for FlashMLA and TensorRT-LLM. 'blocks': rank and rope whole blocks of 32, for
+    llama.cpp's quantised caches.
 
     Raises:
         InfeasibleError: the model has more than that.
@@ -42,6 +44,8 @@ def _holds(grown: Sizes, sizes: Sizes) -> bool:
 def _grown(sizes: Sizes, pad: str) -> Sizes:
     if pad == "none":
         return sizes
+    if pad == "blocks":
+        return replace(sizes, rank=sizes.rank + -sizes.rank % BLOCK, rope=sizes.rope + -sizes.rope % BLOCK)
     grown = replace(sizes, rope=KERNEL_ROPE)
     if pad in ("cpu", "full"):
         grown = replace(grown, rank=KERNEL_RANK)

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from anymla.errors import ParityError
+from anymla.exports.cache_loss import CacheLoss
 from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.io.config import read_object
 from anymla.modeling.arguments import cache_argument, cache_of
@@ -37,6 +38,7 @@ class Parity:
     equal until sequences part; they may part only between logits nearer than twice the tolerance. ``cached_numbers``:
     per token and layer, measured in the export's live cache. ``engine_failed``: how an engine that is installed failed,
     so that another one did the check. ``not_run``: why the engine that this is for was not asked.
+    ``cache_loss``: what the cache that was asked for loses, where it was measured.
     """
 
     engine: str
@@ -49,6 +51,7 @@ class Parity:
     engine_version: str
     engine_failed: str | None = None
     not_run: str | None = None
+    cache_loss: CacheLoss | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The facts under their stable JSON names."""
@@ -57,10 +60,11 @@ class Parity:
     @property
     def summary(self) -> str:
         """The figures in words."""
+        lost = "" if self.cache_loss is None else f"; {self.cache_loss.summary}"
         return (
             f"{self.compared} within {self.difference:.2g} of the logits' standard deviation ({self.tolerance:g} "
             f"allowed), {self.tokens} of {self.of} greedy tokens equal; {self.cached_numbers:g} numbers per token and "
-            "layer in the cache"
+            f"layer in the cache{lost}"
         )
 
 

@@ -39,8 +39,7 @@ from .heads import attention_weights, causal_mask, multiply_pairs, score_bias
 from .spec import LayerSpec
 
 Product = Callable[[int, Tensor], Tensor]  # of a chunk's number and coefficients [B,c,G d]: scores [B,H,T,c]
-CHUNK = 1 << 17  # numbers of cached keys or values that are read at a time in decode: they stay in a CPU's cache
-LEAST_CHUNK = 256  # tokens
+CHUNK = 1 << 18  # numbers of cached keys or values that are read at a time in decode: they stay in a CPU's cache
 FEW = 16  # new tokens up to which the cache is read in chunks
 
 
@@ -112,10 +111,10 @@ class CodedAttention(ConvertedAttention):
         query = self._scaled(query, places, start)
         if rows is not None and self.reads_chunks(query.shape[2], mask):
             return self.attend_in_chunks(query, rows, mask), None
-        keys, values = self._coded(tokens) if rows is None else self._whole(rows, query.dtype)
+        keys, values = self._read_back(tokens) if rows is None else self._whole(rows, query.dtype)
         return self.attend_expanded(query, keys, values, start, mask, kwargs)
 
-    def _coded(self, tokens: NewTokens) -> tuple[Tensor, Tensor]:
+    def _read_back(self, tokens: NewTokens) -> tuple[Tensor, Tensor]:
         """What would be read of the new tokens, were there a cache; gradients pass."""
         keys, values = self.key_codec(tokens.keys), self.value_codec(tokens.values)
         if (first := tokens.first(None, 0, self.coded.first_tokens)) is None:
@@ -197,7 +196,7 @@ class CodedAttention(ConvertedAttention):
         if mask is None and new > 1 and self.is_causal:
             mask = causal_mask(new, length, self.sliding_window, query.device)
         mask = None if mask is None else additive_mask(mask[..., :length], query.dtype)
-        size = max(LEAST_CHUNK, CHUNK // (len(query) * self.num_kv_heads * self.head_dim))
+        size = max(1, CHUNK // (len(query) * self.num_kv_heads * self.head_dim))
         chunks = [(start, min(length, start + size)) for start in range(0, length, size)]
         precise = query.to(torch.promote_types(query.dtype, torch.float32))  # of 16 bits products are slower, too
         scores = torch.cat(self._scores(precise * self.scaling, rows, chunks, query.dtype), dim=-1)
@@ -238,14 +237,14 @@ class CodedAttention(ConvertedAttention):
         real, imag = mean[..., :turned_dims].chunk(2, dim=-1)
         of_mean = multiply_pairs(queries[..., :turned_dims], real, -imag)  # the conjugate of what turns with a column
         of_rest = (queries[..., turned_dims:] * mean[..., turned_dims:]).sum(-1, keepdim=True)
-        absorbed = grouped(queries.flatten(0, 1), weight[None]).flatten(1, 2).unflatten(0, queries.shape[:2])
         channel_cos, channel_sin = cos[:, self.channel_index], sin[:, self.channel_index]
         waves = torch.cat([cos, sin], -1)
 
         def product(index: int, states: Tensor) -> Tensor:
             length = states.shape[1]
             turn(states, channel_cos[:length], channel_sin[:length])
-            scores = (states @ absorbed[index].mT).mT.unflatten(1, queries.shape[2:4])
+            absorbed = grouped(queries[index], weight[None]).flatten(1, 2)
+            scores = (states @ absorbed.mT).mT.unflatten(1, queries.shape[2:4])
             return scores + of_mean[index] @ waves[:length].mT + of_rest[index]
 
         return product
@@ -262,7 +261,7 @@ class CodedAttention(ConvertedAttention):
         mean = mean.repeat_interleave(self.num_key_value_groups, dim=0)
         return heads + weights.sum(-1, keepdim=True) * mean[:, None]  # a sink takes a part of the weights
 
-    def _decoder(self, decoder: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _decoder(self, decoder: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [G,d,G d] and constant [G,d] of a decoder."""
         weight, mean = affine_map(decoder, self.num_kv_heads * self.head_dim, like)
         weight, mean = weight.to(like.dtype), mean.to(like.dtype)

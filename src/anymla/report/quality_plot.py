@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 
@@ -10,17 +10,17 @@ def quality_plot(
     path: Path,
     curves: Mapping[str, Sequence[tuple[float, float]]],
     original: tuple[float, float],
-    own: Mapping[str, str],
+    own: Collection[str],
 ) -> None:
     """Draws perplexity against measured cache bytes per token, a curve per method, to ``path`` (.png or .svg).
 
-    ``own``: the methods to draw heavier, with their line styles.
+    ``own``: the methods to draw heavier.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     for (name, points), marker in zip(curves.items(), "os^DvP", strict=False):
@@ -30,7 +30,6 @@ def quality_plot(
             marker=marker,
             label=name,
             linewidth=2.4 if heavy else 1.2,
-            linestyle=own.get(name, "-"),
             color="#0b6e4f" if heavy else None,
             alpha=1 if heavy else 0.75,
             zorder=3 if heavy else 2,
@@ -47,10 +46,12 @@ def quality_plot(
     )
     axes.set_yscale("log")
     axes.set_ylim(bottom=original[1] * 0.7)
-    ticks = [tick for tick in (2, 5, 10, 20, 50, 100, 200, 500) if original[1] / 2 < tick < 1000]
-    axes.set_yticks(ticks)
+    axes.set_xlim(left=0)
+    top = max(perplexity for points in curves.values() for _, perplexity in points)
+    ticks = [tick * 10**power for power in range(8) for tick in (1, 2, 5)]
+    axes.set_yticks([tick for tick in ticks if original[1] / 2 < tick < 2 * top])
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("KV cache, measured bytes per token")
     axes.set_ylabel("perplexity (log scale, lower is better)")
     axes.set_title("Quality against KV cache, training-free")

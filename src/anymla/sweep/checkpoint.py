@@ -18,31 +18,37 @@ from anymla.sweep.shards import name_shards, pack, write_outside
 
 
 def converted_config(model: Any, layers: tuple[LayerSpec, ...]) -> Any:
-    """The config of the converted ``model``: the original's fields, DeepSeek's names, the spec of every layer."""
+    """The config of the converted ``model``: the original's fields, the spec of every layer, of latents DeepSeek's."""
     register()
     made: Any = converted_class(type(model).__name__.removeprefix(modeling_anymla.PREFIX))
-    parts = [layer.parts for layer in layers if layer.latent is not None]
-    rope_dims = max(latent.qk_rope_head_dim for _, latent in parts)
-    head_dim = max(attention.head_dim for attention, _ in parts)
     fields = model.config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", OLD_KEY):
         fields.pop(name, None)
-    fields |= {
-        "architectures": [made.__name__],
+    fields |= {"architectures": [made.__name__], **_latent_sizes(layers), KEY: config_entry(layers)}
+    return made.config_class(**fields)
+
+
+def _latent_sizes(layers: tuple[LayerSpec, ...]) -> dict[str, int]:
+    """The sizes of latents under DeepSeek's names, the largest of each; none where there is no latent."""
+    parts = [layer.parts for layer in layers if layer.latent is not None]
+    if not parts:
+        return {}
+    rope_dims = max(latent.qk_rope_head_dim for _, latent in parts)
+    head_dim = max(attention.head_dim for attention, _ in parts)
+    return {
         "kv_lora_rank": max(latent.kv_lora_rank for _, latent in parts),
         "qk_rope_head_dim": rope_dims,
         "qk_nope_head_dim": head_dim,
         "v_head_dim": head_dim,
         "qk_head_dim": head_dim + rope_dims,
-        KEY: config_entry(layers),
     }
-    return made.config_class(**fields)
 
 
 def write_checkpoint(source: StreamedModel, work: WorkFolder, layers: Sequence[LayerSpec], *, shard_size: int) -> None:
     """Completes ``work.model``: the last weights, config, tokenizer and generation settings.
 
-    Where some layer has a latent the config is a converted one and modelling files come with it; else it is stock.
+    Where some layer has a latent or codes the config is a converted one and modelling files come with it; else it is
+    stock.
     """
     modules = decoder_layers(source.model)
     write_outside(source, work, modules, after=True)
@@ -50,7 +56,7 @@ def write_checkpoint(source: StreamedModel, work: WorkFolder, layers: Sequence[L
     shards = name_shards(work)
     copy_companions(source.folder, work.model)
     config = source.model.config
-    if any(layer.latent is not None for layer in layers):
+    if any(layer.replaced is not None for layer in layers):
         config, module = converted_config(source.model, tuple(layers)), modeling_anymla.__name__.rsplit(".", 1)[-1]
         config.auto_map = {
             "AutoConfig": f"{module}.{type(config).__name__}",

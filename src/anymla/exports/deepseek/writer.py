@@ -7,7 +7,7 @@ latent and one eps. What it cannot say is refused here; what it says otherwise i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from anymla.architectures.positions import read_rope
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import NORM_EPS, READ, Sizes, deepseek_attention
+from anymla.exports.gauge import Gauge, regauged
 from anymla.exports.padding import padded
 from anymla.exports.weight_files import write_weights
 from anymla.io.checkpoint import copy_companions, safe_config
@@ -41,7 +42,14 @@ class DeepSeekShape:
     theta: float
 
 
-def write_deepseek(converted: Path, folder: Path, *, pad: str = "none", dtype: str | None = None) -> DeepSeekShape:
+def write_deepseek(
+    converted: Path,
+    folder: Path,
+    *,
+    pad: str = "none",
+    dtype: str | None = None,
+    gauges: Callable[[Path], Sequence[Gauge]] | None = None,
+) -> DeepSeekShape:
     """Writes the converted model of ``converted`` into ``folder``, which is there and empty.
 
     Args:
@@ -50,12 +58,15 @@ def write_deepseek(converted: Path, folder: Path, *, pad: str = "none", dtype: s
         pad: with zeros, exactly, up to sizes that kernels need: 'cpu' rank 512 and rope 64, for vLLM's on CPUs; 'cuda'
             rope 64, nope 64 or 128, value 128, for prefill on GPUs; 'full' both, for FlashMLA and TensorRT-LLM.
         dtype: of the weights, not float16, which has no room for the latent norm. Default: the converted model's.
+        gauges: chooses those of the cache, one per layer; by default it holds what the converted model's does.
 
     Raises:
         UnsupportedModelError: DeepSeek's layout cannot hold the model; the message says what stops it.
         CheckpointError: ``converted`` is no converted model, or broken.
     """
     source = read_converted(converted)
+    _check(source)
+    source = source if gauges is None else regauged(source, gauges(converted))
     dtype = dtype or str(source.config["dtype"])
     shape = _shape(source, pad)
     stream = (NORM_EPS / float(source.config["rms_norm_eps"])) ** 0.5  # the residual stream, scaled, has that eps
@@ -65,11 +76,15 @@ def write_deepseek(converted: Path, folder: Path, *, pad: str = "none", dtype: s
     return shape
 
 
-def _shape(source: Converted, pad: str) -> DeepSeekShape:
-    """What the layers agree on, once nothing stands against DeepSeek's layout."""
+def _check(source: Converted) -> None:
+    """Refuses what DeepSeek's layout cannot hold, but for sizes."""
     _check_model(source)
     for layer in source.layers:
         _check_layer(source, layer)
+
+
+def _shape(source: Converted, pad: str) -> DeepSeekShape:
+    """What the layers agree on."""
     grids = {_grid(source, layer) for layer in source.layers}
     if len(grids) > 1:
         raise UnsupportedModelError(

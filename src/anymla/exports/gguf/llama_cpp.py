@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla.errors import ParityError
+from anymla.exports.cache_loss import CacheLoss, held_out, loss_between
 from anymla.exports.parity import Answers, Parity, compare, new_tokens
 
 if TYPE_CHECKING:
@@ -78,3 +79,16 @@ def check_in_llama(python: Path, converted: Path, file: Path, *, dtype: str, lay
         )
 
     return compare(converted, "llama.cpp", TOLERANCE[dtype], answers, cached=cached)
+
+
+def llama_loss(python: Path, converted: Path, file: Path, cache: str) -> CacheLoss:
+    """What a quantised cache loses of a GGUF file.
+
+    Raises:
+        ParityError: llama.cpp failed; says how.
+    """
+    import torch
+
+    windows = held_out(converted).tolist()
+    exact, found = (ask_llama(python, file, windows, cache=kind)[1] for kind in ("f32", cache))
+    return loss_between(cache, "llama.cpp", map(torch.from_numpy, exact), map(torch.from_numpy, found))

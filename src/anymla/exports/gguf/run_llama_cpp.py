@@ -1,7 +1,7 @@
 """llama.cpp on one GGUF file, by any Python that has llama-cpp-python: a JSON object on stdin, one on stdout.
 
-In:  model (a GGUF file), cache ("f16" or "f32"), n_batch (most tokens of a step), prompts (lists of ids), new (tokens
-     to add to each, greedily), texts (to be tokenised), logits (a .npz file to write).
+In:  model (a GGUF file), cache ("f32", "f16", "q8_0" or "q4_0"), n_batch (most tokens of a step), prompts (lists of
+     ids), new (tokens to add to each, greedily), texts (to be tokenised), logits (a .npz file to write).
 Out: tokens (the new ids of each prompt), text (of each prompt with them), ids (of each text), version (of
      llama-cpp-python), bytes (of each prompt's state before its first and after its last step, and how many tokens lie
      between).
@@ -19,7 +19,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16}
+TYPES = {name: getattr(llama_cpp, f"GGML_TYPE_{name.upper()}") for name in ("f32", "f16", "q8_0", "q4_0")}
 ERROR = 4  # of llama.cpp's log levels
 
 
@@ -50,7 +50,9 @@ class Engine:
         settings.n_seq_max, settings.kv_unified = sequences, True
         settings.n_threads = settings.n_threads_batch = 1
         settings.type_k = settings.type_v = TYPES[cache]
-        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # its sums are float16, with any cache
+        # Sums of flash attention are float16, with any cache; quantised ones are read by nothing else.
+        flash = "ENABLED" if cache.startswith("q") else "DISABLED"
+        settings.flash_attn_type = getattr(llama_cpp, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         self.n_batch, self.size = n_batch, llama_cpp.llama_vocab_n_tokens(self.vocab)
 

@@ -16,14 +16,16 @@ CPU_KERNEL = " --attention-backend CPU_MLA"  # where a CPU has AMX, vLLM prefers
 CPU_ROPE = """ --compilation-config '{"custom_ops": ["-rotary_embedding"]}'"""
 
 
-def vllm_command(folder: Path, place: str, *, on_cpu: str = "") -> dict[str, str]:
+def vllm_command(folder: Path, place: str, *, on_cpu: str = "", cache: str | None = None) -> dict[str, str]:
     """For the checkpoint in ``folder``, at ``place`` as a shell reads it, by the name of the engine.
 
     It serves any size on a GPU, and on a CPU the one of its kernel, with the options ``on_cpu``, if this machine has no
-    GPU.
+    GPU. ``cache``: the type of a quantised one, which its kernel for CPUs does not know.
     """
     config = read_object(folder / "config.json")
     command = f"{VLLM} {place} --dtype {config['dtype']}"
+    if cache is not None:
+        return {"vLLM (GPU)": f"{command} --kv-cache-dtype {cache}"}
     if any(config[name] != size for name, size in CPU_SIZES.items()):
         return {"vLLM (GPU)": command}
     if torch.cuda.is_available():

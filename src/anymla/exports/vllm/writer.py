@@ -8,7 +8,7 @@ DeepSeek has no words for stays: rope frequencies per layer and channel, scaled 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from anymla.errors import UnsupportedModelError
 from anymla.exports.converted import Converted, Layer, read_converted
 from anymla.exports.fold import Sizes
+from anymla.exports.gauge import Gauge, regauged
 from anymla.exports.padding import padded
 from anymla.exports.vllm.fused_layer import fused_tensors
 from anymla.exports.weight_files import write_weights
@@ -42,7 +43,14 @@ REFUSED = {
 }
 
 
-def write_vllm(converted: Path, folder: Path, *, pad: str = "cpu", dtype: str | None = None) -> Sizes:
+def write_vllm(
+    converted: Path,
+    folder: Path,
+    *,
+    pad: str = "cpu",
+    dtype: str | None = None,
+    gauges: Callable[[Path], Sequence[Gauge]] | None = None,
+) -> Sizes:
     """Writes the converted model of ``converted`` into ``folder``; returns the sizes that all layers have there.
 
     Args:
@@ -51,6 +59,7 @@ def write_vllm(converted: Path, folder: Path, *, pad: str = "cpu", dtype: str | 
         pad: with zeros, exactly, up to sizes that kernels need (padding.py). A layer that keeps less than another is
             filled up to it in any case: vLLM has one size for all.
         dtype: of the weights. Default: the converted model's.
+        gauges: chooses those of the cache, one per layer; by default it holds what the converted model's does.
 
     Raises:
         UnsupportedModelError: the model does something that vLLM's latent attention does not.
@@ -59,6 +68,7 @@ def write_vllm(converted: Path, folder: Path, *, pad: str = "cpu", dtype: str | 
     """
     source, config = read_converted(converted), safe_config(converted)
     check_model(source, config)
+    source = source if gauges is None else regauged(source, gauges(converted))
     d = max(layer.spec.head_dim for layer in source.layers)
     rank = max(layer.latent.kv_lora_rank for layer in source.layers)
     rope_dims = max(layer.latent.qk_rope_head_dim for layer in source.layers)

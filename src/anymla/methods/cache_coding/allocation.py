@@ -1,0 +1,91 @@
+"""Bits of every coefficient: least error at a budget of bytes. Loads no torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from anymla.modeling.coding_spec import WIDTHS, Coding
+
+# Squared error that a quantiser of so many bits leaves of a coefficient of variance 1: Lloyd-Max levels of a Gaussian
+# (Max, 1960, table I), and a float16.
+DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000642, 8: 4.1e-5, 16: 4e-8}
+
+
+MISSES = 500  # steps in a row that do not fit, after which no smaller one is looked for
+
+
+def allocate(rows: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
+    """Bits from WIDTHS for every coefficient of every row, such that all rows take at most ``budget`` bytes.
+
+    Where rows had no padding this is the optimum over the convex hull of DISTORTION: whoever gains most per bit is
+    served first. Then single steps that still fit use up what is left and the padding. Every row gets a byte at least:
+    a cache must see that it holds a token.
+
+    Args:
+        rows: what each coefficient costs where it is left out; its error at b bits is DISTORTION[b] times that.
+        budget: bytes of all rows of one token, at least as many as there are rows.
+    """
+    hull = _hull()
+    first = [(row, max(range(len(energies)), key=energies.__getitem__), hull[1]) for row, energies in enumerate(rows)]
+    steps = first + [
+        step
+        for _, step in sorted(
+            (-energy * _gain(low, high), (row, place, high))
+            for row, energies in enumerate(rows)
+            for place, energy in enumerate(energies)
+            if energy > 0
+            for low, high in pairwise(hull)
+        )
+    ]
+    fits = bisect_right(range(len(steps)), budget, lo=len(first), key=lambda count: _bytes(_taken(rows, steps[:count])))
+    bits = _taken(rows, steps[: fits - 1])
+    sizes = [code_bytes(row) for row in bits]
+    budget, misses = budget - sum(sizes), 0
+    for row, place, high in steps[fits - 1 :]:
+        if bits[row][place] != hull[hull.index(high) - 1]:  # its step before did not fit
+            continue
+        changed = [*bits[row][:place], high, *bits[row][place + 1 :]]
+        if (more := code_bytes(changed) - sizes[row]) <= budget:
+            misses, budget, bits[row], sizes[row] = 0, budget - more, changed, sizes[row] + more
+        elif (misses := misses + 1) > MISSES:
+            break
+    return bits
+
+
+def error(energies: Sequence[float], bits: Sequence[int]) -> float:
+    """What a row's coefficients lose at ``bits``."""
+    return sum(energy * DISTORTION[each] for energy, each in zip(energies, bits, strict=True))
+
+
+def code_bytes(bits: Sequence[int]) -> int:
+    """Bytes of a row whose coefficients have so many bits."""
+    return Coding(bits=tuple(Counter(bits).items())).row_bytes
+
+
+def _bytes(rows: Sequence[Sequence[int]]) -> int:
+    return sum(map(code_bytes, rows))
+
+
+def _taken(rows: Sequence[Sequence[float]], steps: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+    """The bits of all rows after ``steps``: row, place and the bits that the coefficient there then has."""
+    bits = [[0] * len(energies) for energies in rows]
+    for row, place, high in steps:
+        bits[row][place] = max(bits[row][place], high)
+    return bits
+
+
+def _hull() -> list[int]:
+    """The widths from which each next one gains less per bit than the one before."""
+    hull: list[int] = []
+    for width in WIDTHS:
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], width):
+            hull.pop()
+        hull.append(width)
+    return hull
+
+
+def _gain(low: int, high: int) -> float:
+    return (DISTORTION[low] - DISTORTION[high]) / (high - low)

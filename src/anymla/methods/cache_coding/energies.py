@@ -1,0 +1,55 @@
+"""What a plan of bits needs of every layer: how much each coefficient carries, in each basis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from anymla.errors import CheckpointError
+from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels
+from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
+from anymla.modeling.spec import LayerSpec
+from anymla.sweep.layer import Layer
+
+
+class EnergySurvey(KeyValueSurvey):
+    """Also "energies": of keys in both bases, and of values."""
+
+    def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
+        """The facts of the layer, over all processes.
+
+        Raises:
+            CheckpointError: activations or gradients overflow.
+        """
+        facts = super().layer(layer, observed)
+        bases = {basis: key_basis(facts, basis, layer.old) for basis in ("axes", "channels")}
+        bases["values"] = value_basis(facts)
+        facts["energies"] = {name: basis.energies.tolist() for name, basis in bases.items()}
+        if not all(basis.energies.isfinite().all() for basis in bases.values()):
+            raise CheckpointError(f"keys, values or gradients overflow at layer {layer.index}: give --dtype float64")
+        return facts
+
+
+def key_basis(facts: dict[str, Any], name: str, layer: LayerSpec) -> Basis:
+    """The basis ``name`` of a layer's keys."""
+    keys, attention = _moments(facts, "key"), layer.attention
+    if name == "axes" or attention is None:
+        return axes(keys)
+    return channels(keys, attention.rope_pairs, attention.num_kv_heads)
+
+
+def value_basis(facts: dict[str, Any]) -> Basis:
+    """The basis of a layer's values."""
+    return axes(_moments(facts, "value"))
+
+
+def read(tensor: Any) -> Tensor:
+    """A tensor of facts, in memory or in a file."""
+    found: Tensor = tensor if isinstance(tensor, Tensor) else tensor.read()
+    return found
+
+
+def _moments(facts: dict[str, Any], kind: str) -> Moments:
+    mean, covariance, fisher = (read(facts[f"{kind}_{name}"]) for name in ("mean", "covariance", "fisher"))
+    return Moments(mean=mean, covariance=covariance, fisher=fisher).shrunk()

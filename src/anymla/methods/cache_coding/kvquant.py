@@ -1,0 +1,126 @@
+"""The method `kvquant`: non-uniform tables for keys before rope and for values, outliers kept apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
+from anymla.methods.cache_coding.papers import KVQUANT
+from anymla.modeling.coding_spec import CodedSpec, Coding
+from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
+from anymla.settings import MOST
+
+if TYPE_CHECKING:
+    from anymla.methods.cache_coding.survey import Unheard
+    from anymla.sweep.layer import Layer
+
+
+class Surveyed(BaseModel):
+    """What is known of a layer that will be coded: what the survey says of it; None before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    facts: Any = Field(None, exclude=True, repr=False)
+
+
+class KVQuant(LayerMethod):
+    """Settings of a cache that is quantised as KVQuant does it.
+
+    Keys are coded before rope, with a static range per channel; values with a range per token. All channels of a layer
+    share one table of levels for keys and one for values, by k-means that the Fisher information weights. The numbers
+    outside the ranges and the first tokens are kept apart.
+
+    Deviations from the paper: every token has the same number of outliers, those farthest from their levels, so that
+    all rows of the cache are equally long; the paper's are those outside the range. With ``q_norm`` codes are chosen by
+    the changed levels. Batches, padding and grouped-query attention work, which the paper's code refuses.
+    """
+
+    name: ClassVar[str] = "kvquant"
+    paper: ClassVar[Paper] = KVQUANT
+    phase: ClassVar[Phase] = Phase.CACHE
+    summary: ClassVar[str] = "keys before rope and values in 2 to 8 bits: non-uniform levels, outliers kept apart"
+    saves: ClassVar[tuple[str, ...]] = ("cache",)
+    excludes: ClassVar[tuple[str, ...]] = ("transform_coding",)
+
+    bits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(
+        4, description="Bits of every key and value; 16 keeps them as they are, in the model's own dtype."
+    )
+    sparse: float = Field(
+        0.01, ge=0, le=0.25, description="Share of a token's numbers that are kept in 16 bits, each with its index."
+    )
+    first_tokens: int = Field(
+        4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
+    )
+    q_norm: bool | None = Field(
+        None, description="Move the levels so that mean and deviation stay. Default: as in the paper, at 2 bits."
+    )
+    calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
+
+    def refuses(self, model: ModelSpec) -> str | None:
+        """Why this model has no coded cache."""
+        from anymla.methods.cache_coding.refusals import coded_refusal
+
+        return coded_refusal(model)
+
+    def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
+        """Codes for every layer with softmax attention; ``choices``: Surveyed."""
+        known = [None if facts is None else facts[index] for index in range(len(model.layers))]
+        layers = tuple(self._coded(layer, fact) for layer, fact in zip(model.layers, known, strict=True))
+        chosen = tuple(
+            None if layer.attention is None else Surveyed(facts=fact)
+            for layer, fact in zip(model.layers, known, strict=True)
+        )
+        return Plan(after=replace(model, layers=layers), choices=chosen)
+
+    def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
+        """What keys and values are, and what their errors cost."""
+        from anymla.methods.cache_coding.survey import KeyValueSurvey
+
+        return KeyValueSurvey(self.first_tokens)
+
+    def observer(self, layer: Layer) -> Unheard:
+        """Nothing: the survey has seen it all."""
+        from anymla.methods.cache_coding.survey import Unheard
+
+        return Unheard()
+
+    def apply(self, layer: Layer, observed: Any) -> Changed:
+        """Puts an attention whose cache is coded in the place of the layer's own."""
+        from anymla.methods.cache_coding.nuq import build_quantised
+
+        attention, lost = build_quantised(layer, self)
+        layer.module.set_submodule(layer.attention_path, attention)
+        result = {"layer": layer.index, "bits": self.bits, "predicted_kl": lost}
+        return Changed(spec=attention.layer_spec, result=result)
+
+    @property
+    def moves_levels(self) -> bool:
+        """Whether Q-Norm is on."""
+        return self.bits == 2 if self.q_norm is None else self.q_norm
+
+    def coding(self, width: int, *, per_token: bool) -> Coding:
+        """That of ``width`` numbers per token; ``per_token``: with a range of each token's own."""
+        if self.bits == 16:
+            return Coding(bits=((16, width),), kind="plain")
+        outliers = max(1, round(self.sparse * width)) if self.sparse and width > 1 else 0
+        return Coding(bits=((self.bits, width),), token_scale=per_token, outliers=outliers)
+
+    def _coded(self, old: LayerSpec, facts: dict[str, Any] | None) -> LayerSpec:
+        """The layer as it will be."""
+        if (attention := old.attention) is None:
+            return old
+        return replace(old, coded=self._spec(attention, facts), attention_bytes=None)
+
+    def _spec(self, attention: AttentionSpec, facts: dict[str, Any] | None) -> CodedSpec:
+        width = attention.num_kv_heads * attention.head_dim
+        return CodedSpec(
+            keys=self.coding(width, per_token=False),
+            values=self.coding(width, per_token=True),
+            key_basis="own",
+            value_basis="own",
+            first_tokens=self.first_tokens,
+            rope_scale=1.0 if facts is None else facts["rope_scale"],
+        )

@@ -1,0 +1,22 @@
+"""Which models can have a coded cache, from the config alone."""
+
+from __future__ import annotations
+
+from anymla.modeling.spec import ModelSpec
+
+BY_LENGTH = ("dynamic", "longrope")  # types of rope whose frequencies change with the length of the text
+
+
+def coded_refusal(model: ModelSpec) -> str | None:
+    """Why keys of ``model`` cannot be cached before rope, or None."""
+    if any(layer.latent is not None for layer in model.layers):
+        return "it has latent attention already"
+    if any(layer.coded is not None for layer in model.layers):
+        return "its cache is coded already"
+    if (rope := model.rope) is None:
+        return None
+    if rope.rope_type in BY_LENGTH:
+        return f"its rope is {rope.rope_type}: it changes with the length of the text, and keys are cached before rope"
+    if model.has_vision and "mrope_section" in rope.settings:
+        return "its rope has several axes, for images: keys are cached before rope, by their place in the text"
+    return None

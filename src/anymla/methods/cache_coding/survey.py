@@ -1,0 +1,169 @@
+"""What keys and values are on calibration text, and what an error of theirs costs: their moments and Fisher matrices.
+
+Shapes: T tokens of a window, G key/value heads of d numbers, N sampled tokens. Keys are before rope and after their
+norm; a head's dims are [real parts of the rope pairs | imaginary parts | dims without rope].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from anymla.architectures.attention import read_attention
+from anymla.distributed import all_rows, all_sum, all_sum_number, world
+from anymla.methods.base import Survey
+from anymla.methods.cache_coding.rope import RopeSeen
+from anymla.methods.mla.weights import ConvertedLayer, build_attention, whole_layer
+from anymla.model_run.stream import LayerBatch
+from anymla.modeling.latent_attention import LatentAttention
+
+if TYPE_CHECKING:
+    from anymla.sweep.layer import Layer
+
+KINDS = ("key", "value")
+SAMPLE = 8192  # tokens to fit tables on
+
+
+class KeyValueSurvey(Survey):
+    """Moments of keys and of values, and of the loss's gradients with respect to them, per layer.
+
+    The facts of a layer, for "key" and for "value": "key_mean" [Gd], "key_covariance" and "key_fisher" [Gd,Gd],
+    float64, "key_sample" and "key_gradients" [N,Gd] of the same tokens, float32; "tokens", how many were summed; and of
+    the layer's rope "inv_freq" [P] and "rope_scale" (rope.py).
+
+    The Fisher matrix is E[g g^T] of one token's gradient g of the window's whole negative log-likelihood, in nats: an
+    error of covariance D in every key costs about tr(F D) / 2 nats of KL per token. That holds for errors that are
+    small and independent, and for text that is like the model's own; it compares keys, values and layers.
+
+    Args:
+        first_tokens: how many of every window are left out: those that are kept exactly.
+        sample: most tokens in the samples, of all processes.
+    """
+
+    backward: ClassVar[bool] = True
+
+    def __init__(self, first_tokens: int, sample: int = SAMPLE) -> None:
+        self.first_tokens, self.sample = first_tokens, sample
+
+    def observer(self, layer: Layer) -> KeyValueSums:
+        """Sums over the windows."""
+        return KeyValueSums(layer, self.first_tokens, self.sample // world())
+
+    def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
+        """The facts of the layer, over all processes."""
+        return observed.facts()
+
+
+class KeyValueSums:
+    """Sums of keys, values and their gradients while a layer runs forwards and back.
+
+    Every family's keys are made in its own way. So the layer runs with our attention at full budget, which is exact:
+    what it would cache are the keys and values themselves, in another order.
+    """
+
+    def __init__(self, layer: Layer, first_tokens: int, sample: int) -> None:
+        if (spec := layer.old.attention) is None:
+            raise ValueError(f"layer {layer.index} has no softmax attention")
+        self.layer, self.path, self.original = layer, layer.attention_path, layer.attention
+        self.first = first_tokens
+        source = read_attention(self.original, spec, layer.family, layer.config)
+        whole = whole_layer(source.weights)
+        attention = build_attention(self.original, source, whole, layer.config, layer.original.dtype)
+        attention.always_expands = True
+        self.order, self.made = _places(whole, spec.rope_pairs, spec.head_dim), Made(attention)
+        self.rope = RopeSeen(attention)
+        layer.module.set_submodule(self.path, attention)
+        self.sums = {kind: Sums(spec.num_kv_heads * spec.head_dim, layer.original.device) for kind in KINDS}
+        tokens = layer.windows.fit.stop * (layer.original.shape[1] - first_tokens)
+        self.sampled = torch.linspace(0, tokens - 1, min(sample, tokens), dtype=torch.float64).long()
+        self.tokens = 0
+
+    def add(self, batch: LayerBatch) -> None:
+        """Takes one window."""
+        coded, gradient = (states[0, self.first :, self.order] for states in self.made.taken())
+        gradient = gradient * (batch.hidden.shape[1] - 1)  # of the sum over the window's tokens
+        count = len(coded)
+        places = self.sampled - self.tokens
+        places = places[(places >= 0) & (places < count)].to(coded.device)
+        for kind, states, gradients in zip(KINDS, coded.chunk(2, -1), gradient.chunk(2, -1), strict=True):
+            self.sums[kind].add(states, gradients, places)
+        self.tokens += count
+
+    def facts(self) -> dict[str, Any]:
+        """All that was summed, over all processes; the layer has its own attention again."""
+        self.layer.module.set_submodule(self.path, self.original)
+        tokens = round(all_sum_number(self.tokens, self.layer.original.device))
+        inv_freq, rope_scale = self.rope.found
+        found: dict[str, Any] = {"tokens": tokens, "inv_freq": inv_freq, "rope_scale": rope_scale}
+        for kind, sums in self.sums.items():
+            found |= {f"{kind}_{name}": value for name, value in sums.facts(tokens).items()}
+        return found
+
+
+class Unheard:
+    """An observer of a layer of which the survey has seen all."""
+
+    def add(self, batch: LayerBatch) -> None:
+        """Takes a batch."""
+
+
+class Sums:
+    """Sums of one kind of states [T,Gd] and of their gradients."""
+
+    def __init__(self, width: int, device: Any) -> None:
+        self.sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self.gram, self.fisher = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
+        self.sample: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, states: Tensor, gradients: Tensor, places: Tensor) -> None:
+        """Takes one window, and the tokens at ``places`` as a sample."""
+        self.sample.append((states[places].float().cpu(), gradients[places].float().cpu()))
+        states, gradients = states.double(), gradients.double()
+        self.sum += states.sum(0)
+        self.gram += states.T @ states
+        self.fisher += gradients.T @ gradients
+
+    def facts(self, tokens: int) -> dict[str, Tensor]:
+        """Mean, covariance, Fisher matrix and sample over all processes' ``tokens``."""
+        mean, gram, fisher = (all_sum(each) / tokens for each in (self.sum, self.gram, self.fisher))
+        sample, gradients = (all_rows(torch.cat(rows).to(mean.device)) for rows in zip(*self.sample, strict=True))
+        moments = {"mean": mean, "covariance": gram - torch.outer(mean, mean), "fisher": fisher}
+        return moments | {"sample": sample, "gradients": gradients}
+
+
+class Made:
+    """What an attention at full budget made of the window that it saw last: all that it would cache, before rope."""
+
+    def __init__(self, attention: LatentAttention) -> None:
+        self.latent = attention.kv_lora_rank
+        self.outputs: dict[str, Tensor] = {}
+        linear = attention.spec.linear_keys
+        self.main = "kv_a_proj_with_mqa" if linear else "k_a_proj_with_mqa"
+        for name in (self.main,) if linear else (self.main, "v_a_proj"):
+            attention.get_submodule(name).register_forward_hook(self._keeps(name))
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """The numbers [1,T,2Gd] and their gradients; then forgotten."""
+        made = self.outputs.pop(self.main)
+        states, gradient = made.detach(), made.grad
+        for added in self.outputs.values():  # values, where they do not come out of the same matrix
+            states = states + pad(added.detach(), (0, states.shape[-1] - self.latent))
+        self.outputs.clear()
+        return states, torch.zeros_like(states) if gradient is None else gradient
+
+    def _keeps(self, name: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.retain_grad()
+                self.outputs[name] = output
+
+        return keep
+
+
+def _places(whole: ConvertedLayer, pairs: int, head_dim: int) -> Tensor:
+    """Where in the cache of an attention at full budget each number of [keys | values] is [2Gd]."""
+    latent, channels = whole.latent.encoder, whole.channels.encoder(pairs, head_dim)
+    return torch.cat([latent, pad(channels, (0, channels.shape[1]))]).argmax(0)

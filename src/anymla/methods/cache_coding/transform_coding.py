@@ -1,0 +1,106 @@
+"""The method `transform_coding`: keys and values in a basis where few bits lose little, bits where the energy is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
+from anymla.methods.cache_coding.papers import TRANSFORM_CODING
+from anymla.methods.cache_coding.plan import Energies, LayerCoding, plan_layers
+from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
+from anymla.settings import MOST
+
+if TYPE_CHECKING:
+    from anymla.methods.cache_coding.survey import Unheard
+    from anymla.sweep.layer import Layer
+
+
+class TransformCoding(LayerMethod):
+    """Settings of a cache of codes whose bases and bits come from one rate-distortion problem over all layers."""
+
+    name: ClassVar[str] = "transform_coding"
+    paper: ClassVar[Paper] = TRANSFORM_CODING
+    phase: ClassVar[Phase] = Phase.CACHE
+    summary: ClassVar[str] = "keys and values in axes that a few bits hold well, bits by what an error costs the model"
+    saves: ClassVar[tuple[str, ...]] = ("cache",)
+    excludes: ClassVar[tuple[str, ...]] = ("kvquant",)
+
+    kv_cache: float = Field(
+        0.125,
+        gt=0,
+        le=1,
+        description="Share of the bytes that the original's KV cache has in 16 bits, 0 < x <= 1; 1 codes nothing.",
+    )
+    decode_cost: float | Literal["any"] = Field(
+        2.0,
+        description="Multiply-adds per cached token and layer at decode, over those of the original attention; any: no "
+        "limit, so that keys may be rebuilt from the best axes.",
+    )
+    first_tokens: int = Field(
+        4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
+    )
+    calibration_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens of calibration text to use.")
+    calibration_length: int = Field(
+        512, ge=8, le=MOST, description="Tokens per calibration window (at most the model's context)."
+    )
+
+    def refuses(self, model: ModelSpec) -> str | None:
+        """Why this model has no coded cache."""
+        from anymla.methods.cache_coding.refusals import coded_refusal
+
+        return coded_refusal(model)
+
+    def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
+        """Codes for every layer with softmax attention; ``choices``: LayerCoding, typical ones without ``facts``."""
+        places = {} if self.kv_cache == 1 else model.attention_layers
+        energies = [_energies(attention, facts and facts[index]) for index, attention in places.items()]
+        planned = dict(zip(places, plan_layers([*places.values()], energies, self) if places else (), strict=True))
+        if facts is not None:
+            planned = {index: layer.model_copy(update={"facts": facts[index]}) for index, layer in planned.items()}
+        layers = tuple(
+            self._coded(layer, planned[index]) if index in planned else layer
+            for index, layer in enumerate(model.layers)
+        )
+        return Plan(after=replace(model, layers=layers), choices=tuple(map(planned.get, range(len(layers)))))
+
+    def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
+        """Moments of keys and values, and what their errors cost."""
+        from anymla.methods.cache_coding.energies import EnergySurvey
+
+        return EnergySurvey(self.first_tokens)
+
+    def observer(self, layer: Layer) -> Unheard:
+        """Nothing: the survey has seen it all."""
+        from anymla.methods.cache_coding.survey import Unheard
+
+        return Unheard()
+
+    def apply(self, layer: Layer, observed: Any) -> Changed:
+        """Puts an attention whose cache is coded in the place of the layer's own."""
+        from anymla.methods.cache_coding.build import build_transformed
+
+        coding: LayerCoding = layer.choice
+        attention, lost = build_transformed(layer, coding, layer.planned.coded)
+        layer.module.set_submodule(layer.attention_path, attention)
+        return Changed(spec=attention.layer_spec, result={"layer": layer.index, **_told(coding), "error": lost})
+
+    def _coded(self, old: LayerSpec, layer: LayerCoding) -> LayerSpec:
+        """The layer as it will be."""
+        if old.attention is None:
+            raise ValueError("a layer without softmax attention has no coded cache")
+        return replace(old, coded=layer.spec(old.attention, self.first_tokens), attention_bytes=None)
+
+
+def _energies(attention: AttentionSpec, facts: dict[str, Any] | None) -> Energies:
+    return Energies.typical(attention) if facts is None else Energies(**facts["energies"])
+
+
+def _told(coding: LayerCoding) -> dict[str, Any]:
+    """What a report says of a layer."""
+    sizes = {"key": coding.key_bits, "value": coding.value_bits}
+    kept = {f"{name}_coefficients": sum(map(bool, bits)) for name, bits in sizes.items()}
+    means = {f"{name}_bits": sum(bits) / len(bits) for name, bits in sizes.items()}
+    return {"key_basis": coding.key_basis, **kept, **means, "predicted_kl": coding.predicted_kl}
