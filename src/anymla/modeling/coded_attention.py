@@ -50,6 +50,10 @@ class Rows(NamedTuple):
     places: Places | None
     start: int  # the column of the first new token
 
+    def before(self, stop: int) -> Rows:
+        """Those in the columns before ``stop``."""
+        return self._replace(keys=self.keys[:, :stop], values=self.values[:, :stop])
+
 
 class CodedAttention(ConvertedAttention):
     """Attention over a cache of codes that stands in for the attention module ``original`` of one layer.
@@ -107,6 +111,9 @@ class CodedAttention(ConvertedAttention):
         rows = None if cache is None else self._cached(tokens, cache)
         start, length = (0, query.shape[2]) if rows is None else (rows.start, rows.keys.shape[1])
         mask = score_bias(mask, self.spec, self.config, hidden_states, length, kwargs)
+        if rows is not None and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
+            stop = start + query.shape[2]  # a static cache has empty rows behind
+            rows, mask = rows.before(stop), mask if mask is None else mask[..., :stop]
         query = self._scaled(query, places, start)
         if rows is not None and self.reads_chunks(query.shape[2], mask):
             return self.attend_in_chunks(query, rows, mask), None
@@ -190,11 +197,10 @@ class CodedAttention(ConvertedAttention):
 
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
         """Attention that holds no more than a chunk of the cache as numbers; arguments as above."""
-        new = query.shape[2]
-        length = min(rows.keys.shape[1], rows.start + new)  # a static cache has empty rows behind
+        new, length = query.shape[2], rows.keys.shape[1]
         if mask is None and new > 1 and self.is_causal:
             mask = causal_mask(new, length, self.sliding_window, query.device)
-        mask = None if mask is None else additive_mask(mask[..., :length], query.dtype)
+        mask = None if mask is None else additive_mask(mask, query.dtype)
         chunks = [(start, min(length, start + CHUNK)) for start in range(0, length, CHUNK)]
         scores = torch.cat(self._scores(query * self.scaling, rows, chunks), dim=-1)
         weights = attention_weights(scores, mask, self.spec.softcap, self.sinks)
