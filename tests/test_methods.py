@@ -30,8 +30,10 @@ TINY = {
     "eval_every": 1,
     "device": "cpu",
 }
+CODING = {name: FAST[name] for name in ("calibration_tokens", "calibration_length")}
 SAMPLES = {  # one line for each method
     "mla": Sample({"kv_cache": 0.5, **FAST}, {"kv_cache": 1.0, **FAST}),
+    "transform_coding": Sample({"kv_cache": 0.5, **CODING}, {"kv_cache": 1.0, **CODING}),
     "tune": Sample(TINY, TINY | {"learning_rate": 1e-30}, before=(HALF,)),
 }
 TOY = '''

@@ -14,8 +14,8 @@ from anymla.methods.cache_coding.build import Coded, build_coded
 from anymla.methods.cache_coding.energies import read
 from anymla.methods.cache_coding.kvquant import KVQuant
 from anymla.methods.cache_coding.tables import TableSample
-from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.codecs import make_codec
+from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import Coding
 
 if TYPE_CHECKING:
