@@ -13,15 +13,17 @@ from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_model_spec
 from anymla.architectures.parts import attention_path
 from anymla.model_run.stream import decoder_layers
-from anymla.modeling import modeling_anymla
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.heads import rope_tables
 from anymla.modeling.spec import KEY, config_entry
 from anymla.register import converted_class, register
+from tests.precision import Exact
 
 
-def coded_model(model: Any, key_basis: str = "own", value_basis: str = "own", bits: int = 16, **changes: Any) -> Any:
-    """``model`` with CodedAttention in every layer; with 16 bits it is the original, but for how float16 rounds."""
+def coded_model(
+    model: Any, key_basis: str = "own", value_basis: str = "own", bits: int = 16, kind: str = "table", **changes: Any
+) -> Any:
+    """``model`` with CodedAttention in every layer; with kind "plain" it is the original."""
     register()
     spec = read_model_spec(model.config.to_dict())
     family, layers = FAMILIES[spec.text_model_type], list(spec.layers)
@@ -33,7 +35,7 @@ def coded_model(model: Any, key_basis: str = "own", value_basis: str = "own", bi
         module = block.get_submodule(attention_path(block))
         source = read_attention(module, attention, family, model.config)
         width = attention.num_kv_heads * attention.head_dim
-        coding = Coding(bits=((bits, width),))
+        coding = Coding(bits=((bits, width),), kind=kind)
         turns, scale = turns_of(source, arguments[index], model.config)
         coded = CodedSpec(
             keys=coding, values=coding, key_basis=key_basis, value_basis=value_basis, rope_scale=scale, **changes
@@ -44,7 +46,9 @@ def coded_model(model: Any, key_basis: str = "own", value_basis: str = "own", bi
         for part, norm in source.norms.items():
             tensors |= {f"{part}.{key}": tensor for key, tensor in norm.state_dict().items()}
         states |= {f"{names[module]}.{name}": tensor for name, tensor in tensors.items()}
-    fields = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
+    fields = {
+        name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")
+    }
     made = converted_class(type(model).__name__)
     config = made.config_class(**fields, **{KEY: config_entry(tuple(layers))}, architectures=[made.__name__])
     converted = made._from_config(config, dtype=model.dtype, experts_implementation="eager").eval()
@@ -88,7 +92,7 @@ def random_matrix(size: int, generator: torch.Generator) -> Tensor:
 
 
 def channel_basis(source: SourceAttention, generator: torch.Generator) -> Tensor:
-    """Keys to coefficients [n,n]: a complex map across heads within each rope pair, any map of the dims without rope."""
+    """Keys to coefficients [n,n]: complex maps across heads within a rope pair, any map of the dims without rope."""
     spec = source.spec
     heads, pairs, size = spec.num_kv_heads, spec.rope_pairs, spec.num_kv_heads * spec.head_dim
     channels, basis = heads * pairs, torch.zeros(size, size, dtype=torch.float64)
@@ -117,7 +121,7 @@ def attention_arguments(model: Any) -> dict[int, dict[str, Any]]:
             seen[index] = kwargs
 
         hooks.append(block.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
-    with torch.no_grad():
+    with torch.no_grad(), Exact():  # the angles to the last digit of a float32
         model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)
     for hook in hooks:
         hook.remove()

@@ -11,9 +11,9 @@ import torch
 from gguf import GGMLQuantizationType
 
 from anymla import demo
+from anymla.cli import progress
 from anymla.errors import CheckpointError
 from anymla.evaluation.generation import reply
-from anymla.cli import progress
 from anymla.io import real_models
 from anymla.io.checkpoint import load_model, load_tokenizer
 from tests.damage import BUNDLED, run_main
@@ -87,9 +87,8 @@ def test_a_reply_is_what_follows_the_question():
 
 def test_what_the_demo_shows_and_writes(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(progress, "EVERY", 0.0)
-    ours, paper = demo._ours(demo.KEPT), demo._paper(demo.KEPT, 2)
-    ours.step["transform_coding"] |= SMALL
-    monkeypatch.setattr(demo, "_bundled_contenders", lambda: (ours, paper))
+    monkeypatch.setattr(demo, "BUDGETS", (demo.KEPT,))
+    monkeypatch.setattr(demo, "FEW_TOKENS", SMALL)
     monkeypatch.setattr(demo, "BUNDLED_WINDOWS", 4)
     monkeypatch.setattr(demo, "ANSWER_TOKENS", 8)
     output = tmp_path / "demo"

@@ -17,6 +17,7 @@ from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSp
 LENGTHS = (4096, 32768)  # tokens at which sizes are told, beside the model's context
 PROBE_TOKENS = 8  # that run through a model whose cache is measured
 INDEX_BYTES = 8  # of an int64
+ANGLE_BYTES = 4  # of a rope pair's turn per position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class LayerAccount:
     """Bytes of one layer; ``weight_bytes`` is None where it is not known.
 
     ``cache_bytes_per_token``: of all that is held for a token, in a layer with a sliding window until that is full.
-    ``cache_bytes_once``: of what is held for the latest tokens only, beside that. ``cache_bytes_at``: of both, by the
-    number of tokens. ``cached_numbers``: those of ``cache_bytes_per_token``.
+    ``cache_bytes_once``: of what is held for the latest or the first tokens only, beside that. ``cache_bytes_at``: of
+    both, by the number of tokens. ``cached_numbers``: those of ``cache_bytes_per_token``; of a coded cache its bytes.
     """
 
     weight_bytes: int | None = None
@@ -56,7 +57,7 @@ class Account:
 
     @property
     def cache_bytes_once(self) -> int:
-        """Bytes that exact windows take beside that, however many tokens there are."""
+        """Bytes that exact tokens take beside that, however many tokens there are."""
         return sum(layer.cache_bytes_once for layer in self.layers)
 
     @property
@@ -122,7 +123,7 @@ def in_dtype(spec: ModelSpec, dtype: str | None) -> ModelSpec:
 
 def number_bits(codec: str, dtype: str) -> int:
     """Bits of a cached number as its slot's codec stores it, in a model of ``dtype``."""
-    return {"plain": 8 * DTYPE_BYTES[dtype]}[codec]
+    return {"plain": 8 * DTYPE_BYTES[dtype], "byte": 8, "index": 8 * INDEX_BYTES}[codec]
 
 
 def _held(slot: Slot, length: int, dtype: str) -> int:
@@ -134,7 +135,7 @@ def _layer_account(layer: LayerSpec, spec: ModelSpec, lengths: tuple[int, ...]) 
     return LayerAccount(
         weight_bytes=_layer_bytes(layer, spec),
         cache_bytes_per_token=sum(_held(replace(slot, tokens=None), 1, spec.dtype) for slot in lasting),
-        cache_bytes_once=sum(_held(slot, slot.tokens or 0, spec.dtype) for slot in once),
+        cache_bytes_once=sum(_held(replace(slot, until=None), slot.tokens or 0, spec.dtype) for slot in once),
         cache_bytes_at={str(at): sum(_held(slot, at, spec.dtype) for slot in layer.slots) for at in lengths},
         cached_numbers=sum(slot.width for slot in lasting),
     )
@@ -144,11 +145,25 @@ def _layer_bytes(layer: LayerSpec, spec: ModelSpec) -> int | None:
     """Bytes of all weights of a layer; None where they are not known."""
     if layer.other_bytes is None:
         return None
-    if layer.attention is None or layer.latent is None:
+    if layer.attention is None or layer.replaced is None:
         return None if layer.attention_bytes is None else layer.attention_bytes + layer.other_bytes
     if not layer.attention.scaling:  # only its config was read, which says nothing of norms
         return None
+    if layer.latent is None:
+        return layer.other_bytes + coded_bytes(layer, spec.hidden_size, spec.dtype)
     return layer.other_bytes + latent_bytes(layer.attention, layer.latent, spec.hidden_size, spec.dtype)
+
+
+def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter and buffer that CodedAttention saves; ``hidden``: D, the residual stream's width."""
+    if (attention := layer.attention) is None or (coded := layer.coded) is None:
+        raise ValueError(f"the layer at {layer.module} has no coded cache")
+    keys = attention.num_kv_heads * attention.head_dim
+    maps = [layer.encodes_keys, layer.encodes_values, coded.key_basis != "own", coded.value_basis != "own"]
+    numbers = _plain_numbers(attention, hidden) + 2 * (hidden + 1) * keys + sum(maps) * (keys + 1) * keys
+    numbers += coded.keys.table_numbers + coded.values.table_numbers
+    channels = attention.num_kv_heads * attention.rope_pairs * (coded.key_basis == "channels")
+    return numbers * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES + channels * INDEX_BYTES
 
 
 def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtype: str) -> int:
@@ -156,15 +171,20 @@ def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtyp
 
     ``hidden``: D, the width of the residual stream.
     """
-    queries, biased = attention.num_heads * attention.head_dim, latent.biases
     channels = latent.qk_rope_head_dim // 2 * latent.channel_fold
-    numbers = (hidden + biased) * queries + (queries + biased) * hidden + attention.kept_numbers
-    numbers += _encoder_numbers(attention, latent, hidden)
+    numbers = _plain_numbers(attention, hidden, latent.biases) + _encoder_numbers(attention, latent, hidden)
     numbers += 2 * attention.num_kv_heads * attention.head_dim * latent.kv_lora_rank  # kv_b_proj
-    numbers += attention.gate * (hidden + 1) + attention.num_heads * attention.sinks
     numbers += 2 * attention.num_heads * attention.rope_pairs  # query_rotation
-    numbers += 2 * attention.num_kv_heads * channels + attention.head_dim * attention.query_gain
+    numbers += 2 * attention.num_kv_heads * channels
     return numbers * DTYPE_BYTES[dtype] + channels * INDEX_BYTES
+
+
+def _plain_numbers(attention: AttentionSpec, hidden: int, biased: bool = True) -> int:
+    """Numbers of what any converted attention has: projections of queries and output, norms, gate, sinks, gain."""
+    queries = attention.num_heads * attention.head_dim
+    numbers = (hidden + biased) * queries + (queries + biased) * hidden + attention.kept_numbers
+    numbers += attention.gate * (hidden + 1) + attention.num_heads * attention.sinks
+    return numbers + attention.head_dim * attention.query_gain
 
 
 def _encoder_numbers(attention: AttentionSpec, latent: LatentSpec, hidden: int) -> int:
@@ -198,33 +218,40 @@ def measured_layer(layer: Any, lengths: Iterable[int], width: float = 1) -> Laye
     """
     if getattr(layer, "keys", None) is None:
         return no_cache(lengths)
-    exact = getattr(layer, "exact", None)
-    full = 0 if exact is None else exact.sliding_window
-    once = 0 if exact is None else sum(tensor.nbytes for tensor in _grown(layer, full)[2:])
+
+    def held(tensors: Iterable[Any]) -> int:
+        return sum(int(tensor.nbytes * (width if tensor.is_floating_point() else 1)) for tensor in tensors)
+
+    exact, first = getattr(layer, "exact", None), getattr(layer, "first_tokens", 0)
+    full = first if exact is None else exact.sliding_window
     tokens = [tensor[:1, ..., :1, :] for tensor in (layer.keys, layer.values)]
     return LayerAccount(
-        cache_bytes_per_token=int(width * sum(tensor.numel() * tensor.element_size() for tensor in tokens)),
-        cache_bytes_once=int(width * once),
-        cache_bytes_at={str(at): int(width * sum(tensor.nbytes for tensor in _grown(layer, at))) for at in lengths},
+        cache_bytes_per_token=held(tokens),
+        cache_bytes_once=held(_grown(layer, full)[2:]) if full else 0,
+        cache_bytes_at={str(at): held(_grown(layer, at)) for at in lengths},
         cached_numbers=sum(tensor.numel() for tensor in tokens),
     )
 
 
 def _grown(layer: Any, length: int) -> list[Any]:
-    """What ``layer`` holds of one sequence of ``length`` tokens: keys and values, then those of an exact window."""
+    """What ``layer`` holds of one sequence of ``length`` tokens: keys and values, then those of exact tokens."""
     rooms = [copy.copy(room) for room in (layer, getattr(layer, "exact", None)) if room is not None]
-    given = [
+    given: list[Any] = [
         [tensor[:1, :, :1].to("meta").expand(-1, -1, length, -1) for tensor in (room.keys, room.values)]
         for room in rooms
     ]
+    if (blank := getattr(layer, "blank", None)) is not None:
+        tokens = [states.cpu().expand(-1, length, -1) for states in blank[:2]]
+        given.append(blank._replace(keys=tokens[0], values=tokens[1]))
     for room in rooms:
         room.keys, room.values, room.is_initialized = None, None, False
         if hasattr(room, "cumulative_length"):
             room.cumulative_length = 0
     if len(rooms) == 2:
         rooms[0].exact = rooms[1]
+    rooms[0].first = None
     rooms[0].update(*given[0], *given[1:])
-    return [tensor for room in rooms for tensor in (room.keys, room.values)]
+    return [tensor for room in rooms for tensor in (room.keys, room.values)] + [*(rooms[0].first or ())]
 
 
 def measure(model: Any, lengths: Iterable[int] = (), tokens: int = PROBE_TOKENS) -> Account:

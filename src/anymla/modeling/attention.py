@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .absorbed import additive_mask
 from .arguments import take_cache
 from .heads import attention_weights, causal_mask, dropout_rates, query_temperature, split_heads, taken, window_of
-from .spec import AttentionSpec, LayerSpec
+from .spec import LayerSpec
 
 
 class ConvertedAttention(nn.Module):
@@ -34,6 +34,8 @@ class ConvertedAttention(nn.Module):
     """
 
     always_expands = False  # set while a model learns: fused kernels hold no scores for the way back
+    k_proj: nn.Module
+    v_proj: nn.Module
     query_gain: Tensor | None
 
     def __init__(self, original: Any, config: Any, spec: LayerSpec) -> None:

@@ -15,8 +15,8 @@ methods build (shapes as in torch.nn.Linear, weight [out,in]; n = G d):
     channel_index [G P], int64, in the basis "channels" only: the rope pair with which a channel turns. Coefficients
     are [G P real parts | G P imaginary parts | G (d - 2 P) of dims without rope].
 
-Shapes: B batch, T new tokens, S cached tokens, H query heads, G key/value heads, d head_dim, P rope pairs, c tokens of a
-chunk.
+Shapes: B batch, T new tokens, S cached tokens, H query heads, G key/value heads, d head_dim, P rope pairs, c tokens of
+a chunk.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from torch import Tensor, nn
 from .absorbed import additive_mask
 from .arguments import make_fit
 from .attention import ConvertedAttention, joined
-from .coded_cache import ExactTokens, NewTokens, Places, make_room
 from .codecs import make_codec
+from .coded_cache import ExactTokens, NewTokens, Places, make_room
 from .coding_spec import CodedSpec
 from .dense_weight import affine_map
 from .heads import attention_weights, causal_mask, multiply_pairs, score_bias
 from .spec import LayerSpec
 
+Product = Callable[[Tensor, Tensor], Tensor]  # of turned queries [B,H,T,d] and coefficients [B,c,G d]: scores [B,H,T,c]
 CHUNK = 1024  # cached tokens that are read at a time in decode
 FEW = 16  # new tokens up to which the cache is read in chunks
 
@@ -58,6 +59,8 @@ class CodedAttention(ConvertedAttention):
 
     inv_freq: Tensor
     channel_index: Tensor | None
+    key_decoder: nn.Module | None
+    value_decoder: nn.Module | None
     coded: CodedSpec
 
     def _make_cached(self, hidden: int, spec: LayerSpec) -> None:
@@ -101,23 +104,22 @@ class CodedAttention(ConvertedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Puts the new tokens' rows into the cache and attends to all of it; returns [B,T,H,d] and the weights."""
         tokens = NewTokens(*self.coefficients(hidden_states), places)
-        if cache is None:
-            first = tokens.first(None, 0, self.coded.first_tokens)
-            inside = None if first is None else first.placed(0)
-            keys, values = self.key_codec(tokens.keys), self.value_codec(tokens.values)
-            if inside is not None:
-                keys, values = _put(keys, inside.keys, inside), _put(values, inside.values, inside)
-            mask = score_bias(mask, self.spec, self.config, hidden_states, keys.shape[1], kwargs)
-            query = self._gained(query, places, 0)
-            return self.attend_expanded(query, keys, values, 0, mask, kwargs)
-        rows = self._cached(tokens, cache)
-        mask = score_bias(mask, self.spec, self.config, hidden_states, rows.keys.shape[1], kwargs)
-        query = self._gained(query, places, rows.start)
-        if self.reads_chunks(query.shape[2], mask):
+        rows = None if cache is None else self._cached(tokens, cache)
+        start, length = (0, query.shape[2]) if rows is None else (rows.start, rows.keys.shape[1])
+        mask = score_bias(mask, self.spec, self.config, hidden_states, length, kwargs)
+        query = self._scaled(query, places, start)
+        if rows is not None and self.reads_chunks(query.shape[2], mask):
             return self.attend_in_chunks(query, rows, mask), None
-        keys = self._read(rows, 0, rows.keys.shape[1], query.dtype, of_values=False)
-        values = self._read(rows, 0, rows.keys.shape[1], query.dtype, of_values=True)
-        return self.attend_expanded(query, keys, values, rows.start, mask, kwargs)
+        keys, values = self._read_back(tokens) if rows is None else self._whole(rows, query.dtype)
+        return self.attend_expanded(query, keys, values, start, mask, kwargs)
+
+    def _read_back(self, tokens: NewTokens) -> tuple[Tensor, Tensor]:
+        """What would be read of the new tokens, were there a cache; gradients pass."""
+        keys, values = self.key_codec(tokens.keys), self.value_codec(tokens.values)
+        if (first := tokens.first(None, 0, self.coded.first_tokens)) is None:
+            return keys, values
+        places = first.placed()
+        return places.put(keys, 0, values=False), places.put(values, 0, values=True)
 
     def _cached(self, tokens: NewTokens, cache: Any) -> Rows:
         """Adds the new tokens to ``cache``; all that they see."""
@@ -130,22 +132,24 @@ class CodedAttention(ConvertedAttention):
         (keys, values), first = cache.update(keys, values, self.layer_idx, tokens)
         return Rows(keys[:, 0], values[:, 0], None if first is None else first.placed(offset), seen - offset)
 
-    def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, *, of_values: bool) -> Tensor:
-        """Coefficients [B,c,G d] of the columns from ``start`` to before ``stop``."""
-        codec, held = (self.value_codec, rows.values) if of_values else (self.key_codec, rows.keys)
+    def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, *, values: bool) -> Tensor:
+        """Coefficients [B,c,G d] of keys, or ``values``, of the columns from ``start`` to before ``stop``."""
+        codec, held = (self.value_codec, rows.values) if values else (self.key_codec, rows.keys)
         states: Tensor = codec.decode(held[:, start:stop], dtype)
-        if rows.places is None:
-            return states
-        inside = rows.places.within(start, stop)
-        return _put(states, inside.values if of_values else inside.keys, inside)
+        return states if rows.places is None else rows.places.put(states, start, values=values)
+
+    def _whole(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Coefficients [B,S,G d] of all keys and values."""
+        length = rows.keys.shape[1]
+        return self._read(rows, 0, length, dtype, values=False), self._read(rows, 0, length, dtype, values=True)
 
     def _angles(self, columns: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cos and sin [..,t,P] of rope at ``columns`` [..,t], in the dtype of ``like``."""
         angles = columns[..., None].double() * self.inv_freq.view(torch.float32).double()
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
-    def _gained(self, query: Tensor, positions: Tensor | None, start: int) -> Tensor:
-        """The query [B,H,T,d] before rope, with what the family puts on it after rope.
+    def _scaled(self, query: Tensor, positions: Tensor | None, start: int) -> Tensor:
+        """The query [B,H,T,d] before rope, with what rope and the family put on it, or on it and keys, after rope.
 
         A gain of the turned query is one of it in the frame of its own position, whatever its column.
         """
@@ -200,55 +204,58 @@ class CodedAttention(ConvertedAttention):
     def _scores(self, query: Tensor, rows: Rows, chunks: list[tuple[int, int]]) -> list[Tensor]:
         """Scores [B,H,T,c] of each chunk; in it keys and queries are turned from its first column on."""
         columns = rows.start + torch.arange(query.shape[2], device=query.device)
-        longest = min(CHUNK, chunks[-1][1])
-        tables = self._angles(torch.arange(longest, device=query.device), query)
-        product, scores = self._products(tables, query), []
+        tables = self._angles(torch.arange(min(CHUNK, chunks[-1][1]), device=query.device), query)
+        product, scores = (self._by_heads if self.channel_index is None else self._by_channels)(*tables), []
         for start, stop in chunks:
             here = turned(query, *self._angles(columns - start, query))
-            scores.append(product(here, self._read(rows, start, stop, query.dtype, of_values=False)))
+            scores.append(product(here, self._read(rows, start, stop, query.dtype, values=False)))
         return scores
 
-    def _products(self, tables: tuple[Tensor, Tensor], like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """What makes scores of turned queries [B,H,T,d] and the coefficients of a chunk's keys [B,c,G d].
+    def _by_heads(self, cos: Tensor, sin: Tensor) -> Product:
+        """Rebuilds keys; ``cos``, ``sin`` [c,P] of a chunk's columns."""
 
-        ``tables``: cos and sin [c,P] of its columns.
-        """
-        cos, sin = tables
-        if self.channel_index is None or self.key_decoder is None:
-
-            def rebuilt(query: Tensor, states: Tensor) -> Tensor:
-                columns = slice(0, states.shape[1])
-                return grouped(query, turned(self._rebuilt(states, self.key_decoder), cos[columns], sin[columns]).mT)
-
-            return rebuilt
-        weight, mean = affine_map(self.key_decoder, self.num_kv_heads * self.head_dim, like)
-        heads, mean = weight.unflatten(0, (-1, self.head_dim))[None], mean.unflatten(0, (-1, self.head_dim))
-        mean = mean.repeat_interleave(self.num_key_value_groups, dim=0)[:, None]
-        by_channel, waves = (cos[:, self.channel_index], sin[:, self.channel_index]), torch.cat(tables, -1)
-
-        def absorbed(query: Tensor, states: Tensor) -> Tensor:
+        def product(query: Tensor, states: Tensor) -> Tensor:
             columns = slice(0, states.shape[1])
-            states = turned(states, *(table[columns] for table in by_channel))
+            keys = self._rebuilt(states, self.key_decoder)
+            return grouped(query, turned(keys, cos[columns], sin[columns]).mT)
+
+        return product
+
+    def _by_channels(self, cos: Tensor, sin: Tensor) -> Product:
+        """Takes the query to the channels, for the decoder commutes with rope; the mean of keys turns as they do."""
+        weight, mean = self._decoder(self.key_decoder, cos)
+        heads, mean = weight[None], mean.repeat_interleave(self.num_key_value_groups, dim=0)[:, None]
+        turns, waves = (cos[:, self.channel_index], sin[:, self.channel_index]), torch.cat([cos, sin], -1)
+        sizes = [2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs]
+        mean_pairs, mean_rest = mean.split(sizes, dim=-1)
+        real, imag = mean_pairs.chunk(2, dim=-1)
+
+        def product(query: Tensor, states: Tensor) -> Tensor:
+            columns = slice(0, states.shape[1])
+            states = turned(states, *(table[columns] for table in turns))
             scores = (grouped(query, heads).flatten(1, 2) @ states.mT).unflatten(1, query.shape[1:3])
-            pairs, rest = query.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
-            mean_pairs, mean_rest = mean.split([pairs.shape[-1], rest.shape[-1]], dim=-1)
-            real, imag = mean_pairs.chunk(2, dim=-1)
-            of_mean = multiply_pairs(pairs, real, -imag)  # the query times the conjugate mean: it turns backwards
+            pairs, rest = query.split(sizes, dim=-1)
+            of_mean = multiply_pairs(pairs, real, -imag)  # the conjugate of what multiplies the columns' turns
             return scores + of_mean @ waves[columns].mT + (rest * mean_rest).sum(-1, keepdim=True)
 
-        return absorbed
+        return product
 
     def _context(self, weights: Tensor, rows: Rows, chunks: list[tuple[int, int]]) -> Tensor:
         """Values weighted with ``weights`` [B,H,T,S]: [B,H,T,d]."""
-        read = ((slice(*chunk), self._read(rows, *chunk, weights.dtype, of_values=True)) for chunk in chunks)
+        read = ((slice(*chunk), self._read(rows, *chunk, weights.dtype, values=True)) for chunk in chunks)
         if self.value_decoder is None:
-            return sum(grouped(weights[..., where], self._rebuilt(states, None)) for where, states in read)
-        weight, mean = affine_map(self.value_decoder, self.num_kv_heads * self.head_dim, weights)
+            return torch.stack([grouped(weights[..., at], self._rebuilt(states, None)) for at, states in read]).sum(0)
         flat = weights.flatten(1, 2)
-        context = sum(flat[..., where] @ states for where, states in read).unflatten(1, weights.shape[1:3])
-        heads = grouped(context, weight.unflatten(0, (-1, self.head_dim)).mT[None])
-        mean = mean.unflatten(0, (-1, self.head_dim)).repeat_interleave(self.num_key_value_groups, dim=0)
+        context = torch.stack([flat[..., at] @ states for at, states in read]).sum(0)
+        weight, mean = self._decoder(self.value_decoder, weights)
+        heads = grouped(context.unflatten(1, weights.shape[1:3]), weight.mT[None])
+        mean = mean.repeat_interleave(self.num_key_value_groups, dim=0)
         return heads + weights.sum(-1, keepdim=True) * mean[:, None]  # a sink takes a part of the weights
+
+    def _decoder(self, decoder: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [G,d,G d] and constant [G,d] of a decoder."""
+        weight, mean = affine_map(decoder, self.num_kv_heads * self.head_dim, like)
+        return weight.unflatten(0, (-1, self.head_dim)), mean.unflatten(0, (-1, self.head_dim))
 
 
 def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -264,8 +271,3 @@ def grouped(query: Tensor, states: Tensor) -> Tensor:
     """Products [B,H,T,m] of [B,H,T,n] with [B or 1,G,n,m], whose heads are not copied."""
     groups = query.unflatten(1, (states.shape[1], -1)).flatten(2, 3)
     return (groups @ states).unflatten(2, (-1, query.shape[2])).flatten(1, 2)
-
-
-def _put(states: Tensor, exact: Tensor, places: Places) -> Tensor:
-    """``states`` [B,c,n] with ``exact`` [m,n] in their places."""
-    return states.index_put((places.row, places.column), exact.to(states.dtype))

@@ -44,7 +44,8 @@ class ExactTokens(NamedTuple):
         """Where they belong in a tensor whose first column is ``start``."""
         row, token = ((self.columns >= 0) & (self.columns >= start)).nonzero(as_tuple=True)
         columns = self.columns[row, token] - start
-        return Places(self.keys[row, token], self.values[row, token], row, columns)
+        stop = int(columns.max()) + 1 if len(columns) else 0
+        return Places(self.keys[row, token], self.values[row, token], row, columns, stop)
 
 
 class Places(NamedTuple):
@@ -54,11 +55,16 @@ class Places(NamedTuple):
     values: Tensor
     row: Tensor
     column: Tensor
+    stop: int  # behind the last column
 
-    def within(self, start: int, stop: int) -> Places:
-        """Those in the columns from ``start`` to before ``stop``, counted from ``start``."""
-        inside = (self.column >= start) & (self.column < stop)
-        return Places(*(tensor[inside] for tensor in self._replace(column=self.column - start)))
+    def put(self, states: Tensor, start: int, *, values: bool) -> Tensor:
+        """``states`` [B,c,n], keys or ``values`` of columns from ``start`` on, with those of these tokens in place."""
+        if start >= self.stop:
+            return states
+        column = self.column - start
+        inside = (column >= 0) & (column < states.shape[1])
+        exact = (self.values if values else self.keys)[inside]
+        return states.index_put((self.row[inside], column[inside]), exact.to(states.dtype))
 
 
 class NewTokens(NamedTuple):
@@ -101,6 +107,7 @@ class CodedLayer:
     first_tokens: int
     first: ExactTokens | None = None
     room: tuple[Tensor, Tensor] | None = None  # rows that keys and values begin, and more behind
+    blank: NewTokens | None = None  # one token of zeros: how large an exact one is
     keys: Tensor
     values: Tensor
     is_initialized: bool
@@ -109,7 +116,9 @@ class CodedLayer:
         self, keys: Tensor, values: Tensor, tokens: NewTokens
     ) -> tuple[tuple[Tensor, Tensor], ExactTokens | None]:
         """Adds rows of new tokens; returns the rows of all that the first of them sees, and the exact first tokens."""
-        self.first = tokens.first(self.first, int(self.get_seq_length()), self.first_tokens)  # type: ignore[attr-defined]
+        if self.blank is None:
+            self.blank = NewTokens(*(torch.zeros_like(states[:1, :1]) for states in tokens[:2]))
+        self.first = tokens.first(self.first, int(self.get_seq_length()), self.first_tokens)
         first = self.first
         if isinstance(self, DynamicLayer) and not self.is_sliding:
             return self._append(keys, values), first
@@ -211,7 +220,8 @@ def _fill(held: Tensor, room: Tensor, new: Tensor) -> Tensor:
 
 
 @functools.cache
-def _coded(kind: type) -> type:
+def _coded(kind: Any) -> Any:
+    """``kind`` with CodedLayer before it."""
     return type(f"Coded{kind.__name__}", (CodedLayer, kind), {})
 
 
@@ -233,7 +243,8 @@ def make_room(cache: Any, index: int, first_tokens: int) -> CodedLayer:
         raise NotImplementedError(
             f"a model with a coded cache needs a DynamicCache or a StaticCache, got a {type(layer).__name__}{without}"
         )
-    kind = _coded(type(layer))
+    found: Any = type(layer)
+    kind: Any = _coded(found)
     coded: CodedLayer = kind.__new__(kind)
     vars(coded).update(vars(layer), first_tokens=first_tokens)
     layers[index] = coded

@@ -172,7 +172,9 @@ class FamilyAttention(nn.Module):
         """
         cache = take_cache(kwargs)
         if cache is not None:
-            make_fit(cache, self.mla.layer_idx, hidden_states, self.mla.kv_lora_rank, self.mla.qk_rope_head_dim)
+            widths = (self.mla.kv_lora_rank, self.mla.qk_rope_head_dim)
+            like = [hidden_states.new_empty(len(hidden_states), 1, 0, width) for width in widths]
+            make_fit(cache, self.mla.layer_idx, *like)
         cos, sin = rope_tables(
             self.rope_table, self.rope_pairs, position_embeddings, position_ids, hidden_states, self.config
         )

@@ -1,9 +1,9 @@
 """Models of transformers whose attention was converted to multi-head latent attention by anymla.
 
-``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with LatentAttention or CodedAttention in the layers that its
-config names, and so for every other class: they are made when they are first asked for. With the files that it imports, a copy
-of this one travels with every converted checkpoint, so that ``from_pretrained(folder, trust_remote_code=True)`` works
-without anymla.
+``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with LatentAttention or CodedAttention in the layers
+that its config names, and so for every other class: they are made when they are first asked for. With the files that it
+imports, a copy of this one travels with every converted checkpoint, so that ``from_pretrained(folder,
+trust_remote_code=True)`` works without anymla.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 from transformers import Cache
 
 from .arguments import CACHE_NAMES
-from .attention import ConvertedAttention
 from .coded_attention import CodedAttention
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
@@ -80,8 +79,8 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
     model.set_submodule(layer.module, attention_class(layer)(original, model.config.get_text_config(), layer))
 
 
-def attention_class(layer: LayerSpec) -> type[ConvertedAttention]:
-    """The attention that a converted layer has."""
+def attention_class(layer: LayerSpec) -> type[Any]:
+    """The attention that a converted layer has, a kind of ConvertedAttention."""
     if layer.coded is not None:
         return CodedAttention
     return ExactWindowAttention if layer.parts[1].exact_window else LatentAttention

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from .coding_spec import CodedSpec, Coding
+from .coding_spec import BASES, CodedSpec, Coding
 
 VERSION = 1
 KEY = "anymla"  # in config.json: {"version": .., "layers": [..]}
@@ -271,7 +271,7 @@ class LayerSpec:
         return cls(
             attention=None if attention is None else _attention(attention),
             latent=None if latent is None else LatentSpec(**_checked(LatentSpec, latent)),
-            coded=None if coded is None else _coded(coded),
+            coded=None if coded is None else _coded(coded, attention),
             module=described.get("module"),
         )
 
@@ -377,11 +377,22 @@ def _described(coded: CodedSpec) -> dict[str, Any]:
     return {**(_shortened(coded) or {}), **codings}
 
 
-def _coded(described: Any) -> CodedSpec:
+def _coded(described: Any, attention: Any) -> CodedSpec:
     described = _checked(CodedSpec, described)
     for name in ("keys", "values"):
         described[name] = _coding(described[name])
-    return CodedSpec(**described)
+    coded, size = CodedSpec(**described), 0 if attention is None else _attention(attention).cached_numbers // 2
+    for name, coding in (("keys", coded.keys), ("values", coded.values)):
+        if coding.width != size:
+            raise ValueError(f"CodedSpec: {name}: {coding.width} coefficients, the layer has {size}")
+    for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
+        if (found := getattr(coded, name)) not in allowed:
+            raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {found!s:.20}")
+    if type(coded.first_tokens) is not int or coded.first_tokens < 0:
+        raise ValueError(f"CodedSpec: first_tokens must be a number of tokens, got {coded.first_tokens!s:.20}")
+    if isinstance(coded.rope_scale, bool) or not isinstance(coded.rope_scale, int | float) or not coded.rope_scale > 0:
+        raise ValueError(f"CodedSpec: rope_scale must be a positive number, got {coded.rope_scale!s:.20}")
+    return coded
 
 
 def _coding(described: Any) -> Coding:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from anymla.methods.cache_coding.build import Coded, build_coded
 from anymla.methods.cache_coding.energies import read
-from anymla.methods.cache_coding.kvquant import KVQuant
 from anymla.methods.cache_coding.tables import TableSample
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import Coding
 
 if TYPE_CHECKING:
+    from anymla.methods.cache_coding.kvquant import KVQuant
     from anymla.sweep.layer import Layer
 
 LEAST = 1e-3  # of the mean weight: what every number counts at least

@@ -146,7 +146,7 @@ def build_attention(
         ),
     )
     with torch.device("meta"):
-        attention = attention_class(spec)(original, config, spec)
+        attention: LatentAttention = attention_class(spec)(original, config, spec)
     cast = {
         name: (tensor.to(saved).to(like.dtype) if tensor.is_floating_point() else tensor).to(like.device).contiguous()
         for name, tensor in latent_tensors(source, layer).items()
