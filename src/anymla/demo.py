@@ -185,11 +185,11 @@ def _numbered(report: Report, number: int, subject: Subject) -> Report:
 
 def _scored(contender: Contender, source: Path, target: Path, text: HeldOut, report: Report) -> Contender:
     """The contender with its scores; what it makes of ``source`` goes to ``target``."""
-    report(0, None, "reading, then the first layer")
+    report(0, None, "reading")
 
-    def progress(number: int, step: Any, done: int = 0, total: int | None = None, *_: Any) -> None:
+    def progress(number: int, step: Any, done: int = 0, total: int | None = None, result: Any = None) -> None:
         if total is not None:
-            report(done, total, "layer")
+            report(done, total, "calibration, pass" if result is None else "layer")
 
     try:
         run(source, target, [contender.step], progress=progress)
