@@ -85,7 +85,7 @@ def test_without_loss_it_is_the_original(family, bases):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_decode_equals_full_recompute(model, static, monkeypatch):
-    monkeypatch.setattr(coded_attention, "CHUNK", 7)
+    monkeypatch.setattr(coded_attention, "CHUNK", 7 * 24)
     ids, config = token_ids(), model.config
     cache = StaticCache(config=config, max_cache_len=64) if static else DynamicCache(config=config)
     assert close(stepwise(model, ids, cache), forward(model, ids, use_cache=False))
@@ -166,7 +166,7 @@ def test_appending_copies_nothing(model):
 
 
 def test_decode_never_holds_the_cache_as_numbers(model, monkeypatch):
-    monkeypatch.setattr(coded_attention, "CHUNK", 8)
+    monkeypatch.setattr(coded_attention, "CHUNK", 8 * 24)  # tokens, numbers of each
     ids, cache = token_ids(1, 120), DynamicCache(config=model.config)
     forward(model, ids[:, :119], past_key_values=cache)
     with Whole(120) as whole:

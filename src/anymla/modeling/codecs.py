@@ -29,8 +29,8 @@ class PlainCodec(Codec):
         return x.contiguous().view(torch.uint8)
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """The numbers; ``dtype`` is that of the coefficients that were encoded."""
-        return rows.view(dtype)
+        """A copy of the numbers; ``dtype`` is that of the coefficients that were encoded."""
+        return rows.view(dtype).clone()
 
 
 class _ScaledCodec(Codec):

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .absorbed import additive_mask
 from .arguments import make_fit
@@ -37,8 +38,8 @@ from .dense_weight import affine_map
 from .heads import attention_weights, causal_mask, multiply_pairs, score_bias
 from .spec import LayerSpec
 
-Product = Callable[[Tensor, Tensor], Tensor]  # of turned queries [B,H,T,d] and coefficients [B,c,G d]: scores [B,H,T,c]
-CHUNK = 1024  # cached tokens that are read at a time in decode
+Product = Callable[[int, Tensor], Tensor]  # of a chunk's number and coefficients [B,c,G d]: scores [B,H,T,c]
+CHUNK = 1 << 18  # numbers of cached keys or values that are read at a time in decode: they stay in a CPU's cache
 FEW = 16  # new tokens up to which the cache is read in chunks
 
 
@@ -49,6 +50,10 @@ class Rows(NamedTuple):
     values: Tensor
     places: Places | None
     start: int  # the column of the first new token
+
+    def before(self, stop: int) -> Rows:
+        """Those in the columns before ``stop``."""
+        return self._replace(keys=self.keys[:, :stop], values=self.values[:, :stop])
 
 
 class CodedAttention(ConvertedAttention):
@@ -107,6 +112,9 @@ class CodedAttention(ConvertedAttention):
         rows = None if cache is None else self._cached(tokens, cache)
         start, length = (0, query.shape[2]) if rows is None else (rows.start, rows.keys.shape[1])
         mask = score_bias(mask, self.spec, self.config, hidden_states, length, kwargs)
+        if rows is not None and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
+            stop = start + query.shape[2]  # a static cache has empty rows behind
+            rows, mask = rows.before(stop), mask if mask is None else mask[..., :stop]
         query = self._scaled(query, places, start)
         if rows is not None and self.reads_chunks(query.shape[2], mask):
             return self.attend_in_chunks(query, rows, mask), None
@@ -190,59 +198,66 @@ class CodedAttention(ConvertedAttention):
 
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
         """Attention that holds no more than a chunk of the cache as numbers; arguments as above."""
-        new = query.shape[2]
-        length = min(rows.keys.shape[1], rows.start + new)  # a static cache has empty rows behind
+        new, length = query.shape[2], rows.keys.shape[1]
         if mask is None and new > 1 and self.is_causal:
             mask = causal_mask(new, length, self.sliding_window, query.device)
-        mask = None if mask is None else additive_mask(mask[..., :length], query.dtype)
-        chunks = [(start, min(length, start + CHUNK)) for start in range(0, length, CHUNK)]
-        scores = torch.cat(self._scores(query * self.scaling, rows, chunks), dim=-1)
+        mask = None if mask is None else additive_mask(mask, query.dtype)
+        size = max(1, CHUNK // (len(query) * self.num_kv_heads * self.head_dim))
+        chunks = [(start, min(length, start + size)) for start in range(0, length, size)]
+        precise = query.to(torch.promote_types(query.dtype, torch.float32))  # of 16 bits products are slower, too
+        scores = torch.cat(self._scores(precise * self.scaling, rows, chunks, query.dtype), dim=-1)
         weights = attention_weights(scores, mask, self.spec.softcap, self.sinks)
-        context = self._context(weights, rows, chunks)
-        return context.transpose(1, 2)
+        return self._context(weights, rows, chunks, query.dtype).transpose(1, 2).to(query.dtype)
 
-    def _scores(self, query: Tensor, rows: Rows, chunks: list[tuple[int, int]]) -> list[Tensor]:
-        """Scores [B,H,T,c] of each chunk; in it keys and queries are turned from its first column on."""
-        columns = rows.start + torch.arange(query.shape[2], device=query.device)
-        tables = self._angles(torch.arange(min(CHUNK, chunks[-1][1]), device=query.device), query)
-        product, scores = (self._by_heads if self.channel_index is None else self._by_channels)(*tables), []
-        for start, stop in chunks:
-            here = turned(query, *self._angles(columns - start, query))
-            scores.append(product(here, self._read(rows, start, stop, query.dtype, values=False)))
-        return scores
+    def _scores(self, query: Tensor, rows: Rows, chunks: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+        """Scores [B,H,T,c] of each chunk; in it keys and queries are turned from its first column on.
 
-    def _by_heads(self, cos: Tensor, sin: Tensor) -> Product:
-        """Rebuilds keys; ``cos``, ``sin`` [c,P] of a chunk's columns."""
+        ``dtype``: of what is read, which prefill reads in the model's own.
+        """
+        starts = torch.tensor([start for start, _ in chunks], device=query.device)
+        columns = rows.start + torch.arange(query.shape[2], device=query.device) - starts[:, None, None, None]
+        queries = turned(query.expand(len(chunks), *query.shape), *self._angles(columns, query))
+        tables = self._angles(torch.arange(chunks[0][1], device=query.device), query)
+        product = (self._by_heads if self.channel_index is None else self._by_channels)(queries, *tables)
+        read = (self._read(rows, *chunk, dtype, values=False).to(query.dtype) for chunk in chunks)
+        return [product(index, states) for index, states in enumerate(read)]
 
-        def product(query: Tensor, states: Tensor) -> Tensor:
-            columns = slice(0, states.shape[1])
-            keys = self._rebuilt(states, self.key_decoder)
-            return grouped(query, turned(keys, cos[columns], sin[columns]).mT)
+    def _by_heads(self, queries: Tensor, cos: Tensor, sin: Tensor) -> Product:
+        """Rebuilds keys; ``queries`` [chunks,B,H,T,d] turned, ``cos``, ``sin`` [c,P] of a chunk's columns."""
+        decoder = None if self.key_decoder is None else self._decoder(self.key_decoder, cos)
+        cos, sin = cos[:, None], sin[:, None]
+
+        def product(index: int, states: Tensor) -> Tensor:
+            if decoder is not None:
+                states = linear(states, decoder[0].flatten(0, 1), decoder[1].flatten())
+            keys = states.unflatten(-1, (-1, self.head_dim))
+            turn(keys, cos[: keys.shape[1]], sin[: keys.shape[1]])
+            return grouped(queries[index], keys.permute(0, 2, 3, 1))
 
         return product
 
-    def _by_channels(self, cos: Tensor, sin: Tensor) -> Product:
+    def _by_channels(self, queries: Tensor, cos: Tensor, sin: Tensor) -> Product:
         """Takes the query to the channels, for the decoder commutes with rope; the mean of keys turns as they do."""
         weight, mean = self._decoder(self.key_decoder, cos)
-        heads, mean = weight[None], mean.repeat_interleave(self.num_key_value_groups, dim=0)[:, None]
-        turns, waves = (cos[:, self.channel_index], sin[:, self.channel_index]), torch.cat([cos, sin], -1)
-        sizes = [2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs]
-        mean_pairs, mean_rest = mean.split(sizes, dim=-1)
-        real, imag = mean_pairs.chunk(2, dim=-1)
+        mean, turned_dims = mean.repeat_interleave(self.num_key_value_groups, dim=0)[:, None], 2 * self.rope_pairs
+        real, imag = mean[..., :turned_dims].chunk(2, dim=-1)
+        of_mean = multiply_pairs(queries[..., :turned_dims], real, -imag)  # the conjugate of what turns with a column
+        of_rest = (queries[..., turned_dims:] * mean[..., turned_dims:]).sum(-1, keepdim=True)
+        channel_cos, channel_sin = cos[:, self.channel_index], sin[:, self.channel_index]
+        waves = torch.cat([cos, sin], -1)
 
-        def product(query: Tensor, states: Tensor) -> Tensor:
-            columns = slice(0, states.shape[1])
-            states = turned(states, *(table[columns] for table in turns))
-            scores = (grouped(query, heads).flatten(1, 2) @ states.mT).unflatten(1, query.shape[1:3])
-            pairs, rest = query.split(sizes, dim=-1)
-            of_mean = multiply_pairs(pairs, real, -imag)  # the conjugate of what multiplies the columns' turns
-            return scores + of_mean @ waves[columns].mT + (rest * mean_rest).sum(-1, keepdim=True)
+        def product(index: int, states: Tensor) -> Tensor:
+            length = states.shape[1]
+            turn(states, channel_cos[:length], channel_sin[:length])
+            absorbed = grouped(queries[index], weight[None]).flatten(1, 2)
+            scores = (states @ absorbed.mT).mT.unflatten(1, queries.shape[2:4])
+            return scores + of_mean[index] @ waves[:length].mT + of_rest[index]
 
         return product
 
-    def _context(self, weights: Tensor, rows: Rows, chunks: list[tuple[int, int]]) -> Tensor:
+    def _context(self, weights: Tensor, rows: Rows, chunks: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
         """Values weighted with ``weights`` [B,H,T,S]: [B,H,T,d]."""
-        read = ((slice(*chunk), self._read(rows, *chunk, weights.dtype, values=True)) for chunk in chunks)
+        read = ((slice(*chunk), self._read(rows, *chunk, dtype, values=True).to(weights.dtype)) for chunk in chunks)
         if self.value_decoder is None:
             return torch.stack([grouped(weights[..., at], self._rebuilt(states, None)) for at, states in read]).sum(0)
         flat = weights.flatten(1, 2)
@@ -255,6 +270,7 @@ class CodedAttention(ConvertedAttention):
     def _decoder(self, decoder: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [G,d,G d] and constant [G,d] of a decoder."""
         weight, mean = affine_map(decoder, self.num_kv_heads * self.head_dim, like)
+        weight, mean = weight.to(like.dtype), mean.to(like.dtype)
         return weight.unflatten(0, (-1, self.head_dim)), mean.unflatten(0, (-1, self.head_dim))
 
 
@@ -265,6 +281,15 @@ def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return states
     pairs, rest = states.split([size, states.shape[-1] - size], dim=-1)
     return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
+
+
+def turn(states: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The same in place."""
+    size = cos.shape[-1]
+    real, imag = states[..., :size], states[..., size : 2 * size]
+    swapped = real * sin
+    real.mul_(cos).addcmul_(imag, sin, value=-1)
+    imag.mul_(cos).add_(swapped)
 
 
 def grouped(query: Tensor, states: Tensor) -> Tensor:

@@ -63,8 +63,7 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
         tensors["channel_index"] = keys.basis.frequency
     for name, coded in (("key_codec", keys), ("value_codec", values)):
         codec: Any = make_codec(coded.coding)
-        if coded.tables:
-            codec.set_tables(coded.tables)
+        codec.set_tables(coded.tables)
         tensors |= {f"{name}.{key}": tensor for key, tensor in codec.state_dict().items()}
     tensors |= {f"{name}.{key}": each for name, norm in source.norms.items() for key, each in norm.state_dict().items()}
     tensors = {name: tensor.to(like.device).contiguous() for name, tensor in tensors.items()}
