@@ -42,7 +42,7 @@ class TransformCoding(LayerMethod):
     first_tokens: int = Field(
         4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
     )
-    calibration_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens of calibration text to use.")
+    calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
         512, ge=8, le=MOST, description="Tokens per calibration window (at most the model's context)."
     )
