@@ -30,8 +30,11 @@ TINY = {
     "eval_every": 1,
     "device": "cpu",
 }
+FAST_RUN = {name: FAST[name] for name in ("calibration_tokens", "calibration_length")}
 SAMPLES = {  # one line for each method
     "mla": Sample({"kv_cache": 0.5, **FAST}, {"kv_cache": 1.0, **FAST}),
+    "transform_coding": Sample({"kv_cache": 0.5, **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
+    "kvquant": Sample({"bits": 3, **FAST_RUN}, {"bits": 16, **FAST_RUN}),
     "tune": Sample(TINY, TINY | {"learning_rate": 1e-30}, before=(HALF,)),
 }
 TOY = '''
@@ -103,9 +106,6 @@ def toy(tmp_path):
     gc.collect()  # a class is known for as long as it lives
 
 
-FAST_RUN = {name: FAST[name] for name in ("calibration_tokens", "calibration_length")}
-
-
 def test_every_method_is_in_the_contract():
     assert SAMPLES.keys() == all_methods().keys()
 
@@ -121,7 +121,7 @@ def test_a_new_method_is_one_file(toy, source, tmp_path, monkeypatch, capfd):
     listed = run_main(["methods", "--json"], monkeypatch, capfd)
     row = next(row for row in json.loads(listed.out) if row["name"] == "toy")
     assert row["paper"] == "https://arxiv.org/abs/0000.00000"
-    assert (row["phase"], row["saves"], set(row["composes_with"])) == ("weights", ["weights"], {"mla", "tune"})
+    assert (row["phase"], row["saves"], set(row["composes_with"])) == ("weights", ["weights"], {*SAMPLES})
     assert "### toy" in methods_page() and "0000.00000" in methods_page() and "`levels`" in methods_page()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {source}\nsteps:\n  - toy: {json.dumps(toy.settings)}\n")

@@ -29,7 +29,8 @@ class Stop(Exception):
 
 def whole_model(model, windows):
     """Per window and layer: gradients of the weights, and hidden states after the layer with theirs, by autograd."""
-    model.set_attn_implementation("eager")  # older transformers leave soft-caps out of sdpa
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # older transformers leave soft-caps out of sdpa
     layers, found = decoder_layers(model.requires_grad_(True)), []
     for window in windows:
         states = {}

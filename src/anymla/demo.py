@@ -19,7 +19,7 @@ from anymla.errors import AnymlaError, InfeasibleError, OutputError
 from anymla.evaluation.generation import continuation, reply
 from anymla.evaluation.logits import Logits, logits_of_pass
 from anymla.evaluation.scores import Scores, ScoreSums
-from anymla.io.checkpoint import load_tokenizer, new_folder
+from anymla.io.checkpoint import copy_companions, load_model, load_tokenizer, new_folder
 from anymla.io.computing import load_to_compute
 from anymla.io.real_models import real_model
 from anymla.report.demo import demo_page
@@ -32,9 +32,10 @@ Note = Callable[[str], None]
 REAL, BUNDLED = "SmolLM2-135M-Instruct", "stories260K"
 QUESTIONS = ("What is the capital of France?", "Give me three tips for better sleep.")
 STORIES = ("Once upon a time, there was a little girl named Lily. She", "One day, Tom found a big red ball")
-OURS, TABLES, PAPER = "anymla", "quantised cache", "MHA2MLA"
+OURS, TABLES, PAPER = "anymla", "KVQuant", "MHA2MLA"
 KEPT = 0.125  # of the bytes; this conversion is left behind, and answers
 BUDGETS = (0.5, 0.25, KEPT)  # of the bundled model
+TOKENS = {"calibration_tokens": 4096, "calibration_length": 512}  # fewer than by default: minutes
 FEW_TOKENS = {"calibration_tokens": 512, "calibration_length": 64}  # for the paper's mean norms of keys and queries
 WINDOW, BATCH = 256, 4  # tokens of a window, windows at once
 REAL_WINDOWS, BUNDLED_WINDOWS = 8, 64
@@ -55,6 +56,16 @@ class Contender:
     step: dict[str, dict[str, Any]]
     scores: Scores | None = None
     infeasible: str | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is converted: its name and folder, how many windows of text to score on, and the ways to convert it."""
+
+    name: str
+    folder: Path
+    windows: int
+    contenders: tuple[Contender, ...]
 
 
 @dataclass(frozen=True)
@@ -104,56 +115,59 @@ def run_demo(output: Path, *, bundled: bool = False, report: Report, note: Note)
     """
     if output.exists() and not (output / MARK).is_file():
         raise OutputError(f"{output} exists and is not an earlier demo's folder: choose another -o")
-    started, real = time.monotonic(), None if bundled else _real(report, note)
-    name, source, contenders = (BUNDLED, bundled_model(), _bundled_contenders()) if real is None else real
-    report(0, None, "running the original")
-    original, tokenizer = load_to_compute(source), load_tokenizer(source)
-    ids = tokenize(read_documents(bundled_text("valid")), tokenizer)
-    windows = token_windows(ids, WINDOW, "bundled text")[: REAL_WINDOWS if real else BUNDLED_WINDOWS]
-    text = HeldOut.of(original, windows)
-    with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+    started = time.monotonic()
+    with new_folder(output) as folder, tempfile.TemporaryDirectory() as made:
+        scratch = Path(made)
+        subject = (None if bundled else _real(report, note)) or _bundled(scratch)
+        report(0, None, "running the original")
+        original, tokenizer = load_to_compute(subject.folder), load_tokenizer(subject.folder)
+        ids = tokenize(read_documents(bundled_text("valid")), tokenizer)
+        text = HeldOut.of(original, token_windows(ids, WINDOW, "bundled text")[: subject.windows])
         scored = []
-        for number, contender in enumerate(contenders, 1):
+        for number, contender in enumerate(subject.contenders, 1):
             kept = (contender.method, contender.budget) == (OURS, KEPT)
-            target = folder / "model" if kept else Path(scratch) / str(number)
-            scored.append(_scored(contender, source, target, text, _numbered(report, number, contenders)))
+            target = folder / "model" if kept else scratch / str(number)
+            scored.append(_scored(contender, subject.folder, target, text, _numbered(report, number, subject)))
         report(0, None, "asking both")
         converted = load_to_compute(folder / "model")
         outcome = DemoOutcome(
-            model=name,
+            model=subject.name,
             output=output,
             original=text.scores(original, text.logits),
             contenders=tuple(scored),
             answers=_answers(original, converted, tokenizer),
             seconds=time.monotonic() - started,
         )
-        (folder / MARK).write_text(json.dumps(outcome.to_dict(), indent=2) + "\n", encoding="utf-8")
-        point = outcome.original.cache_bytes_per_token, outcome.original.perplexity
-        quality_plot(folder / "quality.png", _curves(outcome), point, (OURS,))
-        (folder / "index.html").write_text(demo_page(outcome), encoding="utf-8")
+        _write(outcome, folder)
     return outcome
 
 
-def _real(report: Report, note: Note) -> tuple[str, Path, tuple[Contender, ...]] | None:
-    """The real model and what is done to it; None where it cannot be had."""
+def _real(report: Report, note: Note) -> Subject | None:
+    """The real model; None where it cannot be had."""
     report(0, None, f"fetching {REAL}")
+    contenders = (_ours(KEPT), _tables(2 * KEPT), _tables(KEPT), _paper(KEPT, 8))
     try:
-        return REAL, real_model(REAL, note), (_ours(KEPT), _tables(2 * KEPT), _tables(KEPT), _paper(KEPT, 8))
+        return Subject(REAL, real_model(REAL, note), REAL_WINDOWS, contenders)
     except AnymlaError as error:
         note(f"{error}; the bundled model is converted instead")
         return None
 
 
-def _bundled_contenders() -> tuple[Contender, ...]:
-    return tuple(make for budget in BUDGETS for make in (_ours(budget), _tables(budget), _paper(budget, 2)))
+def _bundled(scratch: Path) -> Subject:
+    """The bundled model in 16 bits, as others are, so that shares of bytes mean the same."""
+    source, folder = bundled_model(), scratch / BUNDLED
+    load_model(source, dtype="bfloat16").save_pretrained(folder)
+    copy_companions(source, folder)
+    contenders = (make for budget in BUDGETS for make in (_ours(budget), _tables(budget), _paper(budget, 2)))
+    return Subject(BUNDLED, folder, BUNDLED_WINDOWS, tuple(contenders))
 
 
 def _ours(budget: float) -> Contender:
-    return Contender(OURS, budget, {"transform_coding": {"kv_cache": budget}})
+    return Contender(OURS, budget, {"transform_coding": {"kv_cache": budget, "decode_cost": "any"} | TOKENS})
 
 
 def _tables(budget: float) -> Contender:
-    return Contender(TABLES, budget, {"kvquant": {"bits": round(16 * budget)}})
+    return Contender(TABLES, budget, {"kvquant": {"bits": round(16 * budget), "sparse": 0.0} | TOKENS})
 
 
 def _paper(budget: float, rope_dims: int) -> Contender:
@@ -162,20 +176,20 @@ def _paper(budget: float, rope_dims: int) -> Contender:
     return Contender(PAPER, budget, {"mla": {"kv_cache": budget} | paper | FEW_TOKENS})
 
 
-def _numbered(report: Report, number: int, contenders: tuple[Contender, ...]) -> Report:
+def _numbered(report: Report, number: int, subject: Subject) -> Report:
     """Reports under the name of a contender."""
-    contender = contenders[number - 1]
-    name = f"{number} of {len(contenders)}, {contender.method} at {contender.budget:.1%} of the bytes"
+    contender = subject.contenders[number - 1]
+    name = f"{number} of {len(subject.contenders)}, {contender.method} at {contender.budget:.1%} of the bytes"
     return lambda done, total, what: report(done, total, f"{name}: {what}")
 
 
 def _scored(contender: Contender, source: Path, target: Path, text: HeldOut, report: Report) -> Contender:
     """The contender with its scores; what it makes of ``source`` goes to ``target``."""
-    report(0, None, "reading, then the first layer")
+    report(0, None, "reading")
 
-    def progress(number: int, step: Any, done: int = 0, total: int | None = None, *_: Any) -> None:
+    def progress(number: int, step: Any, done: int = 0, total: int | None = None, result: Any = None) -> None:
         if total is not None:
-            report(done, total, "layer")
+            report(done, total, "calibration, pass" if result is None else "layer")
 
     try:
         run(source, target, [contender.step], progress=progress)
@@ -220,10 +234,13 @@ def _answers(original: Any, converted: Any, tokenizer: Any) -> tuple[Answer, ...
     return tuple(Answer(prompt, ask(original, prompt), ask(converted, prompt)) for prompt in prompts)
 
 
-def _curves(outcome: DemoOutcome) -> dict[str, list[tuple[float, float]]]:
-    """Points of bytes per token and perplexity, by method."""
+def _write(outcome: DemoOutcome, folder: Path) -> None:
+    """Writes the results, the plot and the page."""
+    (folder / MARK).write_text(json.dumps(outcome.to_dict(), indent=2) + "\n", encoding="utf-8")
     curves: dict[str, list[tuple[float, float]]] = {}
     for contender in outcome.contenders:
         if (scores := contender.scores) is not None:
             curves.setdefault(contender.method, []).append((scores.cache_bytes_per_token, scores.perplexity))
-    return curves
+    point = outcome.original.cache_bytes_per_token, outcome.original.perplexity
+    quality_plot(folder / "quality.png", curves, point, (OURS,))
+    (folder / "index.html").write_text(demo_page(outcome), encoding="utf-8")

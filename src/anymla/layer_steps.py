@@ -23,7 +23,7 @@ def apply(
     source: str | Path,
     output: str | Path,
     *,
-    progress: Callable[[int, int, dict[str, Any]], None] | None = None,
+    progress: Callable[[int, int, dict[str, Any] | None], None] | None = None,
 ) -> None:
     """Runs a layer method over a checkpoint and writes a new one, with the method on its card.
 
@@ -31,7 +31,8 @@ def apply(
         method: what to do.
         source: a checkpoint as :func:`anymla.convert` takes it, or one that it wrote; it is only read.
         output: the folder to write.
-        progress: called after each layer with (layers done, layers, what the method says of it).
+        progress: called after each layer with (layers done, layers, what the method says of it), and before them, with
+            None for the last, after each pass of the survey through a layer.
 
     What is done is kept in a folder beside ``output``; the same call goes on from there.
 
@@ -47,7 +48,13 @@ def apply(
 
         register()
         model = spec_of(safe_config(plain.folder).to_dict())
-        run = Run(output=place, memory=machine_memory() // 4, shard_size=parse_size("", "5GB"), progress=progress)
+        run = Run(
+            output=place,
+            memory=machine_memory() // 4,
+            shard_size=parse_size("", "5GB"),
+            progress=progress,
+            surveyed=None if progress is None else lambda done, total: progress(done, total, None),
+        )
         with swept(method, plain.folder, model, run) as done:
             if rank() == 0:
                 before = plain.folder / CARD if (plain.folder / ACCOUNT).is_file() else None

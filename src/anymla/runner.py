@@ -58,7 +58,7 @@ def run(
         restart: discard what a stopped run to ``output`` left, instead of going on from there.
         keep_steps: keep the checkpoints between the steps, in a folder ``OUTPUT-steps``.
         progress: called with a step's number, from 1, and the step when it begins; then with these and what
-            :func:`anymla.convert` or :func:`anymla.tune` give their ``progress``.
+            :func:`anymla.convert`, :func:`anymla.tune` or ``layer_steps.apply`` give their ``progress``.
         told: called with 0 and the original's outcome, then after each step with its number and outcome.
         note: called with what the user should know, in words.
 

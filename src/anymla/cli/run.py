@@ -105,8 +105,8 @@ def _progress(report: Report, steps: int) -> Callable[..., None]:
 
 def _layers(report: Report) -> Callable[..., None]:
     """Reports each layer of a step."""
-    report(0, None, "reading, then the first layer")
-    return lambda done, total, _: report(done, total, "layer")
+    report(0, None, "reading")
+    return lambda done, total, result: report(done, total, "layer" if result is not None else "calibration, pass")
 
 
 def _tell(number: int, outcome: StepOutcome) -> None:

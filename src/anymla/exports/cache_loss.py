@@ -35,8 +35,8 @@ class CacheLoss:
     def summary(self) -> str:
         """The figures in words."""
         return (
-            f"a {self.cache} cache has KL {self.kl:.2g} to one in float per token, in {self.engine}, and {self.top1:.1%} of "
-            f"the likeliest tokens stay ({self.tokens} held-out tokens)"
+            f"a {self.cache} cache has KL {self.kl:.2g} to a cache of floats in {self.engine}, and {self.top1:.1%} of "
+            f"likeliest tokens stay ({self.tokens} held-out tokens)"
         )
 
 
@@ -56,12 +56,13 @@ def loss_between(cache: str, engine: str, floats: Iterable[Tensor], quantised: I
     return CacheLoss(cache, engine, kl / count, equal / count, int(count))
 
 
-class Fp8Cache(DynamicCache):
+class Fp8Cache(DynamicCache):  # type: ignore[misc]  # transformers has no types
     """A cache of e4m3 with a scale of 1, as vLLM and SGLang keep it for --kv-cache-dtype fp8 unasked, read as float."""
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As DynamicCache's, of latent and rope key [B,1,T,..]."""
-        return super().update(_in_e4m3(keys), _in_e4m3(values), *args, **kwargs)
+        held: tuple[Tensor, Tensor] = super().update(_in_e4m3(keys), _in_e4m3(values), *args, **kwargs)
+        return held
 
 
 def _in_e4m3(numbers: Tensor) -> Tensor:

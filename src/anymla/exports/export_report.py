@@ -48,7 +48,7 @@ class Export:
     @property
     def warning(self) -> str | None:
         """That the cache is no smaller than the original's, where it is not."""
-        if self.parity.cached_numbers * BYTES.get(self.cache_type, 2) < self.original_numbers * 2:
+        if self.parity.cached_numbers * BYTES.get(self.cache_type or "", 2) < self.original_numbers * 2:
             return None
         filled = (
             "" if self.pad == "none" else f"; --pad {self.pad} fills it up, --pad none does not (docs/exporting.md)"

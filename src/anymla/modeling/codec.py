@@ -5,6 +5,7 @@ One of the modelling files that travel with every converted checkpoint; it needs
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,15 @@ class Codec(nn.Module):
         self.coding = coding
         self.width = coding.width
         self.row_bytes = coding.row_bytes
+
+    def set_tables(self, tables: Mapping[int, Tensor]) -> None:
+        """Takes over levels, in a codec that has some.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if tables:
+            raise ValueError(f"codes of kind {self.coding.kind} have no tables")
 
     def encode(self, x: Tensor) -> Tensor:
         """The rows, uint8 [..., row_bytes], of coefficients [..., width]."""

@@ -51,6 +51,10 @@ class Rows(NamedTuple):
     places: Places | None
     start: int  # the column of the first new token
 
+    def before(self, stop: int) -> Rows:
+        """Those in the columns before ``stop``."""
+        return self._replace(keys=self.keys[:, :stop], values=self.values[:, :stop])
+
 
 class CodedAttention(ConvertedAttention):
     """Attention over a cache of codes that stands in for the attention module ``original`` of one layer.
@@ -108,6 +112,9 @@ class CodedAttention(ConvertedAttention):
         rows = None if cache is None else self._cached(tokens, cache)
         start, length = (0, query.shape[2]) if rows is None else (rows.start, rows.keys.shape[1])
         mask = score_bias(mask, self.spec, self.config, hidden_states, length, kwargs)
+        if rows is not None and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
+            stop = start + query.shape[2]  # a static cache has empty rows behind
+            rows, mask = rows.before(stop), mask if mask is None else mask[..., :stop]
         query = self._scaled(query, places, start)
         if rows is not None and self.reads_chunks(query.shape[2], mask):
             return self.attend_in_chunks(query, rows, mask), None
@@ -191,11 +198,10 @@ class CodedAttention(ConvertedAttention):
 
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
         """Attention that holds no more than a chunk of the cache as numbers; arguments as above."""
-        new = query.shape[2]
-        length = min(rows.keys.shape[1], rows.start + new)  # a static cache has empty rows behind
+        new, length = query.shape[2], rows.keys.shape[1]
         if mask is None and new > 1 and self.is_causal:
             mask = causal_mask(new, length, self.sliding_window, query.device)
-        mask = None if mask is None else additive_mask(mask[..., :length], query.dtype)
+        mask = None if mask is None else additive_mask(mask, query.dtype)
         size = max(1, CHUNK // (len(query) * self.num_kv_heads * self.head_dim))
         chunks = [(start, min(length, start + size)) for start in range(0, length, size)]
         precise = query.to(torch.promote_types(query.dtype, torch.float32))  # of 16 bits products are slower, too

@@ -63,8 +63,8 @@ def _title(outcome: DemoOutcome) -> str:
 
 def _how(outcome: DemoOutcome) -> str:
     return (
-        f"Training-free. Scored on {outcome.original.tokens:,} tokens of TinyStories that no calibration saw. Bytes are "
-        "measured from the live cache; KL (nats per token) and top-1 agreement are to the original."
+        f"Training-free, scored on {outcome.original.tokens:,} tokens of TinyStories that no calibration saw. "
+        "Bytes are measured from the live cache; KL (nats per token) and top-1 agreement are to the original."
     )
 
 

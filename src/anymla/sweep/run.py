@@ -40,7 +40,8 @@ class Run:
         output: the folder to write.
         memory: bytes of activations to hold in memory, of all processes; shard_size: bytes of a weight file.
         restart: discard what a stopped sweep left.
-        progress: called after each layer; begins: called with the layers that are left and the device, before them.
+        progress: called after each layer; surveyed: after each pass through a layer before them; begins: called with
+            the layers that are left and the device, before all.
     """
 
     output: Path
@@ -48,6 +49,7 @@ class Run:
     shard_size: int
     restart: bool = False
     progress: Progress | None = None
+    surveyed: Callable[[int, int], None] | None = None
     begins: Callable[[int, str], None] | None = None
 
 
@@ -105,7 +107,9 @@ def swept(
         if run.begins is not None:
             run.begins(layers - len(work.progress["layers"]), device)
         memory, survey = run.memory // world(), method.survey(model, plan)
-        facts = [] if survey is None else run_survey(survey, streamed, model, plan, windows, work, memory=memory)
+        facts = []
+        if survey is not None:
+            facts = run_survey(survey, streamed, model, plan, windows, work, memory=memory, told=run.surveyed)
         plan = method.plan(model, facts, plan.choices)
         sequence = Sequence(streamed, model, windows, work, memory=memory)
         sequence.convert(method, plan, shard_size=run.shard_size, progress=run.progress)

@@ -8,7 +8,7 @@ and the gradient of the final loss moves the other way. One layer's weights and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from anymla.sweep.layer import Layer
 from anymla.sweep.streams import SavedStreams
 
 HIDDEN, GRADIENT = "surveyed", "gradient"  # names of the streams' files
+Told = Callable[[int, int], None]  # (passes through a layer done, all of them)
 
 
 @torch.no_grad()
@@ -42,6 +43,7 @@ def run_survey(
     work: WorkFolder,
     *,
     memory: int,
+    told: Told | None = None,
 ) -> Facts:
     """What ``survey`` says of each layer that it looks at and that ``plan`` changes; None for the others.
 
@@ -53,6 +55,7 @@ def run_survey(
         windows: those of all processes [N,T].
         work: an open work folder; what is done is kept in it.
         memory: bytes of activations that may be in memory at once; those beyond go to files in ``work``.
+        told: called after each pass through a layer.
 
     Raises:
         OSError: not enough room on the disk.
@@ -65,9 +68,9 @@ def run_survey(
     if survey.backward:
         if kept.gradient_after != min(wanted):
             decoder = Decoder(in_float32(source), model, windows)
-            BackwardSurvey(survey, decoder, plan, kept, wanted, memory).run()
+            BackwardSurvey(survey, decoder, plan, kept, wanted, memory, told).run()
     elif kept.passed <= max(wanted):
-        ForwardSurvey(survey, Decoder(source, model, windows), plan, kept, wanted, memory).run()
+        ForwardSurvey(survey, Decoder(source, model, windows), plan, kept, wanted, memory, told).run()
     for name in (HIDDEN, GRADIENT):
         for path in work.path.glob(f"{name}-{rank()}-after-*"):
             path.unlink()
@@ -145,9 +148,16 @@ class SurveyRun:
     """One survey, from its first layer or from where it was stopped."""
 
     def __init__(
-        self, survey: Survey, decoder: Decoder, plan: Plan, kept: KeptFacts, wanted: set[int], memory: int
+        self,
+        survey: Survey,
+        decoder: Decoder,
+        plan: Plan,
+        kept: KeptFacts,
+        wanted: set[int],
+        memory: int,
+        told: Told | None,
     ) -> None:
-        self.survey, self.decoder, self.plan = survey, decoder, plan
+        self.survey, self.decoder, self.plan, self.told = survey, decoder, plan, told
         self.kept, self.wanted, self.folder = kept, wanted, kept.work.path
         self.budget = Budget(memory, self.folder)
 
@@ -155,6 +165,11 @@ class SurveyRun:
         """Room for a stream of as many windows."""
         shape = (windows, *self.decoder.shape[1:])
         return Activations(shape, self.decoder.dtype, self.decoder.source.device, self.budget, f"{name}-{rank()}")
+
+    def tell(self, done: int, total: int) -> None:
+        """Reports a pass through a layer."""
+        if self.told is not None:
+            self.told(done, total)
 
     def begin(self, saved: SavedStreams, hidden: Activations, generations: int) -> None:
         """Fills ``hidden`` with embeddings, where the disk has room for that many of it, or takes it up."""
@@ -189,6 +204,7 @@ class ForwardSurvey(SurveyRun):
                 facts = self._passed(self.decoder.layer(index, self.plan, original=hidden, converted=before))
             saved.save(index + 1)
             self.kept.add(index, facts)
+            self.tell(index + 1, max(self.wanted) + 1)
             give_back_memory()
 
     def _passed(self, layer: Layer) -> dict[str, Any] | None:
@@ -223,6 +239,7 @@ class BackwardSurvey(SurveyRun):
                 pass_through(layer.module, self.hidden, layer.arguments, layer.batch)
             self.states.save(index + 1)
             self.kept.add(index, None)
+            self.tell(index + 1, 2 * self.total - self.lowest)
             give_back_memory()
 
     def _turn(self) -> None:
@@ -246,6 +263,7 @@ class BackwardSurvey(SurveyRun):
                 facts = self._passed(index)
             self.gradients.save(index)
             self.kept.add(index, facts, gradient_after=index)
+            self.tell(2 * self.total - index, 2 * self.total - self.lowest)
             give_back_memory()
 
     def _passed(self, index: int) -> dict[str, Any] | None:

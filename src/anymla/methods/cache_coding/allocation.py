@@ -14,6 +14,7 @@ from anymla.modeling.coding_spec import WIDTHS, Coding
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000642, 8: 4.1e-5, 16: 4e-8}
 
 
+TRIES = 16  # prefixes of steps that are tried beyond the one that bisection finds
 MISSES = 500  # steps in a row that do not fit, after which no smaller one is looked for
 
 
@@ -40,11 +41,11 @@ def allocate(rows: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
             for low, high in pairwise(hull)
         )
     ]
-    fits = bisect_right(range(len(steps)), budget, lo=len(first), key=lambda count: _bytes(_taken(rows, steps[:count])))
-    bits = _taken(rows, steps[: fits - 1])
+    fits = _most_steps(rows, steps, budget, len(first))
+    bits = _taken(rows, steps[:fits])
     sizes = [code_bytes(row) for row in bits]
     budget, misses = budget - sum(sizes), 0
-    for row, place, high in steps[fits - 1 :]:
+    for row, place, high in steps[fits:]:
         if bits[row][place] != hull[hull.index(high) - 1]:  # its step before did not fit
             continue
         changed = [*bits[row][:place], high, *bits[row][place + 1 :]]
@@ -65,8 +66,22 @@ def code_bytes(bits: Sequence[int]) -> int:
     return Coding(bits=tuple(Counter(bits).items())).row_bytes
 
 
-def _bytes(rows: Sequence[Sequence[int]]) -> int:
-    return sum(map(code_bytes, rows))
+def _most_steps(rows: Sequence[Sequence[float]], steps: Sequence[tuple[int, int, int]], budget: int, least: int) -> int:
+    """How many of ``steps`` fit, at least ``least``: found by bisection, and among those whose bits alone would fit.
+
+    Bytes do not always rise with the steps: a row in which two coefficients have the same bits has less padding.
+    """
+
+    def bits_only(count: int) -> int:
+        return -(-sum(map(sum, _taken(rows, steps[:count]))) // 8)
+
+    def in_bytes(count: int) -> int:
+        return sum(map(code_bytes, _taken(rows, steps[:count])))
+
+    counts = range(len(steps) + 1)
+    found = bisect_right(counts, budget, lo=least, key=in_bytes) - 1
+    most = bisect_right(counts, budget, lo=found, key=bits_only) - 1
+    return next((count for count in range(most, max(found, most - TRIES), -1) if in_bytes(count) <= budget), found)
 
 
 def _taken(rows: Sequence[Sequence[float]], steps: Sequence[tuple[int, int, int]]) -> list[list[int]]:

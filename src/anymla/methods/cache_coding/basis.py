@@ -89,9 +89,9 @@ def axes(moments: Moments) -> Basis:
 def channels(moments: Moments, pairs: int, kv_heads: int) -> Basis:
     """The same within each rope frequency, by complex axes across heads, which commute with rope.
 
-    F and C of a frequency's pairs are replaced by the parts that commute with rope, hermitian matrices [G,G]. Then every
-    channel is turned by the phase that makes the product of its two parts' energies least. Dims without rope have axes
-    of their own. Coefficients are [real parts of the channels | imaginary parts | axes of the rest].
+    F and C of a frequency's pairs are replaced by the parts that commute with rope, hermitian matrices [G,G]. Then
+    every channel is turned by the phase that makes the product of its two parts' energies least. Dims without rope have
+    axes of their own. Coefficients are [real parts of the channels | imaginary parts | axes of the rest].
     """
     width = len(moments.mean)
     real, imag, rest = _places(pairs, width // kv_heads, kv_heads)
@@ -135,8 +135,7 @@ def _basis(moments: Moments, encoder: Tensor, decoder: Tensor, frequency: Tensor
 def _complex_axes(fisher: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Encoder and decoder [2G,2G] of one frequency's pairs [real parts | imaginary parts]."""
     root, inverse = _roots(_commuting(fisher))
-    energies, axes = torch.linalg.eigh(root @ _commuting(covariance) @ root)
-    axes = axes.flip(1)
+    axes = torch.linalg.eigh(root @ _commuting(covariance) @ root)[1].flip(1)
     encode = _real_form(axes.mH @ root).T  # a column z = V^H R x
     decode = _real_form(inverse @ axes).T
     turns = _phases((decode @ fisher) @ decode.T, encode.T @ covariance @ encode)

@@ -17,13 +17,15 @@ from anymla.methods.cache_coding.basis import Basis
 from anymla.methods.cache_coding.energies import key_basis, read, value_basis
 from anymla.methods.cache_coding.plan import LayerCoding, ordered
 from anymla.methods.cache_coding.tables import fit_tables
-from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.codecs import make_codec
+from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
+
+EVEN = 0.1  # part of a weight that is the same for all tokens: single gradients overstate how much tokens differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +62,8 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     if keys.basis is not None and keys.basis.frequency is not None:
         tensors["channel_index"] = keys.basis.frequency
     for name, coded in (("key_codec", keys), ("value_codec", values)):
-        codec = make_codec(coded.coding)
-        if coded.tables:
-            codec.set_tables(coded.tables)
+        codec: Any = make_codec(coded.coding)
+        codec.set_tables(coded.tables)
         tensors |= {f"{name}.{key}": tensor for key, tensor in codec.state_dict().items()}
     tensors |= {f"{name}.{key}": each for name, norm in source.norms.items() for key, each in norm.state_dict().items()}
     tensors = {name: tensor.to(like.device).contiguous() for name, tensor in tensors.items()}
@@ -70,26 +71,32 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     return attention.eval().requires_grad_(False)
 
 
-def build_transformed(layer: Layer, coding: LayerCoding, spec: CodedSpec) -> tuple[CodedAttention, float]:
+def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[CodedAttention, float]:
     """The attention of a layer as planned, and what its codes cost on the survey's sample, in nats of KL per token."""
+    if (spec := layer.planned.coded) is None:
+        raise ValueError(f"layer {layer.index} is planned without a coded cache")
     facts = coding.facts
-    keys, key_loss = _fitted(
-        spec.keys, key_basis(facts, coding.key_basis, layer.old), facts["key_sample"], coding.key_bits
-    )
-    values, value_loss = _fitted(spec.values, value_basis(facts), facts["value_sample"], coding.value_bits)
+    keys, key_loss = _fitted(spec.keys, key_basis(facts, coding.key_basis, layer.old), facts, "key", coding.key_bits)
+    values, value_loss = _fitted(spec.values, value_basis(facts), facts, "value", coding.value_bits)
     return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
 
 
-def _fitted(coding: Coding, basis: Basis, sample: Any, bits: Sequence[int]) -> tuple[Coded, float]:
-    """Levels fitted to ``sample`` [N,n], the coefficients in the order of ``coding``, and what they lose there."""
+def _fitted(coding: Coding, basis: Basis, facts: dict[str, Any], kind: str, bits: Sequence[int]) -> tuple[Coded, float]:
+    """Levels fitted to the sample of "key" or "value", and what they lose there.
+
+    The coefficients are put in the order of ``coding``. Levels are weighted by what an error of this coefficient in
+    this token costs: its gradient, squared.
+    """
     channels = 0 if basis.frequency is None else len(basis.frequency)
     basis = basis.ordered(torch.tensor(ordered(bits, channels)))
-    coefficients = basis.encode(read(sample)).float()
-    coded = Coded(coding=coding, basis=basis, tables=fit_tables(coefficients, coding))
-    codec = make_codec(coding)
+    coefficients = basis.encode(read(facts[f"{kind}_sample"])).float()
+    weights = (read(facts[f"{kind}_gradients"]).double() @ basis.decoder.T).square()
+    weights = (1 - EVEN) * weights + EVEN * weights.mean(0)
+    coded = Coded(coding=coding, basis=basis, tables=fit_tables(coefficients, coding, weights))
+    codec: Any = make_codec(coding)
     codec.set_tables(coded.tables)
-    errors = (codec(coefficients) - coefficients).double().square().mean(0)
-    return coded, (errors @ basis.costs).item() / 2
+    errors = ((codec(coefficients) - coefficients).double().square() * weights).mean(0)
+    return coded, errors.sum().item() / 2
 
 
 def _outside(source: SourceAttention) -> dict[str, Tensor | None]:
@@ -109,13 +116,14 @@ def _outside(source: SourceAttention) -> dict[str, Tensor | None]:
 
 def _projected(source: SourceAttention, keys: Coded, values: Coded, made: LayerSpec) -> dict[str, Tensor]:
     """What makes coefficients of x, and keys and values of them."""
-    weights = source.weights
+    given = source.weights
     sides = (
-        ("key", "k_proj", weights.key.flatten(0, 1), weights.key_bias.flatten(), keys.basis, made.encodes_keys),
-        ("value", "v_proj", weights.value.flatten(0, 1), weights.value_bias.flatten(), values.basis, made.encodes_values),
+        ("key", "k_proj", given.key, given.key_bias, keys.basis, made.encodes_keys),
+        ("value", "v_proj", given.value, given.value_bias, values.basis, made.encodes_values),
     )
-    tensors = {}
-    for name, projection, weight, bias, basis, encodes in sides:
+    tensors: dict[str, Tensor] = {}
+    for name, projection, heads, biases, basis, encodes in sides:
+        weight, bias = heads.flatten(0, 1), biases.flatten()
         if basis is not None:
             if encodes:
                 encoder = {"weight": basis.encoder.T, "bias": -basis.mean @ basis.encoder}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -10,7 +10,9 @@ from anymla.errors import CheckpointError
 from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels
 from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
 from anymla.modeling.spec import LayerSpec
-from anymla.sweep.layer import Layer
+
+if TYPE_CHECKING:
+    from anymla.sweep.layer import Layer
 
 
 class EnergySurvey(KeyValueSurvey):

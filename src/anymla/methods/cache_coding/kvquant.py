@@ -43,7 +43,7 @@ class KVQuant(LayerMethod):
     phase: ClassVar[Phase] = Phase.CACHE
     summary: ClassVar[str] = "keys before rope and values in 2 to 8 bits: non-uniform levels, outliers kept apart"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("transform_coding",)
+    excludes: ClassVar[tuple[str, ...]] = ("mla", "transform_coding")
 
     bits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(
         4, description="Bits of every key and value; 16 keeps them as they are, in the model's own dtype."

@@ -33,7 +33,7 @@ class LayerCoding(BaseModel):
     key_bits: tuple[int, ...]
     value_bits: tuple[int, ...]
     predicted_kl: float
-    facts: Any = Field(None, exclude=True, repr=False)
+    facts: Any = Field(default=None, exclude=True, repr=False)
 
     def spec(self, attention: AttentionSpec, first_tokens: int) -> CodedSpec:
         """The cache of a layer."""
@@ -59,6 +59,10 @@ class Energies:
     channels: Sequence[float]
     values: Sequence[float]
 
+    def keys(self, basis: str) -> Sequence[float]:
+        """Those of keys in ``basis``."""
+        return self.axes if basis == "axes" else self.channels
+
     @classmethod
     def typical(cls, attention: AttentionSpec) -> Energies:
         """Those of a layer that nobody looked at: evenly falling."""
@@ -83,6 +87,7 @@ def plan_layers(
             f"--kv-cache {settings.kv_cache:g} leaves {budget} bytes per token, and every layer takes 2 at least: the "
             f"smallest possible is --kv-cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
         )
+    _check_cost(attentions, settings)
     bases = ["axes" if attention.rope_pairs else "channels" for attention in attentions]
     while True:
         rows = [
@@ -96,7 +101,7 @@ def plan_layers(
                 key_basis=basis,
                 key_bits=tuple(keys),
                 value_bits=tuple(values),
-                predicted_kl=(error(energy.axes if basis == "axes" else energy.channels, keys) + error(energy.values, values)) / 2,
+                predicted_kl=(error(energy.keys(basis), keys) + error(energy.values, values)) / 2,
             )
             for energy, basis, keys, values in zip(energies, bases, bits[::2], bits[1::2], strict=True)
         ]
@@ -107,6 +112,18 @@ def plan_layers(
         if not any(dear):
             return layers
         bases = ["channels" if too_dear else basis for basis, too_dear in zip(bases, dear, strict=True)]
+
+
+def _check_cost(attentions: Sequence[AttentionSpec], settings: TransformCoding) -> None:
+    """Refuses a cost of decoding at which a layer could not even read one channel and one value."""
+    if settings.decode_cost == "any":
+        return
+    least = max((2 * bool(each.rope_pairs) or 1) + 1 for each in attentions) / 2
+    if short := [each.head_dim for each in attentions if settings.decode_cost * each.head_dim < least]:
+        raise InfeasibleError(
+            f"--decode-cost {settings.decode_cost:g} is less than one channel and one value take: the smallest "
+            f"possible is --decode-cost {-(-least * 10000 // min(short)) / 10000:g}"
+        )
 
 
 def decode_cost(attention: AttentionSpec, layer: LayerCoding) -> int:
@@ -126,7 +143,7 @@ def decode_cost(attention: AttentionSpec, layer: LayerCoding) -> int:
 
 
 def ordered(bits: Sequence[int], channels: int) -> list[int]:
-    """Places of coefficients, the most bits first; those that begin with so many channels keep their two parts apart."""
+    """Places of coefficients, the most bits first; those of ``channels`` channels keep their two parts apart."""
     real, imag = bits[:channels], bits[channels : 2 * channels]
     pairs = sorted(range(channels), key=lambda place: (-max(real[place], imag[place]), -real[place], -imag[place]))
     rest = sorted(range(2 * channels, len(bits)), key=lambda place: -bits[place])
@@ -146,8 +163,8 @@ def _rows(
         return energies.axes, energies.values
     pairs = attention.num_kv_heads * attention.rope_pairs
     keys, values = list(energies.channels), list(energies.values)
-    groups = [((keys, place), (keys, place + pairs)) for place in range(pairs)]
-    groups += [((row, place),) for row, first in ((keys, 2 * pairs), (values, 0)) for place in range(first, len(row))]
+    groups: list[list[tuple[list[float], int]]] = [[(keys, place), (keys, place + pairs)] for place in range(pairs)]
+    groups += [[(row, place)] for row, first in ((keys, 2 * pairs), (values, 0)) for place in range(first, len(row))]
     groups.sort(key=lambda group: -sum(row[place] for row, place in group) / len(group))
     left = int(_most(attention, settings) / attention.num_heads)
     for group in groups:

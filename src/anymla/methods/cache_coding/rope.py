@@ -34,9 +34,8 @@ def frequencies(cos: Tensor, sin: Tensor) -> tuple[Tensor, float]:
 
     The angle at position 1 says it roughly, those at 2, 4, 8, .. ever finer.
 
-    Args:
-        cos, sin: of positions 0 to T - 1 [T,P], T at least 2, in float32 or finer; no pair turns by half a circle or
-            more per position.
+    ``cos`` and ``sin`` are those of positions 0 to T - 1 [T,P], T at least 2, in float32 or finer. No pair turns by
+    half a circle or more per position.
     """
     turned = torch.complex(cos.double(), sin.double())
     scale = turned[0].abs().mean().item() if cos.shape[1] else 1.0

@@ -56,10 +56,10 @@ class TransformCoding(LayerMethod):
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """Codes for every layer with softmax attention; ``choices``: LayerCoding, typical ones without ``facts``."""
         places = {} if self.kv_cache == 1 else model.attention_layers
-        energies = [_energies(attention, facts and facts[index]) for index, attention in places.items()]
+        known = facts or [None] * len(model.layers)
+        energies = [_energies(attention, known[index]) for index, attention in places.items()]
         planned = dict(zip(places, plan_layers([*places.values()], energies, self) if places else (), strict=True))
-        if facts is not None:
-            planned = {index: layer.model_copy(update={"facts": facts[index]}) for index, layer in planned.items()}
+        planned = {index: layer.model_copy(update={"facts": known[index]}) for index, layer in planned.items()}
         layers = tuple(
             self._coded(layer, planned[index]) if index in planned else layer
             for index, layer in enumerate(model.layers)
@@ -83,7 +83,7 @@ class TransformCoding(LayerMethod):
         from anymla.methods.cache_coding.build import build_transformed
 
         coding: LayerCoding = layer.choice
-        attention, lost = build_transformed(layer, coding, layer.planned.coded)
+        attention, lost = build_transformed(layer, coding)
         layer.module.set_submodule(layer.attention_path, attention)
         return Changed(spec=attention.layer_spec, result={"layer": layer.index, **_told(coding), "error": lost})
 

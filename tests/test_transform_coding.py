@@ -1,0 +1,147 @@
+"""Transform coding: exact bases, the best bits at a budget, and a checkpoint that costs what the plan says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import anymla
+from anymla.architectures.model_spec import read_config, read_model_spec
+from anymla.errors import InfeasibleError
+from anymla.methods.base import method_of
+from anymla.methods.cache_coding.allocation import DISTORTION, allocate, code_bytes
+from anymla.methods.cache_coding.basis import Moments, axes, channels
+from anymla.methods.cache_coding.plan import Energies, decode_cost, ordered, plan_layers
+from anymla.methods.cache_coding.rope import frequencies
+from anymla.methods.cache_coding.transform_coding import TransformCoding
+from tests.families import make_model, save_model, token_ids
+
+HEADS, DIMS, PAIRS = 3, 10, 4
+FAST = {"calibration_tokens": 1024, "calibration_length": 64}
+
+
+@pytest.fixture(scope="module")
+def moments():
+    torch.manual_seed(0)
+    width = HEADS * DIMS
+    states, gradients = (torch.randn(400, width) @ torch.randn(width, width) for _ in range(2))
+    states, gradients = states.double() + 3, gradients.double()
+    covariance = torch.cov(states.T, correction=0)
+    return Moments(mean=states.mean(0), covariance=covariance, fisher=gradients.T @ gradients / 400).shrunk()
+
+
+def bases(moments):
+    return axes(moments), channels(moments, PAIRS, HEADS)
+
+
+def test_bases_are_exact_and_keep_what_errors_cost(moments):
+    eye = torch.eye(HEADS * DIMS, dtype=torch.float64)
+    for basis in bases(moments):
+        assert (basis.encoder @ basis.decoder - eye).abs().max() < 1e-10
+        states = torch.randn(5, HEADS * DIMS, dtype=torch.float64)
+        assert torch.allclose(basis.encode(states) @ basis.decoder + basis.mean, states)
+    found, total = axes(moments), (moments.fisher @ moments.covariance).trace()
+    assert found.energies.sum().item() == pytest.approx(total.item())
+    assert (found.energies.diff() <= 1e-9).all()
+    assert torch.allclose(found.costs, found.costs[:1].expand(len(found.costs)))  # an error costs its square
+    assert axes(moments).energies.log().sum() < channels(moments, PAIRS, HEADS).energies.log().sum()
+
+
+def test_channels_commute_with_rope(moments):
+    basis, angles = channels(moments, PAIRS, HEADS), torch.rand(PAIRS, dtype=torch.float64) * 6
+    turned = torch.polar(torch.ones_like(angles), angles)
+    states = torch.randn(7, HEADS, DIMS, dtype=torch.float64)
+    pairs = torch.complex(states[..., :PAIRS], states[..., PAIRS : 2 * PAIRS]) * turned
+    rotated = torch.cat([pairs.real, pairs.imag, states[..., 2 * PAIRS :]], -1).flatten(1)
+    found, total = states.flatten(1) @ basis.encoder, HEADS * PAIRS
+    pairs = torch.complex(found[:, :total], found[:, total : 2 * total]) * turned[basis.frequency]
+    expected = torch.cat([pairs.real, pairs.imag, found[:, 2 * total :]], -1)
+    assert torch.allclose(rotated @ basis.encoder, expected)
+
+
+@pytest.mark.parametrize("budget", [3, 5, 8])
+def test_bits_are_the_best_at_a_budget(budget):
+    """Eight equal coefficients each, so that a bit of all of them is a byte and nothing is padded."""
+    energies = [[9.0, 0.4, 0.01], [2.0, 0.3, 0.02]]
+    bits = allocate([[each for each in row for _ in range(8)] for row in energies], budget)
+    found = [row[place] for row in bits for place in range(0, 24, 8)]
+    assert all(row[start : start + 8] == row[start : start + 1] * 8 for row in bits for start in range(0, 24, 8))
+    assert sum(map(code_bytes, bits)) <= budget
+
+    def lost(choice):
+        return sum(energy * DISTORTION[each] for energy, each in zip([*energies[0], *energies[1]], choice, strict=True))
+
+    fitting = (choice for choice in itertools.product(range(7), repeat=6) if sum(choice) <= budget)
+    assert lost(found) == pytest.approx(min(map(lost, fitting)))
+
+
+def test_every_row_has_a_byte_and_no_byte_is_left():
+    torch.manual_seed(0)
+    rows = [(torch.rand(37).pow(6) * scale).tolist() for scale in (1.0, 1e-9, 30.0, 0.1)]
+    for budget in (4, 11, 60):
+        sizes = [code_bytes(bits) for bits in allocate(rows, budget)]
+        assert min(sizes) >= 1
+        assert sum(sizes) == budget
+
+
+@pytest.mark.parametrize("decode_cost_limit", [1.0, 2.0, "any"])
+def test_plans_keep_to_bytes_and_to_the_cost_of_decoding(decode_cost_limit, tmp_path):
+    spec = read_model_spec(read_config(save_model(make_model("llama", torch.float32), tmp_path / "model")))
+    settings = TransformCoding(kv_cache=0.25, decode_cost=decode_cost_limit)
+    attentions = list(spec.attention_layers.values())
+    planned = settings.plan(spec)
+    rows = [coding for layer in planned.after.layers for coding in (layer.coded.keys, layer.coded.values)]
+    assert sum(coding.row_bytes for coding in rows) <= 0.25 * 2 * sum(each.cached_numbers for each in attentions)
+    for attention, layer in zip(attentions, planned.choices, strict=True):
+        assert (layer.key_basis == "axes") == (decode_cost_limit == "any")
+        if decode_cost_limit != "any":
+            original = 2 * attention.num_heads * attention.head_dim
+            assert decode_cost(attention, layer) <= decode_cost_limit * original
+        places = ordered(layer.key_bits, total := layer.channels(attention))
+        assert sorted(places) == list(range(len(layer.key_bits)))
+        assert places[total : 2 * total] == [place + total for place in places[:total]]
+    better = plan_layers(attentions, [Energies.typical(each) for each in attentions], settings)
+    assert [each.model_dump() for each in better] == [each.model_dump() for each in planned.choices]
+
+
+def test_what_cannot_be_met_names_the_lever(tmp_path):
+    spec = read_model_spec(read_config(save_model(make_model("llama", torch.float32), tmp_path / "model")))
+    with pytest.raises(InfeasibleError, match=r"smallest possible is --kv-cache 0\.0209"):
+        TransformCoding(kv_cache=0.01).plan(spec)
+    with pytest.raises(InfeasibleError, match=r"smallest possible is --decode-cost 0\.1875"):
+        TransformCoding(decode_cost=0.1).plan(spec)
+
+
+def test_frequencies_come_out_of_tables():
+    expected = torch.tensor([1.0, 0.03, 1e-6, -0.5]).float()
+    angles = torch.arange(300.0)[:, None] * expected
+    found, scale = frequencies(angles.cos() * 1.25, angles.sin() * 1.25)
+    assert torch.allclose(found, expected.double(), rtol=1e-6, atol=1e-9)
+    assert scale == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {"decode_cost": "any"}), ("qwen3", {"decode_cost": 3.0}), ("mistral", {"decode_cost": 3.0})],
+)
+def test_a_coded_model_costs_what_was_planned_and_is_near_the_original(family, settings, tmp_path):
+    source = save_model(make_model(family, torch.float32, head_dim=8, sliding_window=None), tmp_path / "model")
+    step = {"kv_cache": 0.5, **settings, **FAST}
+    anymla.run(source, tmp_path / "out", steps=[{"transform_coding": step}])
+    account = json.loads((tmp_path / "out" / "account.json").read_text())
+    assert account["cache_bytes_per_token"] == account["measured"]["cache_bytes_per_token"] <= 96
+    assert method_of("transform_coding", step).plan(read_model_spec(read_config(source))).choices[0].facts is None
+    ids = token_ids()
+    with torch.no_grad():
+        expected, found = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(ids).logits.log_softmax(-1)
+            for name in ("model", "out")
+        )
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.2
+    layers = json.loads((tmp_path / "out" / "config.json").read_text())["anymla"]["layers"]
+    assert Counter(layer["coded"].get("key_basis", "axes") for layer in layers).total() == 2
