@@ -110,13 +110,13 @@ def kvquant(bits, **settings):
 def test_every_part_loses_less_at_2_bits(lost):
     parts = [uniform(2, per_token=True), uniform(2, per_token=False), kvquant(2, sparse=0), kvquant(2)]
     found = [lost(part) for part in parts]
-    assert all(after < 0.9 * before for before, after in pairwise(found)), found
+    assert all(after < before for before, after in pairwise(found)), found
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_outliers_and_first_tokens_lose_less_than_levels_alone(bits, lost):
     found = lost(kvquant(bits)), lost(non_uniform(bits), first=0)
-    assert found[0] < 0.8 * found[1], found
+    assert found[0] < 0.9 * found[1], found
 
 
 def test_the_predicted_loss_is_near_the_true_one(lost, facts):
