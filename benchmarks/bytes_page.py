@@ -35,7 +35,8 @@ How each is measured:
   every query reads exactly the tokens that the system would still hold exactly.
 - **static NUQ tables**: Lloyd's levels per channel, keys before rope, the first 4 tokens exact.
 - **KVTC-like** (arXiv 2511.01815): principal axes, bits by least squared error over all layers, no entropy coder,
-  Lloyd's levels in place of uniform ones; the first 4 tokens exact, and a window of the latest 16 (the paper: 128), or none.
+  Lloyd's levels in place of uniform ones; the first 4 tokens exact, and a window of the latest 16
+  (the paper: 128), or none.
 - **KIVI-like** (arXiv 2402.02750): keys per channel in groups of 32 tokens, values per token in groups of 32 numbers, a
   residual window of 32 tokens: its 128 would outweigh the codes at these lengths.
 - **Hadamard int per token**: heads rotated by a Hadamard matrix, integers with a scale and a zero point per token.
