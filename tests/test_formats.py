@@ -29,14 +29,14 @@ class ToyFormat(Format):
     pads = ()
     library = "toybox"
 
-    def write(self, converted, folder, *, dtype, pad):
+    def write(self, converted, folder, *, dtype, pad, cache):
         from anymla.exports.parity import check_parity
 
         for name in ("config.json", "model.safetensors", "conversion.json"):
             shutil.copyfile(converted / name, folder / name)
         return check_parity(converted, folder)
 
-    def commands(self, folder, place, *, dtype, pad):
+    def commands(self, folder, place, *, dtype, pad, cache):
         return {"toy": f"play {place} {dtype}"}
 """
 

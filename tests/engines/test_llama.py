@@ -178,19 +178,6 @@ def test_a_model_shaped_like_llama_3(tmp_path, monkeypatch, tied):
     assert found["ids"] == [tokenizer(text).input_ids for text in TEXTS]
 
 
-@pytest.mark.parametrize("cache", ["q8_0", "q4_0"])
-def test_a_quantised_cache_loses_less_with_its_gauge(tmp_path, monkeypatch, cache):
-    """On a trained model, heads of 64; and the file says so."""
-    monkeypatch.setattr(llama_cpp, "llama_python", lambda: llama.PYTHON)
-    source = Path(__file__).parents[2] / "benchmarks" / "testbed" / "models" / "mha"
-    anymla.convert(source, folder := tmp_path / "converted", kv_rank=32, rope_dims=32, target="gguf", **FAST)
-    anymla.export(folder, tmp_path / "plain", "gguf", dtype="f32")
-    own = llama_cpp.llama_loss(llama.PYTHON, folder, tmp_path / "plain" / "model.gguf", cache)
-    done = anymla.export(folder, tmp_path / "out", "gguf", dtype="f32", cache_type=cache)
-    assert done.parity.tokens == done.parity.of
-    assert done.parity.cache_loss.kl < 0.85 * own.kl < {"q8_0": 1e-3, "q4_0": 0.1}[cache]
-
-
 def test_a_file_that_computes_something_else_is_refused(stories, tmp_path, monkeypatch):
     converted, _ = stories
     monkeypatch.setattr(llama_cpp, "llama_python", lambda: llama.PYTHON)

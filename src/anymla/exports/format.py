@@ -40,7 +40,7 @@ class Format(ABC):
     kind: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     pads: ClassVar[tuple[str, ...]] = PADS
-    caches: ClassVar[tuple[str, ...]]
+    caches: ClassVar[tuple[str, ...]] = ()
     default_pad: ClassVar[str] = "none"
     library: ClassVar[str] = "transformers"
     loading: ClassVar[str | None] = None
