@@ -13,6 +13,7 @@ from torch import Tensor
 from anymla.methods.cache_coding.build import Coded, build_coded
 from anymla.methods.cache_coding.energies import read
 from anymla.methods.cache_coding.tables import TableSample
+from anymla.modeling.codec_tables import TableCodec
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import Coding
@@ -30,12 +31,14 @@ def build_quantised(layer: Layer, settings: KVQuant) -> tuple[CodedAttention, fl
     Returns also what its codes cost on the survey's sample, in nats of KL per token, for small errors.
     """
     facts, spec = layer.choice.facts, layer.planned.coded
-    sides, lost = [], 0.0
+    if spec is None:
+        raise ValueError(f"layer {layer.index} is not planned to be coded")
+    sides, lost = {}, 0.0
     for kind, coding in (("key", spec.keys), ("value", spec.values)):
         tables = fitted_tables(facts, kind, coding, settings)
-        sides.append(Coded(coding=coding, basis=None, tables=tables))
+        sides[kind] = Coded(coding=coding, basis=None, tables=tables)
         lost += predicted_loss(facts, kind, coding, tables)
-    return build_coded(layer, spec, *sides, read(facts["inv_freq"])), lost
+    return build_coded(layer, spec, sides["key"], sides["value"], read(facts["inv_freq"])), lost
 
 
 def fitted_tables(facts: dict[str, Any], kind: str, coding: Coding, settings: KVQuant) -> dict[int, Tensor]:
@@ -53,10 +56,11 @@ def predicted_loss(facts: dict[str, Any], kind: str, coding: Coding, tables: dic
     """Nats of KL per token that the codes of "key" or "value" cost on the sample, for small errors."""
     states, gradients = (read(facts[f"{kind}_{name}"]) for name in ("sample", "gradients"))
     codec = make_codec(coding)
-    if tables:
+    if isinstance(codec, TableCodec):
         codec.set_tables(tables)
-    error = codec(states) - states
-    return (error.double() * gradients.double()).sum(-1).square().mean().item() / 2
+    error: Tensor = codec(states) - states
+    lost: float = (error.double() * gradients.double()).sum(-1).square().mean().item() / 2
+    return lost
 
 
 def channel_ranges(states: Tensor, sparse: float) -> tuple[Tensor, Tensor]:
