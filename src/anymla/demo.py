@@ -30,7 +30,7 @@ Report = Callable[[int, int | None, str], None]  # (done, of how many, what)
 Note = Callable[[str], None]
 
 REAL, BUNDLED = "SmolLM2-135M-Instruct", "stories260K"
-QUESTIONS = ("What is the capital of France?", "Give me three tips for better sleep.")
+QUESTIONS = ("What is the capital of France?", "Write a short story about a cat and a mouse.")
 STORIES = ("Once upon a time, there was a little girl named Lily. She", "One day, Tom found a big red ball")
 OURS, TABLES, PAPER = "anymla", "KVQuant", "MHA2MLA"
 KEPT = 0.125  # of the bytes; this conversion is left behind, and answers
@@ -163,7 +163,7 @@ def _bundled(scratch: Path) -> Subject:
 
 
 def _ours(budget: float) -> Contender:
-    return Contender(OURS, budget, {"transform_coding": {"kv_cache": budget, "decode_cost": "any"} | TOKENS})
+    return Contender(OURS, budget, {"transform_coding": {"kv_cache": budget} | TOKENS})
 
 
 def _tables(budget: float) -> Contender:

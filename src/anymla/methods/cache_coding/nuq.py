@@ -13,6 +13,7 @@ from torch import Tensor
 from anymla.methods.cache_coding.build import Coded, build_coded
 from anymla.methods.cache_coding.energies import read
 from anymla.methods.cache_coding.tables import TableSample
+from anymla.modeling.codec_tables import TableCodec
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import Coding
@@ -32,14 +33,12 @@ def build_quantised(layer: Layer, settings: KVQuant) -> tuple[CodedAttention, fl
     facts, spec = layer.choice.facts, layer.planned.coded
     if spec is None:
         raise ValueError(f"layer {layer.index} is not planned to be coded")
-    keys, key_loss = _side(facts, "key", spec.keys, settings)
-    values, value_loss = _side(facts, "value", spec.values, settings)
-    return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
-
-
-def _side(facts: dict[str, Any], kind: str, coding: Coding, settings: KVQuant) -> tuple[Coded, float]:
-    tables = fitted_tables(facts, kind, coding, settings)
-    return Coded(coding=coding, basis=None, tables=tables), predicted_loss(facts, kind, coding, tables)
+    sides, lost = {}, 0.0
+    for kind, coding in (("key", spec.keys), ("value", spec.values)):
+        tables = fitted_tables(facts, kind, coding, settings)
+        sides[kind] = Coded(coding=coding, basis=None, tables=tables)
+        lost += predicted_loss(facts, kind, coding, tables)
+    return build_coded(layer, spec, sides["key"], sides["value"], read(facts["inv_freq"])), lost
 
 
 def fitted_tables(facts: dict[str, Any], kind: str, coding: Coding, settings: KVQuant) -> dict[int, Tensor]:
@@ -57,9 +56,11 @@ def predicted_loss(facts: dict[str, Any], kind: str, coding: Coding, tables: dic
     """Nats of KL per token that the codes of "key" or "value" cost on the sample, for small errors."""
     states, gradients = (read(facts[f"{kind}_{name}"]) for name in ("sample", "gradients"))
     codec = make_codec(coding)
-    codec.set_tables(tables)
+    if isinstance(codec, TableCodec):
+        codec.set_tables(tables)
     error: Tensor = codec(states) - states
-    return float((error.double() * gradients.double()).sum(-1).square().mean()) / 2
+    lost: float = (error.double() * gradients.double()).sum(-1).square().mean().item() / 2
+    return lost
 
 
 def channel_ranges(states: Tensor, sparse: float) -> tuple[Tensor, Tensor]:
