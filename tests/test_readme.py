@@ -29,8 +29,13 @@ SHRUNK = {
     "tune": "--tokens 256 --length 64 --eval-tokens 256",
     "eval": "--tokens 256 --length 64 --limit 1",
     "generate": "--max-new-tokens 4",
-    "run": "--set mla.calibration_tokens=2048 --set mla.calibration_length=64 --set mla.reconstruction_steps=2 "
-    "--set tune.tokens=256 --set tune.length=64 --set tune.eval_tokens=256 --overwrite",
+    "run": "--overwrite",
+}
+OF_STEPS = {
+    "mla": {"calibration_tokens": 2048, "calibration_length": 64, "reconstruction_steps": 2},
+    "tune": {"tokens": 256, "length": 64, "eval_tokens": 256},
+    "transform_coding": {"calibration_tokens": 2048, "calibration_length": 64},
+    "kvquant": {"calibration_tokens": 2048, "calibration_length": 64},
 }
 FROM_THE_HUB = "Qwen/"  # tests have no network: tests/test_docs.py parses these
 
@@ -62,11 +67,20 @@ def run(block, monkeypatch, capfd):
         words = shlex.split(line, comments=True)
         if words[:1] != ["anymla"] or any(word.startswith(FROM_THE_HUB) for word in words):
             continue
-        done = run_main([*words[1:], *SHRUNK.get(words[1], "").split()], monkeypatch, capfd)
+        done = run_main([*words[1:], *SHRUNK.get(words[1], "").split(), *shrunk_steps(words)], monkeypatch, capfd)
         assert done.code == 0, f"{line}\n{done.err}"
         assert done.out, line
         ran += 1
     return ran
+
+
+def shrunk_steps(words):
+    """Options of `anymla run` that make its steps quick; a recipe of a file has mla and tune."""
+    if words[1] != "run":
+        return []
+    steps = [words[place + 1].partition(":")[0] for place, word in enumerate(words) if word == "--step"]
+    changes = {f"{step}.{name}": value for step in steps or ["mla", "tune"] for name, value in OF_STEPS[step].items()}
+    return [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
 
 
 def run_python(monkeypatch):
@@ -97,12 +111,18 @@ def test_serving(folder, monkeypatch, capfd):
 
 def test_recipes(folder, monkeypatch, capfd):
     shutil.copytree(ROOT / "examples", folder / "examples")
-    assert run(next(block for block in SHELL if "anymla run" in block), monkeypatch, capfd) == 3
+    assert run(next(block for block in SHELL if "anymla methods" in block), monkeypatch, capfd) == 3
+
+
+def test_coded_caches(folder, monkeypatch, capfd):
+    assert run(next(block for block in SHELL if "kvquant" in block), monkeypatch, capfd) == 2
 
 
 def test_no_block_is_left_out():
     assert len(PYTHON) == 2
-    assert sum("anymla " in line.partition("#")[0] for block in SHELL for line in block.splitlines()) == 6 + 3 + 3 + 3
+    assert (
+        sum("anymla " in line.partition("#")[0] for block in SHELL for line in block.splitlines()) == 6 + 3 + 3 + 3 + 2
+    )
 
 
 def test_targets_of_make_and_extras_exist():

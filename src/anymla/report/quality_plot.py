@@ -39,7 +39,7 @@ def quality_plot(
         f"original: {original[1]:.3g} at {original[0]:g} bytes per token",
         (0.01, original[1]),
         xycoords=("axes fraction", "data"),
-        xytext=(0, -12),
+        xytext=(0, 4),
         textcoords="offset points",
         fontsize=9,
         color="#444444",
