@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -47,10 +48,13 @@ def make(family, key_basis, value_basis, bits=3, **changes):
     return coded_model(tiny_model(name, dtype, **FAMILIES[family]), key_basis, value_basis, bits, **changes)
 
 
-@pytest.fixture(scope="module", params=BASES, ids=[key for key, _ in BASES])
+@pytest.fixture(
+    scope="module", params=[*product(BASES, [0]), (BASES[1], 5)], ids=lambda case: f"{case[0][0]}-{case[1]}"
+)
 def model(request):
-    """Codes of 3 bits, one layer in two sliding, a soft-cap on scores."""
-    return make("gemma2", *request.param)
+    """Codes of 3 bits, one layer in two sliding, a soft-cap on scores, with and without an exact window."""
+    bases, window = request.param
+    return make("gemma2", *bases, exact_window=window)
 
 
 @torch.no_grad()
@@ -197,7 +201,8 @@ LENGTHS = (2, 4, 11, 12, 14, 15, 16, 40)  # around the first tokens and a window
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "phi"])
 @pytest.mark.parametrize("bases", BASES, ids=[key for key, _ in BASES])
 def test_account_is_what_is_measured(family, bases, tmp_path):
-    make(family, *bases).to(torch.float32).save_pretrained(tmp_path)
+    window = 6 if family == "gemma2" else 0
+    make(family, *bases, exact_window=window).to(torch.float32).save_pretrained(tmp_path)
     coded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
     config = json.loads((tmp_path / "config.json").read_text())
     spec = sized(converted_spec(config), stored_bytes(converted_spec(config), tmp_path.glob("*.safetensors")))
@@ -210,7 +215,8 @@ def test_account_is_what_is_measured(family, bases, tmp_path):
 
 
 def held_bytes(layer):
-    return sum(tensor.nbytes for tensor in (layer.keys, layer.values, *(layer.first or ())))
+    latest = () if layer.latest is None else (layer.latest.keys, layer.latest.values)
+    return sum(tensor.nbytes for tensor in (layer.keys, layer.values, *(layer.first or ()), *latest))
 
 
 def test_saved_and_loaded(tmp_path):
@@ -238,6 +244,7 @@ def test_saved_and_loaded(tmp_path):
         (("key_basis",), "cosine", "key_basis must be one of own, channels, axes"),
         (("value_basis",), "channels", "value_basis must be one of own, axes"),
         (("first_tokens",), -1, "first_tokens must be"),
+        (("exact_window",), 1, "exact_window must be"),
         (("rope_scale",), "1", "rope_scale must be"),
     ],
 )

@@ -17,6 +17,7 @@ from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSp
 LENGTHS = (4096, 32768)  # tokens at which sizes are told, beside the model's context
 PROBE_TOKENS = 8  # that run through a model whose cache is measured
 INDEX_BYTES = 8  # of an int64
+ROOMS = ("exact", "latest")  # of a cache layer, for the last tokens' own keys and values
 ANGLE_BYTES = 4  # of a rope pair's turn per position
 
 
@@ -222,8 +223,8 @@ def measured_layer(layer: Any, lengths: Iterable[int], width: float = 1) -> Laye
     def held(tensors: Iterable[Any]) -> int:
         return sum(int(tensor.nbytes * (width if tensor.is_floating_point() else 1)) for tensor in tensors)
 
-    exact, first = getattr(layer, "exact", None), getattr(layer, "first_tokens", 0)
-    full = first if exact is None else exact.sliding_window
+    windows = [room.sliding_window for name in ROOMS if (room := getattr(layer, name, None)) is not None]
+    full = max([getattr(layer, "first_tokens", 0), *windows])
     tokens = [tensor[:1, ..., :1, :] for tensor in (layer.keys, layer.values)]
     return LayerAccount(
         cache_bytes_per_token=held(tokens),
@@ -235,23 +236,24 @@ def measured_layer(layer: Any, lengths: Iterable[int], width: float = 1) -> Laye
 
 def _grown(layer: Any, length: int) -> list[Any]:
     """What ``layer`` holds of one sequence of ``length`` tokens: keys and values, then those of exact tokens."""
-    rooms = [copy.copy(room) for room in (layer, getattr(layer, "exact", None)) if room is not None]
+    found = copy.copy(layer)
+    inner = {name: copy.copy(room) for name in ROOMS if (room := getattr(layer, name, None)) is not None}
+    vars(found).update(inner)
+    rooms = [found, *inner.values()]
     given: list[Any] = [
         [tensor[:1, :, :1].to("meta").expand(-1, -1, length, -1) for tensor in (room.keys, room.values)]
         for room in rooms
     ]
     if (blank := getattr(layer, "blank", None)) is not None:
         tokens = [states.cpu().expand(-1, length, -1) for states in blank[:2]]
-        given.append(blank._replace(keys=tokens[0], values=tokens[1]))
+        given[1:] = [blank._replace(keys=tokens[0], values=tokens[1])]
     for room in rooms:
         room.keys, room.values, room.is_initialized = None, None, False
         if hasattr(room, "cumulative_length"):
             room.cumulative_length = 0
-    if len(rooms) == 2:
-        rooms[0].exact = rooms[1]
-    rooms[0].first = None
-    rooms[0].update(*given[0], *given[1:])
-    return [tensor for room in rooms for tensor in (room.keys, room.values)] + [*(rooms[0].first or ())]
+    found.first = None
+    found.update(*given[0], *given[1:])
+    return [tensor for room in rooms for tensor in (room.keys, room.values)] + [*(found.first or ())]
 
 
 def measure(model: Any, lengths: Iterable[int] = (), tokens: int = PROBE_TOKENS) -> Account:

@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 
 from .absorbed import additive_mask
 from .arguments import make_fit
 from .attention import ConvertedAttention, joined
 from .codecs import make_codec
-from .coded_cache import ExactTokens, NewTokens, Places, make_room
+from .coded_cache import NewTokens, PlacedTokens, Places, make_room
 from .coding_spec import CodedSpec
 from .dense_weight import affine_map
 from .heads import attention_weights, causal_mask, multiply_pairs, score_bias
@@ -40,6 +40,7 @@ from .spec import LayerSpec
 
 Product = Callable[[int, Tensor], Tensor]  # of a chunk's number and coefficients [B,c,G d]: scores [B,H,T,c]
 CHUNK = 1 << 18  # numbers of cached keys or values that are read at a time in decode: they stay in a CPU's cache
+BLOCK = 128  # queries at a time where they have an exact window: bounds memory to their scores
 FEW = 16  # new tokens up to which the cache is read in chunks
 
 
@@ -48,12 +49,26 @@ class Rows(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    places: Places | None
+    places: tuple[Places, ...]
     start: int  # the column of the first new token
+    latest: tuple[Tensor, Tensor] | None = (
+        None  # coefficients [B,E,n] of the last tokens, where queries see them exactly
+    )
 
     def before(self, stop: int) -> Rows:
         """Those in the columns before ``stop``."""
         return self._replace(keys=self.keys[:, :stop], values=self.values[:, :stop])
+
+    def of_token(self, token: int, new: int, window: int) -> Rows:
+        """What one of ``new`` tokens sees, its exact window of so many tokens put in place."""
+        if self.latest is None:
+            return self
+        last = self.latest[0].shape[1] - new + token  # its own place among the latest
+        inside = slice(max(0, last - window + 1), last + 1)
+        keys, values = (states[:, inside] for states in self.latest)
+        columns = torch.arange(keys.shape[1], device=keys.device) + self.start + token + 1 - keys.shape[1]
+        placed = PlacedTokens(keys, values, columns.expand(len(keys), -1)).placed()
+        return self._replace(places=(*self.places, placed), start=self.start + token)
 
 
 class CodedAttention(ConvertedAttention):
@@ -86,7 +101,7 @@ class CodedAttention(ConvertedAttention):
 
     def make_room(self, cache: Any) -> Any:
         """Gives ``cache`` room for the rows of this layer."""
-        return make_room(cache, self.layer_idx, self.coded.first_tokens)
+        return make_room(cache, self.layer_idx, self.coded.first_tokens, self.coded.exact_window)
 
     def places(self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor) -> Tensor | None:
         """The positions [B or 1,T], where the family says them."""
@@ -117,9 +132,12 @@ class CodedAttention(ConvertedAttention):
             rows, mask = rows.before(stop), mask if mask is None else mask[..., :stop]
         query = self._scaled(query, places, start)
         if rows is not None and self.reads_chunks(query.shape[2], mask):
-            return self.attend_in_chunks(query, rows, mask), None
+            return self._attend_few(query, rows, mask), None
         keys, values = self._read_back(tokens) if rows is None else self._whole(rows, query.dtype)
-        return self.attend_expanded(query, keys, values, start, mask, kwargs)
+        if not self.coded.exact_window:
+            return self.attend_expanded(query, keys, values, start, mask, kwargs)
+        latest = tokens[:2] if rows is None or rows.latest is None else rows.latest
+        return self.attend_windowed(query, (keys, values), latest, start, mask), None
 
     def _read_back(self, tokens: NewTokens) -> tuple[Tensor, Tensor]:
         """What would be read of the new tokens, were there a cache; gradients pass."""
@@ -136,15 +154,19 @@ class CodedAttention(ConvertedAttention):
         make_fit(cache, self.layer_idx, keys, values)
         seen = int(cache.get_seq_length(self.layer_idx))
         _, offset = cache.get_mask_sizes(keys.shape[2], self.layer_idx)
-        first: ExactTokens | None
-        (keys, values), first = cache.update(keys, values, self.layer_idx, tokens)
-        return Rows(keys[:, 0], values[:, 0], None if first is None else first.placed(offset), seen - offset)
+        first: PlacedTokens | None
+        (keys, values), (first, latest) = cache.update(keys, values, self.layer_idx, tokens)
+        places = () if first is None else (first.placed(offset),)
+        latest = None if latest is None else (latest[0][:, 0], latest[1][:, 0])
+        return Rows(keys[:, 0], values[:, 0], places, seen - offset, latest)
 
     def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, *, values: bool) -> Tensor:
         """Coefficients [B,c,G d] of keys, or ``values``, of the columns from ``start`` to before ``stop``."""
         codec, held = (self.value_codec, rows.values) if values else (self.key_codec, rows.keys)
         states: Tensor = codec.decode(held[:, start:stop], dtype)
-        return states if rows.places is None else rows.places.put(states, start, values=values)
+        for places in rows.places:
+            states = places.put(states, start, values=values)
+        return states
 
     def _whole(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Coefficients [B,S,G d] of all keys and values."""
@@ -185,6 +207,53 @@ class CodedAttention(ConvertedAttention):
         query = turned(query, cos[new], sin[new])
         return self.attend_as_stock(query, key, value, mask, kwargs)
 
+    def attend_windowed(
+        self,
+        query: Tensor,
+        coded: tuple[Tensor, Tensor],
+        latest: tuple[Tensor, Tensor],
+        start: int,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Attention whose queries see the last tokens exactly, some of them at a time; returns [B,T,H,d].
+
+        coded: coefficients [B,S,n] of keys and values as they are read; latest: exact ones [B,E,n] of the last tokens.
+
+        Raises:
+            NotImplementedError: a mask of a kind that says nothing of single tokens.
+        """
+        new, length, first = query.shape[2], coded[0].shape[1], start + query.shape[2] - latest[0].shape[1]
+        if mask is None and new > 1 and self.is_causal:
+            mask = causal_mask(new, length, self.sliding_window, query.device)
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
+            raise NotImplementedError("a model with an exact window runs with attn_implementation sdpa or eager only")
+        cos, sin = self._angles(torch.arange(length, device=query.device), query)
+        late, own = slice(first, start + new), slice(start, start + new)
+        query = turned(query, cos[own], sin[own]) * self.scaling
+        key, exact_key = (
+            turned(self._rebuilt(coded[0], self.key_decoder), cos, sin),
+            self._rebuilt(latest[0], self.key_decoder),
+        )
+        value, exact_value = (self._rebuilt(states, self.value_decoder) for states in (coded[1], latest[1]))
+        exact_key, mended = turned(exact_key, cos[late], sin[late]), exact_value - value[:, :, late]
+        outputs = []
+        for begin in range(start, start + new, BLOCK):
+            rows = slice(begin - start, min(begin - start + BLOCK, new))
+            near = slice(max(first, begin - self.coded.exact_window + 1), start + rows.stop)
+            held = slice(near.start - first, near.stop - first)
+            columns = torch.arange(near.start, near.stop, device=query.device)
+            distance = torch.arange(begin, start + rows.stop, device=query.device)[:, None] - columns
+            inside = (distance >= 0) & (distance < self.coded.exact_window)
+            scores = grouped(query[:, :, rows], key.mT)
+            exact = grouped(query[:, :, rows], exact_key[:, :, held].mT)
+            exact = exact.where(inside, scores[..., near])
+            scores = torch.cat([scores[..., : near.start], exact, scores[..., near.stop :]], dim=-1)
+            seen = None if mask is None else additive_mask(mask[..., rows, :length], query.dtype)
+            weights = attention_weights(scores, seen, self.spec.softcap, self.sinks).to(value.dtype)
+            weights = dropout(weights, self.attention_dropout, self.training)
+            outputs.append(grouped(weights, value) + grouped(weights[..., near] * inside, mended[:, :, held]))
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
     def _rebuilt(self, states: Tensor, decoder: nn.Module | None) -> Tensor:
         """Heads [B,G,t,d] of coefficients [B,t,G d]."""
         states = states if decoder is None else decoder(states)
@@ -196,11 +265,22 @@ class CodedAttention(ConvertedAttention):
             return False
         return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
 
-    def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
-        """Attention that holds no more than a chunk of the cache as numbers; arguments as above."""
+    def _attend_few(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+        """``attend_in_chunks``, for one token at a time where each has an exact window of its own."""
         new, length = query.shape[2], rows.keys.shape[1]
         if mask is None and new > 1 and self.is_causal:
             mask = causal_mask(new, length, self.sliding_window, query.device)
+        if rows.latest is None:
+            return self.attend_in_chunks(query, rows, mask)
+        tokens = [slice(token, token + 1) for token in range(new)]
+        masks = [None if mask is None else mask[..., token, :] for token in tokens]
+        seen = [rows.of_token(token, new, self.coded.exact_window) for token in range(new)]
+        given = zip(tokens, seen, masks, strict=True)
+        return torch.cat([self.attend_in_chunks(query[:, :, token], *rest) for token, *rest in given], dim=1)
+
+    def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+        """Attention that holds no more than a chunk of the cache as numbers; arguments as above."""
+        length = rows.keys.shape[1]
         mask = None if mask is None else additive_mask(mask, query.dtype)
         size = max(1, CHUNK // (len(query) * self.num_kv_heads * self.head_dim))
         chunks = [(start, min(length, start + size)) for start in range(0, length, size)]

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
 
+from .exact_cache import ExactTokens
+
 GROWTH = 8  # rows grow by one in so many, and by
 LEAST_GROWTH = 64  # this many at least: appending a token copies nothing but then
 
 
-class ExactTokens(NamedTuple):
+class PlacedTokens(NamedTuple):
     """Coefficients of some tokens [B,F,n] as they were before coding, and their columns [B,F] in the cache.
 
     A column is the number of a token in its sequence, padding included; -1 where a sequence has fewer such tokens.
@@ -29,23 +31,23 @@ class ExactTokens(NamedTuple):
     values: Tensor
     columns: Tensor
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> ExactTokens:
+    def each(self, change: Callable[[Tensor], Tensor]) -> PlacedTokens:
         """The same with every tensor changed."""
-        return ExactTokens(*(change(tensor) for tensor in self))
+        return PlacedTokens(*(change(tensor) for tensor in self))
 
-    def last(self, count: int) -> ExactTokens:
+    def last(self, count: int) -> PlacedTokens:
         """The ``count`` tokens of each sequence with the largest columns."""
         columns, index = self.columns.topk(min(count, self.columns.shape[1]), dim=1)
         index = index[..., None]
         keys, values = (states.gather(1, index.expand(-1, -1, states.shape[-1])) for states in self[:2])
-        return ExactTokens(keys, values, columns)
+        return PlacedTokens(keys, values, columns)
 
     def placed(self, start: int = 0) -> Places:
         """Where they belong in a tensor whose first column is ``start``."""
         row, token = ((self.columns >= 0) & (self.columns >= start)).nonzero(as_tuple=True)
         columns = self.columns[row, token] - start
-        stop = int(columns.max()) + 1 if len(columns) else 0
-        return Places(self.keys[row, token], self.values[row, token], row, columns, stop)
+        bounds = (int(columns.min()), int(columns.max()) + 1) if len(columns) else (0, 0)
+        return Places(self.keys[row, token], self.values[row, token], row, columns, *bounds)
 
 
 class Places(NamedTuple):
@@ -55,11 +57,12 @@ class Places(NamedTuple):
     values: Tensor
     row: Tensor
     column: Tensor
+    begin: int  # the first column
     stop: int  # behind the last column
 
     def put(self, states: Tensor, start: int, *, values: bool) -> Tensor:
         """``states`` [B,c,n], keys or ``values`` of columns from ``start`` on, with those of these tokens in place."""
-        if start >= self.stop:
+        if start >= self.stop or start + states.shape[1] <= self.begin:
             return states
         column = self.column - start
         inside = (column >= 0) & (column < states.shape[1])
@@ -74,7 +77,7 @@ class NewTokens(NamedTuple):
     values: Tensor
     positions: Tensor | None = None
 
-    def first(self, held: ExactTokens | None, start: int, count: int) -> ExactTokens | None:
+    def first(self, held: PlacedTokens | None, start: int, count: int) -> PlacedTokens | None:
         """The exact first tokens once these were read, which begin at column ``start``; ``held``: those of before.
 
         The last ``count`` tokens with a position below ``count``: padding on the left may have small ones, too.
@@ -89,15 +92,15 @@ class NewTokens(NamedTuple):
             if not early.any():
                 return held
             columns = torch.arange(start, start + new, device=early.device).where(early, -1).expand(batch, -1)
-            found = ExactTokens(self.keys, self.values, columns).last(count)
+            found = PlacedTokens(self.keys, self.values, columns).last(count)
         if held is None:
             return found
-        return ExactTokens(*(torch.cat(pair, dim=1) for pair in zip(held, found, strict=True))).last(count)
+        return PlacedTokens(*(torch.cat(pair, dim=1) for pair in zip(held, found, strict=True))).last(count)
 
-    def _early(self, tokens: slice, start: int) -> ExactTokens:
+    def _early(self, tokens: slice, start: int) -> PlacedTokens:
         keys, values = self.keys[:, tokens].clone(), self.values[:, tokens].clone()
         columns = torch.arange(start, start + keys.shape[1], device=keys.device).expand(len(keys), -1)
-        return ExactTokens(keys, values, columns)
+        return PlacedTokens(keys, values, columns)
 
 
 class CodedLayer:
@@ -105,8 +108,9 @@ class CodedLayer:
 
     _layer_type = None  # not for the register of transformers
     first_tokens: int
-    first: ExactTokens | None = None
+    first: PlacedTokens | None = None
     room: tuple[Tensor, Tensor] | None = None  # rows that keys and values begin, and more behind
+    latest: ExactTokens | None = None  # room for the last tokens as they were before coding; None: they are not kept
     blank: NewTokens | None = None  # one token of zeros: how large an exact one is
     keys: Tensor
     values: Tensor
@@ -114,20 +118,24 @@ class CodedLayer:
 
     def update(
         self, keys: Tensor, values: Tensor, tokens: NewTokens
-    ) -> tuple[tuple[Tensor, Tensor], ExactTokens | None]:
-        """Adds rows of new tokens; returns the rows of all that the first of them sees, and the exact first tokens."""
+    ) -> tuple[tuple[Tensor, Tensor], tuple[PlacedTokens | None, tuple[Tensor, Tensor] | None]]:
+        """Adds rows of new tokens; returns the rows of all that the first of them sees, and what is kept exactly.
+
+        That are the first tokens, and the latest [B,1,E,n], up to the newest one.
+        """
         if self.blank is None:
             self.blank = NewTokens(*(torch.zeros_like(states[:1, :1]) for states in tokens[:2]))
         self.first = tokens.first(self.first, int(self.get_seq_length()), self.first_tokens)
-        first = self.first
+        latest = None if self.latest is None else self.latest.update(tokens.keys[:, None], tokens.values[:, None])
+        exact = (self.first, latest)
         if isinstance(self, DynamicLayer) and not self.is_sliding:
-            return self._append(keys, values), first
+            return self._append(keys, values), exact
         rows = super().update(keys, values)  # type: ignore[misc]
         if isinstance(self, DynamicSlidingWindowLayer):
             if keys.shape[2] > 1 and not self.record_past:  # slices would hold the memory of a whole prompt
                 self.keys, self.values = self.keys.clone(), self.values.clone()
             self._forget()
-        return rows, first
+        return rows, exact
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
         """As always; without rows the tensors have their widths already."""
@@ -166,20 +174,32 @@ class CodedLayer:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch, for beam search."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if self.latest is not None:
+            self.latest.reorder_cache(beam_idx)
         self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence of the batch."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.latest is not None:
+            self.latest.batch_repeat_interleave(repeats)
         self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these sequences of the batch."""
         super().batch_select_indices(indices)  # type: ignore[misc]
+        if self.latest is not None:
+            self.latest.batch_select_indices(indices)
         self._change(lambda tensor: tensor[indices, ...])
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Removes the latest tokens."""
+        """Removes the latest tokens.
+
+        Raises:
+            RuntimeError: the exact window is full, and ``activate_past_recording`` was not called before.
+        """
+        if self.latest is not None:
+            self.latest.crop(*args, **kwargs)
         super().crop(*args, **kwargs)  # type: ignore[misc]
         if self.first is not None:
             length = int(self.get_seq_length())
@@ -188,20 +208,32 @@ class CodedLayer:
         if isinstance(self, DynamicSlidingWindowLayer):
             self._forget()
 
+    def activate_past_recording(self) -> None:
+        """Keeps what would be given up until the next ``crop``, as assisted decoding asks for."""
+        for room in (super(), self.latest):
+            if hasattr(room, "activate_past_recording"):
+                room.activate_past_recording()
+
     def reset(self) -> None:
         """Empties the layer."""
         super().reset()  # type: ignore[misc]
+        if self.latest is not None:
+            self.latest.reset()
         self.first = self.room = None
 
     def offload(self) -> None:
         """Moves the layer to the CPU."""
         super().offload()  # type: ignore[misc]
+        if self.latest is not None:
+            self.latest.offload()
         self.room = None
         self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Moves the layer back to its device."""
         super().prefetch()  # type: ignore[misc]
+        if self.latest is not None:
+            self.latest.prefetch()
         if self.is_initialized:
             self._change(lambda tensor: tensor.to(self.device, non_blocking=True))  # type: ignore[attr-defined]
 
@@ -225,7 +257,7 @@ def _coded(kind: Any) -> Any:
     return type(f"Coded{kind.__name__}", (CodedLayer, kind), {})
 
 
-def make_room(cache: Any, index: int, first_tokens: int) -> CodedLayer:
+def make_room(cache: Any, index: int, first_tokens: int, exact_window: int) -> CodedLayer:
     """Makes layer ``index`` of ``cache`` one of rows of bytes, unless it is.
 
     Raises:
@@ -246,6 +278,7 @@ def make_room(cache: Any, index: int, first_tokens: int) -> CodedLayer:
     found: Any = type(layer)
     kind: Any = _coded(found)
     coded: CodedLayer = kind.__new__(kind)
-    vars(coded).update(vars(layer), first_tokens=first_tokens)
+    latest = ExactTokens(exact_window) if exact_window else None
+    vars(coded).update(vars(layer), first_tokens=first_tokens, latest=latest)
     layers[index] = coded
     return coded

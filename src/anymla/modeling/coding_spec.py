@@ -95,6 +95,7 @@ class CodedSpec:
             frequency, on which scores are computed; "axes": any axes, from which keys are rebuilt when they are read.
         value_basis: "own" or "axes".
         first_tokens: tokens at the start of every sequence whose coefficients are kept exactly.
+        exact_window: tokens before and with each query that it sees exactly, 2 or more; 0: none.
         rope_scale: what rope multiplies queries and keys with, beside turning them (yarn).
     """
 
@@ -103,4 +104,5 @@ class CodedSpec:
     key_basis: str = "axes"
     value_basis: str = "axes"
     first_tokens: int = 4
+    exact_window: int = 0
     rope_scale: float = 1.0

@@ -368,6 +368,9 @@ def _coded_slots(coded: CodedSpec, width: int, window: int | None) -> tuple[Slot
         once: Any = {"tokens": first, "once": True, "until": None if window is None else window + first}
         slots += [Slot(name=name, width=width, **once) for name in ("first_keys", "first_values")]
         slots.append(Slot(name="first_columns", width=1, codec="index", **once))
+    if coded.exact_window:
+        tokens = coded.exact_window - 1  # the newest token's own are computed with its query
+        slots += [Slot(name=name, width=width, tokens=tokens, once=True) for name in ("exact_keys", "exact_values")]
     return tuple(slots)
 
 
@@ -388,8 +391,9 @@ def _coded(described: Any, attention: Any) -> CodedSpec:
     for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
         if (found := getattr(coded, name)) not in allowed:
             raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {found!s:.20}")
-    if type(coded.first_tokens) is not int or coded.first_tokens < 0:
-        raise ValueError(f"CodedSpec: first_tokens must be a number of tokens, got {coded.first_tokens!s:.20}")
+    for name, allowed in (("first_tokens", "0 or more"), ("exact_window", "0, or 2 or more")):
+        if type(found := getattr(coded, name)) is not int or found < 0 or (name == "exact_window" and found == 1):
+            raise ValueError(f"CodedSpec: {name} must be a number of tokens, {allowed}, got {found!s:.20}")
     if isinstance(coded.rope_scale, bool) or not isinstance(coded.rope_scale, int | float) or not coded.rope_scale > 0:
         raise ValueError(f"CodedSpec: rope_scale must be a positive number, got {coded.rope_scale!s:.20}")
     return coded

@@ -35,7 +35,7 @@ class LayerCoding(BaseModel):
     predicted_kl: float
     facts: Any = Field(default=None, exclude=True, repr=False)
 
-    def spec(self, attention: AttentionSpec, first_tokens: int) -> CodedSpec:
+    def spec(self, attention: AttentionSpec, first_tokens: int, exact_window: int) -> CodedSpec:
         """The cache of a layer."""
         return CodedSpec(
             keys=_coding(self.key_bits, self.channels(attention)),
@@ -43,6 +43,7 @@ class LayerCoding(BaseModel):
             key_basis=self.key_basis,
             value_basis="axes",
             first_tokens=first_tokens,
+            exact_window=exact_window,
             rope_scale=1.0 if self.facts is None else self.facts["rope_scale"],
         )
 

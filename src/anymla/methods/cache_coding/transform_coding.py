@@ -42,6 +42,13 @@ class TransformCoding(LayerMethod):
     first_tokens: int = Field(
         4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
     )
+    exact_window: int = Field(
+        16,
+        ge=0,
+        le=MOST,
+        description="Tokens up to each query, itself among them, that it sees exactly, 2 or more, for a constant size: near "
+        "ones count most. 0: none.",
+    )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
         512, ge=8, le=MOST, description="Tokens per calibration window (at most the model's context)."
@@ -91,7 +98,7 @@ class TransformCoding(LayerMethod):
         """The layer as it will be."""
         if old.attention is None:
             raise ValueError("a layer without softmax attention has no coded cache")
-        return replace(old, coded=layer.spec(old.attention, self.first_tokens), attention_bytes=None)
+        return replace(old, coded=layer.spec(old.attention, self.first_tokens, self.exact_window), attention_bytes=None)
 
 
 def _energies(attention: AttentionSpec, facts: dict[str, Any] | None) -> Energies:
