@@ -87,6 +87,20 @@ def test_without_loss_it_is_the_original(family, bases):
         assert close(torch.cat(steps, 1), expected, STOCK)
 
 
+@pytest.mark.parametrize("bases", BASES, ids=[key for key, _ in BASES])
+def test_a_window_over_all_tokens_is_the_original(bases):
+    original = tiny_model("gemma2", torch.float64)
+    original.set_attn_implementation("eager")
+    coded, narrow = (make("gemma2", *bases, 1, exact_window=window) for window in (30, 5))
+    ids, cache = token_ids(2, 30), DynamicCache()
+    with Exact():
+        expected = forward(original, ids, use_cache=False)
+        assert close(forward(coded, ids, use_cache=False), expected, STOCK)
+        steps = [forward(coded, part, past_key_values=cache) for part in ids.split([24, 1, 1, 4], dim=1)]
+        assert close(torch.cat(steps, 1), expected, STOCK)
+        assert not close(forward(narrow, ids, use_cache=False), expected, 100 * STOCK)
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_decode_equals_full_recompute(model, static, monkeypatch):
     monkeypatch.setattr(coded_attention, "CHUNK", 7 * 24)
@@ -226,7 +240,14 @@ def test_saved_and_loaded(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.dtype == torch.float64 and torch.equal(forward(loaded, ids), expected)
     names = {file.name for file in tmp_path.glob("*.py")}  # test_checkpoint.py loads a folder without anymla
-    assert {"coded_attention.py", "coded_cache.py", "codecs.py", "coding_spec.py", "latent_attention.py"} <= names
+    assert {
+        "coded_attention.py",
+        "coded_cache.py",
+        "coded_window.py",
+        "codecs.py",
+        "coding_spec.py",
+        "latent_attention.py",
+    } <= names
     narrow = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     pairs = zip(narrow.modules(), coded.modules(), strict=True)
     turns = [(one.inv_freq, other.inv_freq) for one, other in pairs if isinstance(one, CodedAttention)]

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
 from .absorbed import additive_mask
 from .arguments import make_fit
@@ -40,7 +40,6 @@ from .spec import LayerSpec
 
 Product = Callable[[int, Tensor], Tensor]  # of a chunk's number and coefficients [B,c,G d]: scores [B,H,T,c]
 CHUNK = 1 << 18  # numbers of cached keys or values that are read at a time in decode: they stay in a CPU's cache
-BLOCK = 128  # queries at a time where they have an exact window: bounds memory to their scores
 FEW = 16  # new tokens up to which the cache is read in chunks
 
 
@@ -58,17 +57,6 @@ class Rows(NamedTuple):
     def before(self, stop: int) -> Rows:
         """Those in the columns before ``stop``."""
         return self._replace(keys=self.keys[:, :stop], values=self.values[:, :stop])
-
-    def of_token(self, token: int, new: int, window: int) -> Rows:
-        """What one of ``new`` tokens sees, its exact window of so many tokens put in place."""
-        if self.latest is None:
-            return self
-        last = self.latest[0].shape[1] - new + token  # its own place among the latest
-        inside = slice(max(0, last - window + 1), last + 1)
-        keys, values = (states[:, inside] for states in self.latest)
-        columns = torch.arange(keys.shape[1], device=keys.device) + self.start + token + 1 - keys.shape[1]
-        placed = PlacedTokens(keys, values, columns.expand(len(keys), -1)).placed()
-        return self._replace(places=(*self.places, placed), start=self.start + token)
 
 
 class CodedAttention(ConvertedAttention):
@@ -132,12 +120,10 @@ class CodedAttention(ConvertedAttention):
             rows, mask = rows.before(stop), mask if mask is None else mask[..., :stop]
         query = self._scaled(query, places, start)
         if rows is not None and self.reads_chunks(query.shape[2], mask):
-            return self._attend_few(query, rows, mask), None
+            return self.attend_few(query, rows, mask), None
         keys, values = self._read_back(tokens) if rows is None else self._whole(rows, query.dtype)
-        if not self.coded.exact_window:
-            return self.attend_expanded(query, keys, values, start, mask, kwargs)
         latest = tokens[:2] if rows is None or rows.latest is None else rows.latest
-        return self.attend_windowed(query, (keys, values), latest, start, mask), None
+        return self.attend_all(query, (keys, values), latest, start, mask, kwargs)
 
     def _read_back(self, tokens: NewTokens) -> tuple[Tensor, Tensor]:
         """What would be read of the new tokens, were there a cache; gradients pass."""
@@ -194,65 +180,39 @@ class CodedAttention(ConvertedAttention):
         cos, sin = self._angles(positions[:, None], query)
         return turned(turned(query, cos, sin) * self.query_gain, cos, -sin)
 
-    def attend_expanded(
-        self, query: Tensor, keys: Tensor, values: Tensor, start: int, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rebuilds keys and values from coefficients [B,S,G d] and calls the attention that the config names.
-
-        query [B,H,T,d] before rope, its first token in column ``start``. Returns [B,T,H,d] and the weights.
-        """
-        cos, sin = self._angles(torch.arange(keys.shape[1], device=keys.device), query)
-        key, value = self._rebuilt(keys, self.key_decoder), self._rebuilt(values, self.value_decoder)
-        key, new = turned(key, cos, sin), slice(start, start + query.shape[2])
-        query = turned(query, cos[new], sin[new])
-        return self.attend_as_stock(query, key, value, mask, kwargs)
-
-    def attend_windowed(
+    def attend_all(
         self,
         query: Tensor,
         coded: tuple[Tensor, Tensor],
         latest: tuple[Tensor, Tensor],
         start: int,
         mask: Tensor | None,
-    ) -> Tensor:
-        """Attention whose queries see the last tokens exactly, some of them at a time; returns [B,T,H,d].
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rebuilds keys and values from coefficients and calls the attention that the config names.
 
-        coded: coefficients [B,S,n] of keys and values as they are read; latest: exact ones [B,E,n] of the last tokens.
+        Args:
+            query: [B,H,T,d] before rope, its first token in column ``start``.
+            coded: coefficients [B,S,G d] of keys and of values as they are read.
+            latest: those of the last tokens [B,E,G d] as they were before coding, for an exact window.
+            start: the column.
+            mask: of the new tokens and all cached ones.
+            kwargs: what else the layers of transformers give.
 
-        Raises:
-            NotImplementedError: a mask of a kind that says nothing of single tokens.
+        Returns:
+            The output [B,T,H,d] and the weights.
         """
-        new, length, first = query.shape[2], coded[0].shape[1], start + query.shape[2] - latest[0].shape[1]
-        if mask is None and new > 1 and self.is_causal:
-            mask = causal_mask(new, length, self.sliding_window, query.device)
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
-            raise NotImplementedError("a model with an exact window runs with attn_implementation sdpa or eager only")
-        cos, sin = self._angles(torch.arange(length, device=query.device), query)
-        late, own = slice(first, start + new), slice(start, start + new)
-        query = turned(query, cos[own], sin[own]) * self.scaling
-        key, exact_key = (
-            turned(self._rebuilt(coded[0], self.key_decoder), cos, sin),
-            self._rebuilt(latest[0], self.key_decoder),
-        )
-        value, exact_value = (self._rebuilt(states, self.value_decoder) for states in (coded[1], latest[1]))
-        exact_key, mended = turned(exact_key, cos[late], sin[late]), exact_value - value[:, :, late]
-        outputs = []
-        for begin in range(start, start + new, BLOCK):
-            rows = slice(begin - start, min(begin - start + BLOCK, new))
-            near = slice(max(first, begin - self.coded.exact_window + 1), start + rows.stop)
-            held = slice(near.start - first, near.stop - first)
-            columns = torch.arange(near.start, near.stop, device=query.device)
-            distance = torch.arange(begin, start + rows.stop, device=query.device)[:, None] - columns
-            inside = (distance >= 0) & (distance < self.coded.exact_window)
-            scores = grouped(query[:, :, rows], key.mT)
-            exact = grouped(query[:, :, rows], exact_key[:, :, held].mT)
-            exact = exact.where(inside, scores[..., near])
-            scores = torch.cat([scores[..., : near.start], exact, scores[..., near.stop :]], dim=-1)
-            seen = None if mask is None else additive_mask(mask[..., rows, :length], query.dtype)
-            weights = attention_weights(scores, seen, self.spec.softcap, self.sinks).to(value.dtype)
-            weights = dropout(weights, self.attention_dropout, self.training)
-            outputs.append(grouped(weights, value) + grouped(weights[..., near] * inside, mended[:, :, held]))
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        query, key, value = self.rebuilt(query, coded, start)
+        return self.attend_as_stock(query, key, value, mask, kwargs)
+
+    def rebuilt(
+        self, query: Tensor, states: tuple[Tensor, Tensor], start: int, column: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries [B,H,T,d], turned keys and values [B,G,S,d] of coefficients [B,S,G d] from a column on."""
+        columns = torch.arange(column, column + states[0].shape[1], device=query.device)
+        key, value = self._rebuilt(states[0], self.key_decoder), self._rebuilt(states[1], self.value_decoder)
+        own = torch.arange(start, start + query.shape[2], device=query.device)
+        return turned(query, *self._angles(own, query)), turned(key, *self._angles(columns, query)), value
 
     def _rebuilt(self, states: Tensor, decoder: nn.Module | None) -> Tensor:
         """Heads [B,G,t,d] of coefficients [B,t,G d]."""
@@ -265,21 +225,18 @@ class CodedAttention(ConvertedAttention):
             return False
         return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
 
-    def _attend_few(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
-        """``attend_in_chunks``, for one token at a time where each has an exact window of its own."""
-        new, length = query.shape[2], rows.keys.shape[1]
+    def attend_few(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+        """Attention that holds no more than a chunk of the cache as numbers; returns [B,T,H,d]."""
+        return self.attend_in_chunks(query, rows, self.shown(mask, query.shape[2], rows.keys.shape[1], query.device))
+
+    def shown(self, mask: Tensor | None, new: int, length: int, device: Any) -> Tensor | None:
+        """The mask, or the one that is meant where none is given."""
         if mask is None and new > 1 and self.is_causal:
-            mask = causal_mask(new, length, self.sliding_window, query.device)
-        if rows.latest is None:
-            return self.attend_in_chunks(query, rows, mask)
-        tokens = [slice(token, token + 1) for token in range(new)]
-        masks = [None if mask is None else mask[..., token, :] for token in tokens]
-        seen = [rows.of_token(token, new, self.coded.exact_window) for token in range(new)]
-        given = zip(tokens, seen, masks, strict=True)
-        return torch.cat([self.attend_in_chunks(query[:, :, token], *rest) for token, *rest in given], dim=1)
+            return causal_mask(new, length, self.sliding_window, device)
+        return mask
 
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
-        """Attention that holds no more than a chunk of the cache as numbers; arguments as above."""
+        """The same with the mask that is meant."""
         length = rows.keys.shape[1]
         mask = None if mask is None else additive_mask(mask, query.dtype)
         size = max(1, CHUNK // (len(query) * self.num_kv_heads * self.head_dim))

@@ -210,9 +210,10 @@ class CodedLayer:
 
     def activate_past_recording(self) -> None:
         """Keeps what would be given up until the next ``crop``, as assisted decoding asks for."""
-        for room in (super(), self.latest):
-            if hasattr(room, "activate_past_recording"):
-                room.activate_past_recording()
+        if isinstance(self, DynamicSlidingWindowLayer):
+            super().activate_past_recording()  # type: ignore[misc]
+        if self.latest is not None:
+            self.latest.activate_past_recording()
 
     def reset(self) -> None:
         """Empties the layer."""

@@ -15,6 +15,7 @@ from transformers import Cache
 
 from .arguments import CACHE_NAMES
 from .coded_attention import CodedAttention
+from .coded_window import CodedWindowAttention
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
@@ -82,7 +83,7 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
 def attention_class(layer: LayerSpec) -> type[Any]:
     """The attention that a converted layer has, a kind of ConvertedAttention."""
     if layer.coded is not None:
-        return CodedAttention
+        return CodedWindowAttention if layer.coded.exact_window else CodedAttention
     return ExactWindowAttention if layer.parts[1].exact_window else LatentAttention
 
 

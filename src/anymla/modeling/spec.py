@@ -391,9 +391,9 @@ def _coded(described: Any, attention: Any) -> CodedSpec:
     for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
         if (found := getattr(coded, name)) not in allowed:
             raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {found!s:.20}")
-    for name, allowed in (("first_tokens", "0 or more"), ("exact_window", "0, or 2 or more")):
+    for name, few in (("first_tokens", "0 or more"), ("exact_window", "0, or 2 or more")):
         if type(found := getattr(coded, name)) is not int or found < 0 or (name == "exact_window" and found == 1):
-            raise ValueError(f"CodedSpec: {name} must be a number of tokens, {allowed}, got {found!s:.20}")
+            raise ValueError(f"CodedSpec: {name} must be a number of tokens, {few}, got {found!s:.20}")
     if isinstance(coded.rope_scale, bool) or not isinstance(coded.rope_scale, int | float) or not coded.rope_scale > 0:
         raise ValueError(f"CodedSpec: rope_scale must be a positive number, got {coded.rope_scale!s:.20}")
     return coded

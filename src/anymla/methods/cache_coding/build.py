@@ -20,6 +20,7 @@ from anymla.methods.cache_coding.tables import fit_tables
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import CodedSpec, Coding
+from anymla.modeling.modeling_anymla import attention_class
 from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     source = read_attention(original, old, layer.family, layer.config)
     made = LayerSpec(attention=source.spec, coded=spec, module=f"{layer.name}.{layer.attention_path}")
     with torch.device("meta"):
-        attention = CodedAttention(original, layer.config, made)
+        attention: CodedAttention = attention_class(made)(original, layer.config, made)
     like = next(original.parameters())
     weights = {**_outside(source), **_projected(source, keys, values, made)}
     tensors = {name: each.to(layer.saved).to(like.dtype) for name, each in weights.items() if each is not None}

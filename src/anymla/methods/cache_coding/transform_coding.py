@@ -46,8 +46,7 @@ class TransformCoding(LayerMethod):
         16,
         ge=0,
         le=MOST,
-        description="Tokens up to each query, itself among them, that it sees exactly, 2 or more, for a constant size: near "
-        "ones count most. 0: none.",
+        description="Tokens that each query sees exactly, the latest and itself, 2 or more, for a constant size; 0: none.",
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
