@@ -2,10 +2,9 @@
 
     anymla convert SmolLM2-135M-Instruct -o q96 --target gguf --kv-rank 64 --rope-dims 32 --kv-cache 0.25
     anymla export q96 --to gguf --dtype q8_0 -o q96.gguf
-    python -P benchmarks/llama_cpp.py ORIGINAL.gguf q96.gguf/model.gguf ... --json llama_cpp.json
+    python benchmarks/llama_speed.py ORIGINAL.gguf q96.gguf/model.gguf ... --json llama_speed.json
 
-Needs a Python with llama-cpp-python and nothing of anymla (tests/engines/install-llama.sh makes one); -P keeps this
-file from being what it imports. Speed does not depend on what the numbers are: any conversion of the right shape does
+Needs a Python with llama-cpp-python and nothing of anymla (tests/engines/install-llama.sh makes one). Speed does not depend on what the numbers are: any conversion of the right shape does
 (--reconstruction-steps 0 --calibration-tokens 512 is quick). Flash attention is on, weights are repacked for neither.
 
 Per file, cache type, context and batch: bytes of the cache per token, measured; tokens per second of prefill up to the
@@ -22,11 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
+try:
+    import llama_cpp
+except ModuleNotFoundError:  # --help does without
+    llama_cpp = None
 
 CACHES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes per number
 UBATCH, CELL, SHORT, STEPS, ROUNDS = 512, 12, 32, 4, 3
-QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)
+QUIET = llama_cpp and llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class Sequences:
@@ -152,6 +154,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    if llama_cpp is None:
+        parser.error("this Python has no llama-cpp-python: tests/engines/install-llama.sh makes one that has it")
     llama_cpp.llama_log_set(QUIET, ctypes.c_void_p(0))
     print(
         "| file | cache | context | batch | bytes per token | prefill /s | decode /s | context, ms | operations / B |"
