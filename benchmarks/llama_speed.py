@@ -4,8 +4,9 @@
     anymla export q96 --to gguf --dtype q8_0 -o q96.gguf
     python benchmarks/llama_speed.py ORIGINAL.gguf q96.gguf/model.gguf ... --json llama_speed.json
 
-Needs a Python with llama-cpp-python and nothing of anymla (tests/engines/install-llama.sh makes one). Speed does not depend on what the numbers are: any conversion of the right shape does
-(--reconstruction-steps 0 --calibration-tokens 512 is quick). Flash attention is on, weights are repacked for neither.
+Needs a Python with llama-cpp-python and nothing of anymla (tests/engines/install-llama.sh makes one). Speed does
+not depend on what the numbers are: any conversion of the right shape does (--reconstruction-steps 0
+--calibration-tokens 512 is quick). Flash attention is on, weights are repacked for neither.
 
 Per file, cache type, context and batch: bytes of the cache per token, measured; tokens per second of prefill up to the
 context, and of decode behind it, over those of the first file with an f16 cache; what attending to the context adds to

@@ -46,7 +46,7 @@ class TransformCoding(LayerMethod):
         16,
         ge=0,
         le=MOST,
-        description="Tokens that each query sees exactly, the latest and itself, 2 or more, for a constant size; 0: none.",
+        description="Latest tokens that each query sees exactly, 2 or more, at a constant size; 0: none.",
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
@@ -57,6 +57,8 @@ class TransformCoding(LayerMethod):
         """Why this model has no coded cache."""
         from anymla.methods.cache_coding.refusals import coded_refusal
 
+        if self.exact_window == 1:
+            return "exact_window is 1, which would keep nothing: it must be 0, or 2 or more"
         return coded_refusal(model)
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
