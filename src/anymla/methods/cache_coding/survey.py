@@ -16,6 +16,7 @@ from anymla.architectures.attention import read_attention
 from anymla.distributed import all_rows, all_sum, all_sum_number, world
 from anymla.methods.base import Survey
 from anymla.methods.cache_coding.rope import RopeSeen
+from anymla.methods.mla.source import with_exact_window
 from anymla.methods.mla.weights import ConvertedLayer, build_attention, whole_layer
 from anymla.model_run.stream import LayerBatch
 from anymla.modeling.latent_attention import LatentAttention
@@ -40,17 +41,18 @@ class KeyValueSurvey(Survey):
 
     Args:
         first_tokens: how many of every window are left out: those that are kept exactly.
+        exact_window: latest tokens that each query sees exactly: what it makes of these counts in no gradient.
         sample: most tokens in the samples, of all processes.
     """
 
     backward: ClassVar[bool] = True
 
-    def __init__(self, first_tokens: int, sample: int = SAMPLE) -> None:
-        self.first_tokens, self.sample = first_tokens, sample
+    def __init__(self, first_tokens: int, exact_window: int = 0, sample: int = SAMPLE) -> None:
+        self.first_tokens, self.exact_window, self.sample = first_tokens, exact_window, sample
 
     def observer(self, layer: Layer) -> KeyValueSums:
         """Sums over the windows."""
-        return KeyValueSums(layer, self.first_tokens, self.sample // world())
+        return KeyValueSums(layer, self.first_tokens, self.exact_window, self.sample // world())
 
     def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
         """The facts of the layer, over all processes."""
@@ -64,12 +66,14 @@ class KeyValueSums:
     what it would cache are the keys and values themselves, in another order.
     """
 
-    def __init__(self, layer: Layer, first_tokens: int, sample: int) -> None:
+    def __init__(self, layer: Layer, first_tokens: int, exact_window: int, sample: int) -> None:
         if (spec := layer.old.attention) is None:
             raise ValueError(f"layer {layer.index} has no softmax attention")
         self.layer, self.path, self.original = layer, layer.attention_path, layer.attention
         self.first = first_tokens
         source = read_attention(self.original, spec, layer.family, layer.config)
+        if exact_window:
+            source = with_exact_window(source, exact_window)
         whole = whole_layer(source.weights)
         attention = build_attention(self.original, source, whole, layer.config, layer.original.dtype)
         attention.always_expands = True

@@ -78,7 +78,7 @@ class TransformCoding(LayerMethod):
         """Moments of keys and values, and what their errors cost."""
         from anymla.methods.cache_coding.energies import EnergySurvey
 
-        return EnergySurvey(self.first_tokens)
+        return EnergySurvey(self.first_tokens, self.exact_window)
 
     def observer(self, layer: Layer) -> Unheard:
         """Nothing: the survey has seen it all."""
