@@ -43,7 +43,7 @@ class LayerCoding(BaseModel):
             key_basis=self.key_basis,
             value_basis="axes",
             first_tokens=first_tokens,
-            exact_window=exact_window,
+            exact_window=window_of(attention, exact_window),
             rope_scale=1.0 if self.facts is None else self.facts["rope_scale"],
         )
 
@@ -71,6 +71,12 @@ class Energies:
         falling = [FALL ** (place / width) for place in range(width)]
         pairs, rest = attention.num_kv_heads * attention.rope_pairs, 2 * attention.num_kv_heads * attention.rope_pairs
         return cls(axes=falling, channels=falling[:pairs] * 2 + falling[rest:], values=falling)
+
+
+def window_of(attention: AttentionSpec, exact_window: int) -> int:
+    """The exact window of a layer: none where it would be most of what the layer sees anyway."""
+    sliding = attention.sliding_window
+    return exact_window if sliding is None or sliding >= 2 * exact_window else 0
 
 
 def plan_layers(
@@ -162,6 +168,8 @@ def _rows(
     """Energies of keys and values; on channels, none of coefficients that decoding has no time for."""
     if basis == "axes":
         return energies.axes, energies.values
+    if settings.decode_cost == "any":
+        return energies.channels, energies.values
     pairs = attention.num_kv_heads * attention.rope_pairs
     keys, values = list(energies.channels), list(energies.values)
     groups: list[list[tuple[list[float], int]]] = [[(keys, place), (keys, place + pairs)] for place in range(pairs)]

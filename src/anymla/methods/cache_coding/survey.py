@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from anymla.architectures.attention import read_attention
 from anymla.distributed import all_rows, all_sum, all_sum_number, world
 from anymla.methods.base import Survey
+from anymla.methods.cache_coding.plan import window_of
 from anymla.methods.cache_coding.rope import RopeSeen
 from anymla.methods.mla.source import with_exact_window
 from anymla.methods.mla.weights import ConvertedLayer, build_attention, whole_layer
@@ -72,8 +73,8 @@ class KeyValueSums:
         self.layer, self.path, self.original = layer, layer.attention_path, layer.attention
         self.first = first_tokens
         source = read_attention(self.original, spec, layer.family, layer.config)
-        if exact_window:
-            source = with_exact_window(source, exact_window)
+        if window := window_of(spec, exact_window):
+            source = with_exact_window(source, window)
         whole = whole_layer(source.weights)
         attention = build_attention(self.original, source, whole, layer.config, layer.original.dtype)
         attention.always_expands = True

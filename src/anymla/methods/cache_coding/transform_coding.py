@@ -59,6 +59,10 @@ class TransformCoding(LayerMethod):
 
         if self.exact_window == 1:
             return "exact_window is 1, which would keep nothing: it must be 0, or 2 or more"
+        if min(self.calibration_length, model.max_position_embeddings) < 2 * self.exact_window:
+            return (
+                f"exact_window {self.exact_window} needs calibration windows of twice as many tokens, to see beyond it"
+            )
         return coded_refusal(model)
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
