@@ -158,7 +158,7 @@ def test_page_says_how_far_aims_are(tmp_path):
     bytes_page.write_page(tmp_path / "bytes.md", rows, systems)
     bytes_page.plot(tmp_path / "bytes.png", rows, systems)
     text = (tmp_path / "bytes.md").read_text()
-    assert "0.0300 | 0.0500 (KIVI-like) | 0.60 (aim 0.50) | +1.0% (aim +0.5%)" in text
+    assert "0.0300 | 0.0500 (KIVI-like) | 0.60 (aim 0.33) | +1.0% (aim +0.5%)" in text
     assert (tmp_path / "bytes.png").stat().st_size > 1000
 
 
