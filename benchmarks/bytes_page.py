@@ -28,8 +28,9 @@ these last shrink; `per token` is what remains. Tables and bases are weights: no
 
 How each is measured:
 
-- **anymla**: the method `transform_coding` through `anymla.run`, bytes from the live cache. By default keys are
-  rebuilt when they are read; with decode cost 2, decoding takes at most twice the multiply-adds of the original.
+- **anymla**: the method `transform_coding` through `anymla.run`, bytes from the live cache; the first 4 tokens and a
+  window of the latest 16 exact. By default keys are rebuilt when they are read; with decode cost 2, decoding takes at
+  most twice the multiply-adds of the original.
 - **KVQuant**: this project's method `kvquant` (arXiv 2401.18079), likewise.
 - All others work on the original, in a simulation: keys and values are coded and decoded inside its attention, and
   every query reads exactly the tokens that the system would still hold exactly.

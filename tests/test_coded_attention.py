@@ -11,8 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from anymla import inspect
 from anymla.account import account, measure
 from anymla.architectures.model_spec import converted_spec
+from anymla.errors import CheckpointError
+from anymla.exports.converted import read_converted
 from anymla.modeling import coded_attention
 from anymla.modeling.arguments import cache_argument
 from anymla.modeling.coded_attention import CodedAttention
@@ -237,6 +240,9 @@ def test_saved_and_loaded(tmp_path):
     coded, ids = make("qwen3", "channels", "axes"), token_ids(1, 20)
     coded.save_pretrained(tmp_path)
     expected = forward(coded, ids)
+    assert "its cache is coded already" in inspect(tmp_path).reason
+    with pytest.raises(CheckpointError, match="holds codes, which transformers alone reads"):
+        read_converted(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.dtype == torch.float64 and torch.equal(forward(loaded, ids), expected)
     names = {file.name for file in tmp_path.glob("*.py")}  # test_checkpoint.py loads a folder without anymla

@@ -48,7 +48,8 @@ def test_bases_are_exact_and_keep_what_errors_cost(moments):
     found, total = axes(moments), (moments.fisher @ moments.covariance).trace()
     assert found.energies.sum().item() == pytest.approx(total.item())
     assert (found.energies.diff() <= 1e-9).all()
-    assert torch.allclose(found.costs, found.costs[:1].expand(len(found.costs)))  # an error costs its square
+    costs = ((found.decoder @ moments.fisher) * found.decoder).sum(1)
+    assert torch.allclose(costs, costs[:1].expand(len(costs)))  # an error costs its square
     assert axes(moments).energies.log().sum() < channels(moments, PAIRS, HEADS).energies.log().sum()
 
 
@@ -111,9 +112,9 @@ def test_plans_keep_to_bytes_and_to_the_cost_of_decoding(decode_cost_limit, tmp_
 
 def test_what_cannot_be_met_names_the_lever(tmp_path):
     spec = read_model_spec(read_config(save_model(make_model("llama", torch.float32), tmp_path / "model")))
-    with pytest.raises(InfeasibleError, match=r"smallest possible is --kv-cache 0\.0209"):
+    with pytest.raises(InfeasibleError, match=r"smallest possible is kv_cache 0\.0209"):
         TransformCoding(kv_cache=0.01).plan(spec)
-    with pytest.raises(InfeasibleError, match=r"smallest possible is --decode-cost 0\.1875"):
+    with pytest.raises(InfeasibleError, match=r"smallest possible is decode_cost 0\.1875"):
         TransformCoding(decode_cost=0.1).plan(spec)
 
 

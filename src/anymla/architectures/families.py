@@ -216,6 +216,9 @@ TEXT_ONLY_INSIDE = frozenset(name for name, family in FAMILIES.items() if family
 _ENCODER = "a bidirectional encoder with a causal head, not a decoder that serves text"
 _HALF = "the decoder half of an encoder-decoder, with cross-attention"
 _MLA = "already multi-head latent attention"
+OWN_CACHE = (  # of families where all_layers_attend
+    "its layers mix tokens beside attention too, and transformers has a cache of its own kind for them"
+)
 _NO_CACHE = "no softmax attention: there is no KV cache to shrink"
 
 REFUSED: dict[str, str] = {

@@ -6,6 +6,9 @@ One of the modelling files that travel with every converted checkpoint; it needs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from .described import checked, shortened
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 16)  # bits that a coefficient may have
 PLANES = (16, 8, 4, 2, 1)  # a word's bits are cut into these, so that each plane of a row packs without gaps
@@ -106,3 +109,44 @@ class CodedSpec:
     first_tokens: int = 4
     exact_window: int = 0
     rope_scale: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+        return {**(shortened(self) or {}), "keys": shortened(self.keys), "values": shortened(self.values)}
+
+    @classmethod
+    def of(cls, described: Any, size: int) -> CodedSpec:
+        """The cache that ``to_dict`` described, of a layer with so many coefficients of keys, and of values.
+
+        Raises:
+            ValueError: it is no such description; the message says which field.
+        """
+        described = checked(cls, described)
+        for name in ("keys", "values"):
+            described[name] = _coding(described[name])
+            if (found := described[name].width) != size:
+                raise ValueError(f"CodedSpec: {name}: {found} coefficients, the layer has {size}")
+        coded = cls(**described)
+        for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
+            if (basis := getattr(coded, name)) not in allowed:
+                raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {basis!s:.20}")
+        for name, few in (("first_tokens", "0 or more"), ("exact_window", "0, or 2 or more")):
+            if (
+                type(tokens := getattr(coded, name)) is not int
+                or tokens < 0
+                or (name == "exact_window" and tokens == 1)
+            ):
+                raise ValueError(f"CodedSpec: {name} must be a number of tokens, {few}, got {tokens!s:.20}")
+        scale = coded.rope_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+            raise ValueError(f"CodedSpec: rope_scale must be a positive number, got {scale!s:.20}")
+        return coded
+
+
+def _coding(described: Any) -> Coding:
+    described = checked(Coding, described)
+    runs = described["bits"]
+    pairs = isinstance(runs, list | tuple) and all(isinstance(run, list | tuple) and len(run) == 2 for run in runs)
+    if not pairs or not all(type(number) is int and number >= 0 for run in runs for number in run):
+        raise ValueError(f"Coding: bits must be a list of pairs [bits, how many coefficients], got {runs!s:.40}")
+    return Coding(**described | {"bits": tuple((bits, count) for bits, count in runs)})

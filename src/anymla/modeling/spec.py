@@ -7,10 +7,11 @@ turns one ModelSpec into another; modelling, exports, cards and the account read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from .coding_spec import BASES, CodedSpec, Coding
+from .coding_spec import CodedSpec
+from .described import checked, names, shortened
 
 VERSION = 1
 KEY = "anymla"  # in config.json: {"version": .., "layers": [..]}
@@ -251,9 +252,9 @@ class LayerSpec:
         """What ``config.json`` says of the layer: fields at their defaults are left out, sizes of weights are too."""
         named = {
             "module": self.module,
-            "attention": _shortened(self.attention),
-            "latent": _shortened(self.latent),
-            "coded": None if self.coded is None else _described(self.coded),
+            "attention": shortened(self.attention),
+            "latent": shortened(self.latent),
+            "coded": None if self.coded is None else self.coded.to_dict(),
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -264,14 +265,16 @@ class LayerSpec:
         Raises:
             ValueError: it is no such description; the message says which field.
         """
-        described = _checked(cls, described, skipped=("attention_bytes", "other_bytes"))
+        described = checked(cls, described, skipped=("attention_bytes", "other_bytes"))
         attention, latent, coded = (described.get(name) for name in ("attention", "latent", "coded"))
         if latent is not None and coded is not None:
             raise ValueError("LayerSpec: a layer has a latent or a coded cache, not both")
+        attention = None if attention is None else _attention(attention)
+        width = 0 if attention is None else attention.cached_numbers // 2
         return cls(
-            attention=None if attention is None else _attention(attention),
-            latent=None if latent is None else LatentSpec(**_checked(LatentSpec, latent)),
-            coded=None if coded is None else _coded(coded, attention),
+            attention=attention,
+            latent=None if latent is None else LatentSpec(**checked(LatentSpec, latent)),
+            coded=None if coded is None else CodedSpec.of(coded, width),
             module=described.get("module"),
         )
 
@@ -345,18 +348,18 @@ def _old_layers(described: Any) -> tuple[LayerSpec, ...] | None:
 
 def _old_layer(layer: Mapping[str, Any]) -> LayerSpec:
     rest = {name: value for name, value in layer.items() if name not in ("module", "query_bias", "bias")}
-    latent = {name: rest.pop(name) for name in _names(LatentSpec) if name in rest}
+    latent = {name: rest.pop(name) for name in names(LatentSpec) if name in rest}
     return LayerSpec.of(
         {"module": layer.get("module"), "attention": rest, "latent": latent | {"biases": layer.get("bias", True)}}
     )
 
 
 def _attention(described: Any) -> AttentionSpec:
-    described = _checked(AttentionSpec, described)
+    described = checked(AttentionSpec, described)
     if (norms := described.get("norms")) is not None:
         described["norms"] = tuple(norms)
     if (temperature := described.get("temperature")) is not None:
-        described["temperature"] = Temperature(**_checked(Temperature, temperature))
+        described["temperature"] = Temperature(**checked(Temperature, temperature))
     return AttentionSpec(**described)
 
 
@@ -372,62 +375,3 @@ def _coded_slots(coded: CodedSpec, width: int, window: int | None) -> tuple[Slot
         tokens = coded.exact_window - 1  # the newest token's own are computed with its query
         slots += [Slot(name=name, width=width, tokens=tokens, once=True) for name in ("exact_keys", "exact_values")]
     return tuple(slots)
-
-
-def _described(coded: CodedSpec) -> dict[str, Any]:
-    """A coded cache as ``config.json`` has it."""
-    codings = {name: _shortened(getattr(coded, name)) for name in ("keys", "values")}
-    return {**(_shortened(coded) or {}), **codings}
-
-
-def _coded(described: Any, attention: Any) -> CodedSpec:
-    described = _checked(CodedSpec, described)
-    for name in ("keys", "values"):
-        described[name] = _coding(described[name])
-    coded, size = CodedSpec(**described), 0 if attention is None else _attention(attention).cached_numbers // 2
-    for name, coding in (("keys", coded.keys), ("values", coded.values)):
-        if coding.width != size:
-            raise ValueError(f"CodedSpec: {name}: {coding.width} coefficients, the layer has {size}")
-    for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
-        if (found := getattr(coded, name)) not in allowed:
-            raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {found!s:.20}")
-    for name, few in (("first_tokens", "0 or more"), ("exact_window", "0, or 2 or more")):
-        if type(found := getattr(coded, name)) is not int or found < 0 or (name == "exact_window" and found == 1):
-            raise ValueError(f"CodedSpec: {name} must be a number of tokens, {few}, got {found!s:.20}")
-    if isinstance(coded.rope_scale, bool) or not isinstance(coded.rope_scale, int | float) or not coded.rope_scale > 0:
-        raise ValueError(f"CodedSpec: rope_scale must be a positive number, got {coded.rope_scale!s:.20}")
-    return coded
-
-
-def _coding(described: Any) -> Coding:
-    described = _checked(Coding, described)
-    runs = described["bits"]
-    pairs = isinstance(runs, list | tuple) and all(isinstance(run, list | tuple) and len(run) == 2 for run in runs)
-    if not pairs or not all(type(number) is int and number >= 0 for run in runs for number in run):
-        raise ValueError(f"Coding: bits must be a list of pairs [bits, how many coefficients], got {runs!s:.40}")
-    return Coding(**described | {"bits": tuple((bits, count) for bits, count in runs)})
-
-
-def _names(kind: Any) -> list[str]:
-    return [each.name for each in fields(kind)]
-
-
-def _checked(kind: Any, described: Any, skipped: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``described`` as a dict that has every field that ``kind`` needs and none that it has not."""
-    if not isinstance(described, Mapping):
-        raise ValueError(f"{kind.__name__} must be an object, got {described!s:.40}")
-    if unknown := described.keys() - {*_names(kind)} | described.keys() & {*skipped}:
-        raise ValueError(f"{kind.__name__} has no field {min(map(str, unknown)):.40}: written by a newer anymla?")
-    needed = {each.name for each in fields(kind) if each.default is MISSING}
-    if missing := needed - described.keys():
-        raise ValueError(f"{kind.__name__} lacks {min(missing)}")
-    return dict(described)
-
-
-def _shortened(spec: Any) -> dict[str, Any] | None:
-    """The fields of ``spec`` that are not at their defaults."""
-    if spec is None:
-        return None
-    changed = {each.name for each in fields(spec) if getattr(spec, each.name) != each.default}
-    kept = {name: value for name, value in asdict(spec).items() if name in changed}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}

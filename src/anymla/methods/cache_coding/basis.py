@@ -47,7 +47,7 @@ class Basis:
         mean: [W].
         encoder, decoder: [W,W], each the other's inverse.
         energies: what each coefficient [W] costs where it is left out, in nats per token, twice: its variance times
-            what its error costs; costs: the latter [W].
+            what its error costs.
         frequency: rope pair [K] of every channel; the first 2K coefficients are then their real and imaginary parts.
     """
 
@@ -55,7 +55,6 @@ class Basis:
     encoder: Tensor
     decoder: Tensor
     energies: Tensor
-    costs: Tensor
     frequency: Tensor | None = None
 
     def encode(self, states: Tensor) -> Tensor:
@@ -70,7 +69,6 @@ class Basis:
             encoder=self.encoder[:, places],
             decoder=self.decoder[places],
             energies=self.energies[places],
-            costs=self.costs[places],
             frequency=frequency,
         )
 
@@ -127,7 +125,6 @@ def _basis(moments: Moments, encoder: Tensor, decoder: Tensor, frequency: Tensor
         encoder=encoder / scale,
         decoder=decoder * scale,
         energies=variance * costs,
-        costs=costs * scale**2,
         frequency=frequency,
     )
 

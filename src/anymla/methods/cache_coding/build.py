@@ -63,7 +63,7 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     if keys.basis is not None and keys.basis.frequency is not None:
         tensors["channel_index"] = keys.basis.frequency
     for name, coded in (("key_codec", keys), ("value_codec", values)):
-        codec: Any = make_codec(coded.coding)
+        codec = make_codec(coded.coding)
         codec.set_tables(coded.tables)
         tensors |= {f"{name}.{key}": tensor for key, tensor in codec.state_dict().items()}
     tensors |= {f"{name}.{key}": each for name, norm in source.norms.items() for key, each in norm.state_dict().items()}
@@ -94,9 +94,10 @@ def _fitted(coding: Coding, basis: Basis, facts: dict[str, Any], kind: str, bits
     weights = (read(facts[f"{kind}_gradients"]).double() @ basis.decoder.T).square()
     weights = (1 - EVEN) * weights + EVEN * weights.mean(0)
     coded = Coded(coding=coding, basis=basis, tables=fit_tables(coefficients, coding, weights))
-    codec: Any = make_codec(coding)
+    codec = make_codec(coding)
     codec.set_tables(coded.tables)
-    errors = ((codec(coefficients) - coefficients).double().square() * weights).mean(0)
+    found: Tensor = codec(coefficients)
+    errors = ((found - coefficients).double().square() * weights).mean(0)
     return coded, errors.sum().item() / 2
 
 

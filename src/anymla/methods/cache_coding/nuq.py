@@ -13,7 +13,6 @@ from torch import Tensor
 from anymla.methods.cache_coding.build import Coded, build_coded
 from anymla.methods.cache_coding.energies import read
 from anymla.methods.cache_coding.tables import TableSample
-from anymla.modeling.codec_tables import TableCodec
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import Coding
@@ -56,8 +55,7 @@ def predicted_loss(facts: dict[str, Any], kind: str, coding: Coding, tables: dic
     """Nats of KL per token that the codes of "key" or "value" cost on the sample, for small errors."""
     states, gradients = (read(facts[f"{kind}_{name}"]) for name in ("sample", "gradients"))
     codec = make_codec(coding)
-    if isinstance(codec, TableCodec):
-        codec.set_tables(tables)
+    codec.set_tables(tables)
     error: Tensor = codec(states) - states
     lost: float = (error.double() * gradients.double()).sum(-1).square().mean().item() / 2
     return lost

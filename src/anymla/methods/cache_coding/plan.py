@@ -43,7 +43,7 @@ class LayerCoding(BaseModel):
             key_basis=self.key_basis,
             value_basis="axes",
             first_tokens=first_tokens,
-            exact_window=window_of(attention, exact_window),
+            exact_window=layer_window(attention, exact_window),
             rope_scale=1.0 if self.facts is None else self.facts["rope_scale"],
         )
 
@@ -73,7 +73,7 @@ class Energies:
         return cls(axes=falling, channels=falling[:pairs] * 2 + falling[rest:], values=falling)
 
 
-def window_of(attention: AttentionSpec, exact_window: int) -> int:
+def layer_window(attention: AttentionSpec, exact_window: int) -> int:
     """The exact window of a layer: none where it would be most of what the layer sees anyway."""
     sliding = attention.sliding_window
     return exact_window if sliding is None or sliding >= 2 * exact_window else 0
@@ -91,8 +91,8 @@ def plan_layers(
     budget = int(settings.kv_cache * 2 * numbers + 1e-9)
     if budget < (least := 2 * len(attentions)):
         raise InfeasibleError(
-            f"--kv-cache {settings.kv_cache:g} leaves {budget} bytes per token, and every layer takes 2 at least: the "
-            f"smallest possible is --kv-cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
+            f"kv_cache {settings.kv_cache:g} leaves {budget} bytes per token, and every layer takes 2 at least: the "
+            f"smallest possible is kv_cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
         )
     _check_cost(attentions, settings)
     bases = ["axes" if attention.rope_pairs else "channels" for attention in attentions]
@@ -128,8 +128,8 @@ def _check_cost(attentions: Sequence[AttentionSpec], settings: TransformCoding) 
     least = max((2 * bool(each.rope_pairs) or 1) + 1 for each in attentions) / 2
     if short := [each.head_dim for each in attentions if settings.decode_cost * each.head_dim < least]:
         raise InfeasibleError(
-            f"--decode-cost {settings.decode_cost:g} is less than one channel and one value take: the smallest "
-            f"possible is --decode-cost {-(-least * 10000 // min(short)) / 10000:g}"
+            f"decode_cost {settings.decode_cost:g} is less than one channel and one value take: the smallest "
+            f"possible is decode_cost {-(-least * 10000 // min(short)) / 10000:g}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anymla.architectures.families import FAMILIES
+from anymla.architectures.families import FAMILIES, OWN_CACHE
 from anymla.modeling.spec import ModelSpec
 
 BY_LENGTH = ("dynamic", "longrope")  # types of rope whose frequencies change with the length of the text
@@ -15,7 +15,7 @@ def coded_refusal(model: ModelSpec) -> str | None:
     if any(layer.coded is not None for layer in model.layers):
         return "its cache is coded already"
     if FAMILIES[model.text_model_type].all_layers_attend:
-        return "its layers mix tokens beside attention too, and transformers has a cache of its own kind for them"
+        return OWN_CACHE
     if (rope := model.rope) is None:
         return None
     if rope.rope_type in BY_LENGTH:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from anymla.architectures.attention import read_attention
 from anymla.distributed import all_rows, all_sum, all_sum_number, world
 from anymla.methods.base import Survey
-from anymla.methods.cache_coding.plan import window_of
+from anymla.methods.cache_coding.plan import layer_window
 from anymla.methods.cache_coding.rope import RopeSeen
 from anymla.methods.mla.source import with_exact_window
 from anymla.methods.mla.weights import ConvertedLayer, build_attention, whole_layer
@@ -64,7 +64,8 @@ class KeyValueSums:
     """Sums of keys, values and their gradients while a layer runs forwards and back.
 
     Every family's keys are made in its own way. So the layer runs with our attention at full budget, which is exact:
-    what it would cache are the keys and values themselves, in another order.
+    what it would cache are the keys and values themselves, in another order. With an exact window near keys and values
+    come from beside the cache, so the gradients with respect to what is cached are of far queries alone.
     """
 
     def __init__(self, layer: Layer, first_tokens: int, exact_window: int, sample: int) -> None:
@@ -73,7 +74,7 @@ class KeyValueSums:
         self.layer, self.path, self.original = layer, layer.attention_path, layer.attention
         self.first = first_tokens
         source = read_attention(self.original, spec, layer.family, layer.config)
-        if window := window_of(spec, exact_window):
+        if window := layer_window(spec, exact_window):
             source = with_exact_window(source, window)
         whole = whole_layer(source.weights)
         attention = build_attention(self.original, source, whole, layer.config, layer.original.dtype)

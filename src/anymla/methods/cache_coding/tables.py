@@ -44,8 +44,7 @@ class TableSample:
             self.weights = torch.ones_like(rows)
         else:
             self.weights = weights.expand_as(coefficients).T.double().gather(-1, order)
-        weighted = self.weights * rows
-        self.weight, self.sum, self.square = (_running(part) for part in (self.weights, weighted, weighted * rows))
+        self.weight, self.sum = _running(self.weights), _running(self.weights * rows)
 
     def fit(self, bits: int) -> Tensor:
         """Levels [C,2**bits], rising: Lloyd's algorithm (Lloyd, 1982) from where they are dense enough."""
@@ -59,12 +58,6 @@ class TableSample:
                 break
             levels = moved
         return levels.sort(dim=-1).values  # sums may round neighbours into the wrong order
-
-    def error(self, levels: Tensor) -> Tensor:
-        """The weighted mean squared error [C] that ``levels`` [C,k] leave."""
-        weight, total, square = self._cells(levels, self.weight, self.sum, self.square)
-        lost = (square - 2 * levels * total + levels.square() * weight).sum(-1)
-        return lost.clamp_min(0) / self.weight[:, -1].clamp_min(1e-300)
 
     def _cells(self, levels: Tensor, *running: Tensor) -> tuple[Tensor, ...]:
         """Sums [C,k] over the numbers that are nearest to each level."""

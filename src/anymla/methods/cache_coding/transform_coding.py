@@ -26,7 +26,7 @@ class TransformCoding(LayerMethod):
     phase: ClassVar[Phase] = Phase.CACHE
     summary: ClassVar[str] = "keys and values in axes that a few bits hold well, bits by what an error costs the model"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("kvquant",)
+    excludes: ClassVar[tuple[str, ...]] = ("mla", "kvquant")
 
     kv_cache: float = Field(
         0.125,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anymla.architectures.families import FAMILIES
+from anymla.architectures.families import FAMILIES, OWN_CACHE
 from anymla.errors import InfeasibleError, RecipeError, UnsupportedModelError
 from anymla.modeling.spec import AttentionSpec, ModelSpec
 
@@ -27,7 +27,7 @@ def window_refusal(model_spec: ModelSpec) -> str | None:
     if family.attends_in_chunks:
         return "its layers attend in chunks"
     if family.all_layers_attend:
-        return "its layers mix tokens beside attention too, and transformers has a cache of its own kind for them"
+        return OWN_CACHE
     if all(spec.sliding_window is not None for spec in model_spec.attention_layers.values()):
         return "all its layers have a sliding window anyway"
     return None
