@@ -270,11 +270,10 @@ class LayerSpec:
         if latent is not None and coded is not None:
             raise ValueError("LayerSpec: a layer has a latent or a coded cache, not both")
         attention = None if attention is None else _attention(attention)
-        width = 0 if attention is None else attention.cached_numbers // 2
         return cls(
             attention=attention,
             latent=None if latent is None else LatentSpec(**checked(LatentSpec, latent)),
-            coded=None if coded is None else CodedSpec.of(coded, width),
+            coded=None if coded is None else CodedSpec.of(coded, attention.cached_numbers // 2 if attention else 0),
             module=described.get("module"),
         )
 
