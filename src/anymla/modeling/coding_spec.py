@@ -6,9 +6,12 @@ One of the modelling files that travel with every converted checkpoint; it needs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .described import checked, shortened
+
+if TYPE_CHECKING:
+    from .spec import AttentionSpec
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 16)  # bits that a coefficient may have
 PLANES = (16, 8, 4, 2, 1)  # a word's bits are cut into these, so that each plane of a row packs without gaps
@@ -97,6 +100,7 @@ class CodedSpec:
         key_basis: "own": the keys themselves; "channels": complex axes across key/value heads within one rope
             frequency, on which scores are computed; "axes": any axes, from which keys are rebuilt when they are read.
         value_basis: "own" or "axes".
+        key_block, value_block: key/value heads that a basis mixes with each other, a divisor of all; 0: all of them.
         first_tokens: tokens at the start of every sequence whose coefficients are kept exactly.
         exact_window: tokens before and with each query that it sees exactly, 2 or more; 0: none.
         rope_scale: what rope multiplies queries and keys with, beside turning them (yarn).
@@ -106,9 +110,18 @@ class CodedSpec:
     values: Coding
     key_basis: str = "axes"
     value_basis: str = "axes"
+    key_block: int = 0
+    value_block: int = 0
     first_tokens: int = 4
     exact_window: int = 0
     rope_scale: float = 1.0
+
+    def block_widths(self, attention: AttentionSpec) -> tuple[int, int]:
+        """Coefficients of a block of keys, and of values."""
+        heads, head_dim = attention.num_kv_heads, attention.head_dim
+        keys = 1 if self.key_basis == "own" else self.key_block or heads
+        values = 1 if self.value_basis == "own" else self.value_block or heads
+        return keys * head_dim, values * head_dim
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""
