@@ -6,9 +6,13 @@ One of the modelling files that travel with every converted checkpoint; it needs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .described import checked, shortened
+from .slot_spec import Slot, exact_slots
+
+if TYPE_CHECKING:
+    from .spec import AttentionSpec
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 16)  # bits that a coefficient may have
 PLANES = (16, 8, 4, 2, 1)  # a word's bits are cut into these, so that each plane of a row packs without gaps
@@ -110,18 +114,32 @@ class CodedSpec:
     exact_window: int = 0
     rope_scale: float = 1.0
 
+    def slots(self, attention: AttentionSpec, window: int | None) -> tuple[Slot, ...]:
+        """What the cache of such a layer holds: rows of bytes, the first tokens with their columns, the last tokens.
+
+        ``window``: most tokens that the cache keeps; None: all.
+        """
+        width, rows = attention.cached_numbers // 2, {"keys": self.keys.row_bytes, "values": self.values.row_bytes}
+        slots = [Slot(name=name, width=size, tokens=window, codec="byte") for name, size in rows.items()]
+        if first := self.first_tokens:
+            once: Any = {"tokens": first, "once": True, "until": None if window is None else window + first}
+            slots += [Slot(name=name, width=width, **once) for name in ("first_keys", "first_values")]
+            slots.append(Slot(name="first_columns", width=1, codec="index", **once))
+        return (*slots, *exact_slots(width, self.exact_window))
+
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""
         return {**(shortened(self) or {}), "keys": shortened(self.keys), "values": shortened(self.values)}
 
     @classmethod
-    def of(cls, described: Any, size: int) -> CodedSpec:
-        """The cache that ``to_dict`` described, of a layer with so many coefficients of keys, and of values.
+    def of(cls, described: Any, attention: AttentionSpec | None) -> CodedSpec:
+        """The cache that ``to_dict`` described, of a layer with this attention.
 
         Raises:
             ValueError: it is no such description; the message says which field.
         """
         described = checked(cls, described)
+        size = attention.cached_numbers // 2 if attention else 0
         for name in ("keys", "values"):
             described[name] = _coding(described[name])
             if (found := described[name].width) != size:
