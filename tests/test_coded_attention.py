@@ -285,6 +285,7 @@ def test_saved_and_loaded(tmp_path):
         (("keys", "more"), 1, "Coding has no field more"),
         (("key_basis",), "cosine", "key_basis must be one of own, channels, axes"),
         (("value_basis",), "channels", "value_basis must be one of own, axes"),
+        (("key_block",), 2, "key_block must divide the 3 key/value heads"),
         (("first_tokens",), -1, "first_tokens must be"),
         (("exact_window",), 1, "exact_window must be"),
         (("rope_scale",), "1", "rope_scale must be"),

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
-from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec, Slot
+from anymla.modeling.coding_spec import CodedSpec
+from anymla.modeling.slot_spec import Slot
+from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 
 LENGTHS = (4096, 32768)  # tokens at which sizes are told, beside the model's context
 PROBE_TOKENS = 8  # that run through a model whose cache is measured
@@ -150,9 +152,20 @@ def _layer_bytes(layer: LayerSpec, spec: ModelSpec) -> int | None:
         return None if layer.attention_bytes is None else layer.attention_bytes + layer.other_bytes
     if not layer.attention.scaling:  # only its config was read, which says nothing of norms
         return None
-    if layer.latent is None:
-        return layer.other_bytes + coded_bytes(layer, spec.hidden_size, spec.dtype)
-    return layer.other_bytes + latent_bytes(layer.attention, layer.latent, spec.hidden_size, spec.dtype)
+    return layer.other_bytes + attention_bytes(layer, spec.hidden_size, spec.dtype)
+
+
+def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter and buffer that a converted attention saves.
+
+    ``hidden``: D, the width of the residual stream.
+    """
+    match layer.kind:
+        case CodedSpec():
+            return coded_bytes(layer, hidden, dtype)
+        case LatentSpec() as latent:
+            return latent_bytes(layer.parts[0], latent, hidden, dtype)
+    raise ValueError(f"the layer at {layer.module} is not converted")
 
 
 def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:

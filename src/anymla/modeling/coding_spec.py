@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .described import checked, shortened
+from .slot_spec import Slot, exact_slots
+
+if TYPE_CHECKING:
+    from .spec import AttentionSpec
 
 if TYPE_CHECKING:
     from .spec import AttentionSpec
@@ -123,18 +127,32 @@ class CodedSpec:
         values = 1 if self.value_basis == "own" else self.value_block or heads
         return keys * head_dim, values * head_dim
 
+    def slots(self, attention: AttentionSpec, window: int | None) -> tuple[Slot, ...]:
+        """What the cache of such a layer holds: rows of bytes, the first tokens with their columns, the last tokens.
+
+        ``window``: most tokens that the cache keeps; None: all.
+        """
+        width, rows = attention.cached_numbers // 2, {"keys": self.keys.row_bytes, "values": self.values.row_bytes}
+        slots = [Slot(name=name, width=size, tokens=window, codec="byte") for name, size in rows.items()]
+        if first := self.first_tokens:
+            once: Any = {"tokens": first, "once": True, "until": None if window is None else window + first}
+            slots += [Slot(name=name, width=width, **once) for name in ("first_keys", "first_values")]
+            slots.append(Slot(name="first_columns", width=1, codec="index", **once))
+        return (*slots, *exact_slots(width, self.exact_window))
+
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""
         return {**(shortened(self) or {}), "keys": shortened(self.keys), "values": shortened(self.values)}
 
     @classmethod
-    def of(cls, described: Any, size: int) -> CodedSpec:
-        """The cache that ``to_dict`` described, of a layer with so many coefficients of keys, and of values.
+    def of(cls, described: Any, attention: AttentionSpec | None) -> CodedSpec:
+        """The cache that ``to_dict`` described, of a layer with this attention.
 
         Raises:
             ValueError: it is no such description; the message says which field.
         """
         described = checked(cls, described)
+        size = attention.cached_numbers // 2 if attention else 0
         for name in ("keys", "values"):
             described[name] = _coding(described[name])
             if (found := described[name].width) != size:
@@ -143,17 +161,21 @@ class CodedSpec:
         for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
             if (basis := getattr(coded, name)) not in allowed:
                 raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {basis!s:.20}")
-        for name, few in (("first_tokens", "0 or more"), ("exact_window", "0, or 2 or more")):
-            if (
-                type(tokens := getattr(coded, name)) is not int
-                or tokens < 0
-                or (name == "exact_window" and tokens == 1)
-            ):
-                raise ValueError(f"CodedSpec: {name} must be a number of tokens, {few}, got {tokens!s:.20}")
+        heads = attention.num_kv_heads if attention else 0
+        for name in ("key_block", "value_block"):
+            if type(block := getattr(coded, name)) is not int or block < 0 or heads % (block or 1):
+                raise ValueError(f"CodedSpec: {name} must divide the {heads} key/value heads, got {block!s:.20}")
+        coded._check_tokens()
         scale = coded.rope_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
             raise ValueError(f"CodedSpec: rope_scale must be a positive number, got {scale!s:.20}")
         return coded
+
+    def _check_tokens(self) -> None:
+        for name, few in (("first_tokens", "0 or more"), ("exact_window", "0, or 2 or more")):
+            tokens = getattr(self, name)
+            if type(tokens) is not int or tokens < 0 or (name == "exact_window" and tokens == 1):
+                raise ValueError(f"CodedSpec: {name} must be a number of tokens, {few}, got {tokens!s:.20}")
 
 
 def _coding(described: Any) -> Coding:

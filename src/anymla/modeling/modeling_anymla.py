@@ -16,10 +16,11 @@ from transformers import Cache
 from .arguments import CACHE_NAMES
 from .coded_attention import CodedAttention
 from .coded_window import CodedWindowAttention
+from .coding_spec import CodedSpec
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
-from .spec import LayerSpec, layers_of
+from .spec import LatentSpec, LayerSpec, layers_of
 
 PREFIX = "Anymla"
 
@@ -82,9 +83,12 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
 
 def attention_class(layer: LayerSpec) -> type[Any]:
     """The attention that a converted layer has, a kind of ConvertedAttention."""
-    if layer.coded is not None:
-        return CodedWindowAttention if layer.coded.exact_window else CodedAttention
-    return ExactWindowAttention if layer.parts[1].exact_window else LatentAttention
+    match layer.kind:
+        case CodedSpec(exact_window=window):
+            return CodedWindowAttention if window else CodedAttention
+        case LatentSpec(exact_window=window):
+            return ExactWindowAttention if window else LatentAttention
+    raise ValueError(f"the layer at {layer.module} is not converted")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,34 +12,12 @@ from typing import Any
 
 from .coding_spec import CodedSpec
 from .described import checked, names, shortened
+from .slot_spec import Slot, exact_slots
 
 VERSION = 1
 KEY = "anymla"  # in config.json: {"version": .., "layers": [..]}
 OLD_KEY = "mla_layers"  # what anymla 0.1 wrote
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """Numbers of one kind that a layer caches per token.
-
-    ``tokens``: the most tokens it holds; None where it holds all. ``once``: whether it holds some tokens beside another
-    slot that holds all, so that its size is paid once and not per token. ``until``: tokens at which it is given up.
-    ``codec``: how a number is stored: "plain" in the cache's dtype, "byte", "index" as an int64.
-    """
-
-    name: str
-    width: int
-    tokens: int | None = None
-    once: bool = False
-    until: int | None = None
-    codec: str = "plain"
-
-    def held(self, length: int) -> int:
-        """Tokens that it holds once ``length`` tokens are read."""
-        if self.until is not None and length >= self.until:
-            return 0
-        return length if self.tokens is None else min(length, self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +154,32 @@ class LatentSpec:
     biases: bool = True
     exact_window: int = 0
 
+    def slots(self, attention: AttentionSpec, window: int | None) -> tuple[Slot, ...]:
+        """What the cache of such a layer holds; ``window``: most tokens that it keeps, None: all."""
+        sizes = {"latent": self.kv_lora_rank, "rope_key": self.qk_rope_head_dim}
+        slots = [Slot(name=name, width=width, tokens=window) for name, width in sizes.items()]
+        return (*slots, *exact_slots(attention.cached_numbers // 2, self.exact_window))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+        return shortened(self) or {}
+
+    @classmethod
+    def of(cls, described: Any, attention: AttentionSpec | None) -> LatentSpec:
+        """The latent that ``to_dict`` described.
+
+        Raises:
+            ValueError: it is no such description; the message says which field.
+        """
+        return cls(**checked(cls, described))
+
+
+KINDS: dict[str, Any] = {"latent": LatentSpec, "coded": CodedSpec}  # what may stand in the stock attention's place
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: its attention, and the latent or the codes that hold its cache where it was converted.
+    """One decoder layer: its attention, and one of ``KINDS`` that holds its cache where it was converted.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
@@ -205,9 +205,14 @@ class LayerSpec:
         return self.attention, self.latent
 
     @property
+    def kind(self) -> Any:
+        """What stands in the stock attention's place, one of ``KINDS``; None where that is as it was."""
+        return next((kind for name in KINDS if (kind := getattr(self, name)) is not None), None)
+
+    @property
     def replaced(self) -> AttentionSpec | None:
         """The attention of a layer that has another module than the original; None in others."""
-        return None if self.latent is None and self.coded is None else self.attention
+        return None if self.kind is None else self.attention
 
     @property
     def encodes_keys(self) -> bool:
@@ -235,26 +240,18 @@ class LayerSpec:
         if (attention := self.attention) is None:
             return ()
         window = None if attention.cache_window is None else max(0, attention.cache_window - 1)
-        if self.coded is not None:
-            return _coded_slots(self.coded, attention.cached_numbers // 2, window)
-        if (latent := self.latent) is None:
+        if self.kind is None:
             width = attention.stored_numbers // 2
             return tuple(Slot(name=name, width=width, tokens=window) for name in ("keys", "values"))
-        sizes = {"latent": latent.kv_lora_rank, "rope_key": latent.qk_rope_head_dim}
-        slots = [Slot(name=name, width=width, tokens=window) for name, width in sizes.items()]
-        if latent.exact_window:
-            width = attention.cached_numbers // 2
-            tokens = latent.exact_window - 1  # the newest token's own are computed with its query
-            slots += [Slot(name=name, width=width, tokens=tokens, once=True) for name in ("exact_keys", "exact_values")]
-        return tuple(slots)
+        slots: tuple[Slot, ...] = self.kind.slots(attention, window)
+        return slots
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of the layer: fields at their defaults are left out, sizes of weights are too."""
         named = {
             "module": self.module,
             "attention": shortened(self.attention),
-            "latent": shortened(self.latent),
-            "coded": None if self.coded is None else self.coded.to_dict(),
+            **{name: kind.to_dict() for name in KINDS if (kind := getattr(self, name)) is not None},
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -266,16 +263,12 @@ class LayerSpec:
             ValueError: it is no such description; the message says which field.
         """
         described = checked(cls, described, skipped=("attention_bytes", "other_bytes"))
-        attention, latent, coded = (described.get(name) for name in ("attention", "latent", "coded"))
-        if latent is not None and coded is not None:
-            raise ValueError("LayerSpec: a layer has a latent or a coded cache, not both")
-        attention = None if attention is None else _attention(attention)
-        return cls(
-            attention=attention,
-            latent=None if latent is None else LatentSpec(**checked(LatentSpec, latent)),
-            coded=None if coded is None else CodedSpec.of(coded, attention.cached_numbers // 2 if attention else 0),
-            module=described.get("module"),
-        )
+        given = {name: kind for name in KINDS if (kind := described.get(name)) is not None}
+        if len(given) > 1:
+            raise ValueError(f"LayerSpec: a layer has {' or '.join(given)}, not both")
+        attention = None if (found := described.get("attention")) is None else _attention(found)
+        kinds = {name: KINDS[name].of(kind, attention) for name, kind in given.items()}
+        return cls(attention=attention, module=described.get("module"), **kinds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,17 +353,3 @@ def _attention(described: Any) -> AttentionSpec:
     if (temperature := described.get("temperature")) is not None:
         described["temperature"] = Temperature(**checked(Temperature, temperature))
     return AttentionSpec(**described)
-
-
-def _coded_slots(coded: CodedSpec, width: int, window: int | None) -> tuple[Slot, ...]:
-    """Rows of bytes, and the first tokens' ``width`` coefficients of keys and of values with their columns."""
-    rows = {"keys": coded.keys.row_bytes, "values": coded.values.row_bytes}
-    slots = [Slot(name=name, width=size, tokens=window, codec="byte") for name, size in rows.items()]
-    if first := coded.first_tokens:
-        once: Any = {"tokens": first, "once": True, "until": None if window is None else window + first}
-        slots += [Slot(name=name, width=width, **once) for name in ("first_keys", "first_values")]
-        slots.append(Slot(name="first_columns", width=1, codec="index", **once))
-    if coded.exact_window:
-        tokens = coded.exact_window - 1  # the newest token's own are computed with its query
-        slots += [Slot(name=name, width=width, tokens=tokens, once=True) for name in ("exact_keys", "exact_values")]
-    return tuple(slots)
