@@ -5,7 +5,7 @@ Shapes: D hidden, G key/value heads of d numbers, n = G d, P rope pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.methods.cache_coding.basis import Basis
 from anymla.methods.cache_coding.energies import basis_of, read
+from anymla.methods.cache_coding.forms import Form
 from anymla.methods.cache_coding.plan import LayerCoding, ordered
 from anymla.methods.cache_coding.tables import fit_tables
 from anymla.modeling.codecs import make_codec
@@ -78,18 +79,15 @@ def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[CodedAttention
         raise ValueError(f"layer {layer.index} is planned without a coded cache")
     if (attention := layer.old.attention) is None:
         raise ValueError(f"layer {layer.index} has no softmax attention")
-    facts, coded, loss = coding.facts, [], 0.0
-    sides = (
-        ("key", coding.keys, coding.key_bits, spec.keys),
-        ("value", coding.values, coding.value_bits, spec.values),
-    )
-    for kind, form, bits, rows in sides:
+    facts = coding.facts
+
+    def fitted(kind: str, form: Form, bits: Sequence[int], rows: Coding) -> tuple[Coded, float]:
         basis = basis_of(facts, kind, form, attention)
-        basis = basis.ordered(torch.tensor(ordered(bits, form, kind, attention)))
-        fitted, lost = _fitted(rows, basis, facts, kind)
-        coded.append(fitted)
-        loss += lost
-    return build_coded(layer, spec, *coded, read(facts["inv_freq"])), loss
+        return _fitted(rows, basis.ordered(torch.tensor(ordered(bits, form, kind, attention))), facts, kind)
+
+    keys, key_loss = fitted("key", coding.keys, coding.key_bits, spec.keys)
+    values, value_loss = fitted("value", coding.values, coding.value_bits, spec.values)
+    return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
 
 
 def _fitted(coding: Coding, basis: Basis, facts: dict[str, Any], kind: str) -> tuple[Coded, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +46,12 @@ class Form:
         for start in range(0, attention.num_kv_heads * attention.head_dim, width):
             yield from ((start + pair, start + pairs + pair) for pair in range(pairs))
             yield from ((place,) for place in range(start + 2 * pairs, start + width))
+
+    def operations(self, kind: str, bits: Sequence[int], attention: AttentionSpec) -> int:
+        """Multiply-adds of the scores, or the context, of one new token per cached one; ``bits``: of coefficients."""
+        each, fixed = self.costs(kind, attention)
+        kept = (len(group) for group in self.groups(kind, attention) if any(bits[place] for place in group))
+        return fixed + each * sum(kept)
 
 
 def forms(attention: AttentionSpec, decode_cost: float | Literal["any"]) -> tuple[list[Form], list[Form]]:

@@ -198,32 +198,24 @@ def _check_cost(attentions: Sequence[AttentionSpec], settings: TransformCoding) 
     """Refuses a cost of decoding at which a layer could not even read one channel and one value."""
     if settings.decode_cost == "any":
         return
-    least = {_least(attention): attention for attention in attentions}
-    if settings.decode_cost < (most := max(least)):
+    least = [((2 if each.rope_pairs else 1) + 1) / (2 * each.num_kv_heads * each.head_dim) for each in attentions]
+    if not settings.decode_cost >= (most := max(least)):
         raise InfeasibleError(
             f"decode_cost {settings.decode_cost:g} is less than one channel and one value take: the smallest "
             f"possible is decode_cost {math.ceil(most * 10000) / 10000:g}"
         )
 
 
-def _least(attention: AttentionSpec) -> float:
-    """The cost of decoding with one channel of one head and one of its values."""
-    return ((2 if attention.rope_pairs else 1) + 1) / (2 * attention.num_kv_heads * attention.head_dim)
-
-
 def decode_cost(attention: AttentionSpec, layer: LayerCoding) -> int:
     """Multiply-adds of the scores and the context of one new token per cached one; the original takes 2 H d."""
-    cost = 0
-    for kind, form, bits in (("key", layer.keys, layer.key_bits), ("value", layer.values, layer.value_bits)):
-        each, fixed = form.costs(kind, attention)
-        kept = [len(group) for group in form.groups(kind, attention) if any(bits[place] for place in group)]
-        cost += fixed + each * sum(kept)
-    return cost
+    keys = layer.keys.operations("key", layer.key_bits, attention)
+    return keys + layer.values.operations("value", layer.value_bits, attention)
 
 
 def ordered(bits: Sequence[int], form: Form, kind: str, attention: AttentionSpec) -> list[int]:
     """Places of coefficients, the most bits first in every block; channels' real parts, then their imaginary ones."""
-    width, places = form.block * attention.head_dim, []
+    width = form.block * attention.head_dim
+    places: list[int] = []
     for start in range(0, len(bits), width):
         groups = [group for group in form.groups(kind, attention) if start <= group[0] < start + width]
         groups.sort(key=lambda group: [-max(bits[place] for place in group), *(-bits[place] for place in group)])

@@ -35,9 +35,9 @@ class TransformCoding(LayerMethod):
         description="Share of the bytes that the original's KV cache has in 16 bits, 0 < x <= 1; 1 codes nothing.",
     )
     decode_cost: float | Literal["any"] = Field(
-        "any",
-        description="Most multiply-adds per cached token and layer at decode, over those of the original attention, as "
-        "2.0; fewer numbers are kept then, at a loss. any: no limit, so that keys are rebuilt from the best axes.",
+        2.0,
+        description="Most multiply-adds per cached token and layer at decode, over those of the original attention; "
+        "bases then mix few heads. any: no limit, so that keys are rebuilt from the best axes of all heads.",
     )
     first_tokens: int = Field(
         4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
