@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from anymla import __version__
-from anymla.account import Account, account
+from anymla.account import account
 from anymla.cards import step_card
 from anymla.io.device import peak_rss
 from anymla.io.sources.plain import Plain
@@ -55,22 +56,22 @@ def convert_coded(
         surveyed=None if progress is None else lambda done, total: progress(done, total, None),
     )
     with swept(method, source.folder, spec, run) as done:
-        changed = [record for record in done.records if record.before is not None and record.after is not None]
-        before = Account(layers=tuple(record.before for record in changed if record.before is not None))
-        after = Account(layers=tuple(record.after for record in changed if record.after is not None))
+        before, after = account(replace(spec, dtype=done.spec.dtype)), account(done.spec)
         scores = held_out_scores(
             done.source, done.windows, done.original, done.converted, caches=(before, after), tuples=done.tuples
         )
-        sizes = account(spec).cache_bytes_at, account(done.spec).cache_bytes_at
         report = CodedConversion(
             output=output.absolute(),
             model=model,
             method=method,
             spec=done.spec,
-            layers=tuple(record.result for record in changed if record.result is not None),
+            layers=tuple(record.result for record in done.records if record.result is not None),
             before=scores[0],
             after=scores[1],
-            cache_bytes_at={length: {"before": held, "after": sizes[1][length]} for length, held in sizes[0].items()},
+            cache_bytes_at={
+                length: {"before": held, "after": after.cache_bytes_at[length]}
+                for length, held in before.cache_bytes_at.items()
+            },
             commit=source.commit,
             notes=(*source.notes, *done.source.notes),
             computing=done.computing,

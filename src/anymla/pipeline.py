@@ -129,6 +129,7 @@ def convert(
     max_memory: str | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
+    told: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Conversion | CodedConversion:
     """Makes a model's KV cache smaller, and writes the new model to ``output``.
@@ -150,8 +151,8 @@ def convert(
             ``output``. Default: a quarter of the machine's memory.
         progress: called after each layer with (layers done, layers, result), and once before the first where a stopped
             conversion goes on. Of codes the result is a dict, None after each pass of calibration.
-        notify: called before the work with what "auto" chose and why; and where it will take more than ten minutes,
-            with how long and what is faster.
+        notify: called before the work where it will take more than ten minutes, with how long and what is faster.
+        told: called with which step the codec "auto" took, and why.
         settings: fields of the step, as ``kv_cache=0.25``; they override the recipe.
 
     What is done is kept in a folder beside ``output`` until all is; the same call goes on from there. Under torchrun
@@ -177,8 +178,8 @@ def convert(
         check_weights(plain.folder)
         # with transformers' defaults where config.json says nothing
         model_spec = read_model_spec(safe_config(plain.folder).to_dict())
-        if notify is not None and choice.told is not None:
-            notify(choice.told)
+        if told is not None and choice.told is not None:
+            told(choice.told)
         if not isinstance(choice.method, MLA):
             sizes = {"shard_size": shard_size, "memory": memory}
             return convert_coded(choice.method, name, plain, model_spec, output, progress, restart=restart, **sizes)
@@ -187,14 +188,14 @@ def convert(
             all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)
         from anymla.sweep.run import Run  # loads torch
 
-        told = _Told(model_spec, chosen.recipe, progress, notify)
+        teller = _Told(model_spec, chosen.recipe, progress, notify)
         run = Run(
             output=output,
             memory=memory,
             shard_size=shard_size,
             restart=restart,
-            progress=told.layer,
-            begins=told.begins,
+            progress=teller.layer,
+            begins=teller.begins,
         )
         return _convert(plain, model_spec, chosen, run, started)
 

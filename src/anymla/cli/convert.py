@@ -93,8 +93,8 @@ def plan(
     """Dry run: what every layer becomes and what it costs, from the config alone."""
     codec = NONE if output is not None and codec == AUTO else codec
     choice = pipeline.choose(model, file_recipe(recipe), codec=codec, revision=revision, **settings)
-    if choice.told is not None:
-        print_note(choice.told)
+    if choice.told is not None and not as_json:
+        out.print(choice.told, soft_wrap=True)
     if not isinstance(choice.method, MLA):
         return _show_codes(pipeline.plan_codes(model, choice.method, revision=revision), as_json=as_json)
     planned = pipeline.plan(model, choice.method, revision=revision)
@@ -155,6 +155,7 @@ def convert(
             max_memory=max_memory,
             progress=conversion_progress(report),
             notify=print_note if first_process() else None,
+            told=None if as_json or not first_process() else _tell,
             **settings,
         )
     if not first_process():
@@ -177,6 +178,10 @@ def convert(
         f"anymla eval {output} --against {conversion.model} --text YOUR.txt",
         soft_wrap=True,
     )
+
+
+def _tell(text: str) -> None:
+    out.print(text, soft_wrap=True)
 
 
 def conversion_progress(report: Report) -> pipeline.Progress:
