@@ -233,8 +233,8 @@ LENGTHS = (2, 4, 11, 12, 14, 15, 16, 40)  # around the first tokens and a window
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "phi"])
 @pytest.mark.parametrize("bases", BASES, ids=[key for key, _ in BASES])
 def test_account_is_what_is_measured(family, bases, tmp_path):
-    window = 6 if family == "gemma2" else 0
-    make(family, *bases, exact_window=window).to(torch.float32).save_pretrained(tmp_path)
+    window, blocks = 6 if family == "gemma2" else 0, BY_HEAD if family == "qwen3" else {}
+    make(family, *bases, exact_window=window, **blocks).to(torch.float32).save_pretrained(tmp_path)
     coded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
     config = json.loads((tmp_path / "config.json").read_text())
     spec = sized(converted_spec(config), stored_bytes(converted_spec(config), tmp_path.glob("*.safetensors")))
