@@ -28,15 +28,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .absorbed import additive_mask
 from .arguments import make_fit
 from .attention import ConvertedAttention, joined
+from .block_maps import grouped, mapped, matrix, through
 from .codecs import make_codec
 from .coded_cache import NewTokens, PlacedTokens, Places, make_room
 from .coding_spec import CodedSpec
-from .dense_weight import affine_map
 from .heads import attention_weights, causal_mask, multiply_pairs, score_bias
 from .spec import LayerSpec
 
@@ -333,31 +332,3 @@ def turn(states: Tensor, cos: Tensor, sin: Tensor) -> None:
     swapped = real * sin
     real.mul_(cos).addcmul_(imag, sin, value=-1)
     imag.mul_(cos).add_(swapped)
-
-
-def grouped(query: Tensor, states: Tensor) -> Tensor:
-    """Products [B,H,T,m] of [B,H,T,n] with [B or 1,G,n,m], whose heads are not copied."""
-    groups = query.unflatten(1, (states.shape[1], -1)).flatten(2, 3)
-    return (groups @ states).unflatten(2, (-1, query.shape[2])).flatten(1, 2)
-
-
-def mapped(states: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
-    """Products of states [B,t,n] with a weight [n,w], whose blocks of w rows each meet w numbers, plus a constant."""
-    if (width := weight.shape[1]) == len(weight):
-        return linear(states, weight, constant)
-    blocks = states.unflatten(-1, (-1, width)).transpose(1, 2) @ weight.unflatten(0, (-1, width)).mT
-    return blocks.transpose(1, 2).flatten(2) + constant
-
-
-def through(module: nn.Module, states: Tensor, width: int) -> Tensor:
-    """What an encoder or a decoder with blocks of ``width`` makes of states [B,t,n]."""
-    if width == states.shape[-1]:
-        made: Tensor = module(states)
-        return made
-    return mapped(states, *matrix(module, width, states))
-
-
-def matrix(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [n,w] and constant [n] of an encoder or a decoder."""
-    weight, constant = affine_map(module, width, like)
-    return weight.to(like.dtype), constant.to(like.dtype)
