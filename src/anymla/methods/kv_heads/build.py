@@ -106,9 +106,8 @@ def _shared(
     if method.variant == "mean":
         return projections.averaged(kept), None
     weighted, group = method.weighting == "energy", len(moments.key) // kept
-    output = projections.output
-    metric = torch.einsum("Dgnd,Dgne->gde", output, output) if weighted else None
-    projections = projections.with_values(shared_values(moments, metric, group))
+    output = projections.output.sum(2) if weighted else None  # [D,G,d]: as if the heads attended alike
+    projections = projections.with_values(shared_values(moments, output, group))
     if method.variant == "freq":
         return projections.with_keys(shared_channels(moments, pairs, group, weighted=weighted)), None
     return projections, shared_keys(moments, group, weighted=weighted) if method.variant == "post" else None

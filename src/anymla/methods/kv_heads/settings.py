@@ -37,9 +37,10 @@ class KVHeads(LayerMethod):
     - ``mean``: means of the group's key and value weights, without compensation (Ainslie et al., arXiv 2305.13245). It
       is the baseline, a stock checkpoint too, and needs training.
 
-    Deviations from the paper: ``freq`` is anymla's own, so that rope can follow; errors are weighted by the energy of
-    the queries and output weights that read them (``weighting: none``: the paper's plain components); groups may be
-    of heads that are alike and not neighbours. The paper trains the result with LoRA: the step ``tune`` can follow.
+    Deviations from the paper: ``freq`` is anymla's own, and the default for it loses less on small models than ``post``,
+    which is the paper's. Errors are weighted by the queries and output weights that read them (``weighting: none``: the
+    paper's plain components). Groups may be of heads that are alike (``grouping: overlap``). The paper trains the
+    result with LoRA: the step ``tune`` can follow.
     """
 
     name: ClassVar[str] = "kv_heads"
@@ -59,7 +60,7 @@ class KVHeads(LayerMethod):
         "activations", description="Components of keys and values on calibration text, or of the weights alone."
     )
     weighting: Literal["energy", "none"] = Field(
-        "energy", description="Weight errors by queries and output weights, or all alike as in the paper."
+        "energy", description="Weigh errors by the queries and output weights that read them; none: all alike, as in the paper."
     )
     grouping: Literal["adjacent", "overlap"] = Field(
         "adjacent", description="Groups of neighbours, or of heads that hold the most in common."

@@ -55,11 +55,14 @@ def on_diagonal(blocks: Tensor, group: int) -> Tensor:
     return placed.permute(0, 3, 1, 4, 2).reshape(-1, group * size, group * size)
 
 
-def shared_values(moments: HeadMoments, metric: Tensor | None, group: int) -> Shared:
-    """Values of each group, d numbers of t d: encoder [N,d,t d]; ``metric`` [G,d,d] of an error in each head's."""
+def shared_values(moments: HeadMoments, output: Tensor | None, group: int) -> Shared:
+    """Values of each group, d numbers of t d: encoder [N,d,t d].
+
+    ``output`` [D,G,d]: what reads the values of each head, which says what an error in them costs; None: all alike.
+    """
     size = moments.value.shape[1]
-    weights = None if metric is None else on_diagonal(metric, group)
-    return Shared.of(grouped(moments.value, group), weights, size)
+    metric = None if output is None else grouped(torch.einsum("Dgd,Dhe->gdhe", output, output), group)
+    return Shared.of(grouped(moments.value, group), metric, size)
 
 
 def shared_keys(moments: HeadMoments, group: int, *, weighted: bool) -> Shared:
