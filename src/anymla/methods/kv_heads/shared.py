@@ -79,11 +79,12 @@ def shared_channels(moments: HeadMoments, pairs: int, group: int, *, weighted: b
     rope, all of them together.
     """
     turned, rest = 2 * pairs, moments.key.shape[1] - 2 * pairs
+    groups = len(moments.key) // group
     channels = Shared.of(complex_moments(moments.key, pairs, group), _energies(moments, pairs, group, weighted), 1)
     encoder = _real(channels.encoder[..., 0, :]).permute(0, 1, 4, 2, 3, 5)  # [N,2,P,t,2,P]
     decoder = _real(channels.decoder[..., 0]).permute(0, 2, 1, 4, 3, 5)  # [N,t,2,P,2,P]
-    encoder = pad(encoder.reshape(-1, turned, group, turned), (0, rest, 0, 0, 0, rest))
-    decoder = pad(decoder.reshape(-1, group, turned, turned), (0, rest, 0, rest))
+    encoder = pad(encoder.reshape(groups, turned, group, turned), (0, rest, 0, 0, 0, rest))
+    decoder = pad(decoder.reshape(groups, group, turned, turned), (0, rest, 0, rest))
     if rest:
         metric = on_diagonal(moments.query[:, turned:, turned:], group) if weighted else None
         left = Shared.of(grouped(moments.key[:, turned:, :, turned:], group), metric, rest)
