@@ -1,14 +1,19 @@
 """Fewer KV heads: what is exact, what is best, and that the result is a stock checkpoint.
 
-Figures on the bundled model (stories260K, 4 KV heads, negative log-likelihood per token over the original's), 2 and 1 KV
-heads kept: freq 0.72 and 1.2, post 1.3 and 2, mean 3.4 and 3.9. The paper's ``post`` loses to ``freq`` there, whose heads
-have 4 rope pairs only: the best components of rotated keys leave whole frequencies out, and ``freq`` keeps one of each.
+Figures on the bundled model (stories260K, 4 KV heads): negative log-likelihood per token over the original's, with 2
+and with 1 KV head kept: freq 0.72 and 1.25, post 1.29 and 1.93, mean 3.37 and 3.88. The paper's ``post`` loses to ``freq``
+there: with 4 rope pairs in a head, the best components of rotated keys leave whole frequencies out, and ``freq`` keeps
+one of each. freq by weights 0.88 and 1.59, with plain components 0.88 and 1.37. values 0.30 and 0.84, by weights 0.46
+and 1.21, with plain components 0.34 and 0.90. Groups by overlap: freq 0.73, post 1.31, values 0.31, mean 3.15.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,18 +32,19 @@ from anymla.demo import bundled_model
 from anymla.errors import AnymlaError
 from anymla.io.checkpoint import load_tokenizer
 from anymla.methods.kv_heads import KVHeads
-from anymla.methods.kv_heads.build import Projections, _grouped, _stock, share
+from anymla.methods.kv_heads.build import Projections, grouped_attention, share, stock_attention
 from anymla.methods.kv_heads.grouping import alike_as_neighbours
-from anymla.methods.kv_heads.moments import HeadMoments, HeadSums, weight_moments
-from anymla.methods.kv_heads.shared import Shared, shared_channels, shared_keys, shared_values
+from anymla.methods.kv_heads.moments import HeadSums, weight_moments
+from anymla.methods.kv_heads.shared import shared_channels, shared_keys, shared_values
 from anymla.model_run.stream import AttentionRun, LayerBatch, decoder_layers
 from anymla.modeling.grouped_spec import GroupedSpec
 from anymla.modeling.spec import LayerSpec
 from tests.damage import TRAIN, VALID
-from tests.families import make_model, save_model, token_ids
 from tests.families import logits as logits_of
+from tests.families import make_model, save_model, token_ids
 from tests.family_models import tiny_model
 from tests.precision import Exact
+from tests.vision_models import tiny_vision_config
 
 CALIBRATION = {"calibration_tokens": 1024, "calibration_length": 64}
 
@@ -48,7 +54,8 @@ class Layers:
 
     def __init__(self, model, ids):
         self.model, self.spec = model, read_model_spec(model.config.to_dict())
-        self.runs, hooks = {}, []
+        self.runs: dict[int, AttentionRun] = {}
+        hooks = []
         for index, block in enumerate(decoder_layers(model)):
             if self.spec.layers[index].attention is not None:
 
@@ -57,7 +64,7 @@ class Layers:
                     self.runs[index] = AttentionRun(inputs=inputs, arguments=kwargs, output=output[0])
 
                 hooks.append(block.get_submodule(attention_path(block)).register_forward_hook(keep, with_kwargs=True))
-        with Exact():
+        with Exact() if model.dtype == torch.float64 else nullcontext():
             logits_of(model, ids)
         for hook in hooks:
             hook.remove()
@@ -103,7 +110,11 @@ def alike(model, order=(0, 0, 0)):
     """Makes KV head i of each layer a copy of head ``order[i]``: keys turned per frequency, values by any matrix."""
     spec, generator = read_model_spec(model.config.to_dict()), torch.Generator().manual_seed(3)
     for block, layer in zip(decoder_layers(model), spec.layers, strict=True):
-        attention, old, family = block.get_submodule(attention_path(block)), layer.attention, FAMILIES[model.config.model_type]
+        attention, old, family = (
+            block.get_submodule(attention_path(block)),
+            layer.attention,
+            FAMILIES[model.config.model_type],
+        )
         query, key, value, _ = projections_of(attention, old, family)
         d, pairs, places = old.head_dim, old.rope_pairs, pair_order(old, family)
         keys, values = key.unflatten(0, (-1, d))[:, places], value.unflatten(0, (-1, d))
@@ -127,7 +138,19 @@ def same(model, other, ids=None, tolerance=1e-8):
     return (found - expected).abs().max().item() < tolerance * expected.abs().max().item()
 
 
-FREQ = ["llama", "qwen2", "mistral", "phi3", "glm", "ernie4_5", "starcoder2", "gemma2", "gpt_oss", "smollm3", "nemotron"]
+FREQ = [
+    "llama",
+    "qwen2",
+    "mistral",
+    "phi3",
+    "glm",
+    "ernie4_5",
+    "starcoder2",
+    "gemma2",
+    "gpt_oss",
+    "smollm3",
+    "nemotron",
+]
 
 
 @pytest.mark.parametrize("family", FREQ)
@@ -147,7 +170,9 @@ def test_as_many_heads_as_before_is_the_original(variant):
     assert same(layers.shared(kv_heads=3, variant=variant), layers.model)
 
 
-@pytest.mark.parametrize(("family", "variant"), [("qwen3", "post"), ("gpt2", "post"), ("olmo2", "values"), ("bloom", "values")])
+@pytest.mark.parametrize(
+    ("family", "variant"), [("qwen3", "post"), ("gpt2", "post"), ("olmo2", "values"), ("bloom", "values")]
+)
 def test_families_that_no_stock_config_can_hold(family, variant):
     layers = Layers(tiny_model(family), token_ids())
     heads = layers.spec.layers[0].attention.num_kv_heads
@@ -174,7 +199,10 @@ def test_mixing_within_a_frequency_commutes_with_rope():
     keys = shared_channels(moments, 4, 3, weighted=True)
     values = projections.with_values(shared_values(moments, None, 3))
     spec = LayerSpec(attention=source.spec, grouped=GroupedSpec(kv_heads=1, shares_keys=True), module="layer")
-    stock, ours = _stock(layer, source, values.with_keys(keys)), _grouped(layer, source, values, keys, spec)
+    stock, ours = (
+        stock_attention(layer, source, values.with_keys(keys)),
+        grouped_attention(layer, source, values, keys, spec),
+    )
     run = layers.runs[index]
     arguments = {name: value for name, value in run.arguments.items() if name != "hidden_states"}
     found, expected = (module(run.inputs, **arguments)[0] for module in (stock, ours))
@@ -206,7 +234,8 @@ def stories():
     """The bundled model, moments of its layers on training text, and held-out text."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(bundled_model()).eval(), load_tokenizer(bundled_model())
     train, held_out = (
-        calibration_windows(bundled_text(name), tokenizer, tokens=4096, length=256, seed=0) for name in ("train", "valid")
+        calibration_windows(bundled_text(name), tokenizer, tokens=4096, length=256, seed=0)
+        for name in ("train", "valid")
     )
     return Layers(model, train), held_out
 
@@ -244,7 +273,11 @@ def test_activations_are_better_than_weights_and_both_than_means(stories, part, 
                 new = rows.unflatten(0, (-1, group)).mean(1, keepdim=True).expand(-1, group, -1, -1)
             else:
                 moments = sums[index].moments() if kind == "activations" else weight_moments(sources[index])
-                fit = shared_values(moments, None, group) if part == "value" else shared_keys(moments, group, weighted=False)
+                fit = (
+                    shared_values(moments, None, group)
+                    if part == "value"
+                    else shared_keys(moments, group, weighted=False)
+                )
                 new = fit.decoder @ (fit.encoder @ rows.flatten(0, 1).unflatten(0, (len(fit.encoder), -1)))
             projection.data = new.reshape(projection.shape).to(projection.dtype)
 
@@ -252,7 +285,7 @@ def test_activations_are_better_than_weights_and_both_than_means(stories, part, 
 
     whole = loss(layers.model, text)
     activations, weights, mean = (rebuilt(kind) - whole for kind in ("activations", "weights", "mean"))
-    assert activations < weights < mean / 2
+    assert activations < weights < 0.75 * mean
 
 
 @pytest.mark.parametrize("kept", [2, 1])
@@ -288,9 +321,114 @@ def test_the_folder_is_a_stock_one(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(model).__name__ == "Qwen2ForCausalLM" and model.model.layers[0].self_attn.k_proj.out_features == 24
     account = json.loads((tmp_path / "out" / "account.json").read_text())
-    before = json.loads((tmp_path / "source" / "config.json").read_text())["num_key_value_heads"]
-    assert account["cache_bytes_per_token"] == account["measured"]["cache_bytes_per_token"] == before * 2 * 2 * 8 * 4 // 2
-    original = AutoModelForCausalLM.from_pretrained(source).eval()
-    assert logits_of(model, token_ids()).shape == logits_of(original, token_ids()).shape
-    with pytest.raises(AnymlaError, match="no stock one any more|converted|stock"):
+    cached = 2 * 2 * 3 * 8 * 4  # layers, keys and values, heads, numbers, bytes
+    assert account["cache_bytes_per_token"] == account["measured"]["cache_bytes_per_token"] == cached
+    with pytest.raises(AnymlaError, match="nothing to recover"):
         anymla.run(tmp_path / "out", tmp_path / "again", steps=["tune"])
+
+
+@pytest.mark.parametrize("variant", ["post", "values"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_own_attention_under_generate(family, variant):
+    """Beams and static caches; cached are as many numbers as planned."""
+    made, ids = Layers(tiny_model(family), token_ids()).shared(kv_heads=1, variant=variant), token_ids(length=20)
+    common = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for options in ({}, {"num_beams": 3}):
+        plain = made.generate(ids, use_cache=False, **common, **options)
+        assert torch.equal(made.generate(ids, **common, **options), plain)
+        static = made.generate(ids, cache_implementation="static", **common, **options)
+        assert torch.equal(static, plain)
+    with torch.no_grad():
+        cache = made(input_ids=ids, use_cache=True).past_key_values
+    held = [(layer.keys.shape[1] * layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
+    assert held == [(8 if variant == "post" else 24, 8)] * len(held)
+
+
+BEFORE = {"kv_heads": {"kv_heads": 1, **CALIBRATION}}
+PAIRS = {
+    "mla": {"mla": {"kv_cache": 0.5, "reconstruction_steps": 2, **CALIBRATION}},
+    "kvquant": {"kvquant": {"bits": 4, **CALIBRATION}},
+    "transform_coding": {"transform_coding": {"kv_cache": 0.5, **CALIBRATION}},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_model(make_model("llama", torch.float32), tmp_path_factory.mktemp("kv-heads") / "source")
+
+
+@pytest.mark.parametrize("after", PAIRS)
+def test_what_can_follow(source, tmp_path, after):
+    done = anymla.run(source, tmp_path / "out", steps=[BEFORE, PAIRS[after]])
+    first, second = (step.account.cache_bytes_per_token for step in done.steps)
+    assert done.original.account.cache_bytes_per_token == 3 * first and second < first
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["num_key_value_heads"]) == ("anymla_llama", 1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert logits_of(model, token_ids()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (["mla", "kv_heads"], "WIDTH comes before ATTENTION"),
+        (["kvquant", "kv_heads"], "WIDTH comes before CACHE"),
+        ([{"kv_heads": {"variant": "post", "kv_heads": 1}}, "mla"], "step 2, mla, .*put mla before"),
+        ([{"kv_heads": {"variant": "values", "kv_heads": 1}}, "kvquant"], "step 2, kvquant, .*no stock one"),
+        ([{"kv_heads": {"kv_heads": 2}}], "does not divide the model's 3: take 3, 1"),
+        ([{"kv_heads": {"kv_cache": 0.1}}], "the least is 0.3333"),
+        ([{"kv_heads": {"kv_cache": 0.5, "kv_heads": 1}}], "give one of them"),
+        ([{"kv_heads": {"variant": "post", "svd": "weights"}}], "svd must be activations"),
+    ],
+)
+def test_what_cannot(source, tmp_path, steps, said):
+    with pytest.raises(AnymlaError, match=said):
+        anymla.run(source, tmp_path / "out", steps=steps)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("qwen3", {}, "pass a norm.*variant: post or values"),
+        ("gpt2", {}, "no config of its family.*variant: post or values"),
+        ("olmo", {"variant": "values"}, "may be clipped"),
+        ("qwen3_next", {"variant": "values"}, "a gate on the heads' output"),
+        ("gpt_oss", {"grouping": "overlap"}, "attention sinks.*grouping: adjacent"),
+        ("bloom", {"variant": "values", "grouping": "overlap"}, "position biases.*grouping: adjacent"),
+    ],
+)
+def test_families_that_are_refused(family, settings, said):
+    """From the config alone."""
+    spec = read_model_spec(tiny_model(family).config.to_dict())
+    assert re.search(said, KVHeads(**settings).refuses(spec) or "")
+
+
+def test_tuning_a_stock_model_keeps_it_one(source, tmp_path):
+    tune = {"data": [str(TRAIN)], "eval_data": str(VALID), "eval_tokens": 256, "tokens": 4096, "length": 64, "batch": 8}
+    anymla.run(source, tmp_path / "out", steps=[BEFORE, {"tune": tune | {"device": "cpu"}}])
+    told = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    assert told["after"]["kl"] < told["before"]["kl"]
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
+    with pytest.raises(AnymlaError, match="was not converted by anymla"):
+        anymla.tune(source, tmp_path / "again", teacher=source, data=str(TRAIN))
+
+
+def test_configs_that_say_a_number_of_kv_heads():
+    """The table is what transformers' configs have; the two that are left out do not mean it, or keep it inside."""
+    for name, family in FAMILIES.items():
+        fields = CONFIG_MAPPING[name].__dataclass_fields__ if name in CONFIG_MAPPING else {}
+        has = bool({"num_key_value_heads", "num_kv_heads"} & {*fields})
+        assert not fields or has == family.says_kv_heads or name in ("falcon", "dbrx"), name
+
+
+def test_fields_that_a_step_changes_are_those_of_the_text_model():
+    config = tiny_vision_config("llava")
+    spec = read_model_spec(config.to_dict())
+    after = KVHeads(kv_heads=1).plan(spec).after
+    made = config_after(config, spec, after)
+    assert made.text_config.num_key_value_heads == 1 != config.text_config.num_key_value_heads
+    assert config_after(config, spec, spec) is config
+    uneven = replace(after, layers=(spec.layers[0], *after.layers[1:]))
+    with pytest.raises(AnymlaError, match="can say num_kv_heads"):
+        config_after(config, spec, uneven)

@@ -126,7 +126,11 @@ FAMILIES: dict[str, Family] = {
     "gpt_neo": replace(_GPT, qkv_bias=False, position_bias="window", scaling=1.0),
     "gpt_neox": Family(
         says_kv_heads=False,
-        defaults={"rotary_pct": 0.25}, fused="grouped", partial_rope="rotary_pct", qkv_bias=True, output_bias=True
+        defaults={"rotary_pct": 0.25},
+        fused="grouped",
+        partial_rope="rotary_pct",
+        qkv_bias=True,
+        output_bias=True,
     ),
     "gpt_oss": Family(beyond=_SINKS, defaults=_EVERY_SECOND),
     "gptj": Family(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from anymla.architectures.attention import SourceAttention, pair_order, read_attention
 from anymla.architectures.names import FUSED, OUTPUTS, SEPARATE
-from anymla.architectures.parts import find_part, stored_projections
+from anymla.architectures.parts import stored_projections
 from anymla.errors import UnsupportedModelError
 from anymla.methods.base import Changed
 from anymla.methods.kv_heads.grouping import alike_as_neighbours
@@ -89,12 +89,12 @@ def share(layer: Layer, method: KVHeads, observed: Any) -> Changed:
     projections, keys = _shared(Projections.of(source, order), moments.ordered(order), method, pairs, kept)
     spec = layer.planned
     if layer.planned.grouped is None:
-        attention = _stock(layer, source, projections)
+        attention = stock_attention(layer, source, projections)
     else:
         spec = LayerSpec(
             attention=source.spec, grouped=layer.planned.grouped, module=f"{layer.name}.{layer.attention_path}"
         )
-        attention = _grouped(layer, source, projections, keys, spec)
+        attention = grouped_attention(layer, source, projections, keys, spec)
     layer.module.set_submodule(layer.attention_path, attention)
     return Changed(spec=spec, result={"layer": layer.index, "kv_heads": kept, "order": order})
 
@@ -113,7 +113,7 @@ def _shared(
     return projections, shared_keys(moments, group, weighted=weighted) if method.variant == "post" else None
 
 
-def _stock(layer: Layer, source: SourceAttention, made: Projections) -> nn.Module:
+def stock_attention(layer: Layer, source: SourceAttention, made: Projections) -> nn.Module:
     """The family's own attention, made by transformers of the new config."""
     original: Any = layer.attention
     with torch.device("meta"):
@@ -128,10 +128,11 @@ def _stock(layer: Layer, source: SourceAttention, made: Projections) -> nn.Modul
         for name, tensor in original.state_dict().items()
         if name.partition(".")[0] not in (*SEPARATE, *FUSED) and name not in changed
     }
-    return _filled(layer, attention, changed | kept)
+    _fill(attention, layer, changed | kept)
+    return attention
 
 
-def _grouped(
+def grouped_attention(
     layer: Layer, source: SourceAttention, made: Projections, keys: Shared | None, spec: LayerSpec
 ) -> GroupedAttention:
     """An attention whose cache has fewer heads than its keys before rope."""
@@ -147,13 +148,13 @@ def _grouped(
         tensors |= {"key_encoder": keys.encoder, "key_decoder": keys.decoder.reshape(*w.key.shape[:2], -1)}
     for part, norm in source.norms.items():
         tensors |= {f"{part}.{name}": tensor for name, tensor in norm.state_dict().items()}
-    return _filled(layer, attention, {name: each for name, each in tensors.items() if each is not None})
+    _fill(attention, layer, {name: each for name, each in tensors.items() if each is not None})
+    return attention
 
 
-def _filled(layer: Layer, attention: Any, tensors: dict[str, Tensor]) -> Any:
-    """``attention`` with ``tensors``, rounded once to what is saved."""
+def _fill(attention: nn.Module, layer: Layer, tensors: dict[str, Tensor]) -> None:
+    """Gives ``attention`` the ``tensors``, rounded once to what is saved."""
     like = next(layer.attention.parameters())
     ready = {name: each.to(layer.saved).to(like.device, like.dtype).contiguous() for name, each in tensors.items()}
     attention.load_state_dict(ready, assign=True)
-    return attention.eval().requires_grad_(False)
-
+    attention.eval().requires_grad_(False)

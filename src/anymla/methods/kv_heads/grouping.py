@@ -5,7 +5,6 @@ Shapes: G KV heads of d numbers, P rope pairs.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from anymla.methods.kv_heads.moments import HeadMoments
@@ -33,8 +32,8 @@ def alike_as_neighbours(moments: HeadMoments, pairs: int, group: int) -> list[in
 def overlaps(moments: HeadMoments, pairs: int) -> Tensor:
     """How much of what two heads hold lies in common subspaces [G,G], 0 to 2: of keys and of values.
 
-    ||E[a b^T]||^2 over the norms of E[a a^T] and E[b b^T] (linear CKA without centring); of ``pairs`` of the keys within
-    each of them, as complex numbers, for only there they can be shared before rope.
+    ||E[a b^T]||^2 over the norms of E[a a^T] and E[b b^T] (linear CKA without centring); of ``pairs`` of the keys
+    within each of them, as complex numbers, for only there they can be shared before rope.
     """
     channels = complex_moments(moments.key, pairs, len(moments.key))[0].abs().square().sum(0)  # [G,G]
     keys = channels + _squared(moments.key[:, 2 * pairs :, :, 2 * pairs :])

@@ -41,8 +41,9 @@ def weight_moments(source: SourceAttention) -> HeadMoments:
         torch.cat([weight, bias[..., None]], -1)
         for weight, bias in ((w.query, w.query_bias), (w.key, w.key_bias), (w.value, w.value_bias))
     )
-    across = (torch.einsum("gdx,hex->gdhe", rows, rows) for rows in (key, value))
-    return HeadMoments(*across, torch.einsum("gndx,gnex->gde", *2 * [query.unflatten(0, (len(key), -1))]))
+    key, value = (torch.einsum("gdx,hex->gdhe", rows, rows) for rows in (key, value))
+    query = query.unflatten(0, (len(key), -1))
+    return HeadMoments(key, value, torch.einsum("gndx,gnex->gde", query, query))
 
 
 class HeadSums:

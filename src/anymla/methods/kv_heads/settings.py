@@ -37,9 +37,9 @@ class KVHeads(LayerMethod):
     - ``mean``: means of the group's key and value weights, without compensation (Ainslie et al., arXiv 2305.13245). It
       is the baseline, a stock checkpoint too, and needs training.
 
-    Deviations from the paper: ``freq`` is anymla's own, and the default for it loses less on small models than ``post``,
-    which is the paper's. Errors are weighted by the queries and output weights that read them (``weighting: none``: the
-    paper's plain components). Groups may be of heads that are alike (``grouping: overlap``). The paper trains the
+    Deviations from the paper: ``freq`` is anymla's own and the default, for it is stock and loses less than the paper's
+    ``post`` on a small model. Errors are weighed by the queries and output weights that read them (``weighting: none``:
+    the paper's plain components). Groups may be of heads that are alike (``grouping: overlap``). The paper trains the
     result with LoRA: the step ``tune`` can follow.
     """
 
@@ -60,7 +60,8 @@ class KVHeads(LayerMethod):
         "activations", description="Components of keys and values on calibration text, or of the weights alone."
     )
     weighting: Literal["energy", "none"] = Field(
-        "energy", description="Weigh errors by the queries and output weights that read them; none: all alike, as in the paper."
+        "energy",
+        description="Weigh errors by the queries and output weights that read them; none: all alike, as in the paper.",
     )
     grouping: Literal["adjacent", "overlap"] = Field(
         "adjacent", description="Groups of neighbours, or of heads that hold the most in common."
