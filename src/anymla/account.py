@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import Any
 
 from anymla.modeling.coding_spec import CodedSpec
+from anymla.modeling.grouped_spec import GroupedSpec
 from anymla.modeling.slot_spec import Slot
 from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 
@@ -165,6 +166,8 @@ def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
             return coded_bytes(layer, hidden, dtype)
         case LatentSpec() as latent:
             return latent_bytes(layer.parts[0], latent, hidden, dtype)
+        case GroupedSpec():
+            return grouped_bytes(layer, hidden, dtype)
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 
@@ -192,6 +195,15 @@ def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtyp
     numbers += 2 * attention.num_heads * attention.rope_pairs  # query_rotation
     numbers += 2 * attention.num_kv_heads * channels
     return numbers * DTYPE_BYTES[dtype] + channels * INDEX_BYTES
+
+
+def grouped_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter that GroupedAttention saves; ``hidden``: D, the residual stream's width."""
+    if (attention := layer.attention) is None or (grouped := layer.grouped) is None:
+        raise ValueError(f"the layer at {layer.module} has no grouped cache")
+    heads, size = attention.num_kv_heads, attention.head_dim
+    numbers = _plain_numbers(attention, hidden) + (hidden + 1) * (heads + grouped.kv_heads) * size
+    return (numbers + 2 * heads * size * size * grouped.shares_keys) * DTYPE_BYTES[dtype]
 
 
 def _plain_numbers(attention: AttentionSpec, hidden: int, biased: bool = True) -> int:
