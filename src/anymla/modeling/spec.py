@@ -12,6 +12,7 @@ from typing import Any
 
 from .coding_spec import CodedSpec
 from .described import checked, names, shortened
+from .mfa_spec import MfaSpec
 from .slot_spec import Slot, exact_slots
 
 VERSION = 1
@@ -174,7 +175,11 @@ class LatentSpec:
         return cls(**checked(cls, described))
 
 
-KINDS: dict[str, Any] = {"latent": LatentSpec, "coded": CodedSpec}  # what may stand in the stock attention's place
+KINDS: dict[str, Any] = {  # what may stand in the stock attention's place
+    "latent": LatentSpec,
+    "coded": CodedSpec,
+    "mfa": MfaSpec,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +194,7 @@ class LayerSpec:
     attention: AttentionSpec | None = None
     latent: LatentSpec | None = None
     coded: CodedSpec | None = None
+    mfa: MfaSpec | None = None
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
@@ -203,6 +209,17 @@ class LayerSpec:
         if self.attention is None or self.latent is None:
             raise ValueError(f"the layer at {self.module} has no latent attention")
         return self.attention, self.latent
+
+    @property
+    def factorised(self) -> MfaSpec:
+        """The multi-matrix factorisation attention of a layer.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.mfa is None:
+            raise ValueError(f"the layer at {self.module} has no factorised attention")
+        return self.mfa
 
     @property
     def kind(self) -> Any:
@@ -230,9 +247,9 @@ class LayerSpec:
     @property
     def makes_values(self) -> bool:
         """Whether a converted attention makes the original's values, and not the latent of x alone."""
-        if self.attention is None or self.latent is None:
+        if self.attention is None or (self.latent is None and self.mfa is None):
             return False
-        return not self.attention.linear_values or self.latent.exact_window > 0
+        return not self.attention.linear_values or (self.latent is not None and self.latent.exact_window > 0)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
