@@ -11,6 +11,7 @@ value. Cached per token and layer: latent [r] and rope key [R]. A query is [what
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .absorbed import absorbed_attention
 from .attention import joined
 from .heads import multiply_pairs, query_temperature
 from .latent_attention import LatentAttention
-from .spec import LayerSpec
+from .spec import KEY, LayerSpec, config_entry, layers_of
 
 
 class MfaAttention(LatentAttention):
@@ -129,12 +130,26 @@ class MfaAttention(LatentAttention):
         return context + self.value_gate * self.value_map(context)
 
 
-def fold_value_gate(attention: MfaAttention) -> None:
-    """Puts the value map, I + N diag(alpha) in rows, into the output projection in place; the gate is gone then."""
+def fold_value_gates(model: Any) -> None:
+    """Puts every value map into its output projection, in place, and says so in the config: the gates are gone then."""
+    for attention in model.modules():
+        if isinstance(attention, MfaAttention) and attention.value_map is not None:
+            _fold(attention)
+    layers = layers_of(model.config.to_dict()) or ()
+    folded = (
+        layer if layer.mfa is None else replace(layer, mfa=replace(layer.mfa, value_gate=False)) for layer in layers
+    )
+    setattr(model.config, KEY, config_entry(tuple(folded)))
+
+
+def _fold(attention: MfaAttention) -> None:
+    """In rows the value is k M with M = I + N diag(alpha), so that every head's matrix O becomes M O."""
     if attention.value_map is None or attention.value_gate is None:
         return
-    output, alpha = attention.o_proj.weight, attention.value_gate.double()
+    output, alpha, value_map = attention.o_proj.weight, attention.value_gate.double(), attention.value_map.weight
     by_head = output.data.double().unflatten(1, (attention.num_heads, -1))
-    folded = by_head + (by_head * alpha) @ attention.value_map.weight.data.double()
+    folded = by_head + (by_head * alpha.detach()) @ value_map.data.double()
     output.data = folded.flatten(1).to(output.dtype)
     attention.value_map = attention.value_gate = None
+    attention.mfa = replace(attention.mfa, value_gate=False)
+    attention.layer_spec = replace(attention.layer_spec, mfa=attention.mfa)

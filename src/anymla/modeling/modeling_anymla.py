@@ -78,9 +78,10 @@ class LatentModelMixin(ReplacedAttention):
 
 
 def replace_attention(model: Any, layer: LayerSpec) -> None:
-    """Replaces the attention module of ``layer`` in ``model``."""
+    """Replaces the attention module of ``layer`` in ``model``; its weights start as the model's own do."""
     original = model.get_submodule(layer.module)
-    model.set_submodule(layer.module, attention_class(layer)(original, model.config.get_text_config(), layer))
+    attention = attention_class(layer)(original, model.config.get_text_config(), layer)
+    model.set_submodule(layer.module, attention.apply(model._init_weights))
 
 
 def attention_class(layer: LayerSpec) -> type[Any]:
