@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import anymla
@@ -18,6 +20,7 @@ from anymla.architectures.model_spec import read_config, read_model_spec, spec_o
 from anymla.architectures.parts import attention_path
 from anymla.demo import bundled_model
 from anymla.errors import InfeasibleError, UnsupportedModelError
+from anymla.exports.step3 import write_step3
 from anymla.io.checkpoint import load_model
 from anymla.methods.base import method_of
 from anymla.methods.mfa.bridge import bridged
@@ -162,10 +165,10 @@ def test_tune_opens_the_gate_and_folds_it(source, latent, tmp_path):
     assert not any(layer.mfa.value_gate for layer in spec_of(read_config(tmp_path / "out")).layers)
 
 
-def fresh(**settings: Any) -> Any:
+def fresh(*, tie_word_embeddings: bool = False, **settings: Any) -> Any:
     """A fresh model, float64, away from where it starts."""
     torch.manual_seed(0)
-    config = anymla.fresh_config(LlamaConfig(**BASE), **settings)
+    config = anymla.fresh_config(LlamaConfig(**BASE, tie_word_embeddings=tie_word_embeddings), **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data + 0.2 * torch.randn_like(parameter)
@@ -225,14 +228,14 @@ def test_a_folded_gate_changes_nothing(tmp_path):
 def test_a_fresh_model_starts_as_its_family_does():
     """Projections have the family's deviation, norms are ones, gates are closed, channels lie in all frequencies."""
     torch.manual_seed(0)
-    config = anymla.fresh_config(LlamaConfig(**BASE), cached_numbers=64, key_reuse=True, heads=6, query_rank=48)
+    config = anymla.fresh_config(LlamaConfig(**BASE), cached_numbers=64, key_reuse=True, heads=8, query_rank=48)
     model = AutoModelForCausalLM.from_config(config)
     attention = model.model.layers[0].self_attn
     for name in ("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"):
         assert getattr(attention, name).weight.std().item() == pytest.approx(config.initializer_range, rel=0.1)
     assert (attention.q_a_layernorm.weight == 1).all() and (attention.value_gate == 0).all()
     assert attention.channel_index.tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
-    assert (attention.num_heads, attention.mfa.q_lora_rank, attention.scaling) == (6, 48, 64**-0.5)
+    assert (attention.num_heads, attention.mfa.q_lora_rank, attention.scaling) == (8, 48, 64**-0.5)
     model(token_ids(), labels=token_ids()).loss.backward()
     assert attention.value_gate.grad.abs().max() > 0
     assert not attention.value_map.weight.grad.any()  # until the gate opens
@@ -243,6 +246,8 @@ def test_what_no_fresh_model_can_be_is_refused():
         anymla.fresh_config(LlamaConfig(**BASE), cached_numbers=18)
     with pytest.raises(InfeasibleError, match="rope_dims"):
         anymla.fresh_config(LlamaConfig(**BASE), cached_numbers=16, key_reuse=True, rope_dims=16)
+    with pytest.raises(InfeasibleError, match="heads"):
+        anymla.fresh_config(LlamaConfig(**BASE), cached_numbers=16, heads=6)
     with pytest.raises(UnsupportedModelError, match=r"qwen3.*qk_norm"):
         anymla.fresh_config(tiny_config("qwen3"), cached_numbers=16)
 
@@ -326,3 +331,56 @@ def test_what_cannot_follow_it_says_so(later, settings):
     after = method_of("mfa", {"kv_cache": 0.5}).plan(read_model_spec(LlamaConfig(**BASE).to_dict())).after
     assert "factorised" in str(method_of(later, settings).refuses(after)) or later == "mfa"
     assert method_of(later, settings).refuses(after) is not None
+
+
+@torch.no_grad()
+def step3(folder: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits as vLLM's Step3TextForCausalLM computes them (model_executor/models/step3_text.py), of dense layers."""
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    width, shared, heads = config["head_dim"], config["share_q_dim"], config["num_attention_heads"]
+    frequency = config["rope_parameters"]["rope_theta"] ** (-torch.arange(0, width, 2).double() / width)
+    angles = torch.arange(ids.shape[1]).double()[:, None] * frequency
+
+    def norm(states: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(states, states.shape[-1:], weights[f"{name}.weight"], config["rms_norm_eps"])
+
+    def rotate(states: torch.Tensor) -> torch.Tensor:
+        real, imag = states.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([real * cos - imag * sin, imag * cos + real * sin], -1)
+
+    hidden = weights["model.embed_tokens.weight"][ids]
+    for index in range(config["num_hidden_layers"]):
+        name = f"model.layers.{index}."
+        assert str(index) not in config["moe_layers_enum"].split(",")
+        qkv = norm(hidden, f"{name}input_layernorm") @ weights[f"{name}self_attn.qkv_proj.weight"].T
+        query, key, value = qkv.split([shared, width, width], -1)
+        query = norm(query, f"{name}self_attn.inter_norm") @ weights[f"{name}self_attn.wq.weight"].T
+        query, key = rotate(query.unflatten(-1, (heads, width)).transpose(1, 2)), rotate(key[:, None])
+        scores = (query @ key.mT * width**-0.5).masked_fill(~torch.ones(2 * [ids.shape[1]]).tril().bool(), -1e30)
+        context = (scores.softmax(-1) @ value[:, None]).transpose(1, 2).flatten(2)
+        hidden = hidden + context @ weights[f"{name}self_attn.o_proj.weight"].T
+        states = norm(hidden, f"{name}post_attention_layernorm")
+        gate, up, down = (weights[f"{name}mlp.{part}_proj.weight"].T for part in ("gate", "up", "down"))
+        hidden = hidden + (torch.nn.functional.silu(states @ gate) * (states @ up)) @ down
+    return norm(hidden, "model.norm") @ weights["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_step3_export_is_what_vllm_computes(tied, tmp_path):
+    model = fresh(cached_numbers=16, heads=8, query_rank=12, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "trained")
+    write_step3(tmp_path / "trained", tmp_path / "out")
+    expected = logits(model, token_ids())
+    assert (step3(tmp_path / "out", token_ids()) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_what_step3_cannot_hold_is_refused(latent, tmp_path):
+    fresh(cached_numbers=16, key_reuse=True).save_pretrained(tmp_path / "reuse")
+    with pytest.raises(UnsupportedModelError, match=r"before the step mfa, with anymla export"):
+        write_step3(tmp_path / "reuse", tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match="one MFA in all layers"):
+        write_step3(latent, tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match=r"factorised \(mfa\).*before the step mfa"):
+        anymla.export(tmp_path / "reuse", tmp_path / "out", "vllm", dtype="float32")
+    assert not (tmp_path / "out").exists()

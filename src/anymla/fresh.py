@@ -51,6 +51,8 @@ def fresh_config(
     from anymla.model_run.stream import decoder_layers
     from anymla.sweep.checkpoint import converted_config
 
+    if config.hidden_size % (heads or 1):
+        raise InfeasibleError(f"heads must divide hidden_size {config.hidden_size}, as configs ask for it, got {heads}")
     mfa = _sizes(cached_numbers, key_reuse, query_rank, rope_dims)
     stock = copy.deepcopy(config)
     stock.num_attention_heads, stock.num_key_value_heads = heads or config.num_attention_heads, 1
