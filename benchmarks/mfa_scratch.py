@@ -1,6 +1,6 @@
 """Trains small models from scratch with MFA, MFA-KR, MHA, GQA, MQA and MLA at equal cache and equal weights.
 
-    python benchmarks/mfa_scratch.py [--steps 500] [--seeds 3] [--cached 64]
+    python benchmarks/mfa_scratch.py [--steps 500] [--seeds 3] [--cached 32]
 
 Each has the same bytes of cache (but MHA, which has all) and, by its intermediate size, nearly the same number of
 weights. Prints the loss on held-out text, the mean over seeds and the deviation.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, LlamaConfig
 
 import anymla
@@ -22,8 +23,8 @@ from anymla.account import measure
 from anymla.data.text import bundled_text
 from anymla.demo import bundled_model
 
-HIDDEN, LAYERS, HEADS, HEAD_DIM, VOCABULARY = 128, 3, 8, 16, 512
-TOKENS, ROWS, RATE = 128, 16, 3e-3
+HIDDEN, LAYERS, HEADS, HEAD_DIM, VOCABULARY = 64, 2, 8, 8, 512
+TOKENS, ROWS, RATE = 64, 8, 3e-3
 
 
 def llama(intermediate: int, **changes: Any) -> LlamaConfig:
@@ -61,7 +62,7 @@ def kinds(cached: int) -> dict[str, Callable[[int], Any]]:
 def sized(make: Callable[[int], Any], weights: int) -> Any:
     """The config whose model has nearest to ``weights`` weights."""
     low, high = (count(make(size)) for size in (64, 128))
-    return make(max(16, round(64 + (weights - low) * 64 / (high - low))))
+    return make(max(8, round(64 + (weights - low) * 64 / (high - low))))
 
 
 def count(config: Any) -> int:
@@ -102,10 +103,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cached", type=int, default=64, help="numbers per token and layer")
+    parser.add_argument("--cached", type=int, default=32, help="numbers per token and layer")
     given = parser.parse_args()
-    rows, held_out = tokens("train"), tokens("valid")
-    weights = count(llama(384, num_key_value_heads=HEADS))
+    transformers.logging.set_verbosity_error()
+    rows, held_out = tokens("train"), tokens("valid")[:256]
+    weights = count(llama(192, num_key_value_heads=HEADS))
     print("| attention | cache, bytes per token | weights | loss | deviation |\n|---|---|---|---|---|")
     for name, make in kinds(given.cached).items():
         config = sized(make, weights)

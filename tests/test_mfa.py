@@ -95,7 +95,9 @@ def test_the_bridge_is_exact(model_type):
     latent, args, kwargs = random_latent(model_type, tiny_model(model_type, **BRIDGED[model_type]))
     latent.config._attn_implementation = "sdpa"  # the eager one takes its softmax in float32
     config = latent.config
-    factorised = bridged(latent, MfaSpec(kv_lora_rank=7, qk_rope_head_dim=latent.qk_rope_head_dim), config, torch.float64)
+    factorised = bridged(
+        latent, MfaSpec(kv_lora_rank=7, qk_rope_head_dim=latent.qk_rope_head_dim), config, torch.float64
+    )
     expected, found = (each(*args, **kwargs)[0] for each in (latent, factorised))
     assert expected.norm() > 0
     assert ((found - expected).norm() / expected.norm()).item() < 1e-10
@@ -342,7 +344,9 @@ def step3(folder: Any, ids: torch.Tensor) -> torch.Tensor:
     angles = torch.arange(ids.shape[1]).double()[:, None] * frequency
 
     def norm(states: torch.Tensor, name: str) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(states, states.shape[-1:], weights[f"{name}.weight"], config["rms_norm_eps"])
+        return torch.nn.functional.rms_norm(
+            states, states.shape[-1:], weights[f"{name}.weight"], config["rms_norm_eps"]
+        )
 
     def rotate(states: torch.Tensor) -> torch.Tensor:
         real, imag = states.chunk(2, -1)
@@ -369,14 +373,14 @@ def step3(folder: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_step3_export_is_what_vllm_computes(tied, tmp_path):
     model = fresh(cached_numbers=16, heads=8, query_rank=12, tie_word_embeddings=tied)
-    model.save_pretrained(tmp_path / "trained")
+    save_model(model, tmp_path / "trained")
     write_step3(tmp_path / "trained", tmp_path / "out")
     expected = logits(model, token_ids())
     assert (step3(tmp_path / "out", token_ids()) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_what_step3_cannot_hold_is_refused(latent, tmp_path):
-    fresh(cached_numbers=16, key_reuse=True).save_pretrained(tmp_path / "reuse")
+    save_model(fresh(cached_numbers=16, key_reuse=True), tmp_path / "reuse")
     with pytest.raises(UnsupportedModelError, match=r"before the step mfa, with anymla export"):
         write_step3(tmp_path / "reuse", tmp_path / "out")
     with pytest.raises(UnsupportedModelError, match="one MFA in all layers"):

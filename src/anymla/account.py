@@ -202,9 +202,7 @@ def mfa_bytes(attention: AttentionSpec, mfa: MfaSpec, hidden: int, dtype: str) -
     numbers = (hidden + mfa.biases + mfa.query_norm + heads * mfa.query_width) * queries
     numbers += (heads * value + mfa.biases) * hidden + mfa.value_gate * (value + 1) * value
     numbers += attention.kept_numbers + attention.gate * (hidden + 1) + heads * attention.sinks
-    latent = LatentSpec(
-        kv_lora_rank=mfa.kv_lora_rank, qk_rope_head_dim=mfa.qk_rope_head_dim, biases=mfa.biases
-    )
+    latent = LatentSpec(kv_lora_rank=mfa.kv_lora_rank, qk_rope_head_dim=mfa.qk_rope_head_dim, biases=mfa.biases)
     numbers += _encoder_numbers(attention, latent, hidden)
     return numbers * DTYPE_BYTES[dtype] + mfa.qk_rope_head_dim // 2 * INDEX_BYTES
 

@@ -104,5 +104,6 @@ def _check(model: ModelSpec) -> None:
     found = [name for name in ("qkv_bias", "output_bias", "qk_norm") for spec in specs if getattr(spec, name)]
     if found or model.beyond is not None or len(specs) < len(model.layers):
         what = model.beyond or (found[0] if found else "layers without attention")
-        raise UnsupportedModelError(f"fresh_config cannot have '{model.model_type}': it has {what}; take Llama's config")
-
+        raise UnsupportedModelError(
+            f"fresh_config cannot have '{model.model_type}': it has {what}; take Llama's config"
+        )

@@ -74,7 +74,8 @@ def _mfa_of(spec: ModelSpec) -> MfaSpec:
         raise UnsupportedModelError("Step-3 has one MFA in all layers, and this model has not: see anymla.fresh_config")
     if not mfa.value_rank:
         raise UnsupportedModelError(
-            "it reuses keys as values, which Step-3 does not: export what mla made, before the step mfa, with anymla export"
+            "it reuses keys as values, which Step-3 does not: export what mla made, before the step mfa, with "
+            "anymla export"
         )
     if (reason := spec.other_block or _other_attention(attention, mfa, spec)) is not None:
         raise UnsupportedModelError(f"Step-3's layout cannot hold it: {reason}")

@@ -35,8 +35,8 @@ def absorbed_attention(
 
     query_latent [B,H,T,r], query_rope [B,H,T,R], latent [B,1,S,r], rope_key [B,1,S,R]; mask None, bool (True = may
     attend) or additive, [B or 1,H or 1,T,S]; value [B,1,S,V], None: the latent; sinks [H] are logits of a key without a
-    value. Returns softmax(cap(scale * scores) + mask) @ value, [B,H,T,V]; where ``summed``, also the logarithm of what the
-    softmax divides by, [B,H,T], to merge this with attention to other tokens.
+    value. Returns softmax(cap(scale * scores) + mask) @ value, [B,H,T,V]; where ``summed``, also the logarithm of what
+    the softmax divides by, [B,H,T], to merge this with attention to other tokens.
     """
     heads, new = query_latent.shape[1:3]
     # All heads share the cache: (head, token) pairs are the rows of one matrix product. Left to broadcast, matmul would
@@ -53,8 +53,8 @@ def absorbed_attention(
         found = _attend(query, query_rope, latent, rope_key, value, mask, new, tall, softcap, sink_rows, summed)
         return _per_head(*found, heads)
     masks = [None] * len(query) if mask is None else mask
-    sequences = zip(query, query_rope, latent, rope_key, value, masks, strict=True)
-    contexts, totals = zip(*(_stream(*one, softcap, sink_rows) for one in sequences), strict=True)
+    sequences = zip(zip(query, query_rope, latent, rope_key, strict=True), value, masks, strict=True)
+    contexts, totals = zip(*(_stream(*own, *one, softcap, sink_rows) for own, *one in sequences), strict=True)
     return _per_head(torch.stack(contexts), torch.stack(totals) if summed else None, heads)
 
 

@@ -11,7 +11,17 @@ from anymla.errors import RecipeError
 from anymla.methods.tune import Train, Tune
 from anymla.modeling.spec import layers_of
 
-ADAPTED = ("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj")
+ADAPTED = (
+    "q_proj",
+    "q_b_proj",
+    "kv_a_proj_with_mqa",
+    "k_proj",
+    "k_a_proj_with_mqa",
+    "v_a_proj",
+    "v_proj",
+    "kv_b_proj",
+    "o_proj",
+)
 
 
 def attention_names(model: Any) -> list[str]:

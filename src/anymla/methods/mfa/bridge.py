@@ -40,6 +40,8 @@ class Unheard:
 def bridge_layer(settings: MFA, layer: Layer) -> Changed:
     """Puts MFA-KR in the place of a layer's latent attention."""
     latent = layer.attention
+    if not isinstance(latent, LatentAttention):
+        raise ValueError(f"layer {layer.index} has no latent attention")
     spec = settings.spec(latent.kv_lora_rank, latent.qk_rope_head_dim, 0, biases=latent.q_proj.bias is not None)
     attention = bridged(latent, spec, layer.config, layer.saved)
     layer.module.set_submodule(layer.attention_path, attention)
@@ -52,8 +54,8 @@ def bridged(
 ) -> MfaAttention:
     """Factorised attention that computes what ``latent`` does, exactly where ``mfa`` names no query rank.
 
-    ``gram`` [D+1,D+1]: moments of its input with a 1 behind it, by which queries of low rank are chosen. Of an attention
-    with values of its own the latent's first r - V numbers must make keys alone, and the last V values alone.
+    ``gram`` [D+1,D+1]: moments of its input with a 1 behind it, by which queries of low rank are chosen. Where
+    values have numbers of their own, the latent's first r - V must make keys alone, and the last V values alone.
     """
     like = next(latent.parameters())
     spec = LayerSpec(attention=latent.spec, mfa=mfa, module=latent.layer_spec.module)

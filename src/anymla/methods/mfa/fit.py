@@ -41,6 +41,7 @@ class SeparateLatents(OutputAware):
     """One latent of keys and one of values, each by what the output needs most; the budget is split by the same."""
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
+        """The latent: first the keys' numbers, then the values', which are one at least."""
         size, mean = problem.key_size, problem.weighted_mean
         covariance = torch.addr(problem.weighted_gram, mean, mean, alpha=-1)
         root, inverse = self._roots(problem.metric)
@@ -64,7 +65,7 @@ class MfaFit(LayerFit):
         if not settings.key_reuse:
             self.factorization = SeparateLatents()
 
-    def _build(self, rope_dims: int, rope: RopeChoice) -> MfaAttention:  # type: ignore[override]
+    def _build(self, rope_dims: int, rope: RopeChoice) -> MfaAttention:
         latent = super()._build(rope_dims, rope)
         values = 0 if self.mfa.key_reuse else _value_columns(latent.kv_b_proj.weight, latent.head_dim)
         spec = self.mfa.spec(latent.kv_lora_rank, latent.qk_rope_head_dim, values)

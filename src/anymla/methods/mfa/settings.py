@@ -12,7 +12,7 @@ from anymla.architectures.families import FAMILIES, SINKS
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan
 from anymla.methods.mla.settings import MLA
 from anymla.modeling.mfa_spec import MfaSpec
-from anymla.modeling.spec import LayerSpec, ModelSpec
+from anymla.modeling.spec import LatentSpec, LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ SHARE = 0.25  # of the cache, where nothing is said
 class MFA(LayerMethod):
     """Settings of attention with one wide head of keys and values for all heads of queries.
 
-    After the step `mla`, with ``key_reuse``, it rewrites latent attention as MFA-KR: exactly, with the same cache. Every
-    head then has query and output matrices of its own and of higher rank, which `tune` can train. Without `mla` before
-    it, it converts the original.
+    After the step `mla`, with ``key_reuse``, it rewrites latent attention as MFA-KR: exactly, with the same cache.
+    Every head then has large query and output matrices of its own, which `tune` can train. Without `mla` before it, it
+    converts the original. The weights grow: the queries' matrices are H C by H d, for C cached numbers.
+
+    At the same bytes MFA is MFA-KR with zeros in its queries and outputs, so that ``key_reuse`` loses less.
 
     Deviations from the paper, which trains from scratch: only the channels that rope needs most are rotated, and values
     read the others, so that the cache holds each number once; the original's scale of scores stays; no norm stands in
@@ -54,8 +56,8 @@ class MFA(LayerMethod):
         None,
         ge=1,
         le=MOST,
-        description="Numbers of which the queries of all heads are made (the paper's Cq). Default: exact, as many as the "
-        "original's queries have.",
+        description="Numbers of which the queries of all heads are made (the paper's Cq). Default: exact, as many as "
+        "the original's queries have.",
     )
     value_gate: bool = Field(
         False,
@@ -84,7 +86,9 @@ class MFA(LayerMethod):
         if self.query_rank is not None and self.query_rank > most:
             return f"query_rank {self.query_rank} is more than the {most} that are exact: leave it out"
         if self.query_rank is not None and any(spec.qk_norm or not spec.linear_queries for spec in specs):
-            return "it has norms or clips on queries, which a query_rank of its own would leave out: leave query_rank out"
+            return (
+                "it has norms or clips on queries, which a query_rank of its own would leave out: leave query_rank out"
+            )
         if not any(layer.latent is not None for layer in model.layers):
             return self.as_mla().refuses(model)
         if any(layer.latent is not None and layer.latent.exact_window for layer in model.layers):
@@ -146,11 +150,12 @@ class MFA(LayerMethod):
 
         if not any(layer.latent is not None for layer in model.layers):
             return plan_layers(model, self.as_mla())
-        sizes = [layer.latent and (layer.latent.kv_lora_rank, layer.latent.qk_rope_head_dim) for layer in model.layers]
-        return tuple(
-            None if size is None else LayerPlan(cached_numbers=sum(size), rope_dims=size[1], kv_rank=size[0])
-            for size in sizes
-        )
+
+        def kept(latent: LatentSpec) -> LayerPlan:
+            rank, rope_dims = latent.kv_lora_rank, latent.qk_rope_head_dim
+            return LayerPlan(cached_numbers=rank + rope_dims, rope_dims=rope_dims, kv_rank=rank)
+
+        return tuple(None if layer.latent is None else kept(layer.latent) for layer in model.layers)
 
     def _after(self, old: LayerSpec, layer: LayerPlan | None) -> LayerSpec:
         """The layer as it will be; what is still to be chosen is typical."""
