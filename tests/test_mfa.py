@@ -321,6 +321,7 @@ def test_what_it_cannot_have_is_refused_from_the_config(latent):
     assert "key_reuse" in refusal(llama, value_gate=True)
     assert "leave it out" in refusal(llama, query_rank=100)
     assert "norms or clips" in refusal(tiny_config("qwen3"), query_rank=8)
+    assert "norms or clips" in refusal(tiny_config("olmo"), query_rank=8)
     converted = spec_of(read_config(latent))
     assert "key_reuse: true" in method_of("mfa", {}).refuses(converted)
     assert "leave kv_cache out" in method_of("mfa", {"key_reuse": True, "kv_cache": 0.5}).refuses(converted)

@@ -50,11 +50,12 @@ def absorbed_attention(
     size = latent[0].numel()
     if not (thin and size >= STREAM_SIZE and latent.shape[1] >= BLOCK):
         tall = thin and size >= TALL_SIZE
-        found = _attend(query, query_rope, latent, rope_key, value, mask, new, tall, softcap, sink_rows, summed)
-        return _per_head(*found, heads)
+        both = _attend(query, query_rope, latent, rope_key, value, mask, new, tall, softcap, sink_rows, summed)
+        return _per_head(*both, heads)
     masks = [None] * len(query) if mask is None else mask
     sequences = zip(zip(query, query_rope, latent, rope_key, strict=True), value, masks, strict=True)
-    contexts, totals = zip(*(_stream(*own, *one, softcap, sink_rows) for own, *one in sequences), strict=True)
+    found = (_stream(*own, values, shown, softcap, sink_rows) for own, values, shown in sequences)
+    contexts, totals = zip(*found, strict=True)
     return _per_head(torch.stack(contexts), torch.stack(totals) if summed else None, heads)
 
 

@@ -42,6 +42,7 @@ class MFA(LayerMethod):
     phase: ClassVar[Phase] = Phase.ATTENTION
     summary: ClassVar[str] = "one wide head of keys and values for all heads, each with large query and output matrices"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
+    excludes: ClassVar[tuple[str, ...]] = ("kvquant", "transform_coding")
 
     kv_cache: float | None = Field(
         None,
@@ -85,7 +86,8 @@ class MFA(LayerMethod):
         most = min([model.hidden_size, *(spec.num_heads * spec.head_dim for spec in specs)])
         if self.query_rank is not None and self.query_rank > most:
             return f"query_rank {self.query_rank} is more than the {most} that are exact: leave it out"
-        if self.query_rank is not None and any(spec.qk_norm or not spec.linear_queries for spec in specs):
+        bent = FAMILIES[model.text_model_type].clip or any(spec.qk_norm or not spec.linear_queries for spec in specs)
+        if self.query_rank is not None and bent:
             return (
                 "it has norms or clips on queries, which a query_rank of its own would leave out: leave query_rank out"
             )
