@@ -51,9 +51,11 @@ class ConvertedAttention(nn.Module):
         self.attention_dropout, self.output_dropout = dropout_rates(original)
         self.sliding_window = window_of(original, config, self.layer_idx)
 
-        self.q_norm, self.k_norm = (taken(original, name) for name in attention.norms or (None, None))
-        self.v_norm = taken(original, attention.value_norm)
-        self.output_norm = taken(original, attention.output_norm)
+        own = isinstance(original, ConvertedAttention)  # which is converted further
+        norms = ("q_norm", "k_norm") if own and attention.norms else attention.norms
+        self.q_norm, self.k_norm = (taken(original, name) for name in norms or (None, None))
+        self.v_norm = taken(original, "v_norm" if own and attention.value_norm else attention.value_norm)
+        self.output_norm = taken(original, "output_norm" if own and attention.output_norm else attention.output_norm)
         self._make_projections(config.hidden_size, spec)
         self.sinks = nn.Parameter(torch.zeros(attention.num_heads)) if attention.sinks else None
         self._make_buffers(spec)
@@ -145,7 +147,7 @@ class ConvertedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Calls the attention that the config names; returns [B,T,H,d] and the weights.
 
-        query [B,H,T,n], key [B,G,S,n], value [B,G,S,d].
+        query [B,H,T,n], key [B,G,S,n], value [B,G,S,m]; where converted further, all heads share one key and value.
         """
         rate = self.attention_dropout if self.training else 0.0
         if self.spec.softcap is not None or self.sinks is not None:
@@ -154,10 +156,11 @@ class ConvertedAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         kwargs = kwargs | {"dropout": rate, "scaling": self.scaling, "sliding_window": self.sliding_window}
-        if wider := key.shape[-1] - value.shape[-1]:  # flash kernels want keys and values of one width
-            value = pad(value, (0, wider))
+        width = value.shape[-1]
+        widest = max(key.shape[-1], width)  # flash kernels want keys and values of one width
+        query, key, value = (_widened(states, widest) for states in (query, key, value))
         output, weights = attention(self, query, key, value, mask, **kwargs)
-        return output[..., : self.head_dim], weights
+        return output[..., :width], weights
 
     def _attend_densely(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float
@@ -181,6 +184,11 @@ class ConvertedAttention(nn.Module):
             output = self.output_norm(output)
         output = dropout(self.o_proj(output), self.output_dropout, self.training)
         return output if residual is None or not self.spec.adds_residual else residual + output
+
+
+def _widened(states: Tensor, width: int) -> Tensor:
+    """States [..,n] with zeros up to ``width``."""
+    return pad(states, (0, width - states.shape[-1])) if states.shape[-1] < width else states
 
 
 def joined(heads: Tensor) -> Tensor:

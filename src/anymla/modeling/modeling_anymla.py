@@ -21,6 +21,8 @@ from .exact_window import ExactWindowAttention
 from .grouped_attention import GroupedAttention
 from .grouped_spec import GroupedSpec
 from .latent_attention import LatentAttention
+from .mfa_attention import MfaAttention
+from .mfa_spec import MfaSpec
 from .model_classes import ReplacedAttention, made_class
 from .spec import LatentSpec, LayerSpec, layers_of
 
@@ -78,9 +80,10 @@ class LatentModelMixin(ReplacedAttention):
 
 
 def replace_attention(model: Any, layer: LayerSpec) -> None:
-    """Replaces the attention module of ``layer`` in ``model``."""
+    """Replaces the attention module of ``layer`` in ``model``; its weights start as the model's own do."""
     original = model.get_submodule(layer.module)
-    model.set_submodule(layer.module, attention_class(layer)(original, model.config.get_text_config(), layer))
+    attention = attention_class(layer)(original, model.config.get_text_config(), layer)
+    model.set_submodule(layer.module, attention.apply(model._init_weights))
 
 
 def attention_class(layer: LayerSpec) -> type[Any]:
@@ -92,6 +95,8 @@ def attention_class(layer: LayerSpec) -> type[Any]:
             return ExactWindowAttention if window else LatentAttention
         case GroupedSpec():
             return GroupedAttention
+        case MfaSpec():
+            return MfaAttention
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 
