@@ -14,7 +14,7 @@ from typing import Any
 
 from anymla.modeling.coding_spec import CodedSpec
 from anymla.modeling.slot_spec import Slot
-from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec
+from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec, SharedSpec
 
 LENGTHS = (4096, 32768)  # tokens at which sizes are told, beside the model's context
 PROBE_TOKENS = 8  # that run through a model whose cache is measured
@@ -165,6 +165,8 @@ def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
             return coded_bytes(layer, hidden, dtype)
         case LatentSpec() as latent:
             return latent_bytes(layer.parts[0], latent, hidden, dtype)
+        case SharedSpec() as shared if layer.attention is not None:
+            return shared_bytes(layer.attention, shared, hidden, dtype)
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 
@@ -178,6 +180,15 @@ def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     numbers += coded.keys.table_numbers + coded.values.table_numbers
     channels = attention.num_kv_heads * attention.rope_pairs * (coded.key_basis == "channels")
     return numbers * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES + channels * INDEX_BYTES
+
+
+def shared_bytes(attention: AttentionSpec, shared: SharedSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter that MapSourceAttention or SharedAttention saves; ``hidden``: D."""
+    keys, queries = attention.num_kv_heads * attention.head_dim, attention.num_heads * attention.head_dim
+    numbers = _plain_numbers(attention, hidden, shared.biases) + 2 * (hidden + shared.biases) * keys
+    if shared.source_layer is not None:  # no projections of queries and keys
+        numbers -= (hidden + shared.biases) * (queries + keys)
+    return numbers * DTYPE_BYTES[dtype]
 
 
 def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtype: str) -> int:

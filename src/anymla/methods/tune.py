@@ -111,7 +111,7 @@ class Tune(Method):
 
     def refuses(self, model: ModelSpec) -> str | None:
         """A model without latent attention has nothing to recover, and without text there is nothing to learn from."""
-        if all(layer.latent is None for layer in model.layers):
+        if all(layer.latent is None and layer.shared is None for layer in model.layers):
             return "nothing in it was converted, so there is nothing to recover: put the step mla before it"
         return "it has no data: name a text to learn from" if self.data is None else None
 

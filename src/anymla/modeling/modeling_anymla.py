@@ -20,7 +20,8 @@ from .coding_spec import CodedSpec
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
-from .spec import LatentSpec, LayerSpec, layers_of
+from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
+from .spec import LatentSpec, LayerSpec, SharedSpec, layers_of
 
 PREFIX = "Anymla"
 
@@ -30,9 +31,12 @@ class LatentModelMixin(ReplacedAttention):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        for layer in layers_of(config.to_dict()) or ():
+        layers = layers_of(config.to_dict()) or ()
+        for layer in layers:
             if layer.replaced is not None:
                 replace_attention(self, layer)
+        if (sharing := next((str(layer.module) for layer in layers if layer.shared is not None), None)) is not None:
+            hand_maps(self.get_submodule(decoder_path(sharing)))  # type: ignore[attr-defined]
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -81,6 +85,12 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
     model.set_submodule(layer.module, attention_class(layer)(original, model.config.get_text_config(), layer))
 
 
+def decoder_path(attention: str) -> str:
+    """Where the decoder is whose layers hold the attention at this path: before the list of layers."""
+    parts = attention.split(".")
+    return ".".join(parts[: next(place for place, part in enumerate(parts) if part.isdigit()) - 1])
+
+
 def attention_class(layer: LayerSpec) -> type[Any]:
     """The attention that a converted layer has, a kind of ConvertedAttention."""
     match layer.kind:
@@ -88,6 +98,8 @@ def attention_class(layer: LayerSpec) -> type[Any]:
             return CodedWindowAttention if window else CodedAttention
         case LatentSpec(exact_window=window):
             return ExactWindowAttention if window else LatentAttention
+        case SharedSpec(source_layer=source):
+            return MapSourceAttention if source is None else SharedAttention
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 

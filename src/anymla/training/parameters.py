@@ -17,7 +17,7 @@ ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_p
 def attention_names(model: Any) -> list[str]:
     """Where in ``model`` its converted attention modules are."""
     layers = layers_of(model.config.to_dict()) or ()
-    return [str(layer.module) for layer in layers if layer.latent is not None]
+    return [str(layer.module) for layer in layers if layer.latent is not None or layer.shared is not None]
 
 
 def always_expand(model: Any) -> None:
