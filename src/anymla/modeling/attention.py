@@ -130,9 +130,7 @@ class ConvertedAttention(nn.Module):
         if kwargs.pop("output_attentions", False):
             raise NotImplementedError("a converted model does not return attention weights: decode never forms them")
         cache = take_cache(kwargs)
-        output, weights = self.attended(
-            hidden_states, position_embeddings, position_ids, attention_mask, cache, kwargs
-        )
+        output, weights = self.attended(hidden_states, position_embeddings, position_ids, attention_mask, cache, kwargs)
         return self._project(output, hidden_states, residual), weights
 
     def attended(

@@ -7,7 +7,6 @@ layer's weights are read once for all of them. A trial begins where its model fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,10 +120,10 @@ class _Trials:
         if layer.choice is None:
             pass_through(layer.module, stream, layer.arguments, layer.batch)
             return
-        before: Any = layer.attention
+        path, before = layer.attention_path, layer.attention
         self.method.apply(layer, None)
         pass_through(layer.module, stream, layer.arguments, layer.batch)
-        layer.module.set_submodule(layer.attention_path, before)
+        layer.module.set_submodule(path, before)
 
     def _room(self, budget: Budget) -> Activations:
         return Activations(self.decoder.shape, self.decoder.dtype, self.decoder.source.device, budget)

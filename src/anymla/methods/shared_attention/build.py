@@ -17,6 +17,7 @@ from anymla.modeling.spec import AttentionSpec, LayerSpec, SharedSpec
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
 
+BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
 OF_MAPS = ("q_norm", "k_norm")  # norms that a layer without queries and keys has no use for
 
 
@@ -49,12 +50,10 @@ def build_sharing(layer: Layer, shared: SharedSpec, order: list[int] | None = No
     tensors = _values(source) if order is None else _values(_reordered(source, order))
     tensors |= _queries_and_keys(source) if own else {}
     cast = {name: each.to(layer.saved).to(like.dtype) for name, each in tensors.items() if each is not None}
-    cast = {name: each for name, each in cast.items() if shared.biases or not name.endswith("bias")}
+    cast = {name: each for name, each in cast.items() if shared.biases or name not in BIASES}
     norms = {name: norm for name, norm in source.norms.items() if own or name not in OF_MAPS}
     cast |= {f"{name}.{key}": each for name, norm in norms.items() for key, each in norm.state_dict().items()}
-    attention.load_state_dict(
-        {name: each.to(like.device).contiguous() for name, each in cast.items()}, assign=True
-    )
+    attention.load_state_dict({name: each.to(like.device).contiguous() for name, each in cast.items()}, assign=True)
     return attention.eval().requires_grad_(False)
 
 
