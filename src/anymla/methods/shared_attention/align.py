@@ -66,11 +66,8 @@ class HeadCosts:
         blocks = costs.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).transpose(1, 2)  # [own, other, n, n]
         inner = [[assigned(block.tolist()) for block in row] for row in blocks]
         sums = [
-            [
-                sum(line[place] for line, place in zip(block, places, strict=True))
-                for block, places in zip(*row, strict=True)
-            ]
-            for row in zip(blocks.tolist(), inner, strict=True)
+            [block[range(len(places)), places].sum().item() for block, places in zip(*row, strict=True)]
+            for row in zip(blocks, inner, strict=True)
         ]
         order, size = [0] * len(costs), len(costs) // groups
         for own, other in enumerate(assigned(sums)):
