@@ -13,8 +13,9 @@ from itertools import zip_longest
 from typing import Any
 
 from anymla.modeling.coding_spec import CodedSpec
+from anymla.modeling.shared_spec import SharedSpec
 from anymla.modeling.slot_spec import Slot
-from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec, SharedSpec
+from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 
 LENGTHS = (4096, 32768)  # tokens at which sizes are told, beside the model's context
 PROBE_TOKENS = 8  # that run through a model whose cache is measured

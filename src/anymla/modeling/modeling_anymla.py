@@ -21,7 +21,8 @@ from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
 from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
-from .spec import LatentSpec, LayerSpec, SharedSpec, layers_of
+from .shared_spec import SharedSpec
+from .spec import LatentSpec, LayerSpec, layers_of
 
 PREFIX = "Anymla"
 

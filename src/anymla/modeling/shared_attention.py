@@ -20,7 +20,8 @@ from .arguments import make_fit
 from .attention import ConvertedAttention
 from .exact_window import heads_product
 from .heads import attention_weights, rope_tables
-from .spec import LayerSpec, SharedSpec
+from .shared_spec import SharedSpec
+from .spec import LayerSpec
 
 MAPS = "attention_maps"  # the argument by which layers are handed the maps of their forward pass
 

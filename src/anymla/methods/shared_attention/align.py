@@ -18,7 +18,7 @@ from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.exact_window import heads_product
 from anymla.modeling.heads import attention_weights, causal_mask
 from anymla.modeling.shared_attention import MAPS, AttentionMap, AttentionMaps, MapSourceAttention
-from anymla.modeling.spec import SharedSpec
+from anymla.modeling.shared_spec import SharedSpec
 
 if TYPE_CHECKING:
     from anymla.model_run.stream import LayerBatch

@@ -12,7 +12,8 @@ from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.errors import UnsupportedModelError
 from anymla.modeling.attention import ConvertedAttention
 from anymla.modeling.modeling_anymla import attention_class
-from anymla.modeling.spec import AttentionSpec, LayerSpec, SharedSpec
+from anymla.modeling.shared_spec import SharedSpec
+from anymla.modeling.spec import AttentionSpec, LayerSpec
 
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer

@@ -18,7 +18,8 @@ from anymla.methods.shared_attention.spans import (
     source_of,
     spans_refusal,
 )
-from anymla.modeling.spec import LayerSpec, ModelSpec, SharedSpec
+from anymla.modeling.shared_spec import SharedSpec
+from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:
