@@ -226,6 +226,22 @@ def test_families_that_drop_the_map_are_refused(tmp_path):
         shared(source, tmp_path / "out", spans=[[1, 1]])
 
 
+def test_other_caches_are_refused_after_it_and_before(bundled, tmp_path):
+    """Also where the folder comes from an earlier run."""
+    bundled.save_pretrained(tmp_path / "shared")
+    for step in ("mla", "transform_coding", "kvquant"):
+        for steps in ([step, "shared_attention"], ["shared_attention", step]):
+            given = [{name: {"spans": [[3, 3]]} if name == "shared_attention" else {}} for name in steps]
+            with pytest.raises(AnymlaError, match="do not go together"):
+                anymla.run(bundled_model(), tmp_path / "out", steps=given)
+        with pytest.raises(AnymlaError, match="share attention maps"):
+            anymla.run(tmp_path / "shared", tmp_path / "out", steps=[step])
+    with pytest.raises(AnymlaError, match="share attention maps already"):
+        anymla.run(tmp_path / "shared", tmp_path / "out", steps=[{"shared_attention": {"spans": [[3, 3]]}}])
+    with pytest.raises(AnymlaError, match="share attention maps"):
+        anymla.export(tmp_path / "shared", tmp_path / "out")
+
+
 def test_the_search_beats_the_mean_span(lost, tmp_path, monkeypatch):
     monkeypatch.setattr(spans, "PROTECTED", (1, 0))
     settings = {"calibration_tokens": 2048, "calibration_length": 256}

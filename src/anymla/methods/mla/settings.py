@@ -104,6 +104,8 @@ class MLA(LayerMethod):
 
         if any(layer.latent is not None for layer in model.layers):
             return "it has latent attention already"
+        if any(layer.shared is not None for layer in model.layers):
+            return "its layers share attention maps: convert the original instead"
         try:
             check_settings("this model", model, self)
         except AnymlaError as error:
