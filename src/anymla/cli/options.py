@@ -22,7 +22,6 @@ from anymla.settings import DtypeName
 
 app = typer.Typer(
     name="anymla",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
