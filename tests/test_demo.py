@@ -14,7 +14,7 @@ from anymla import demo
 from anymla.cli import progress
 from anymla.errors import CheckpointError
 from anymla.io import real_models
-from anymla.io.checkpoint import load_model, load_tokenizer
+from anymla.io.checkpoint import load_model
 from tests.damage import BUNDLED, run_main
 from tests.gguf_files import write_gguf_model
 

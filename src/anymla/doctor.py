@@ -106,9 +106,7 @@ class Examination:
     def extras(self) -> dict[str, tuple[Package, ...]]:
         """By extra, the packages of it that are missing."""
         names = dict.fromkeys(each.extra for each in self.packages if each.extra is not None)
-        return {
-            name: tuple(each for each in self.packages if each.extra == name and not each.fits) for name in names
-        }
+        return {name: tuple(each for each in self.packages if each.extra == name and not each.fits) for name in names}
 
     def installed(self, name: str) -> str | None:
         """The version of a package that anymla needs."""

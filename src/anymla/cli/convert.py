@@ -20,6 +20,7 @@ from anymla.cli.options import (
     how_to_go_on,
     out,
     print_json,
+    print_next,
     print_note,
     recipe_options,
 )
@@ -156,11 +157,7 @@ def convert(
     out.print(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
-    out.print(
-        f"Wrote {output} in {conversion.seconds:.0f} s. Next: "
-        f"anymla eval {output} --against {conversion.plan.model} --text YOUR.txt",
-        soft_wrap=True,
-    )
+    print_next(output, conversion.plan.model, conversion.seconds)
 
 
 def conversion_progress(report: Report) -> pipeline.Progress:

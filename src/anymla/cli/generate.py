@@ -119,9 +119,7 @@ def _take_turn(line: str, talks: dict[str, Talk], max_new_tokens: int) -> None:
         if len(talks) > 1:
             out.print(f"{name}:", soft_wrap=True)
         with blaming(name):
-            talk.answer(
-                line, max_new_tokens=max_new_tokens, streamer=streamer_of(talk.tokenizer, skip_prompt=True)
-            )
+            talk.answer(line, max_new_tokens=max_new_tokens, streamer=streamer_of(talk.tokenizer, skip_prompt=True))
         sizes.append(talk.cache_bytes())
         times = f", {sizes[-1] / sizes[0]:.2g} times as much" if len(sizes) > 1 else ""
         out.print(f"[{talk.cached_tokens} tokens, cache {size(sizes[-1])}{times}]", soft_wrap=True)

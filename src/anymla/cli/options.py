@@ -6,6 +6,7 @@ import functools
 import inspect as python_inspect
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from anymla.cli.groups import App
 from anymla.methods.mla.settings import MLA
 from anymla.recipe import read_mla
 from anymla.settings import DtypeName
 
-app = typer.Typer(
+app = App(
     name="anymla",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -98,6 +100,14 @@ def chosen_recipe(path: Path | None, settings: dict[str, Any]) -> MLA:
 def print_note(text: str) -> None:
     """Prints what the user should know to stderr."""
     err.print(f"note: {text}", soft_wrap=True)
+
+
+def print_next(output: Path, original: str, seconds: float) -> None:
+    """Ends a command that wrote a model to ``output``: what to do with it now, beside the ``original``."""
+    folder, other = shlex.quote(str(output)), shlex.quote(str(original))
+    out.print(f"Wrote {output} in {seconds:.0f} s. Next:", soft_wrap=True)
+    out.print(f"  anymla chat {folder} --against {other}", soft_wrap=True)
+    out.print(f"  anymla eval {folder} --against {other} --text YOUR.txt", soft_wrap=True)
 
 
 def first_process() -> bool:

@@ -10,7 +10,7 @@ from rich.table import Table
 from anymla.report.tables import size
 
 if TYPE_CHECKING:
-    from anymla.doctor import Examination
+    from anymla.doctor import DeviceFound, Examination
 
 Row = tuple[str, str]
 
@@ -28,8 +28,7 @@ def doctor_table(found: Examination, install: dict[str, str]) -> Table:
 
 def _groups(found: Examination, install: dict[str, str]) -> Iterator[tuple[str, Iterable[Row]]]:
     yield "versions", _versions(found)
-    memory = {each.device: "" if each.memory_bytes is None else f", {size(each.memory_bytes)}" for each in found.devices}
-    yield "devices", [(each.device, f"{each.what}{memory[each.device]}") for each in found.devices]
+    yield "devices", [(each.device, _of_device(each)) for each in found.devices]
     verdict = {True: "fast", False: "slow: anymla computes in float32"}
     yield (
         "dtypes on the CPU",
@@ -41,6 +40,10 @@ def _groups(found: Examination, install: dict[str, str]) -> Iterator[tuple[str, 
         [(name, "installed" if not lacking else install[name]) for name, lacking in found.extras.items()],
     )
     yield "engines", [(each.name, ", ".join(each.found) or "not found") for each in found.engines]
+
+
+def _of_device(device: DeviceFound) -> str:
+    return device.what if device.memory_bytes is None else f"{device.what}, {size(device.memory_bytes)}"
 
 
 def _versions(found: Examination) -> Iterator[Row]:
