@@ -17,9 +17,10 @@ from tests.damage import BUNDLED, run_main
 
 GREEDY = {"do_sample": False}
 LINES = ("Once upon a time", "Then the dog", "They went home")
-TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</{{ message['role'] }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (  # as SmolLM2's, a system prompt that is put by itself; as Llama 3's, lines without the spaces around them
+    "{% if messages[0]['role'] != 'system' %}<system>Be kind.</system>{% endif %}"
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] | trim }}</{{ message['role'] }}>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 LAST_ALONE = "<user>{{ messages[-1]['content'] }}</user>"
 
@@ -68,11 +69,14 @@ def test_going_on_gives_what_reading_all_at_once_gives(template, model, tokenize
 
 def test_a_template_is_put_as_it_puts_the_whole_talk(original, tokenizer, monkeypatch):
     tokenizer = with_template(tokenizer, TEMPLATE, monkeypatch)
-    talk = Talk(original, tokenizer, options=GREEDY)
-    answers = [talk.answer(line, max_new_tokens=6) for line in LINES[:2]]
-    said = tokenizer.decode(talk.ids, skip_special_tokens=True)
-    turns = [f"<user>{line}</user><assistant>{answer}" for line, answer in zip(LINES, answers)]
-    assert "".join(said.split()) == "".join("</assistant>".join(turns).split())
+    talk, turns = Talk(original, tokenizer, options=GREEDY), []
+    for line in LINES:
+        turns.append({"role": "user", "content": line})
+        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        answer = talk.answer(line, max_new_tokens=6)
+        turns.append({"role": "assistant", "content": answer})
+        said = tokenizer.decode(talk.ids, skip_special_tokens=True)
+        assert "".join(said.split()) == "".join((whole + answer).split())
 
 
 def test_its_bytes_are_those_of_the_account(model, tokenizer):

@@ -52,7 +52,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     _quiet_libraries()
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="anymla", standalone_mode=False)
         if code == 130:  # typer makes Ctrl-C this code
             raise KeyboardInterrupt
         sys.exit(code)
