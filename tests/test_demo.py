@@ -13,9 +13,8 @@ from gguf import GGMLQuantizationType
 from anymla import demo
 from anymla.cli import progress
 from anymla.errors import CheckpointError
-from anymla.evaluation.generation import reply
 from anymla.io import real_models
-from anymla.io.checkpoint import load_model, load_tokenizer
+from anymla.io.checkpoint import load_model
 from tests.damage import BUNDLED, run_main
 from tests.gguf_files import write_gguf_model
 
@@ -76,13 +75,6 @@ def test_without_a_network_the_bundled_model_is_taken(seconds, reason, packages,
     assert len(told) == 2 and told[1].startswith(f"{demo.REAL} could not be fetched: {reason}")
     assert told[1].endswith("the bundled model is converted instead")
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_reply_is_what_follows_the_question():
-    model, tokenizer = load_model(BUNDLED), load_tokenizer(BUNDLED)
-    tokenizer.chat_template = "{% for message in messages %}<q>{{ message['content'] }}</q>{% endfor %}"
-    said = reply(model, tokenizer, "Once upon", max_new_tokens=8, do_sample=False)
-    assert said and "Once upon" not in said and "<q>" not in said
 
 
 def test_what_the_demo_shows_and_writes(monkeypatch, capfd, tmp_path):

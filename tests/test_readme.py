@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -29,6 +31,7 @@ SHRUNK = {
     "tune": "--tokens 256 --length 64 --eval-tokens 256",
     "eval": "--tokens 256 --length 64 --limit 1",
     "generate": "--max-new-tokens 4",
+    "chat": "--max-new-tokens 4",
     "run": "--overwrite",
 }
 OF_STEPS = {
@@ -94,7 +97,8 @@ def run_python(monkeypatch):
 
 def test_your_own_model_and_what_loads_it(folder, monkeypatch, capfd):
     own = next(block for block in SHELL if "anymla tune" in block)
-    assert run(own, monkeypatch, capfd) == 6
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n"))
+    assert run(own, monkeypatch, capfd) == 8
     names = run_python(monkeypatch)
     assert names["model"].config.model_type == "anymla_llama" and names["tokenizer"]("Once")["input_ids"]
     assert names["report"].output.name == "OUT" and names["scores"].perplexity > 1
@@ -121,7 +125,7 @@ def test_coded_caches(folder, monkeypatch, capfd):
 def test_no_block_is_left_out():
     assert len(PYTHON) == 2
     assert (
-        sum("anymla " in line.partition("#")[0] for block in SHELL for line in block.splitlines()) == 6 + 3 + 3 + 3 + 2
+        sum("anymla " in line.partition("#")[0] for block in SHELL for line in block.splitlines()) == 8 + 3 + 3 + 3 + 2
     )
 
 

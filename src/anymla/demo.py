@@ -16,7 +16,7 @@ from torch import Tensor
 from anymla.account import measure
 from anymla.data.text import bundled_text, read_documents, token_windows, tokenize
 from anymla.errors import AnymlaError, InfeasibleError, OutputError
-from anymla.evaluation.generation import continuation, reply
+from anymla.evaluation.generation import Talk, continuation
 from anymla.evaluation.logits import Logits, logits_of_pass
 from anymla.evaluation.scores import Scores, ScoreSums
 from anymla.io.checkpoint import copy_companions, load_model, load_tokenizer, new_folder
@@ -225,10 +225,11 @@ class HeldOut:
 def _answers(original: Any, converted: Any, tokenizer: Any) -> tuple[Answer, ...]:
     """Greedy replies by the chat template; the continuations of two beginnings where there is none."""
     chats = tokenizer.chat_template is not None
-    say = reply if chats else continuation
 
     def ask(model: Any, prompt: str) -> str:
-        return say(model, tokenizer, prompt, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        if chats:
+            return Talk(model, tokenizer, options={"do_sample": False}).answer(prompt, max_new_tokens=ANSWER_TOKENS)
+        return continuation(model, tokenizer, prompt, max_new_tokens=ANSWER_TOKENS, do_sample=False)
 
     prompts = QUESTIONS if chats else STORIES
     return tuple(Answer(prompt, ask(original, prompt), ask(converted, prompt)) for prompt in prompts)

@@ -10,11 +10,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from anymla import __version__
-from anymla.cli import convert, evaluate, export, push, refresh, run, tune
+from anymla.cli import convert, doctor, evaluate, export, generate, push, refresh, run, tune
 from anymla.cli.options import app, out
 from anymla.errors import AnymlaError
 
-__all__ = ["app", "convert", "evaluate", "export", "main", "push", "refresh", "run", "tune"]
+__all__ = ["app", "convert", "doctor", "evaluate", "export", "generate", "main", "push", "refresh", "run", "tune"]
 
 
 def _version(wanted: bool) -> None:
@@ -23,13 +23,27 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+GREETING = """\
+anymla turns a trained Transformer into one with a smaller KV cache. Begin with:
+
+  anymla demo                        convert a small model, compare it with the original, write a page
+  anymla inspect MODEL               what a model's cache costs, and whether it can be converted
+  anymla convert MODEL -o OUT        convert it to a quarter of its cache
+  anymla chat OUT --against MODEL    talk with both, and see their caches grow
+
+anymla doctor shows what this machine has. All commands: anymla --help. Options of one: anymla convert --help"""
+
+
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Turn a trained Transformer into one with multi-head latent attention: the same model, a smaller KV cache."""
+    if context.invoked_subcommand is None:
+        out.print(GREETING, soft_wrap=True)
 
 
 def main() -> None:
@@ -38,7 +52,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     _quiet_libraries()
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(prog_name="anymla", standalone_mode=False)
         if code == 130:  # typer makes Ctrl-C this code
             raise KeyboardInterrupt
         sys.exit(code)

@@ -21,6 +21,7 @@ from anymla.cli.options import (
     how_to_go_on,
     out,
     print_json,
+    print_next,
     print_note,
     recipe_options,
 )
@@ -167,17 +168,15 @@ def convert(
     from anymla.report.tables import coded_layers_table, conversion_layers_table, scores_table
 
     if isinstance(conversion, CodedConversion):
+        original = conversion.model
         out.print(coded_layers_table(conversion))
     else:
+        original = conversion.plan.model
         out.print(conversion_layers_table(conversion))
     out.print(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
-    out.print(
-        f"Wrote {output} in {conversion.seconds:.0f} s. Next: "
-        f"anymla eval {output} --against {conversion.model} --text YOUR.txt",
-        soft_wrap=True,
-    )
+    print_next(output, original, conversion.seconds)
 
 
 def _tell(text: str) -> None:

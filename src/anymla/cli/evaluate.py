@@ -1,4 +1,4 @@
-"""eval, generate."""
+"""eval."""
 
 from __future__ import annotations
 
@@ -105,33 +105,3 @@ def _printed(evaluation: Evaluation, command: str) -> dict[str, Any]:
     if evaluation.scores is not None and not evaluation.benchmarks:
         return evaluation.scores.to_dict()
     return evaluation.to_dict() | {"command": command}
-
-
-@app.command()
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to add at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")] = 0,
-    adapter: Adapter = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    revision: Revision = None,
-) -> None:
-    """Continue a prompt, streaming, through transformers' own generate."""
-    from anymla.evaluation.generation import stream_continuation
-
-    with shown("generate"):
-        stream_continuation(
-            model,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            adapter=adapter,
-            note=print_note,
-        )

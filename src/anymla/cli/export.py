@@ -23,7 +23,9 @@ def export(
     converted: Annotated[str, typer.Argument(help="A folder that anymla convert wrote.", show_default=False)],
     to: Annotated[Target, typer.Option("--to", help="Which layout to write.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the weights. Default: the converted model's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the weights. Default: the converted model's: nothing is rounded.")
+    ] = None,
     pad: Annotated[
         str | None,
         typer.Option(

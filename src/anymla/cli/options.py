@@ -6,6 +6,7 @@ import functools
 import inspect as python_inspect
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +18,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
+from anymla.cli.groups import App
 from anymla.codec_choice import CODEC
 from anymla.methods.cache_coding import TransformCoding
 from anymla.methods.mla.settings import MLA
 from anymla.recipe import read_mla
 from anymla.settings import DtypeName, parse_yaml
 
-app = typer.Typer(
+app = App(
     name="anymla",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -121,6 +122,14 @@ def file_recipe(path: Path | None) -> MLA | None:
 def print_note(text: str) -> None:
     """Prints what the user should know to stderr."""
     err.print(f"note: {text}", soft_wrap=True)
+
+
+def print_next(output: Path, original: str, seconds: float) -> None:
+    """Ends a command that wrote a model to ``output``: what to do with it now, beside the ``original``."""
+    folder, other = shlex.quote(str(output)), shlex.quote(str(original))
+    out.print(f"Wrote {output} in {seconds:.0f} s. Next:", soft_wrap=True)
+    out.print(f"  anymla chat {folder} --against {other}", soft_wrap=True)
+    out.print(f"  anymla eval {folder} --against {other} --text YOUR.txt", soft_wrap=True)
 
 
 def first_process() -> bool:

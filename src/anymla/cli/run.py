@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anymla.cli.convert import conversion_progress
-from anymla.cli.options import Json, app, first_process, how_to_go_on, out, print_json, print_note
+from anymla.cli.options import Json, app, first_process, how_to_go_on, out, print_json, print_next, print_note
 from anymla.cli.progress import Report, shown
 from anymla.cli.tune import tuning_progress
 from anymla.methods.base import Method, all_methods
@@ -76,11 +76,7 @@ def run(
     from anymla.report.run import run_table
 
     out.print(run_table(done))
-    out.print(
-        f"Wrote {output} in {done.seconds:.0f} s. Next: anymla eval {output} --against "
-        f"{chosen.teacher or chosen.model} --text YOUR.txt",
-        soft_wrap=True,
-    )
+    print_next(output, str(chosen.teacher or chosen.model), done.seconds)
 
 
 def _progress(report: Report, steps: int) -> Callable[..., None]:

@@ -19,6 +19,7 @@ from anymla.cli.options import (
     options_of,
     out,
     print_json,
+    print_next,
     print_note,
 )
 from anymla.cli.progress import Report, shown
@@ -106,5 +107,4 @@ def tune(
     from anymla.report.tables import recovery_table
 
     out.print(recovery_table(report))
-    next_command = f"anymla eval {output} --against {teacher} --text YOUR.txt"
-    out.print(f"Wrote {output} in {report.seconds:.0f} s. Next: {next_command}", soft_wrap=True)
+    print_next(output, teacher, report.seconds)

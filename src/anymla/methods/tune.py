@@ -57,7 +57,8 @@ class Tune(Method):
     )
     train: Train = Field(
         "attention",
-        description="What learns: converted attention, that and all norms, all weights, or LoRA on attention.",
+        description="What learns: converted attention, that and all norms, all weights, or LoRA on attention. Only "
+        "attention was changed, so by default only attention learns.",
     )
     lora_rank: int = Field(16, ge=1, le=MOST, description="Rank of --train lora.")
     learning_rate: float | None = Field(None, gt=0, le=1, description="Peak learning rate. Default: 0.2 / hidden size.")
@@ -73,14 +74,16 @@ class Tune(Method):
     batch: int | None = Field(
         None, ge=1, le=MOST, description="Rows per step, over all processes. Default: what makes about 400 steps."
     )
-    micro_batch: int = Field(8, ge=1, le=MOST, description="Rows at once on one device, at most.")
+    micro_batch: int = Field(8, ge=1, le=MOST, description="Rows at once on one device, at most: fewer save memory.")
     packing: bool = Field(True, description="Fill rows with several documents, none of which sees another.")
     precision: Precision | None = Field(
         None,
         description="float32; mixed: weights in float32, sums in bfloat16; bfloat16: weights too. "
         "Default: mixed on a GPU, else float32.",
     )
-    gradient_checkpointing: bool = Field(False, description="Compute activations twice instead of holding them.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations twice instead of holding them: less memory, more time."
+    )
     parallel: Parallel = Field("ddp", description="Several processes: each holds all weights, or its part of them.")
     eval_every: int | None = Field(None, ge=1, le=MOST, description="Steps between scores. Default: a stage / 10.")
     save_every: int | None = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 from importlib import resources
+from shlex import quote
 from string import Template
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def demo_shown(outcome: DemoOutcome) -> Group:
         )
     ]
     wrote = f"Wrote {outcome.output / 'index.html'} and {outcome.output / 'model'} in {outcome.seconds:.0f} s."
-    ahead = "Next, on your own model:  anymla inspect MODEL"
+    ahead = f"Next: anymla chat {quote(str(outcome.output / 'model'))}. On your own model: anymla inspect MODEL"
     return Group(
         table(_title(outcome), COLUMNS, _rows(outcome)), Text(_how(outcome)), *said, Text(f"\n{wrote}\n{ahead}")
     )

@@ -48,7 +48,13 @@ class MLA(LayerMethod):
     summary: ClassVar[str] = "multi-head latent attention in place of keys and values of every head"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
 
-    kv_cache: float = Field(0.25, gt=0, le=1, description="Share of the original KV cache's bytes to keep, 0 < x <= 1.")
+    kv_cache: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="Share of the original KV cache's bytes to keep, 0 < x <= 1. Below a quarter much is lost, and "
+        "`anymla tune` brings only part of it back.",
+    )
     target: Target | None = Field(
         None,
         description="Plan under the limits of this layout, so that `anymla export --to` it is exact: "
@@ -56,7 +62,8 @@ class MLA(LayerMethod):
     )
     rope: Rope = Field(
         "channel-pca",
-        description=f"Which rope channels stay rotated: {_credited(ROPE_CHOICES)}.",
+        description=f"Which rope channels stay rotated: {_credited(ROPE_CHOICES)}. The default loses least "
+        "(docs/fidelity.md).",
     )
     rope_dims: int | None = Field(
         None,
@@ -81,17 +88,21 @@ class MLA(LayerMethod):
         "scale per head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
     )
     factorization: FactorizationName = Field(
-        "output-aware", description=f"How the latent is found: {_credited(FACTORIZATIONS)}."
+        "output-aware",
+        description=f"How the latent is found: {_credited(FACTORIZATIONS)}. The default loses least "
+        "(docs/fidelity.md).",
     )
     expected_rotation: bool = Field(
-        True, description="Replace dropped rotations by their expectation on calibration text (the paper: by 1)."
+        True,
+        description="Replace dropped rotations by their expectation on calibration text (the paper: by 1). It costs "
+        "nothing at run time.",
     )
     reconstruction_steps: int | None = Field(
         None,
         ge=0,
         le=1_000_000,
         description="Gradient steps per layer against the original layer's output, after output-aware; 0 for none. "
-        "Default: 300, fewer for a model with more than 16 million attention weights, and at least 99.",
+        "Default: 300; fewer for a large model, so that a conversion stays short, and at least 99.",
     )
 
     def papers(self) -> tuple[Paper, Paper]:
