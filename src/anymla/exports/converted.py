@@ -134,7 +134,9 @@ def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
             "before the step mfa; what was trained from scratch with fresh_config goes to anymla.exports.step3"
         )
     if any(layer.coded is not None for layer in described):
-        raise CheckpointError(f"{folder}: its cache holds codes, which transformers alone reads: export what mla made")
+        raise CheckpointError(
+            f"{folder}: its cache holds codes, which transformers alone reads: convert with --codec none or a --target"
+        )
     if not converted:
         raise CheckpointError(f"{folder}/config.json: {KEY} does not describe layers as anymla convert does")
     return tuple(Layer(index, str(layer.module), *layer.parts) for index, layer in enumerate(converted))

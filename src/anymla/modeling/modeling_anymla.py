@@ -18,6 +18,8 @@ from .coded_attention import CodedAttention
 from .coded_window import CodedWindowAttention
 from .coding_spec import CodedSpec
 from .exact_window import ExactWindowAttention
+from .grouped_attention import GroupedAttention
+from .grouped_spec import GroupedSpec
 from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention
 from .mfa_spec import MfaSpec
@@ -93,6 +95,8 @@ def attention_class(layer: LayerSpec) -> type[Any]:
             return ExactWindowAttention if window else LatentAttention
         case MfaSpec():
             return MfaAttention
+        case GroupedSpec():
+            return GroupedAttention
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 

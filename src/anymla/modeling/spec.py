@@ -12,6 +12,7 @@ from typing import Any
 
 from .coding_spec import CodedSpec
 from .described import checked, names, shortened
+from .grouped_spec import GroupedSpec
 from .mfa_spec import MfaSpec
 from .slot_spec import Slot, exact_slots
 
@@ -175,11 +176,8 @@ class LatentSpec:
         return cls(**checked(cls, described))
 
 
-KINDS: dict[str, Any] = {  # what may stand in the stock attention's place
-    "latent": LatentSpec,
-    "coded": CodedSpec,
-    "mfa": MfaSpec,
-}
+# what may stand in the stock attention's place
+KINDS: dict[str, Any] = {"latent": LatentSpec, "coded": CodedSpec, "grouped": GroupedSpec, "mfa": MfaSpec}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +192,7 @@ class LayerSpec:
     attention: AttentionSpec | None = None
     latent: LatentSpec | None = None
     coded: CodedSpec | None = None
+    grouped: GroupedSpec | None = None
     mfa: MfaSpec | None = None
     module: str | None = None
     attention_bytes: int | None = None

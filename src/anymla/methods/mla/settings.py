@@ -104,8 +104,8 @@ class MLA(LayerMethod):
 
         if any(layer.latent is not None for layer in model.layers):
             return "it has latent attention already"
-        if any(layer.mfa is not None for layer in model.layers):
-            return "its attention is factorised already: put the step mla before mfa"
+        if any(layer.kind is not None for layer in model.layers):
+            return "its attention is no stock one any more: put mla before the step that changed it"
         try:
             check_settings("this model", model, self)
         except AnymlaError as error:
