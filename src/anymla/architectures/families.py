@@ -232,6 +232,10 @@ TEXT_ONLY_INSIDE = frozenset(name for name, family in FAMILIES.items() if family
 _ENCODER = "a bidirectional encoder with a causal head, not a decoder that serves text"
 _HALF = "the decoder half of an encoder-decoder, with cross-attention"
 _MLA = "already multi-head latent attention"
+# whose layers, in some release of transformers, give their attention known arguments only
+DROP_ARGUMENTS = frozenset(
+    ("bloom", "codegen", "falcon", "falcon_h1", "gpt_neo", "gptj", "mpt", "nemotron", "stablelm")
+)
 OWN_CACHE = (  # of families where all_layers_attend
     "its layers mix tokens beside attention too, and transformers has a cache of its own kind for them"
 )

@@ -137,6 +137,8 @@ def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
         raise CheckpointError(
             f"{folder}: its cache holds codes, which transformers alone reads: convert with --codec none or a --target"
         )
+    if any(layer.shared is not None for layer in described):
+        raise CheckpointError(f"{folder}: its layers share attention maps, which transformers alone runs")
     if not converted:
         raise CheckpointError(f"{folder}/config.json: {KEY} does not describe layers as anymla convert does")
     return tuple(Layer(index, str(layer.module), *layer.parts) for index, layer in enumerate(converted))

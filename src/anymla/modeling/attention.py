@@ -20,7 +20,16 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .absorbed import additive_mask
 from .arguments import take_cache
-from .heads import attention_weights, causal_mask, dropout_rates, query_temperature, split_heads, taken, window_of
+from .heads import (
+    attention_weights,
+    causal_mask,
+    dropout_rates,
+    multiply_pairs,
+    query_temperature,
+    split_heads,
+    taken,
+    window_of,
+)
 from .spec import LayerSpec
 
 
@@ -95,6 +104,11 @@ class ConvertedAttention(nn.Module):
         """What ``v_proj`` makes, as heads [B,G,T,d]: the original's values, in layers that have them."""
         return self._heads(self.v_proj(hidden_states), self.v_norm)
 
+    def rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """True queries or keys [B,N,T,d] with the original's rope."""
+        pairs, rest = heads.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
+        return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
+
     def _heads(self, states: Tensor, norm: Any) -> Tensor:
         spec = self.spec
         return split_heads(states, self.head_dim, clip=spec.clip, norm=norm, norm_over=spec.norm_over)
@@ -118,13 +132,25 @@ class ConvertedAttention(nn.Module):
         if kwargs.pop("output_attentions", False):
             raise NotImplementedError("a converted model does not return attention weights: decode never forms them")
         cache = take_cache(kwargs)
+        output, weights = self.attended(hidden_states, position_embeddings, position_ids, attention_mask, cache, kwargs)
+        return self._project(output, hidden_states, residual), weights
+
+    def attended(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        position_ids: Tensor | None,
+        mask: Tensor | None,
+        cache: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' output [B,T,H,d] and the weights; the new tokens are in the cache."""
         if position_ids is None and self.spec.temperature is not None:
             seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
             position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device)[None]
         places = self.places(position_embeddings, position_ids, hidden_states)
         query = self.true_query(hidden_states, position_ids)
-        output, weights = self.attend(hidden_states, query, places, attention_mask, cache, kwargs)
-        return self._project(output, hidden_states, residual), weights
+        return self.attend(hidden_states, query, places, mask, cache, kwargs)
 
     def places(self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor) -> Any:
         """What ``attend`` needs to know of the new tokens' positions."""

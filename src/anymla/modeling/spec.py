@@ -14,6 +14,7 @@ from .coding_spec import CodedSpec
 from .described import checked, names, shortened
 from .grouped_spec import GroupedSpec
 from .mfa_spec import MfaSpec
+from .shared_spec import SharedSpec
 from .slot_spec import Slot, exact_slots
 
 VERSION = 1
@@ -177,7 +178,13 @@ class LatentSpec:
 
 
 # what may stand in the stock attention's place
-KINDS: dict[str, Any] = {"latent": LatentSpec, "coded": CodedSpec, "grouped": GroupedSpec, "mfa": MfaSpec}
+KINDS: dict[str, Any] = {
+    "latent": LatentSpec,
+    "coded": CodedSpec,
+    "grouped": GroupedSpec,
+    "mfa": MfaSpec,
+    "shared": SharedSpec,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +201,7 @@ class LayerSpec:
     coded: CodedSpec | None = None
     grouped: GroupedSpec | None = None
     mfa: MfaSpec | None = None
+    shared: SharedSpec | None = None
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
