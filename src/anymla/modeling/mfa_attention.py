@@ -132,9 +132,11 @@ class MfaAttention(LatentAttention):
 
 def fold_value_gates(model: Any) -> None:
     """Puts every value map into its output projection, in place, and says so in the config: the gates are gone then."""
-    for attention in model.modules():
-        if isinstance(attention, MfaAttention) and attention.value_map is not None:
-            _fold(attention)
+    gated = [part for part in model.modules() if isinstance(part, MfaAttention) and part.value_map is not None]
+    if not gated:
+        return
+    for attention in gated:
+        _fold(attention)
     layers = layers_of(model.config.to_dict()) or ()
     folded = (
         layer if layer.mfa is None else replace(layer, mfa=replace(layer.mfa, value_gate=False)) for layer in layers
