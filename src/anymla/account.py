@@ -173,8 +173,14 @@ def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     if (attention := layer.attention) is None or (coded := layer.coded) is None:
         raise ValueError(f"the layer at {layer.module} has no coded cache")
     keys = attention.num_kv_heads * attention.head_dim
-    maps = [layer.encodes_keys, layer.encodes_values, coded.key_basis != "own", coded.value_basis != "own"]
-    numbers = _plain_numbers(attention, hidden) + 2 * (hidden + 1) * keys + sum(maps) * (keys + 1) * keys
+    sides = (
+        (coded.keys, coded.key_basis, layer.encodes_keys),
+        (coded.values, coded.value_basis, layer.encodes_values),
+    )
+    numbers = _plain_numbers(attention, hidden)
+    for side, basis, encodes in sides:  # projection, encoder, decoder
+        numbers += (hidden + 1) * (keys if encodes else side.width)
+        numbers += (keys + 1) * side.width * encodes + (side.width + 1) * keys * (basis != "own")
     numbers += coded.keys.table_numbers + coded.values.table_numbers
     channels = attention.num_kv_heads * attention.rope_pairs * (coded.key_basis == "channels")
     return numbers * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES + channels * INDEX_BYTES

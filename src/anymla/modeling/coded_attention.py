@@ -6,9 +6,11 @@ methods build (shapes as in torch.nn.Linear, weight [out,in]; n = G d):
     q_proj [H d,D], k_proj [n,D], v_proj [n,D], o_proj [D,H d], each with a bias; gate_proj, sinks, norms, query_gain as
     in LatentAttention. A head is [P real parts | P imaginary parts | rest].
     Coefficients z = (k - mean) E, of values likewise. In the basis "own" they are k itself: no encoder, no decoder.
-    Where keys are linear in x, E and the mean are folded into k_proj; elsewhere (LayerSpec.encodes_keys) norm and clip
-    follow k_proj, then key_encoder [n,n]: weight E^T, bias -mean E. value_encoder (LayerSpec.encodes_values) likewise.
-    key_decoder, value_decoder [n,n]: weight (E^-1)^T, bias the mean; absent in the basis "own".
+    E is [n,w]: in the basis "axes" w may be less than n, else it is n.
+    Where keys are linear in x, E and the mean are folded into k_proj [w,D]; elsewhere (LayerSpec.encodes_keys) norm and
+    clip follow k_proj [n,D], then key_encoder [w,n]: weight E^T, bias -mean E. Values likewise (encodes_values).
+    key_decoder, value_decoder [n,w]: weight the inverse of E^T, or what stands in for it where w is less; bias the
+    mean; absent in the basis "own".
     key_codec, value_codec: make_codec of the spec's codings, with their buffers.
     inv_freq [P], int32: the bits of float32 numbers, which a cast of the model must not round: the angle by which a
     pair turns per position, negative where the family turns backwards. ``inv_freq.view(torch.float32)`` reads it.
@@ -75,11 +77,13 @@ class CodedAttention(ConvertedAttention):
         if spec.coded is None:
             raise ValueError(f"the layer at {spec.module} has no coded cache")
         self.coded, size = spec.coded, self.num_kv_heads * self.head_dim
-        self.k_proj, self.v_proj = nn.Linear(hidden, size), nn.Linear(hidden, size)
-        self.key_encoder = nn.Linear(size, size) if spec.encodes_keys else None
-        self.value_encoder = nn.Linear(size, size) if spec.encodes_values else None
-        self.key_decoder = None if self.coded.key_basis == "own" else nn.Linear(size, size)
-        self.value_decoder = None if self.coded.value_basis == "own" else nn.Linear(size, size)
+        keys, values = self.coded.keys.width, self.coded.values.width
+        self.k_proj = nn.Linear(hidden, size if spec.encodes_keys else keys)
+        self.v_proj = nn.Linear(hidden, size if spec.encodes_values else values)
+        self.key_encoder = nn.Linear(size, keys) if spec.encodes_keys else None
+        self.value_encoder = nn.Linear(size, values) if spec.encodes_values else None
+        self.key_decoder = None if self.coded.key_basis == "own" else nn.Linear(keys, size)
+        self.value_decoder = None if self.coded.value_basis == "own" else nn.Linear(values, size)
 
     def _make_buffers(self, spec: LayerSpec) -> None:
         self.key_codec, self.value_codec = make_codec(self.coded.keys), make_codec(self.coded.values)
@@ -96,8 +100,10 @@ class CodedAttention(ConvertedAttention):
         return position_ids if position_ids is None or position_ids.dim() == 2 else position_ids[0]
 
     def coefficients(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """What is coded of the new tokens: keys and values [B,T,G d] in their bases."""
-        keys, values = joined(self.true_key(hidden_states)), joined(self.true_value(hidden_states))
+        """What is coded of the new tokens: keys and values [B,T,w] in their bases."""
+        linear_keys, linear_values = self.spec.linear_queries, self.spec.linear_values
+        keys = self.k_proj(hidden_states) if linear_keys else joined(self.true_key(hidden_states))
+        values = self.v_proj(hidden_states) if linear_values else joined(self.true_value(hidden_states))
         keys = keys if self.key_encoder is None else self.key_encoder(keys)
         return keys, values if self.value_encoder is None else self.value_encoder(values)
 
@@ -261,7 +267,7 @@ class CodedAttention(ConvertedAttention):
 
     def _by_heads(self, queries: Tensor, cos: Tensor, sin: Tensor) -> Product:
         """Rebuilds keys; ``queries`` [chunks,B,H,T,d] turned, ``cos``, ``sin`` [c,P] of a chunk's columns."""
-        decoder = None if self.key_decoder is None else self._decoder(self.key_decoder, cos)
+        decoder = None if self.key_decoder is None else self._decoder(self.key_decoder, self.coded.keys.width, cos)
         cos, sin = cos[:, None], sin[:, None]
 
         def product(index: int, states: Tensor) -> Tensor:
@@ -275,7 +281,7 @@ class CodedAttention(ConvertedAttention):
 
     def _by_channels(self, queries: Tensor, cos: Tensor, sin: Tensor) -> Product:
         """Takes the query to the channels, for the decoder commutes with rope; the mean of keys turns as they do."""
-        weight, mean = self._decoder(self.key_decoder, cos)
+        weight, mean = self._decoder(self.key_decoder, self.coded.keys.width, cos)
         mean, turned_dims = mean.repeat_interleave(self.num_key_value_groups, dim=0)[:, None], 2 * self.rope_pairs
         real, imag = mean[..., :turned_dims].chunk(2, dim=-1)
         of_mean = multiply_pairs(queries[..., :turned_dims], real, -imag)  # the conjugate of what turns with a column
@@ -299,14 +305,14 @@ class CodedAttention(ConvertedAttention):
             return torch.stack([grouped(weights[..., at], self._rebuilt(states, None)) for at, states in read]).sum(0)
         flat = weights.flatten(1, 2)
         context = torch.stack([flat[..., at] @ states for at, states in read]).sum(0)
-        weight, mean = self._decoder(self.value_decoder, weights)
+        weight, mean = self._decoder(self.value_decoder, self.coded.values.width, weights)
         heads = grouped(context.unflatten(1, weights.shape[1:3]), weight.mT[None])
         mean = mean.repeat_interleave(self.num_key_value_groups, dim=0)
         return heads + weights.sum(-1, keepdim=True) * mean[:, None]  # a sink takes a part of the weights
 
-    def _decoder(self, decoder: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight [G,d,G d] and constant [G,d] of a decoder."""
-        weight, mean = affine_map(decoder, self.num_kv_heads * self.head_dim, like)
+    def _decoder(self, decoder: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [G,d,w] and constant [G,d] of a decoder of ``width`` coefficients."""
+        weight, mean = affine_map(decoder, width, like)
         weight, mean = weight.to(like.dtype), mean.to(like.dtype)
         return weight.unflatten(0, (-1, self.head_dim)), mean.unflatten(0, (-1, self.head_dim))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anymla import __version__
 from anymla.account import no_cache, told_lengths
-from anymla.data.text import bundled_text, calibration_windows
+from anymla.data.text import bundled_text, calibration_windows, random_windows
 from anymla.distributed import join_processes, rank, wait_for_all, world
 from anymla.errors import TextError
 from anymla.io.checkpoint import load_tokenizer
@@ -23,7 +23,7 @@ from anymla.io.computing import Computing
 from anymla.io.device import pick_device
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
-from anymla.methods.base import LayerMethod, Plan
+from anymla.methods.base import LayerMethod, Plan, SweptMethod
 from anymla.modeling.spec import ModelSpec
 from anymla.stored_bytes import write_account
 from anymla.sweep.checkpoint import write_checkpoint
@@ -80,7 +80,7 @@ class Swept:
 
 @contextmanager
 def swept(
-    method: LayerMethod,
+    method: SweptMethod,
     source: Path,
     model: ModelSpec,
     run: Run,
@@ -124,8 +124,10 @@ def swept(
         wait_for_all()
 
 
-def _calibration(method: LayerMethod, source: Path, model: ModelSpec) -> Tensor:
-    """The calibration text as windows [N,T]."""
+def _calibration(method: SweptMethod, source: Path, model: ModelSpec) -> Tensor:
+    """The calibration text as windows [N,T]; random tokens for a method that reads none."""
+    if not isinstance(method, LayerMethod):
+        return random_windows(model.vocab_size, model.max_position_embeddings)
     windows = calibration_windows(
         method.calibration or bundled_text("train"),
         load_tokenizer(source),
@@ -155,7 +157,7 @@ def _swept(sequence: Sequence, plan: Plan, computing: Computing) -> Swept:
 
 
 def _fingerprint(
-    method: LayerMethod, source: Path, plan: Plan, windows: Tensor, device: str, run: Run
+    method: SweptMethod, source: Path, plan: Plan, windows: Tensor, device: str, run: Run
 ) -> dict[str, Any]:
     """What the new weights and their files depend on."""
     return {
