@@ -23,6 +23,7 @@ from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST, DtypeName, Settings
 
 if TYPE_CHECKING:
+    from anymla.model_run.stream import LayerBatch
     from anymla.sweep.layer import Layer, Observer
 
 
@@ -133,6 +134,13 @@ class Method(Settings, ABC):
         Raises:
             InfeasibleError: the settings cannot be met; the message names what can.
         """
+
+
+class Unheard:
+    """An observer of a layer of which a survey has seen all, or its weights say all."""
+
+    def add(self, batch: LayerBatch) -> None:
+        """Takes a batch."""
 
 
 class SweptMethod(Method):

@@ -95,7 +95,7 @@ def _at_budget(shape: Callable[[float], list[float]], budget: float) -> list[flo
 
 
 def _whole(numbers: Sequence[float], rooms: Sequence[Room], budget: float, step: int) -> list[int]:
-    """Multiples of ``step``, or all that there is room for; what rounding down leaves goes to the largest remainders."""
+    """Multiples of ``step``, or all that there is room for; what is left goes to the largest remainders."""
     found = [
         room.most if number >= room.most - 1e-6 else max(room.least, int((number + 1e-6) // step) * step)
         for number, room in zip(numbers, rooms, strict=True)

@@ -75,7 +75,7 @@ class LoRC(SweptMethod):
 
     def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
         """Condition numbers of the weights, where ranks go by them."""
-        from anymla.methods.lorc.weights import ConditionSurvey
+        from anymla.methods.mla.rank_survey import ConditionSurvey
 
         return ConditionSurvey() if self.ranks == "progressive" else None
 
