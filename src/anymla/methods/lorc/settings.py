@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from anymla.errors import InfeasibleError
 from anymla.methods.base import Changed, Facts, Paper, Phase, Plan, Survey, SweptMethod
 from anymla.methods.ranks import Room, by_condition, by_depth, falling
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
+from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from anymla.methods.lorc.weights import RopeHeard
     from anymla.sweep.layer import Layer
 
+ROPE_SHARE = 0.3  # of the cached numbers, with partial rope
 STEP, WIDE = 8, 256  # ranks are multiples of this, where keys have so many numbers
 
 
 class LayerRank(BaseModel):
-    """The rank that a layer's keys have, and its values."""
+    """The rank of a layer's keys, and of its values; of both together ``rope_dims`` numbers are turned by rope."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     rank: int
+    rope_dims: int = 0
 
 
 class LoRC(SweptMethod):
@@ -37,7 +41,9 @@ class LoRC(SweptMethod):
     ``progressive`` ones wherever it was measured. Those fall from the first layer to the last by cumulative condition
     numbers: nearly a straight line in depth. A condition number is the largest singular value over that at which 99.9 %
     of the energy is reached, for the smallest one of a trained matrix is noise. A byte budget takes the place of r_max
-    and r_min. Keys that are normalised are encoded behind their norm, in axes of the weights times its gain.
+    and r_min. The paper does not say how rope is treated; with ``rope: partial`` pairs evenly spaced over the
+    frequencies stay turned, in 0.3 of the cache. Keys that are normalised are encoded behind their norm, in axes of the
+    weights times its gain.
     """
 
     name: ClassVar[str] = "lorc"
@@ -54,24 +60,40 @@ class LoRC(SweptMethod):
         "paper's.",
     )
 
+    rope: Literal["reconstruct", "partial"] = Field(
+        "reconstruct",
+        description="reconstruct: the latent of keys is cached before rope, keys are rebuilt and turned when they are "
+        "read; partial: some pairs of every head stay turned, and the latent of the others is read as it is.",
+    )
+
     def refuses(self, model: ModelSpec) -> str | None:
-        """Why keys of this model cannot be cached before rope."""
+        """Why keys of this model cannot be cached before rope, or as a latent."""
         from anymla.methods.cache_coding.refusals import coded_refusal
 
-        return coded_refusal(model)
+        if self.rope == "reconstruct":
+            return coded_refusal(model)
+        converted = any(layer.kind is not None for layer in model.layers)
+        return "its attention is converted already" if converted else None
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
-        """A rank for every layer with softmax attention; ``choices``: LayerRank. In a dry run progressive is linear."""
-        widths = {index: spec.cached_numbers // 2 for index, spec in model.attention_layers.items()}
+        """Sizes of every layer with softmax attention; ``choices``: LayerRank. In a dry run progressive is linear.
+
+        Raises:
+            InfeasibleError: the budget is less than what every layer needs.
+        """
         if self.kv_cache == 1:
             return Plan(after=model, choices=(None,) * len(model.layers))
-        step = STEP if min(widths.values()) >= WIDE else 1
-        rooms = [Room(min(step, width), width) for width in widths.values()]
-        ranks = falling(self._falls(widths, facts), rooms, self.kv_cache * sum(widths.values()), step)
-        planned = dict(zip(widths, ranks, strict=True))
-        layers = tuple(_low_rank(layer, planned.get(index)) for index, layer in enumerate(model.layers))
-        chosen = tuple(LayerRank(rank=planned[index]) if index in planned else None for index in range(len(layers)))
-        return Plan(after=replace(model, layers=layers), choices=chosen)
+        specs = model.attention_layers
+        widths = [spec.cached_numbers // 2 for spec in specs.values()]
+        step = STEP if min(widths) >= WIDE else 1
+        rooms = [Room(self._least(spec, step), spec.cached_numbers // 2) for spec in specs.values()]
+        if sum(room.least for room in rooms) > (budget := self.kv_cache * sum(widths)):
+            least = sum(room.least for room in rooms) / sum(widths)
+            raise InfeasibleError(f"--kv-cache {self.kv_cache:g} leaves too little: at least {least + 5e-5:.4f}")
+        found = falling(self._falls(specs, facts), rooms, budget, step)
+        ranks = {index: self._rank(spec, each) for (index, spec), each in zip(specs.items(), found, strict=True)}
+        layers = tuple(self._after(layer, ranks.get(index)) for index, layer in enumerate(model.layers))
+        return Plan(after=replace(model, layers=layers), choices=tuple(map(ranks.get, range(len(layers)))))
 
     def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
         """Condition numbers of the weights, where ranks go by them."""
@@ -87,16 +109,22 @@ class LoRC(SweptMethod):
 
     def apply(self, layer: Layer, observed: RopeHeard) -> Changed:
         """Puts an attention whose cache is of low rank in the place of the layer's own, unless its rank is full."""
+        from anymla.methods.lorc.partial import build_partial
         from anymla.methods.lorc.weights import build_low_rank
 
-        result = {"layer": layer.index, "rank": layer.choice.rank}
-        if layer.planned.coded is None:
-            return Changed(spec=layer.old, result=result | {"weights_lost": 0.0})
-        attention, lost = build_low_rank(layer, layer.planned.coded, observed)
-        layer.module.set_submodule(layer.attention_path, attention)
-        return Changed(spec=attention.layer_spec, result=result | {"weights_lost": lost})
+        result = {"layer": layer.index, **layer.choice.model_dump()}
+        if layer.planned.kind is None:
+            return Changed(spec=layer.old, result=result)
+        attention: Any
+        if (latent := layer.planned.latent) is not None:
+            attention = build_partial(layer, latent, observed)
+        else:
+            attention, result["weights_lost"] = build_low_rank(layer, layer.planned.kind, observed)
+        layer.module.set_submodule(path := layer.attention_path, attention)
+        spec = replace(attention.layer_spec, module=f"{layer.name}.{path}")
+        return Changed(spec=spec, result=result)
 
-    def _falls(self, places: dict[int, int], facts: Facts | None) -> list[float]:
+    def _falls(self, places: Mapping[int, AttentionSpec], facts: Facts | None) -> list[float]:
         """How far each layer's rank falls from the largest to the smallest."""
         if self.ranks == "uniform":
             return [0.0] * len(places)
@@ -105,11 +133,25 @@ class LoRC(SweptMethod):
         known = [facts[index] or {} for index in places]
         return by_condition([sum(fact["condition"]) for fact in known])
 
+    def _least(self, spec: AttentionSpec, step: int) -> int:
+        """The smallest rank of keys, and of values: with partial rope there is a turned pair of every head beside."""
+        turned = 2 * spec.num_kv_heads * (spec.rope_pairs > 0) if self.rope == "partial" else 0
+        return min(max(step, turned), spec.cached_numbers // 2)
 
-def _low_rank(old: LayerSpec, rank: int | None) -> LayerSpec:
-    """The layer as it will be: as it is, where its rank is full."""
-    attention: AttentionSpec | None = old.attention
-    if attention is None or rank is None or rank >= attention.cached_numbers // 2:
-        return old
-    coding = Coding(bits=((16, rank),), kind="plain")
-    return replace(old, coded=CodedSpec(keys=coding, values=coding, first_tokens=0), attention_bytes=None)
+    def _rank(self, spec: AttentionSpec, rank: int) -> LayerRank:
+        """The sizes of a layer with ``rank`` numbers for keys and as many for values."""
+        if self.rope == "reconstruct" or not spec.rope_pairs:
+            return LayerRank(rank=rank)
+        pair = 2 * spec.num_kv_heads
+        pairs = min(spec.rope_pairs, max(1, round(ROPE_SHARE * 2 * rank / pair)))
+        return LayerRank(rank=rank, rope_dims=pair * pairs)
+
+    def _after(self, old: LayerSpec, layer: LayerRank | None) -> LayerSpec:
+        """The layer as it will be: as it is, where its rank is full."""
+        if old.attention is None or layer is None or layer.rank >= old.attention.cached_numbers // 2:
+            return old
+        if self.rope == "partial":
+            latent = LatentSpec(kv_lora_rank=2 * layer.rank - layer.rope_dims, qk_rope_head_dim=layer.rope_dims)
+            return replace(old, latent=latent, attention_bytes=None)
+        coding = Coding(bits=((16, layer.rank),), kind="plain")
+        return replace(old, coded=CodedSpec(keys=coding, values=coding, first_tokens=0), attention_bytes=None)

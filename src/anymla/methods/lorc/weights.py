@@ -29,15 +29,16 @@ class RopeHeard:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.found: tuple[Tensor, float] | None = None
+        self.inv_freq: Tensor | None = None
+        self.scale = 1.0
 
     def add(self, batch: LayerBatch) -> None:
         """Takes a batch."""
-        if self.found is None and batch.attention is not None:
+        if self.inv_freq is None and batch.attention is not None:
             given, inputs, spec = batch.attention.arguments, batch.attention.inputs, source_of(self.layer).spec
             tables, positions = given.get("position_embeddings"), given.get("position_ids")
             cos, sin = rope_tables(spec.rope_table, spec.rope_pairs, tables, positions, inputs, self.layer.config)
-            self.found = frequencies(cos[0, 0], sin[0, 0])
+            self.inv_freq, self.scale = frequencies(cos[0, 0], sin[0, 0])
 
 
 def build_low_rank(layer: Layer, spec: CodedSpec, rope: RopeHeard) -> tuple[CodedAttention, float]:
@@ -46,7 +47,7 @@ def build_low_rank(layer: Layer, spec: CodedSpec, rope: RopeHeard) -> tuple[Code
     Raises:
         ValueError: the layer was shown no window.
     """
-    if rope.found is None:
+    if rope.inv_freq is None:
         raise ValueError(f"layer {layer.index} was shown no window")
     source = source_of(layer)
     weights, sides = key_and_value(source), []
@@ -56,8 +57,7 @@ def build_low_rank(layer: Layer, spec: CodedSpec, rope: RopeHeard) -> tuple[Code
     keys, values = sides
     bases = [basis for side in sides if (basis := side.basis) is not None]
     kept = sum(basis.energies[: basis.encoder.shape[1]].sum().item() for basis in bases)
-    inv_freq, scale = rope.found
-    attention = build_coded(layer, replace(spec, rope_scale=scale), keys, values, inv_freq)
+    attention = build_coded(layer, replace(spec, rope_scale=rope.scale), keys, values, rope.inv_freq)
     return attention, 1 - kept / max(sum(basis.energies.sum().item() for basis in bases), 1e-300)
 
 
