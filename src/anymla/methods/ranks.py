@@ -46,10 +46,8 @@ def falling(falls: Sequence[float], rooms: Sequence[Room], budget: float, step: 
 
     def shape(size: float) -> list[float]:
         high, low = min(1.0, 2 * size), max(0.0, 2 * size - 1)
-        return [room.least + (room.most - room.least) * (high - fall * (high - low)) for fall, room in _pairs(falls)]
-
-    def _pairs(falls: Sequence[float]) -> list[tuple[float, Room]]:
-        return [*zip(falls, rooms, strict=True)]
+        shares = [high - fall * (high - low) for fall in falls]
+        return [room.least + (room.most - room.least) * share for share, room in zip(shares, rooms, strict=True)]
 
     return _whole(_at_budget(shape, budget), rooms, budget, step)
 

@@ -89,7 +89,9 @@ class LoRC(SweptMethod):
         rooms = [Room(self._least(spec, step), spec.cached_numbers // 2) for spec in specs.values()]
         if sum(room.least for room in rooms) > (budget := self.kv_cache * sum(widths)):
             least = sum(room.least for room in rooms) / sum(widths)
-            raise InfeasibleError(f"--kv-cache {self.kv_cache:g} leaves too little: at least {least + 5e-5:.4f}")
+            raise InfeasibleError(
+                f"kv_cache {self.kv_cache:g} leaves too little for every layer: give at least {least + 5e-5:.4f}"
+            )
         found = falling(self._falls(specs, facts), rooms, budget, step)
         ranks = {index: self._rank(spec, each) for (index, spec), each in zip(specs.items(), found, strict=True)}
         layers = tuple(self._after(layer, ranks.get(index)) for index, layer in enumerate(model.layers))

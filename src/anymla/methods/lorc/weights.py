@@ -66,6 +66,6 @@ def leading_axes(weight: Tensor, mean: Tensor, rank: int) -> Basis:
 
     ``energies`` are those of all n axes.
     """
-    vectors, values, _ = torch.linalg.svd(weight, full_matrices=False)
+    energies, vectors = (each.flip(-1) for each in torch.linalg.eigh(weight @ weight.T))
     kept = vectors[:, :rank]
-    return Basis(mean=mean, encoder=kept, decoder=kept.T, energies=values.square())
+    return Basis(mean=mean, encoder=kept, decoder=kept.T, energies=energies.clamp_min(0))
