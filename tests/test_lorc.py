@@ -29,6 +29,7 @@ from anymla.model_run.stream import decoder_layers
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from tests.coded_models import attention_arguments, turns_of
 from tests.families import make_model, save_model, token_ids
+from tests.family_models import tiny_model
 
 LAYERS, WIDTH = 5, 32  # of the bundled model
 
@@ -109,9 +110,10 @@ def test_full_rank_is_the_original(kl):
     assert abs(kl([WIDTH] * LAYERS)) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gptj", "gpt_neox", "gpt2"])
 def test_full_rank_is_the_original_in_other_families(family):
-    model, ids = make_model(family, torch.float64), token_ids(2, 20)
+    """Biases, norms of keys, interleaved or missing rope, a head whose projections are one."""
+    model, ids = tiny_model(family), token_ids(2, 20)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         ranks = [layer.old.attention.cached_numbers // 2 for layer in layers_of(model)]
@@ -187,6 +189,19 @@ def test_static_caches_and_beams_give_the_same_tokens(tmp_path):
     assert torch.equal(model.generate(ids, num_beams=2, **settings)[:, :10], ids)
 
 
+def test_tuning_heals_it(tmp_path):
+    """What was cut learns: the projections and both decoders."""
+    tune = {"data": [str(bundled_text("train"))], "eval_data": str(bundled_text("valid")), "eval_tokens": 256}
+    tune |= {"tokens": 4096, "length": 64, "batch": 4, "device": "cpu"}
+    anymla.run(bundled_model(), tmp_path / "out", steps=[{"lorc": {"kv_cache": 0.5}}, {"tune": tune}], keep_steps=True)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (tmp_path / "out-steps" / "step-1-lorc", tmp_path / "out")
+    )
+    changed = {name.split("self_attn.")[-1] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert {"k_proj.weight", "v_proj.weight", "key_decoder.weight", "value_decoder.weight"} <= changed
+
+
 @pytest.mark.parametrize("rope", ["reconstruct", "partial"])
 def test_no_text_is_read(rope, tmp_path, monkeypatch):
     def refuse(*given, **named):
@@ -194,6 +209,7 @@ def test_no_text_is_read(rope, tmp_path, monkeypatch):
 
     monkeypatch.setattr("anymla.data.text.read_documents", refuse)
     settings = {"kv_cache": 0.5, "ranks": "progressive", "rope": rope}
+    settings |= {"key_share": 0.4} if rope == "reconstruct" else {}
     anymla.run(bundled_model(), tmp_path / "out", steps=[{"lorc": settings}])
     written = json.loads((tmp_path / "out" / "account.json").read_text())
     names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")
@@ -214,6 +230,18 @@ def test_ranks_fall_and_keep_the_budget(share):
     assert ranks[0] == 4096 or ranks[-1] == 8  # r_min gives way first, then r_max
     even = falling([0.0] * 32, [Room(8, 4096)] * 32, share * 32 * 4096, 8)
     assert set(even) == {round(share * 4096)}
+
+
+@pytest.mark.parametrize("key_share", [0.05, 0.3, 0.5, 0.95])
+def test_keys_and_values_share_a_budget(key_share):
+    spec = read_model_spec(read_config(bundled_model()))
+    for share in (0.05, 0.5, 0.9):
+        plan = LoRC(kv_cache=share, key_share=key_share).plan(spec)
+        even = LoRC(kv_cache=share).plan(spec)
+        for layer, other in zip(plan.choices, even.choices, strict=True):
+            assert layer.key_rank + layer.value_rank == other.key_rank + other.value_rank
+            assert 1 <= layer.key_rank <= WIDTH and 1 <= layer.value_rank <= WIDTH
+        assert account(plan.after).cache_bytes_per_token == account(even.after).cache_bytes_per_token
 
 
 def test_a_straight_line_where_conditions_are_alike():

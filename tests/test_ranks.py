@@ -91,10 +91,9 @@ def test_a_rank_of_all_layers_is_refused(spec):
     assert "kv-rank" in MLA(kv_rank=8, ranks="linear").refuses(spec)
 
 
-@pytest.mark.parametrize("ranks", SURVEYED)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("family", "ranks"), [("llama", "lorc"), ("qwen3", "fisher"), ("llama", "energy")])
 def test_conversions_in_layers_of_different_sizes(family, ranks, tmp_path):
-    source = save_model(make_model(family, torch.float32), tmp_path / "source")
+    source = save_model(make_model(family, torch.float32, head_dim=8), tmp_path / "source")
     report = anymla.convert(source, tmp_path / "out", kv_cache=0.5, ranks=ranks, device="cpu", **FAST)
     written = json.loads((tmp_path / "out" / "account.json").read_text())
     names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")

@@ -134,6 +134,11 @@ class CodedSpec:
             slots.append(Slot(name="first_columns", width=1, codec="index", **once))
         return (*slots, *exact_slots(attention.cached_numbers // 2, self.exact_window))
 
+    @property
+    def rounds(self) -> bool:
+        """Whether numbers become codes; else they are kept as they are."""
+        return any(side.kind != "plain" for side in (self.keys, self.values))
+
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""
         return {**(shortened(self) or {}), "keys": shortened(self.keys), "values": shortened(self.values)}

@@ -215,6 +215,11 @@ class LayerSpec:
         return None if self.kind is None else self.attention
 
     @property
+    def tunable(self) -> bool:
+        """Whether gradients of its converted attention are true ones: codes would round what they pass through."""
+        return self.latent is not None or (self.coded is not None and not self.coded.rounds)
+
+    @property
     def encodes_keys(self) -> bool:
         """Whether keys of a coded cache are put into their basis after the projection, for they are not linear in x."""
         return self._in_basis("key_basis") and not (self.attention is None or self.attention.linear_queries)

@@ -11,13 +11,16 @@ from anymla.errors import RecipeError
 from anymla.methods.tune import Train, Tune
 from anymla.modeling.spec import layers_of
 
-ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj")
+ADAPTED = (
+    *("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj"),
+    *("key_encoder", "value_encoder", "key_decoder", "value_decoder"),
+)
 
 
 def attention_names(model: Any) -> list[str]:
     """Where in ``model`` its converted attention modules are."""
     layers = layers_of(model.config.to_dict()) or ()
-    return [str(layer.module) for layer in layers if layer.latent is not None]
+    return [str(layer.module) for layer in layers if layer.tunable]
 
 
 def always_expand(model: Any) -> None:

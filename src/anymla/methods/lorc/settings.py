@@ -23,11 +23,12 @@ STEP, WIDE = 8, 256  # ranks are multiples of this, where keys have so many numb
 
 
 class LayerRank(BaseModel):
-    """The rank of a layer's keys, and of its values; of both together ``rope_dims`` numbers are turned by rope."""
+    """The ranks of a layer's keys and values; of both together ``rope_dims`` numbers are turned by rope."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    rank: int
+    key_rank: int
+    value_rank: int
     rope_dims: int = 0
 
 
@@ -38,7 +39,7 @@ class LoRC(SweptMethod):
     values. Keys are rebuilt and turned when they are read; the second factor of values is applied behind attention.
 
     Deviations from the paper: ranks are by default the same in all layers, which loses less than the paper's
-    ``progressive`` ones wherever it was measured. Those fall from the first layer to the last by cumulative condition
+    ``progressive`` ones where the model stays of use (docs/benchmarks.md). Those fall from the first layer to the last by cumulative condition
     numbers: nearly a straight line in depth. A condition number is the largest singular value over that at which 99.9 %
     of the energy is reached, for the smallest one of a trained matrix is noise. A byte budget takes the place of r_max
     and r_min. The paper does not say how rope is treated; with ``rope: partial`` pairs evenly spaced over the
@@ -59,7 +60,9 @@ class LoRC(SweptMethod):
         description="Ranks over depth: uniform; linear: from the full one down a straight line; progressive: the "
         "paper's.",
     )
-
+    key_share: float = Field(
+        0.5, gt=0, lt=1, description="Share of a layer's numbers that its keys get; values get the others."
+    )
     rope: Literal["reconstruct", "partial"] = Field(
         "reconstruct",
         description="reconstruct: the latent of keys is cached before rope, keys are rebuilt and turned when they are "
@@ -72,6 +75,8 @@ class LoRC(SweptMethod):
 
         if self.rope == "reconstruct":
             return coded_refusal(model)
+        if self.key_share != 0.5:
+            return "with rope: partial keys and values share one latent: leave key_share out"
         converted = any(layer.kind is not None for layer in model.layers)
         return "its attention is converted already" if converted else None
 
@@ -141,19 +146,23 @@ class LoRC(SweptMethod):
         return min(max(step, turned), spec.cached_numbers // 2)
 
     def _rank(self, spec: AttentionSpec, rank: int) -> LayerRank:
-        """The sizes of a layer with ``rank`` numbers for keys and as many for values."""
+        """The sizes of a layer that has ``rank`` numbers each for keys and values."""
+        width, most = spec.cached_numbers // 2, 2 * rank - 1
+        keys = min(width, most, max(1, 2 * rank - width, round(2 * rank * self.key_share)))
         if self.rope == "reconstruct" or not spec.rope_pairs:
-            return LayerRank(rank=rank)
+            return LayerRank(key_rank=keys, value_rank=2 * rank - keys)
         pair = 2 * spec.num_kv_heads
         pairs = min(spec.rope_pairs, max(1, round(ROPE_SHARE * 2 * rank / pair)))
-        return LayerRank(rank=rank, rope_dims=pair * pairs)
+        return LayerRank(key_rank=keys, value_rank=2 * rank - keys, rope_dims=pair * pairs)
 
     def _after(self, old: LayerSpec, layer: LayerRank | None) -> LayerSpec:
         """The layer as it will be: as it is, where its rank is full."""
-        if old.attention is None or layer is None or layer.rank >= old.attention.cached_numbers // 2:
+        if old.attention is None or layer is None:
+            return old
+        if (numbers := layer.key_rank + layer.value_rank) >= old.attention.cached_numbers:
             return old
         if self.rope == "partial":
-            latent = LatentSpec(kv_lora_rank=2 * layer.rank - layer.rope_dims, qk_rope_head_dim=layer.rope_dims)
+            latent = LatentSpec(kv_lora_rank=numbers - layer.rope_dims, qk_rope_head_dim=layer.rope_dims)
             return replace(old, latent=latent, attention_bytes=None)
-        coding = Coding(bits=((16, layer.rank),), kind="plain")
-        return replace(old, coded=CodedSpec(keys=coding, values=coding, first_tokens=0), attention_bytes=None)
+        keys, values = (Coding(bits=((16, rank),), kind="plain") for rank in (layer.key_rank, layer.value_rank))
+        return replace(old, coded=CodedSpec(keys=keys, values=values, first_tokens=0), attention_bytes=None)
