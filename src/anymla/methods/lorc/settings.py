@@ -39,12 +39,12 @@ class LoRC(SweptMethod):
     values. Keys are rebuilt and turned when they are read; the second factor of values is applied behind attention.
 
     Deviations from the paper: ranks are by default the same in all layers, which loses less than the paper's
-    ``progressive`` ones where the model stays of use (docs/benchmarks.md). Those fall from the first layer to the last by cumulative condition
-    numbers: nearly a straight line in depth. A condition number is the largest singular value over that at which 99.9 %
-    of the energy is reached, for the smallest one of a trained matrix is noise. A byte budget takes the place of r_max
-    and r_min. The paper does not say how rope is treated; with ``rope: partial`` pairs evenly spaced over the
-    frequencies stay turned, in 0.3 of the cache. Keys that are normalised are encoded behind their norm, in axes of the
-    weights times its gain.
+    ``progressive`` ones where the model stays of use (docs/benchmarks.md). Those fall from the first layer to the last
+    by cumulative condition numbers: nearly a straight line in depth. A condition number is the largest singular value
+    over that at which 99.9 % of the energy is reached, for the smallest one of a trained matrix is noise. A byte budget
+    takes the place of r_max and r_min. The paper does not say how rope is treated; with ``rope: partial`` pairs evenly
+    spaced over the frequencies stay turned, in 0.3 of the cache. Keys that are normalised are encoded behind their
+    norm, in axes of the weights times its gain.
     """
 
     name: ClassVar[str] = "lorc"
