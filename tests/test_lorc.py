@@ -189,10 +189,20 @@ def test_static_caches_and_beams_give_the_same_tokens(tmp_path):
     assert torch.equal(model.generate(ids, num_beams=2, **settings)[:, :10], ids)
 
 
+def test_rope_of_a_model_in_16_bits_is_read_to_the_last_digit(tmp_path):
+    """Tables in bfloat16 have three digits, which at position 1,000 would be another angle altogether."""
+    source = save_model(make_model("llama", torch.bfloat16), tmp_path / "source")
+    anymla.run(source, tmp_path / "out", steps=[{"lorc": {"kv_cache": 0.5, "dtype": "bfloat16"}}])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for block in decoder_layers(model):
+        found = block.self_attn.inv_freq.view(torch.float32)
+        assert torch.allclose(found, model.model.rotary_emb.inv_freq, rtol=1e-5, atol=1e-7)
+
+
 def test_tuning_heals_it(tmp_path):
     """What was cut learns: the projections and both decoders."""
     tune = {"data": [str(bundled_text("train"))], "eval_data": str(bundled_text("valid")), "eval_tokens": 256}
-    tune |= {"tokens": 4096, "length": 64, "batch": 4, "device": "cpu"}
+    tune |= {"tokens": 1024, "length": 64, "batch": 4, "device": "cpu"}
     anymla.run(bundled_model(), tmp_path / "out", steps=[{"lorc": {"kv_cache": 0.5}}, {"tune": tune}], keep_steps=True)
     before, after = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()

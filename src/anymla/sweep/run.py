@@ -24,7 +24,7 @@ from anymla.io.device import pick_device
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.methods.base import LayerMethod, Plan, SweptMethod
-from anymla.modeling.spec import ModelSpec
+from anymla.modeling.spec import DTYPE_BYTES, ModelSpec
 from anymla.stored_bytes import write_account
 from anymla.sweep.checkpoint import write_checkpoint
 from anymla.sweep.progress import claim, decide_computing, fingerprint, keep_when_stopped, model_hash
@@ -102,7 +102,7 @@ def swept(
     claim(work, lambda: _fingerprint(method, source, plan, windows, device, run), restart=run.restart)
     layers = len(model.layers)
     with keep_when_stopped(work, lambda: f"{len(work.progress['layers'])} of {layers} layers"):
-        computing = decide_computing(work, streamed.stored_dtype, device, method.dtype)
+        computing = _computing(method, decide_computing(work, streamed.stored_dtype, device, method.dtype))
         streamed.compute_in(computing.dtype)
         if run.begins is not None:
             run.begins(layers - len(work.progress["layers"]), device)
@@ -122,6 +122,13 @@ def swept(
         if rank() == 0:
             work.finish()
         wait_for_all()
+
+
+def _computing(method: SweptMethod, decided: Computing) -> Computing:
+    """``decided``, but float32 at least where no text is read: all that layers tell then is how fast rope turns."""
+    if isinstance(method, LayerMethod) or DTYPE_BYTES[decided.dtype] >= DTYPE_BYTES["float32"]:
+        return decided
+    return replace(decided, dtype="float32", reason="rope is read to the last digit")
 
 
 def _calibration(method: SweptMethod, source: Path, model: ModelSpec) -> Tensor:
