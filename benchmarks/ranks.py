@@ -37,7 +37,9 @@ def rows(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Settings of the step by the name of a row."""
     text = {"calibration_tokens": given.tokens, "calibration_length": given.length}
     found = {f"mla, {ranks}": {"ranks": ranks, "reconstruction_steps": given.steps, **text} for ranks in RANKS}
-    return found | {f"lorc, {ranks}": {"ranks": ranks} for ranks in ("uniform", "linear", "progressive")}
+    spreads = ("uniform", "linear", "progressive")
+    found |= {f"lorc, weights, {ranks}": {"ranks": ranks, "axes": "weights"} for ranks in spreads}
+    return found | {"lorc, random tokens, uniform": {}}
 
 
 def measured(model: str, name: str, settings: dict[str, Any], tokens: int) -> tuple[float, int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from anymla.architectures.attention import AttentionWeights
-from anymla.methods.lorc.weights import RopeHeard
+from anymla.methods.lorc.weights import Heard
 from anymla.methods.mla.factorization.split_svd import SplitSVD
 from anymla.methods.mla.moments import Moments, Sample
 from anymla.methods.mla.rank_survey import source_of
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
 
 
-def build_partial(layer: Layer, latent: LatentSpec, rope: RopeHeard) -> LatentAttention:
+def build_partial(layer: Layer, latent: LatentSpec, heard: Heard) -> LatentAttention:
     """The latent attention of a layer as planned, with rope pairs evenly spaced over the frequencies."""
     source = source_of(layer)
     converted = convert_layer(
         source.weights,
-        nothing_measured(source.weights, rope.scale),
+        nothing_measured(source.weights, heard.scale),
         Uniform(),
         SplitSVD(),
         rope_dims=latent.qk_rope_head_dim,

@@ -1,4 +1,4 @@
-"""The method `lorc`: keys and values of low rank by SVD of the weights, without any text."""
+"""The method `lorc`: keys and values of low rank, without any text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
-    from anymla.methods.lorc.weights import RopeHeard
+    from anymla.methods.lorc.weights import Heard
     from anymla.sweep.layer import Layer
 
 ROPE_SHARE = 0.3  # of the cached numbers, with partial rope
@@ -33,7 +33,7 @@ class LayerRank(BaseModel):
 
 
 class LoRC(SweptMethod):
-    """Settings of a cache of low rank that is made of the weights alone: no text is read, nothing is trained.
+    """Settings of a cache of low rank that is made without any text, and without training.
 
     W_k = U S V^T of all heads, and W_v, are cut after r_l numbers. The cache holds these of keys before rope and of
     values. Keys are rebuilt and turned when they are read; the second factor of values is applied behind attention.
@@ -44,13 +44,14 @@ class LoRC(SweptMethod):
     over that at which 99.9 % of the energy is reached, for the smallest one of a trained matrix is noise. A byte budget
     takes the place of r_max and r_min. The paper does not say how rope is treated; with ``rope: partial`` pairs evenly
     spaced over the frequencies stay turned, in 0.3 of the cache. Keys that are normalised are encoded behind their
-    norm, in axes of the weights times its gain.
+    norm, in axes of the weights times its gain. Axes are by default those of keys and values on random tokens, for
+    singular vectors of weights overlook how large the inputs are (docs/benchmarks.md); ``axes: weights`` takes these.
     """
 
     name: ClassVar[str] = "lorc"
     paper: ClassVar[Paper] = Paper(title="LoRC", arxiv="2410.03111")
     phase: ClassVar[Phase] = Phase.ATTENTION
-    summary: ClassVar[str] = "keys before rope and values of low rank by SVD of the weights, without any text"
+    summary: ClassVar[str] = "keys before rope and values of low rank, without any text"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
     excludes: ClassVar[tuple[str, ...]] = ("mla", "transform_coding", "kvquant")
 
@@ -62,6 +63,11 @@ class LoRC(SweptMethod):
     )
     key_share: float = Field(
         0.5, gt=0, lt=1, description="Share of a layer's numbers that its keys get; values get the others."
+    )
+    axes: Literal["random", "weights"] = Field(
+        "random",
+        description="With rope: reconstruct, the axes that are kept: principal ones of keys and values on random "
+        "tokens, or singular vectors of the weights, as in the paper.",
     )
     rope: Literal["reconstruct", "partial"] = Field(
         "reconstruct",
@@ -108,13 +114,13 @@ class LoRC(SweptMethod):
 
         return ConditionSurvey() if self.ranks == "progressive" else None
 
-    def observer(self, layer: Layer) -> RopeHeard:
-        """How fast rope turns each pair."""
-        from anymla.methods.lorc.weights import RopeHeard
+    def observer(self, layer: Layer) -> Heard:
+        """How fast rope turns each pair, and what keys and values are on random tokens."""
+        from anymla.methods.lorc.weights import Heard
 
-        return RopeHeard(layer)
+        return Heard(layer)
 
-    def apply(self, layer: Layer, observed: RopeHeard) -> Changed:
+    def apply(self, layer: Layer, observed: Heard) -> Changed:
         """Puts an attention whose cache is of low rank in the place of the layer's own, unless its rank is full."""
         from anymla.methods.lorc.partial import build_partial
         from anymla.methods.lorc.weights import build_low_rank
@@ -126,7 +132,7 @@ class LoRC(SweptMethod):
         if (latent := layer.planned.latent) is not None:
             attention = build_partial(layer, latent, observed)
         else:
-            attention, result["weights_lost"] = build_low_rank(layer, layer.planned.kind, observed)
+            attention = build_low_rank(layer, layer.planned.kind, observed, self.axes)
         layer.module.set_submodule(path := layer.attention_path, attention)
         spec = replace(attention.layer_spec, module=f"{layer.name}.{path}")
         return Changed(spec=spec, result=result)
