@@ -117,7 +117,7 @@ def test_a_grid_is_within_its_step(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_keeps_the_numbers(dtype):
     codec, x = make_codec(Coding(bits=((16, 5),), kind="plain")), random(3, 5).to(dtype)
-    assert torch.equal(codec(x), x) and codec.encode(x).shape == (3, 5 * dtype.itemsize)
+    assert torch.equal(codec(x), x) and codec.encode(x).dtype == dtype
 
 
 def test_gradients_pass_straight_through():

@@ -203,7 +203,7 @@ BAD = [
     Case("unknown-setting-in-a-file", "run {tmp}/typo.yaml -o {out}", ("typo.yaml", "step 2", "tokenz")),
     Case("no-steps", "run {tmp}/flat.yaml -o {out}", ("flat.yaml", "steps must be a list")),
     Case("two-of-the-same", f"{RUN} mla --step mla", ("step 2, mla", "cannot follow mla")),
-    Case("nothing-to-tune", f"{RUN} tune", ("step 1, tune", "put the step mla before it")),
+    Case("nothing-to-tune", f"{RUN} tune", ("step 1, tune", "put the step mla or lorc before it")),
     Case("no-data", f"{RUN} mla --step tune", ("step 2, tune", "no data")),
     Case("too-small", "run {tmp}/small.yaml -o {out}", ("--kv-cache", "smallest possible")),
     Case("text-missing", f"{RUN} mla --text {{tmp}}/no.txt", ("no.txt", "not a readable file")),

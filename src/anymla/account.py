@@ -181,10 +181,16 @@ def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     """Bytes of every parameter and buffer that CodedAttention saves; ``hidden``: D, the residual stream's width."""
     if (attention := layer.attention) is None or (coded := layer.coded) is None:
         raise ValueError(f"the layer at {layer.module} has no coded cache")
-    keys, (key_width, value_width) = attention.num_kv_heads * attention.head_dim, coded.block_widths(attention)
-    maps = (layer.encodes_keys + (coded.key_basis != "own")) * (key_width + 1)
-    maps += (layer.encodes_values + (coded.value_basis != "own")) * (value_width + 1)
-    numbers = _plain_numbers(attention, hidden) + (2 * (hidden + 1) + maps) * keys
+    keys, widths = attention.num_kv_heads * attention.head_dim, coded.block_widths(attention)
+    sides = (
+        (coded.keys, coded.key_basis, layer.encodes_keys, widths[0]),
+        (coded.values, coded.value_basis, layer.encodes_values, widths[1]),
+    )
+    numbers = _plain_numbers(attention, hidden)
+    for side, basis, encodes, width in sides:  # projection, encoder, decoder
+        numbers += (hidden + 1) * (keys if encodes else side.width)
+        numbers += ((keys + 1) * width if side.width == width else (width + 1) * keys) * encodes
+        numbers += (width + 1) * keys * (basis != "own")
     numbers += coded.keys.table_numbers + coded.values.table_numbers
     channels = attention.num_kv_heads * attention.rope_pairs * (coded.key_basis == "channels")
     return numbers * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES + channels * INDEX_BYTES

@@ -13,13 +13,13 @@ from anymla.io.checkpoint import ACCOUNT, check_weights, parse_size, safe_config
 from anymla.io.device import machine_memory
 from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
-from anymla.methods.base import LayerMethod
+from anymla.methods.base import SweptMethod
 
 CARD = "README.md"
 
 
 def apply(
-    method: LayerMethod,
+    method: SweptMethod,
     source: str | Path,
     output: str | Path,
     *,

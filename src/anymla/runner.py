@@ -16,7 +16,7 @@ from anymla.io.device import pick_device
 from anymla.io.sources.locate import Located, locate
 from anymla.io.work import WorkFolder
 from anymla.layer_steps import apply
-from anymla.methods.base import LayerMethod
+from anymla.methods.base import SweptMethod
 from anymla.methods.mla.settings import MLA
 from anymla.methods.tune import Tune
 from anymla.recipe import Recipe, read_recipe
@@ -219,7 +219,7 @@ class _Run:
 
                 teacher = self.original.name
                 tune(source, folder, teacher=teacher, adapter=self.adapter, recipe=step, progress=progress)
-            elif isinstance(step, LayerMethod):
+            elif isinstance(step, SweptMethod):
                 apply(step, source, folder, progress=progress)
             else:
                 raise RecipeError(f"{step.name} cannot be run")

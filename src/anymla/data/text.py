@@ -21,6 +21,13 @@ PIECE_CHARACTERS = 2048  # a long document is drawn from in pieces of so many, o
 MINIMUM_TOKENS = 256
 WINDOWS_AT_LEAST = 8  # of calibration text: to fit on, to choose on, to report on
 DATASET_DOCUMENTS = 4096
+RANDOM_TOKENS = 256  # of a window: enough to tell how fast rope turns, and what keys are
+
+
+def random_windows(vocabulary: int, longest: int) -> Tensor:
+    """Windows [N,T] of random tokens, of at most ``longest``: what a method without text shows to layers."""
+    shape = (WINDOWS_AT_LEAST, min(RANDOM_TOKENS, longest))
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
 
 def bundled_text(split: str) -> Path:

@@ -23,8 +23,14 @@ from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST, DtypeName, Settings
 
 if TYPE_CHECKING:
+    from anymla.model_run.stream import LayerBatch
     from anymla.sweep.layer import Layer, Observer
 
+
+SHARED = (  # fields that stand behind a method's own
+    *("calibration", "calibration_tokens", "calibration_length"),
+    *("adapter", "device", "dtype", "seed"),
+)
 
 # Per layer what a survey gathered, as JSON gives it back; None: not looked at. Tensors are io.safetensors.Stored: they
 # stay in their files until a method reads them.
@@ -147,9 +153,17 @@ class Method(Settings, ABC):
         """
 
 
-class LayerMethod(Method):
-    """A method that changes one layer at a time, as anymla.sweep runs it over a checkpoint.
+class Unheard:
+    """An observer of a layer of which a survey has seen all, or its weights say all."""
 
+    def add(self, batch: LayerBatch) -> None:
+        """Takes a batch."""
+
+
+class SweptMethod(Method):
+    """A method that changes one layer at a time, as anymla.sweep runs it over a checkpoint; it reads no text.
+
+    Its layers are shown windows of random tokens, which tell what they compute and nothing of what texts are.
     Its fields say what it runs on; a method's own come before them.
     """
 
@@ -190,7 +204,7 @@ class LayerMethod(Method):
         description="Which pieces of the calibration text are drawn; the same gives the same model.",
     )
 
-    @field_validator("calibration", "adapter", mode="before")
+    @field_validator("calibration", "adapter", mode="before", check_fields=False)
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -198,9 +212,9 @@ class LayerMethod(Method):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Puts the method's own fields before the shared ones: so they stand in --help, YAML and docs."""
-        shared = LayerMethod.model_fields
-        own = {name: field for name, field in cls.model_fields.items() if name not in shared}
-        cls.__pydantic_fields__ = own | {name: cls.model_fields[name] for name in shared}
+        fields = cls.model_fields
+        own = {name: field for name, field in fields.items() if name not in SHARED}
+        cls.__pydantic_fields__ = own | {name: fields[name] for name in SHARED if name in fields}
         cls.model_rebuild(force=True)
 
     def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
@@ -221,6 +235,21 @@ class LayerMethod(Method):
     @abstractmethod
     def apply(self, layer: Layer, observed: Any) -> Changed:
         """Changes ``layer.module`` in place to what the plan says; ``observed``: what :meth:`observer` gave."""
+
+
+class LayerMethod(SweptMethod):
+    """A swept method whose layers are shown calibration text."""
+
+    calibration: str | None = Field(
+        None,
+        min_length=1,
+        description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. Default: bundled stories.",
+    )
+    calibration_tokens: int = Field(32768, ge=256, le=MOST, description="Tokens of calibration text to use.")
+    calibration_length: int = Field(
+        1024, ge=8, le=MOST, description="Tokens per calibration window (at most the model's context)."
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Which pieces of the calibration text are drawn.")
 
 
 def all_methods() -> dict[str, type[Method]]:

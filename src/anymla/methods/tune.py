@@ -115,7 +115,7 @@ class Tune(Method):
 
     def refuses(self, model: ModelSpec) -> str | None:
         """Codes let no gradient through, and without text there is nothing to learn from."""
-        if any(layer.coded is not None for layer in model.layers):
+        if any(layer.coded is not None and layer.coded.rounds for layer in model.layers):
             return "its cache is coded: put tune before the step that codes it"
         return "it has no data: name a text to learn from" if self.data is None else None
 

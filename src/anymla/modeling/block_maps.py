@@ -21,7 +21,7 @@ def grouped(query: Tensor, states: Tensor) -> Tensor:
 
 def mapped(states: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
     """Products of states [B,t,n] with a weight [n,w], whose blocks of w rows each meet w numbers, plus a constant."""
-    if (width := weight.shape[1]) == len(weight):
+    if (width := weight.shape[1]) == states.shape[-1]:
         return linear(states, weight, constant)
     blocks = states.unflatten(-1, (-1, width)).transpose(1, 2) @ weight.unflatten(0, (-1, width)).mT
     return blocks.transpose(1, 2).flatten(2) + constant

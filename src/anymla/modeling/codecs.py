@@ -22,15 +22,15 @@ def make_codec(coding: Coding) -> Codec:
 
 
 class PlainCodec(Codec):
-    """The bytes of the numbers themselves: ``row_bytes`` of a 16-bit dtype, twice as many of float32."""
+    """The numbers themselves, in the dtype that the model computes in."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """The bytes of ``x``."""
-        return x.contiguous().view(torch.uint8)
+        """``x`` as it is."""
+        return x
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of the numbers; ``dtype`` is that of the coefficients that were encoded."""
-        return rows.view(dtype).clone()
+        """A copy of the numbers, which a reader may turn in place."""
+        return rows.to(dtype, copy=True)
 
 
 class _ScaledCodec(Codec):

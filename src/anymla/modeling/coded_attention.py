@@ -6,11 +6,12 @@ methods build (shapes as in torch.nn.Linear, weight [out,in]; n = G d):
     q_proj [H d,D], k_proj [n,D], v_proj [n,D], o_proj [D,H d], each with a bias; gate_proj, sinks, norms, query_gain as
     in LatentAttention. A head is [P real parts | P imaginary parts | rest].
     Coefficients z = (k - mean) E, of values likewise. In the basis "own" they are k itself: no encoder, no decoder.
-    E is block diagonal: a block is b key/value heads (``key_block``, ``value_block``), w = b d coefficients.
-    Where keys are linear in x, E and the mean are folded into k_proj; elsewhere (LayerSpec.encodes_keys) norm and clip
-    follow k_proj, then key_encoder [n,w]: the blocks of E^T under each other, bias -mean E. value_encoder
-    (LayerSpec.encodes_values) likewise.
-    key_decoder, value_decoder [n,w]: the blocks of (E^-1)^T, bias the mean; absent in the basis "own".
+    E is block diagonal: a block is b key/value heads (``key_block``, ``value_block``), w = b d coefficients. One block
+    of all heads, in the basis "axes", may have fewer than n; m are all coefficients, n otherwise.
+    Where keys are linear in x, E and the mean are folded into k_proj [m,D]; elsewhere (LayerSpec.encodes_keys) norm and
+    clip follow k_proj [n,D], then key_encoder [n,w]: the blocks of E^T under each other, or [w,n] where there is one;
+    bias -mean E. value_encoder (LayerSpec.encodes_values) likewise.
+    key_decoder, value_decoder [n,w]: the blocks of (E^-1)^T, or what stands in for it; bias the mean; absent in "own".
     key_codec, value_codec: make_codec of the spec's codings, with their buffers.
     inv_freq [P], int32: the bits of float32 numbers, which a cast of the model must not round: the angle by which a
     pair turns per position, negative where the family turns backwards. ``inv_freq.view(torch.float32)`` reads it.
@@ -77,9 +78,8 @@ class CodedAttention(ConvertedAttention):
             raise ValueError(f"the layer at {spec.module} has no coded cache")
         self.coded, size = spec.coded, self.num_kv_heads * self.head_dim
         self.key_width, self.value_width = keys, values = self.coded.block_widths(self.spec)
-        self.k_proj, self.v_proj = nn.Linear(hidden, size), nn.Linear(hidden, size)
-        self.key_encoder = nn.Linear(keys, size) if spec.encodes_keys else None
-        self.value_encoder = nn.Linear(values, size) if spec.encodes_values else None
+        self.k_proj, self.key_encoder = _made(hidden, size, self.coded.keys.width, keys, spec.encodes_keys)
+        self.v_proj, self.value_encoder = _made(hidden, size, self.coded.values.width, values, spec.encodes_values)
         self.key_decoder = None if self.coded.key_basis == "own" else nn.Linear(keys, size)
         self.value_decoder = None if self.coded.value_basis == "own" else nn.Linear(values, size)
 
@@ -98,10 +98,14 @@ class CodedAttention(ConvertedAttention):
         return position_ids if position_ids is None or position_ids.dim() == 2 else position_ids[0]
 
     def coefficients(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """What is coded of the new tokens: keys and values [B,T,G d] in their bases."""
-        keys, values = joined(self.true_key(hidden_states)), joined(self.true_value(hidden_states))
-        keys = keys if self.key_encoder is None else through(self.key_encoder, keys, self.key_width)
-        return keys, values if self.value_encoder is None else through(self.value_encoder, values, self.value_width)
+        """What is coded of the new tokens: keys and values [B,T,m] in their bases."""
+        linear_keys, linear_values = self.spec.linear_queries, self.spec.linear_values
+        keys = self.k_proj(hidden_states) if linear_keys else joined(self.true_key(hidden_states))
+        values = self.v_proj(hidden_states) if linear_values else joined(self.true_value(hidden_states))
+        keys = keys if self.key_encoder is None else through(self.key_encoder, keys, self.key_encoder.in_features)
+        if self.value_encoder is None:
+            return keys, values
+        return keys, through(self.value_encoder, values, self.value_encoder.in_features)
 
     def attend(
         self,
@@ -332,3 +336,11 @@ def turn(states: Tensor, cos: Tensor, sin: Tensor) -> None:
     swapped = real * sin
     real.mul_(cos).addcmul_(imag, sin, value=-1)
     imag.mul_(cos).add_(swapped)
+
+
+def _made(hidden: int, size: int, coefficients: int, width: int, encodes: bool) -> tuple[nn.Linear, nn.Linear | None]:
+    """What makes ``coefficients``, in blocks of ``width``, of x: a projection, and an encoder behind it."""
+    if not encodes:
+        return nn.Linear(hidden, coefficients), None
+    encoder = nn.Linear(size, width) if width == coefficients else nn.Linear(width, size)
+    return nn.Linear(hidden, size), encoder

@@ -80,9 +80,15 @@ class Coding:
         """Levels of all coefficients."""
         return sum(2**bits * count for bits, count in self.counts.items() if 0 < bits < 16 and self.kind == "table")
 
+    def slot(self, name: str, window: int | None) -> Slot:
+        """What a cache holds of every token, up to ``window`` of them."""
+        if self.kind == "plain":
+            return Slot(name=name, width=self.width, tokens=window)
+        return Slot(name=name, width=self.row_bytes, tokens=window, codec="byte")
+
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row: every plane of words in whole bytes, scales, outliers with their index."""
+        """Bytes of a row: every plane of words in whole bytes, scales, outliers with their index; not of "plain"."""
         words = [word(bits, count) for bits, count in self.counts.items()]
         codes = sum(-(-plane * sum(count for bits, count in words if bits & plane) // 8) for plane in PLANES)
         blocks = -(-self.width // (self.block or max(1, self.width)))
@@ -100,7 +106,8 @@ class CodedSpec:
     """A cache of codes: keys before rope and values, each in a basis.
 
     Args:
-        keys, values: how their coefficients are stored.
+        keys, values: how their coefficients are stored; in "axes" there may be fewer than G d of them, which is a cache
+            of low rank, with first tokens that lose what it loses and without an exact window.
         key_basis: "own": the keys themselves; "channels": complex axes across key/value heads within one rope
             frequency, on which scores are computed; "axes": any axes, from which keys are rebuilt when they are read.
         value_basis: "own" or "axes".
@@ -122,23 +129,27 @@ class CodedSpec:
 
     def block_widths(self, attention: AttentionSpec) -> tuple[int, int]:
         """Coefficients of a block of keys, and of values."""
-        heads, head_dim = attention.num_kv_heads, attention.head_dim
-        keys = 1 if self.key_basis == "own" else self.key_block or heads
-        values = 1 if self.value_basis == "own" else self.value_block or heads
-        return keys * head_dim, values * head_dim
+        keys = 1 if self.key_basis == "own" else self.key_block
+        values = 1 if self.value_basis == "own" else self.value_block
+        return keys * attention.head_dim or self.keys.width, values * attention.head_dim or self.values.width
 
     def slots(self, attention: AttentionSpec, window: int | None) -> tuple[Slot, ...]:
         """What the cache of such a layer holds: rows of bytes, the first tokens with their columns, the last tokens.
 
         ``window``: most tokens that the cache keeps; None: all.
         """
-        width, rows = attention.cached_numbers // 2, {"keys": self.keys.row_bytes, "values": self.values.row_bytes}
-        slots = [Slot(name=name, width=size, tokens=window, codec="byte") for name, size in rows.items()]
+        sides = {"keys": self.keys, "values": self.values}
+        slots = [side.slot(name, window) for name, side in sides.items()]
         if first := self.first_tokens:
             once: Any = {"tokens": first, "once": True, "until": None if window is None else window + first}
-            slots += [Slot(name=name, width=width, **once) for name in ("first_keys", "first_values")]
+            slots += [Slot(name=f"first_{name}", width=side.width, **once) for name, side in sides.items()]
             slots.append(Slot(name="first_columns", width=1, codec="index", **once))
-        return (*slots, *exact_slots(width, self.exact_window))
+        return (*slots, *exact_slots(attention.cached_numbers // 2, self.exact_window))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether numbers become codes; else they are kept as they are."""
+        return any(side.kind != "plain" for side in (self.keys, self.values))
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""
@@ -155,9 +166,11 @@ class CodedSpec:
         size = attention.cached_numbers // 2 if attention else 0
         for name in ("keys", "values"):
             described[name] = _coding(described[name])
-            if (found := described[name].width) != size:
-                raise ValueError(f"CodedSpec: {name}: {found} coefficients, the layer has {size}")
         coded = cls(**described)
+        for name, basis in (("keys", coded.key_basis), ("values", coded.value_basis)):
+            least = 1 if basis == "axes" and not coded.exact_window else size
+            if not least <= (found := getattr(coded, name).width) <= size:
+                raise ValueError(f"CodedSpec: {name}: {found} coefficients, the layer has {size}")
         for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
             if (basis := getattr(coded, name)) not in allowed:
                 raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {basis!s:.20}")

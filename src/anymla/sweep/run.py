@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anymla import __version__
 from anymla.account import no_cache, told_lengths
-from anymla.data.text import bundled_text, calibration_windows
+from anymla.data.text import bundled_text, calibration_windows, random_windows
 from anymla.distributed import join_processes, rank, wait_for_all, world
 from anymla.errors import TextError
 from anymla.io.checkpoint import load_tokenizer
@@ -23,8 +23,8 @@ from anymla.io.computing import Computing
 from anymla.io.device import pick_device
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
-from anymla.methods.base import LayerMethod, Plan
-from anymla.modeling.spec import ModelSpec
+from anymla.methods.base import LayerMethod, Plan, SweptMethod
+from anymla.modeling.spec import DTYPE_BYTES, ModelSpec
 from anymla.stored_bytes import write_account
 from anymla.sweep.checkpoint import write_checkpoint
 from anymla.sweep.progress import claim, decide_computing, fingerprint, keep_when_stopped, model_hash
@@ -81,7 +81,7 @@ class Swept:
 
 @contextmanager
 def swept(
-    method: LayerMethod,
+    method: SweptMethod,
     source: Path,
     model: ModelSpec,
     run: Run,
@@ -103,7 +103,7 @@ def swept(
     claim(work, lambda: _fingerprint(method, source, plan, windows, device, run), restart=run.restart)
     layers = len(model.layers)
     with keep_when_stopped(work, lambda: f"{len(work.progress['layers'])} of {layers} layers"):
-        computing = decide_computing(work, streamed.stored_dtype, device, method.dtype)
+        computing = _computing(method, decide_computing(work, streamed.stored_dtype, device, method.dtype))
         streamed.compute_in(computing.dtype)
         if run.begins is not None:
             run.begins(layers - len(work.progress["layers"]), device)
@@ -127,8 +127,17 @@ def swept(
         wait_for_all()
 
 
-def _calibration(method: LayerMethod, source: Path, model: ModelSpec) -> Tensor:
-    """The calibration text as windows [N,T]."""
+def _computing(method: SweptMethod, decided: Computing) -> Computing:
+    """``decided``, but float32 at least where no text is read: all that layers tell then is how fast rope turns."""
+    if isinstance(method, LayerMethod) or DTYPE_BYTES[decided.dtype] >= DTYPE_BYTES["float32"]:
+        return decided
+    return replace(decided, dtype="float32", reason="rope is read to the last digit")
+
+
+def _calibration(method: SweptMethod, source: Path, model: ModelSpec) -> Tensor:
+    """The calibration text as windows [N,T]; random tokens for a method that reads none."""
+    if not isinstance(method, LayerMethod):
+        return random_windows(model.vocab_size, model.max_position_embeddings)
     windows = calibration_windows(
         method.calibration or bundled_text("train"),
         load_tokenizer(source),
@@ -158,7 +167,7 @@ def _swept(sequence: Sequence, plan: Plan, computing: Computing) -> Swept:
 
 
 def _fingerprint(
-    method: LayerMethod, source: Path, plan: Plan, windows: Tensor, device: str, run: Run
+    method: SweptMethod, source: Path, plan: Plan, windows: Tensor, device: str, run: Run
 ) -> dict[str, Any]:
     """What the new weights and their files depend on."""
     return {

@@ -16,7 +16,7 @@ from anymla.evaluation.held_out import kl_of_streams
 from anymla.io.device import give_back_memory
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
-from anymla.methods.base import Facts, LayerMethod, Plan, Search
+from anymla.methods.base import Facts, Plan, Search, SweptMethod
 from anymla.model_run.activations import Activations, Budget
 from anymla.model_run.stream import pass_through
 from anymla.modeling.spec import ModelSpec
@@ -27,7 +27,7 @@ Told = Callable[[int, int], None]  # (passes through a layer done, all of them)
 
 @torch.no_grad()
 def run_search(
-    method: LayerMethod,
+    method: SweptMethod,
     search: Search,
     source: StreamedModel,
     model: ModelSpec,
@@ -74,7 +74,7 @@ class _Trials:
 
     def __init__(
         self,
-        method: LayerMethod,
+        method: SweptMethod,
         search: Search,
         decoder: Decoder,
         work: WorkFolder,

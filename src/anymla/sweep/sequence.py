@@ -16,7 +16,7 @@ from anymla.distributed import from_first, rank, wait_for_all
 from anymla.io.device import give_back_memory
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
-from anymla.methods.base import LayerMethod, Plan
+from anymla.methods.base import Plan, SweptMethod
 from anymla.model_run.activations import Budget
 from anymla.model_run.maps import OwnTokens, sharing_part
 from anymla.model_run.stream import (
@@ -92,7 +92,7 @@ class Sequence:
             write_outside(self.source, self.work, self.modules, after=False)
 
     @torch.no_grad()
-    def convert(self, method: LayerMethod, plan: Plan, *, shard_size: int, progress: Progress | None) -> None:
+    def convert(self, method: SweptMethod, plan: Plan, *, shard_size: int, progress: Progress | None) -> None:
         """Changes the layers that are not yet done."""
         if self.records and progress is not None and (result := self.records[-1].result) is not None:
             progress(len(self.records), len(self.modules), result)
@@ -118,7 +118,7 @@ class Sequence:
         streams = self.streams
         return self.decoder.layer(index, plan, original=streams.original, converted=streams.converted, below=below)
 
-    def _changed(self, method: LayerMethod, layer: Layer) -> LayerRecord:
+    def _changed(self, method: SweptMethod, layer: Layer) -> LayerRecord:
         """Lets the method change a layer, and moves both streams on."""
         before = self._cached(layer.index, 0)
         if layer.choice is None:

@@ -16,7 +16,7 @@ from anymla.evaluation.logits import Logits, at_head, logits_of_pass
 from anymla.evaluation.scores import ScoreSums
 from anymla.methods.tune import Tune
 from anymla.model_run.stream import decoder_layers
-from anymla.modeling.latent_attention import LatentAttention
+from anymla.modeling.attention import ConvertedAttention
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
 
@@ -45,7 +45,7 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         """
         if self.args.fsdp:
             model = self._plain_model()
-            attentions = [module for module in model.modules() if isinstance(module, LatentAttention)]
+            attentions = [module for module in model.modules() if isinstance(module, ConvertedAttention)]
             names = {type(part).__name__ for part in (*decoder_layers(model), *attentions)}
             self.args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(sorted(names))
         super().create_accelerator_and_postprocess()

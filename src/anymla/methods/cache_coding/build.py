@@ -153,6 +153,8 @@ def _projected(source: SourceAttention, keys: Coded, values: Coded, made: LayerS
 
 
 def _stacked(matrix: Tensor, width: int) -> Tensor:
-    """The blocks of a block diagonal matrix [n,n] under each other: [n,width]."""
+    """The blocks of a block diagonal matrix [n,n] under each other: [n,width]; a matrix of one block as it is."""
+    if width in (matrix.shape[0], matrix.shape[1]):
+        return matrix
     blocks = enumerate(matrix.split(width))
     return torch.cat([rows[:, number * width : (number + 1) * width] for number, rows in blocks])

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
+from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey, Unheard
 from anymla.methods.cache_coding.papers import KVQUANT
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:
-    from anymla.methods.cache_coding.survey import Unheard
     from anymla.sweep.layer import Layer
 
 
@@ -83,8 +82,6 @@ class KVQuant(LayerMethod):
 
     def observer(self, layer: Layer) -> Unheard:
         """Nothing: the survey has seen it all."""
-        from anymla.methods.cache_coding.survey import Unheard
-
         return Unheard()
 
     def apply(self, layer: Layer, observed: Any) -> Changed:

@@ -111,13 +111,6 @@ class KeyValueSums:
         return found
 
 
-class Unheard:
-    """An observer of a layer of which the survey has seen all."""
-
-    def add(self, batch: LayerBatch) -> None:
-        """Takes a batch."""
-
-
 class Sums:
     """Sums of one kind of states [T,Gd] and of their gradients."""
 

@@ -11,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from anymla.account import in_dtype
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.layouts import GRID_TARGETS, LIMITS, check_target, listed, most_rope_dims
+from anymla.methods.base import Facts
+from anymla.methods.mla.ranks import SURVEYED, spread
 from anymla.methods.mla.rope import ROPE_CHOICES
 from anymla.methods.mla.window import check_exact_window, exact_window_of
+from anymla.methods.ranks import Room
 from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 from anymla.settings import MOST
 
@@ -39,6 +42,7 @@ class LayerPlan(BaseModel):
     rope_dims: EvenInt | None
     kv_rank: Rank | None
     rope_choices: Annotated[tuple[EvenInt, ...], Field(strict=False)] = ()  # YAML has lists only
+    open_budget: bool = False  # whether a survey still says how many of all layers' numbers this one has
     rope_step: Rank | None = None  # of a target whose channels lie on a grid: channel i turns as pair i * rope_step
 
     @model_validator(mode="after")
@@ -62,6 +66,8 @@ def check_settings(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
         InfeasibleError: the exact window is too large for the calibration windows.
     """
     check_exact_window(model, model_spec, recipe)
+    if recipe.kv_rank is not None and recipe.ranks != "uniform":
+        raise RecipeError(f"--ranks {recipe.ranks} gives every layer a rank of its own: leave --kv-rank out")
     if recipe.static_qk_norm and not LIMITS[recipe.target].grid:
         targets = listed(GRID_TARGETS, "and")
         raise RecipeError(f"--static-qk-norm is for --target {targets}: others keep the norms as they are")
@@ -69,16 +75,42 @@ def check_settings(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
         check_target(recipe.target, model, model_spec, static_norms=recipe.static_qk_norm)
 
 
-def plan_layers(model_spec: ModelSpec, recipe: MLA) -> tuple[LayerPlan | None, ...]:
+def plan_layers(model_spec: ModelSpec, recipe: MLA, facts: Facts | None = None) -> tuple[LayerPlan | None, ...]:
     """The budget as cached numbers, rope dims and rank of every layer.
+
+    ``facts``: what the survey that ``recipe.ranks`` needs says of the layers; without them its layers stay open.
 
     Raises:
         InfeasibleError: the budget or an explicit size cannot be met; names what can.
     """
     most = None if recipe.target is None else most_rope_dims(recipe.target, recipe.rope, model_spec)
+    even = {
+        index: _plan_layer(spec, recipe, index, most, int(spec.cached_numbers * recipe.kv_cache + 1e-9))
+        for index, spec in model_spec.attention_layers.items()
+    }
+    if recipe.ranks == "uniform" or LIMITS[recipe.target].uniform or recipe.kv_cache == 1:
+        return tuple(map(even.get, range(len(model_spec.layers))))
+    specs = [*model_spec.attention_layers.values()]
+    rooms = [Room(_least(spec, recipe, most), spec.cached_numbers) for spec in specs]
+    typical = [typical_split(layer)[0] for layer in even.values()]
+    known = [facts[index] for index in even] if facts else None
+    numbers = spread(recipe.ranks, rooms, [layer.cached_numbers for layer in even.values()], typical, known)
+    plans = zip(even, specs, numbers, strict=True)
+    planned = {index: _plan_layer(spec, recipe, index, most, cached) for index, spec, cached in plans}
+    opened = {"open_budget": not facts and recipe.ranks in SURVEYED}
+    planned = {index: layer.model_copy(update=opened) for index, layer in planned.items()}
+    return tuple(map(planned.get, range(len(model_spec.layers))))
+
+
+def allotted(
+    layers: Sequence[LayerPlan | None], recipe: MLA, model_spec: ModelSpec, facts: Facts
+) -> tuple[LayerPlan | None, ...]:
+    """``layers`` with the part of the budget that ``facts`` give to those that are still open."""
+    if not any(layer is not None and layer.open_budget for layer in layers):
+        return tuple(layers)
+    new = plan_layers(model_spec, recipe, facts)
     return tuple(
-        None if layer.attention is None else _plan_layer(layer.attention, recipe, index, most)
-        for index, layer in enumerate(model_spec.layers)
+        after if layer is not None and layer.open_budget else layer for layer, after in zip(layers, new, strict=True)
     )
 
 
@@ -110,8 +142,14 @@ def rope_step(spec: AttentionSpec, recipe: MLA) -> int:
     return 2 if ROPE_CHOICES[recipe.rope].shared else 2 * spec.num_kv_heads
 
 
-def _plan_layer(spec: AttentionSpec, recipe: MLA, index: int, most: int | None) -> LayerPlan:
-    """``most``: rope dims that the recipe's target can hold, where it has a limit."""
+def _least(spec: AttentionSpec, recipe: MLA, most: int | None) -> int:
+    """The fewest numbers that a layer can have."""
+    rope_dims = _explicit_rope_dims(spec, recipe)
+    return (_rotated(spec, recipe, most)[1] if rope_dims is None else rope_dims) + (recipe.kv_rank or 1)
+
+
+def _plan_layer(spec: AttentionSpec, recipe: MLA, index: int, most: int | None, cached: int) -> LayerPlan:
+    """``most``: rope dims that the recipe's target can hold, where it has a limit; ``cached``: numbers of the layer."""
     keys = spec.num_kv_heads * spec.head_dim
     rotated, step = _rotated(spec, recipe, most)
     rope_dims = _explicit_rope_dims(spec, recipe)
@@ -124,8 +162,7 @@ def _plan_layer(spec: AttentionSpec, recipe: MLA, index: int, most: int | None) 
         raise InfeasibleError(
             f"--kv-rank {recipe.kv_rank} is more than layer {index} has: keys and values are {2 * keys} numbers"
         )
-    cached = int(spec.cached_numbers * recipe.kv_cache + 1e-9)
-    least = (step if rope_dims is None else rope_dims) + (recipe.kv_rank or 1)
+    least = _least(spec, recipe, most)
     if rope_dims is not None and recipe.kv_rank is not None:
         return LayerPlan(cached_numbers=least, rope_dims=rope_dims, kv_rank=recipe.kv_rank)
     given = "".join(f" --{name.replace('_', '-')} {value}" for name, value in _explicit(recipe).items())

@@ -13,6 +13,7 @@ from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
 from anymla.methods.mla.factorization import FACTORIZATIONS, Factorization
 from anymla.methods.mla.papers import DEEPSEEK
+from anymla.methods.mla.ranks import RANKS
 from anymla.methods.mla.rope import ROPE_CHOICES, RopeChoice
 from anymla.modeling.spec import ModelSpec
 from anymla.settings import MOST
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     Rope: TypeAlias = str
     FactorizationName: TypeAlias = str
+    RankName: TypeAlias = str
 else:
     Rope, FactorizationName = Literal[tuple(ROPE_CHOICES)], Literal[tuple(FACTORIZATIONS)]
+    RankName = Literal[RANKS]
 
 SHARED_ROPES = tuple(name for name, choice in ROPE_CHOICES.items() if choice.shared)  # by all KV heads
 PER_HEAD_ROPES = tuple(name for name, choice in ROPE_CHOICES.items() if not choice.shared)
@@ -74,6 +77,12 @@ class MLA(LayerMethod):
     )
     kv_rank: int | None = Field(
         None, ge=1, le=MOST, description="Latent rank per layer. Default: what the budget leaves beside the rope dims."
+    )
+    ranks: RankName = Field(
+        "uniform",
+        description="How the budget is spread over layers: uniform; linear: from a full cache in the first layer down "
+        "a straight line; lorc: by condition numbers of the weights; energy: where it keeps most of what layers add; "
+        "fisher: by gradients, as Palu does it. With a target, which has one size for all layers: uniform.",
     )
     exact_window: int = Field(
         0,
@@ -127,19 +136,23 @@ class MLA(LayerMethod):
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """A latent for every layer with softmax attention; ``choices`` and those of the plan: LayerPlan."""
-        from anymla.methods.mla.layer_plan import plan_layers, spec_after
+        from anymla.methods.mla.layer_plan import allotted, plan_layers, spec_after
         from anymla.methods.mla.split import agreed
 
         layers = plan_layers(model, self) if choices is None else choices
         if facts is not None:
-            layers = agreed(layers, self, model, facts)
+            layers = agreed(allotted(layers, self, model, facts), self, model, facts)
         return Plan(after=spec_after(model, self, layers), choices=layers)
 
     def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
-        """What the splits that the target leaves open would lose; none where there is nothing to choose."""
+        """What ranks go by, or what the splits that the target leaves open would lose; none where nothing is open."""
+        from anymla.methods.mla.rank_survey import RANK_SURVEYS
         from anymla.methods.mla.split import open_splits
         from anymla.methods.mla.survey import SplitSurvey
 
+        if any(layer is not None and layer.open_budget for layer in plan.choices):
+            asked: Survey = RANK_SURVEYS[self.ranks](self)
+            return asked
         first = next(layer for layer in plan.choices if layer is not None)
         splits = open_splits(first, self, model)
         return SplitSurvey(self, splits) if len(splits) > 1 else None

@@ -42,13 +42,21 @@ def convert_layer(
     expected_rotation: bool,
 ) -> ConvertedLayer:
     """Chooses channels, then the latent of what they leave; float64 throughout."""
+    problem = latent_problem(weights, moments, rope, rope_dims=rope_dims, expected_rotation=expected_rotation)
+    latent = factorization(problem, kv_rank)
+    return ConvertedLayer(channels=problem.channels, latent=latent, rotation=problem.rotation)
+
+
+def latent_problem(
+    weights: AttentionWeights, moments: Moments, rope: RopeChoice, *, rope_dims: int, expected_rotation: bool
+) -> LatentProblem:
+    """Chooses channels, and says what they leave to the latent."""
     channels = rope(moments, rope_dims, expected_rotation=expected_rotation) if rope_dims else no_channels(moments)
     rotation = moments.rotation if expected_rotation else torch.ones_like(moments.rotation)
     rotation = rotation * moments.rope_scale
     if weights.query_gain is not None:  # on a pair without its rotation: the mean of its two gains
         rotation = rotation * weights.query_gain[: 2 * weights.rope_pairs].view(2, -1).mean(0)
-    latent = factorization(LatentProblem(weights, moments, channels, rotation), kv_rank)
-    return ConvertedLayer(channels=channels, latent=latent, rotation=rotation)
+    return LatentProblem(weights, moments, channels, rotation)
 
 
 def whole_layer(weights: AttentionWeights) -> ConvertedLayer:

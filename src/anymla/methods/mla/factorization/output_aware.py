@@ -31,17 +31,30 @@ class OutputAware(Factorization):
     metric_floor: float = 1e-4  # smallest eigenvalue of a metric block, as a share of its largest
 
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
-        import torch
-
         from anymla.methods.mla.latent import Latent, blockwise, top_eigenvectors
 
-        mean = problem.weighted_mean
-        covariance = torch.addr(problem.weighted_gram, mean, mean, alpha=-1)
         root, inverse = self._roots(problem.metric)
-        vectors = top_eigenvectors(blockwise(root, blockwise(root, covariance).T), rank)
+        vectors = top_eigenvectors(self._seen(problem, root), rank)
         encoder, decoder = blockwise(root, vectors).T, blockwise(inverse, vectors)
         size = encoder.norm(dim=1)  # unit rows: latents of one size suit 16-bit and quantised caches
-        return Latent(encoder / size[:, None], decoder * size, mean)
+        return Latent(encoder / size[:, None], decoder * size, problem.weighted_mean)
+
+    def energies(self, problem: LatentProblem) -> Tensor:
+        """What each of the latent's axes [2Gd] adds to the layer's output, squared, summed over heads; falling."""
+        import torch
+
+        seen = self._seen(problem, self._roots(problem.metric)[0])
+        found: Tensor = torch.linalg.eigvalsh(seen).flip(0).clamp_min(0)
+        return found
+
+    def _seen(self, problem: LatentProblem, root: Tensor) -> Tensor:
+        """M^{1/2} Cov(y) M^{1/2} [2Gd,2Gd]."""
+        import torch
+
+        from anymla.methods.mla.latent import blockwise
+
+        covariance = torch.addr(problem.weighted_gram, problem.weighted_mean, problem.weighted_mean, alpha=-1)
+        return blockwise(root, blockwise(root, covariance).T)
 
     def _roots(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """M^{1/2} and M^{-1/2}, block by block; small eigenvalues are raised so that the inverse stays tame."""
