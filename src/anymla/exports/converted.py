@@ -130,6 +130,8 @@ def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
             raise CheckpointError(f"{folder}/config.json: the layer at {layer.module!s:.60} has a wrong {wrong}")
     if any(layer.coded is not None for layer in described):
         raise CheckpointError(f"{folder}: its cache holds codes, which transformers alone reads: export what mla made")
+    if any(layer.grouped is not None for layer in described):
+        raise CheckpointError(f"{folder}: transformers alone reads shared keys or values: take variant: freq")
     if not converted:
         raise CheckpointError(f"{folder}/config.json: {KEY} does not describe layers as anymla convert does")
     return tuple(Layer(index, str(layer.module), *layer.parts) for index, layer in enumerate(converted))
