@@ -1,10 +1,10 @@
 """Fewer KV heads: what is exact, what is best, and that the result is a stock checkpoint.
 
 Figures on the bundled model (stories260K, 4 KV heads): negative log-likelihood per token over the original's, with 2
-and with 1 KV head kept: freq 0.72 and 1.25, post 1.29 and 1.93, mean 3.37 and 3.88. The paper's ``post`` loses to
-``freq`` there: with 4 rope pairs in a head, the best components of rotated keys leave whole frequencies out, and
-``freq`` keeps one of each. freq by weights 0.88 and 1.59, with plain components 0.88 and 1.37. values 0.30 and 0.84, by weights 0.46
-and 1.21, with plain components 0.34 and 0.90. Groups by overlap: freq 0.73, post 1.31, values 0.31, mean 3.15.
+and 1 KV heads kept. freq 0.72 and 1.25, by weights 0.88 and 1.59, plain components 0.88 and 1.37; post 1.29 and 1.93;
+mean 3.37 and 3.88; values 0.30 and 0.84, by weights 0.46 and 1.21, plain components 0.34 and 0.90. By overlap, with 2
+heads: freq 0.73, post 1.31, values 0.31, mean 3.15. The paper's ``post`` loses to ``freq`` there: with 4 rope pairs in
+a head, the best components of rotated keys leave whole frequencies out, and ``freq`` keeps one of each.
 """
 
 from __future__ import annotations

@@ -139,6 +139,8 @@ def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
         )
     if any(layer.shared is not None for layer in described):
         raise CheckpointError(f"{folder}: its layers share attention maps, which transformers alone runs")
+    if any(layer.grouped is not None for layer in described):
+        raise CheckpointError(f"{folder}: transformers alone reads shared keys or values: take variant: freq")
     if not converted:
         raise CheckpointError(f"{folder}/config.json: {KEY} does not describe layers as anymla convert does")
     return tuple(Layer(index, str(layer.module), *layer.parts) for index, layer in enumerate(converted))
