@@ -209,7 +209,7 @@ PCA_CASES = {
     for recent, budget in product((0, 16), BUDGETS)
 }
 SYSTEMS: dict[str, System] = {
-    OURS: System(_budgets(), run_steps("transform_coding")),
+    OURS: System(_budgets(decode_cost="any"), run_steps("transform_coding")),
     OURS_CHEAP: System(_budgets(decode_cost=2.0), run_steps("transform_coding")),
     "KVQuant": System(_bits(4, 3, 2), run_steps("kvquant")),
     "static NUQ tables": System(_tables((8, 8), (4, 4), (3, 3), (2, 2), (2, 1), (1, 1)), run_codec(lambda _: Tables())),

@@ -51,13 +51,18 @@ def make(family, key_basis, value_basis, bits=3, **changes):
     return coded_model(tiny_model(name, dtype, **FAMILIES[family]), key_basis, value_basis, bits, **changes)
 
 
+BY_HEAD = {"key_block": 1, "value_block": 1}
+
+
 @pytest.fixture(
-    scope="module", params=[*product(BASES, [0]), (BASES[1], 5)], ids=lambda case: f"{case[0][0]}-{case[1]}"
+    scope="module",
+    params=[*product(BASES, [0], [{}]), (BASES[1], 5, {}), (BASES[1], 5, BY_HEAD)],
+    ids=lambda case: "-".join([case[0][0], str(case[1]), *case[2]]),
 )
 def model(request):
     """Codes of 3 bits, one layer in two sliding, a soft-cap on scores, with and without an exact window."""
-    bases, window = request.param
-    return make("gemma2", *bases, exact_window=window)
+    bases, window, blocks = request.param
+    return make("gemma2", *bases, exact_window=window, **blocks)
 
 
 @torch.no_grad()
@@ -75,11 +80,21 @@ def stepwise(model, ids, cache, prompt=20):
     return torch.cat(steps, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bases", BASES, ids=[key for key, _ in BASES])
-def test_without_loss_it_is_the_original(family, bases):
+BLOCKS = [
+    ("llama mha", {"key_block": 2, "value_block": 3}),
+    ("qwen3", BY_HEAD),
+    ("phi", {"key_block": 1, "value_block": 3}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "bases", "blocks"),
+    [(*case, {}) for case in product(FAMILIES, BASES)] + [(a, c, b) for (a, b), c in product(BLOCKS, BASES[1:])],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_without_loss_it_is_the_original(family, bases, blocks):
     original = tiny_model(family.split()[0], torch.float64, **FAMILIES[family])
-    coded, ids = make(family, *bases, 16, kind="plain"), token_ids(2, 30)
+    coded, ids = make(family, *bases, 16, kind="plain", **blocks), token_ids(2, 30)
     original.set_attn_implementation("eager")  # sdpa of older transformers has no soft-cap
     with Exact():
         expected = forward(original, ids, use_cache=False)
@@ -218,8 +233,8 @@ LENGTHS = (2, 4, 11, 12, 14, 15, 16, 40)  # around the first tokens and a window
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "phi"])
 @pytest.mark.parametrize("bases", BASES, ids=[key for key, _ in BASES])
 def test_account_is_what_is_measured(family, bases, tmp_path):
-    window = 6 if family == "gemma2" else 0
-    make(family, *bases, exact_window=window).to(torch.float32).save_pretrained(tmp_path)
+    window, blocks = 6 if family == "gemma2" else 0, BY_HEAD if family == "qwen3" else {}
+    make(family, *bases, exact_window=window, **blocks).to(torch.float32).save_pretrained(tmp_path)
     coded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
     config = json.loads((tmp_path / "config.json").read_text())
     spec = sized(converted_spec(config), stored_bytes(converted_spec(config), tmp_path.glob("*.safetensors")))
@@ -270,6 +285,7 @@ def test_saved_and_loaded(tmp_path):
         (("keys", "more"), 1, "Coding has no field more"),
         (("key_basis",), "cosine", "key_basis must be one of own, channels, axes"),
         (("value_basis",), "channels", "value_basis must be one of own, axes"),
+        (("key_block",), 2, "key_block must divide the 3 key/value heads"),
         (("first_tokens",), -1, "first_tokens must be"),
         (("exact_window",), 1, "exact_window must be"),
         (("rope_scale",), "1", "rope_scale must be"),

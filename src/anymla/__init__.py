@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from anymla.methods.mla.plan import MLAPlan
     from anymla.methods.mla.settings import MLA
     from anymla.methods.tune import Tune
-    from anymla.outcomes import Conversion, Inspection
+    from anymla.outcomes import CodedConversion, Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.recipe import Recipe
     from anymla.recovery import tune
@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLA",
     "Benchmarks",
+    "CodedConversion",
     "Comparison",
     "Conversion",
     "Evaluation",
@@ -61,6 +62,7 @@ __all__ = [
 _MODELING = Path(__file__).parent / "modeling"
 _HOMES = {
     "Benchmarks": "anymla.evaluation.benchmarks",
+    "CodedConversion": "anymla.outcomes",
     "Comparison": "anymla.evaluation.measures",
     "Conversion": "anymla.outcomes",
     "Evaluation": "anymla.evaluation.benchmarks",

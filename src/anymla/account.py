@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import Any
 
 from anymla.modeling.coding_spec import CodedSpec
+from anymla.modeling.grouped_spec import GroupedSpec
 from anymla.modeling.slot_spec import Slot
 from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 
@@ -165,6 +166,8 @@ def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
             return coded_bytes(layer, hidden, dtype)
         case LatentSpec() as latent:
             return latent_bytes(layer.parts[0], latent, hidden, dtype)
+        case GroupedSpec():
+            return grouped_bytes(layer, hidden, dtype)
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 
@@ -172,9 +175,10 @@ def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     """Bytes of every parameter and buffer that CodedAttention saves; ``hidden``: D, the residual stream's width."""
     if (attention := layer.attention) is None or (coded := layer.coded) is None:
         raise ValueError(f"the layer at {layer.module} has no coded cache")
-    keys = attention.num_kv_heads * attention.head_dim
-    maps = [layer.encodes_keys, layer.encodes_values, coded.key_basis != "own", coded.value_basis != "own"]
-    numbers = _plain_numbers(attention, hidden) + 2 * (hidden + 1) * keys + sum(maps) * (keys + 1) * keys
+    keys, (key_width, value_width) = attention.num_kv_heads * attention.head_dim, coded.block_widths(attention)
+    maps = (layer.encodes_keys + (coded.key_basis != "own")) * (key_width + 1)
+    maps += (layer.encodes_values + (coded.value_basis != "own")) * (value_width + 1)
+    numbers = _plain_numbers(attention, hidden) + (2 * (hidden + 1) + maps) * keys
     numbers += coded.keys.table_numbers + coded.values.table_numbers
     channels = attention.num_kv_heads * attention.rope_pairs * (coded.key_basis == "channels")
     return numbers * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES + channels * INDEX_BYTES
@@ -191,6 +195,15 @@ def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtyp
     numbers += 2 * attention.num_heads * attention.rope_pairs  # query_rotation
     numbers += 2 * attention.num_kv_heads * channels
     return numbers * DTYPE_BYTES[dtype] + channels * INDEX_BYTES
+
+
+def grouped_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter that GroupedAttention saves; ``hidden``: D, the residual stream's width."""
+    if (attention := layer.attention) is None or (grouped := layer.grouped) is None:
+        raise ValueError(f"the layer at {layer.module} has no grouped cache")
+    heads, size = attention.num_kv_heads, attention.head_dim
+    numbers = _plain_numbers(attention, hidden) + (hidden + 1) * (heads + grouped.kv_heads) * size
+    return (numbers + 2 * heads * size * size * grouped.shares_keys) * DTYPE_BYTES[dtype]
 
 
 def _plain_numbers(attention: AttentionSpec, hidden: int, biased: bool = True) -> int:

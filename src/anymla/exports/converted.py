@@ -129,7 +129,9 @@ def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
         if (wrong := _wrong(layer)) is not None:
             raise CheckpointError(f"{folder}/config.json: the layer at {layer.module!s:.60} has a wrong {wrong}")
     if any(layer.coded is not None for layer in described):
-        raise CheckpointError(f"{folder}: its cache holds codes, which transformers alone reads: export what mla made")
+        raise CheckpointError(
+            f"{folder}: its cache holds codes, which transformers alone reads: convert with --codec none or a --target"
+        )
     if not converted:
         raise CheckpointError(f"{folder}/config.json: {KEY} does not describe layers as anymla convert does")
     return tuple(Layer(index, str(layer.module), *layer.parts) for index, layer in enumerate(converted))

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from .absorbed import additive_mask
-from .coded_attention import CodedAttention, Rows, grouped
+from .block_maps import grouped
+from .coded_attention import CodedAttention, Rows
 from .coded_cache import PlacedTokens
 from .heads import attention_weights
 

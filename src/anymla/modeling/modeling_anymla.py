@@ -18,6 +18,8 @@ from .coded_attention import CodedAttention
 from .coded_window import CodedWindowAttention
 from .coding_spec import CodedSpec
 from .exact_window import ExactWindowAttention
+from .grouped_attention import GroupedAttention
+from .grouped_spec import GroupedSpec
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
 from .spec import LatentSpec, LayerSpec, layers_of
@@ -88,6 +90,8 @@ def attention_class(layer: LayerSpec) -> type[Any]:
             return CodedWindowAttention if window else CodedAttention
         case LatentSpec(exact_window=window):
             return ExactWindowAttention if window else LatentAttention
+        case GroupedSpec():
+            return GroupedAttention
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 

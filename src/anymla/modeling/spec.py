@@ -12,6 +12,7 @@ from typing import Any
 
 from .coding_spec import CodedSpec
 from .described import checked, names, shortened
+from .grouped_spec import GroupedSpec
 from .slot_spec import Slot, exact_slots
 
 VERSION = 1
@@ -174,7 +175,8 @@ class LatentSpec:
         return cls(**checked(cls, described))
 
 
-KINDS: dict[str, Any] = {"latent": LatentSpec, "coded": CodedSpec}  # what may stand in the stock attention's place
+# what may stand in the stock attention's place
+KINDS: dict[str, Any] = {"latent": LatentSpec, "coded": CodedSpec, "grouped": GroupedSpec}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,7 @@ class LayerSpec:
     attention: AttentionSpec | None = None
     latent: LatentSpec | None = None
     coded: CodedSpec | None = None
+    grouped: GroupedSpec | None = None
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None

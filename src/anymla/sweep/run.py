@@ -115,7 +115,7 @@ def swept(
         sequence.convert(method, plan, shard_size=run.shard_size, progress=run.progress)
         done = _swept(sequence, plan, computing)
         if rank() == 0:
-            write_checkpoint(streamed, work, done.spec.layers, shard_size=run.shard_size)
+            write_checkpoint(streamed, work, model, done.spec, shard_size=run.shard_size)
             nothing = no_cache(told_lengths(model))
             write_account(work.model, done.spec, (record.after or nothing for record in done.records))
         yield done

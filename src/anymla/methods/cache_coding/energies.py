@@ -1,4 +1,4 @@
-"""What a plan of bits needs of every layer: how much each coefficient carries, in each basis."""
+"""What a plan of bits needs of every layer: how much each coefficient carries, in each form of keys and values."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from anymla.errors import CheckpointError
-from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels
+from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, in_blocks
+from anymla.methods.cache_coding.forms import CHANNELS, Form, forms
 from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
-from anymla.modeling.spec import LayerSpec
+from anymla.modeling.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from anymla.methods.cache_coding.transform_coding import TransformCoding
     from anymla.sweep.layer import Layer
 
 
 class EnergySurvey(KeyValueSurvey):
-    """Also "energies": of keys in both bases, and of values."""
+    """Also "keys" and "values": their energies in every form that a plan may choose, by the form's name."""
+
+    def __init__(self, settings: TransformCoding) -> None:
+        super().__init__(settings.first_tokens, settings.exact_window)
+        self.settings = settings
 
     def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
         """The facts of the layer, over all processes.
@@ -25,33 +31,31 @@ class EnergySurvey(KeyValueSurvey):
             CheckpointError: activations or gradients overflow.
         """
         facts = super().layer(layer, observed)
-        bases = {basis: key_basis(facts, basis, layer.old) for basis in ("axes", "channels")}
-        bases["values"] = value_basis(facts)
-        facts["energies"] = {name: basis.energies.tolist() for name, basis in bases.items()}
-        if not all(basis.energies.isfinite().all() for basis in bases.values()):
-            raise CheckpointError(f"keys, values or gradients overflow at layer {layer.index}: give --dtype float64")
+        if (attention := layer.old.attention) is None:
+            return facts
+        kinds = zip(("key", "value"), forms(attention, self.settings.decode_cost), strict=True)
+        for kind, possible in kinds:
+            energies = {form.name: basis_of(facts, kind, form, attention).energies for form in possible}
+            if not all(each.isfinite().all() for each in energies.values()):
+                raise CheckpointError(
+                    f"keys, values or gradients overflow at layer {layer.index}: give --dtype float64"
+                )
+            facts[f"{kind}_energies"] = {name: each.tolist() for name, each in energies.items()}
         return facts
 
 
-def key_basis(facts: dict[str, Any], name: str, layer: LayerSpec) -> Basis:
-    """The basis ``name`` of a layer's keys."""
-    keys, attention = _moments(facts, "key"), layer.attention
-    if name == "axes" or attention is None:
-        return axes(keys)
-    return channels(keys, attention.rope_pairs, attention.num_kv_heads)
+def basis_of(facts: dict[str, Any], kind: str, form: Form, attention: AttentionSpec) -> Basis:
+    """The basis of a layer's keys (``kind`` "key") or values ("value") in ``form``."""
+    mean, covariance, fisher = (read(facts[f"{kind}_{name}"]) for name in ("mean", "covariance", "fisher"))
+    moments = Moments(mean=mean, covariance=covariance, fisher=fisher).shrunk()
 
+    def of_block(block: Moments) -> Basis:
+        return channels(block, attention.rope_pairs, form.block) if form.basis == CHANNELS else axes(block)
 
-def value_basis(facts: dict[str, Any]) -> Basis:
-    """The basis of a layer's values."""
-    return axes(_moments(facts, "value"))
+    return in_blocks(moments, attention.num_kv_heads // form.block, of_block)
 
 
 def read(tensor: Any) -> Tensor:
     """A tensor of facts, in memory or in a file."""
     found: Tensor = tensor if isinstance(tensor, Tensor) else tensor.read()
     return found
-
-
-def _moments(facts: dict[str, Any], kind: str) -> Moments:
-    mean, covariance, fisher = (read(facts[f"{kind}_{name}"]) for name in ("mean", "covariance", "fisher"))
-    return Moments(mean=mean, covariance=covariance, fisher=fisher).shrunk()

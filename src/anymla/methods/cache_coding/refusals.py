@@ -14,6 +14,8 @@ def coded_refusal(model: ModelSpec) -> str | None:
         return "it has latent attention already"
     if any(layer.coded is not None for layer in model.layers):
         return "its cache is coded already"
+    if any(layer.kind is not None for layer in model.layers):
+        return "its attention is no stock one any more: only stock attention can have codes"
     if FAMILIES[model.text_model_type].all_layers_attend:
         return OWN_CACHE
     if (rope := model.rope) is None:

@@ -35,9 +35,9 @@ class TransformCoding(LayerMethod):
         description="Share of the bytes that the original's KV cache has in 16 bits, 0 < x <= 1; 1 codes nothing.",
     )
     decode_cost: float | Literal["any"] = Field(
-        "any",
-        description="Most multiply-adds per cached token and layer at decode, over those of the original attention, as "
-        "2.0; fewer numbers are kept then, at a loss. any: no limit, so that keys are rebuilt from the best axes.",
+        2.0,
+        description="Most multiply-adds per cached token and layer at decode, over those of the original attention; "
+        "bases then mix few heads. any: no limit, so that keys are rebuilt from the best axes of all heads.",
     )
     first_tokens: int = Field(
         4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
@@ -69,7 +69,7 @@ class TransformCoding(LayerMethod):
         """Codes for every layer with softmax attention; ``choices``: LayerCoding, typical ones without ``facts``."""
         places = {} if self.kv_cache == 1 else model.attention_layers
         known = facts or [None] * len(model.layers)
-        energies = [_energies(attention, known[index]) for index, attention in places.items()]
+        energies = [self._energies(attention, known[index]) for index, attention in places.items()]
         planned = dict(zip(places, plan_layers([*places.values()], energies, self) if places else (), strict=True))
         planned = {index: layer.model_copy(update={"facts": known[index]}) for index, layer in planned.items()}
         layers = tuple(
@@ -82,7 +82,7 @@ class TransformCoding(LayerMethod):
         """Moments of keys and values, and what their errors cost."""
         from anymla.methods.cache_coding.energies import EnergySurvey
 
-        return EnergySurvey(self.first_tokens, self.exact_window)
+        return EnergySurvey(self)
 
     def observer(self, layer: Layer) -> Unheard:
         """Nothing: the survey has seen it all."""
@@ -105,9 +105,10 @@ class TransformCoding(LayerMethod):
             raise ValueError("a layer without softmax attention has no coded cache")
         return replace(old, coded=layer.spec(old.attention, self.first_tokens, self.exact_window), attention_bytes=None)
 
-
-def _energies(attention: AttentionSpec, facts: dict[str, Any] | None) -> Energies:
-    return Energies.typical(attention) if facts is None else Energies(**facts["energies"])
+    def _energies(self, attention: AttentionSpec, facts: dict[str, Any] | None) -> Energies:
+        if facts is None:
+            return Energies.typical(attention, self)
+        return Energies(keys=facts["key_energies"], values=facts["value_energies"])
 
 
 def _told(coding: LayerCoding) -> dict[str, Any]:
@@ -115,4 +116,5 @@ def _told(coding: LayerCoding) -> dict[str, Any]:
     sizes = {"key": coding.key_bits, "value": coding.value_bits}
     kept = {f"{name}_coefficients": sum(map(bool, bits)) for name, bits in sizes.items()}
     means = {f"{name}_bits": sum(bits) / len(bits) for name, bits in sizes.items()}
-    return {"key_basis": coding.key_basis, **kept, **means, "predicted_kl": coding.predicted_kl}
+    blocks = {"key_block": coding.key_block, "value_block": coding.value_block}
+    return {"key_basis": coding.key_basis, **blocks, **kept, **means, "predicted_kl": coding.predicted_kl}

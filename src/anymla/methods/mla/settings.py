@@ -52,8 +52,8 @@ class MLA(LayerMethod):
         0.25,
         gt=0,
         le=1,
-        description="Share of the original KV cache's bytes to keep, 0 < x <= 1. Below a quarter much is lost, and "
-        "`anymla tune` brings only part of it back.",
+        description="Share of the original KV cache's bytes to keep, 0 < x <= 1. Below a quarter latents lose "
+        "much, and `anymla tune` brings only part of it back.",
     )
     target: Target | None = Field(
         None,
@@ -115,6 +115,8 @@ class MLA(LayerMethod):
 
         if any(layer.latent is not None for layer in model.layers):
             return "it has latent attention already"
+        if any(layer.kind is not None for layer in model.layers):
+            return "its attention is no stock one any more: put mla before the step that changed it"
         try:
             check_settings("this model", model, self)
         except AnymlaError as error:
