@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
     from anymla.exports.export import export
     from anymla.exports.export_report import Export
+    from anymla.fresh import fresh_config
     from anymla.hub import Push, push
     from anymla.methods.mla.plan import MLAPlan
     from anymla.methods.mla.settings import MLA
@@ -52,6 +53,7 @@ __all__ = [
     "evaluate",
     "explain_plan",
     "export",
+    "fresh_config",
     "inspect",
     "plan",
     "push",
@@ -79,6 +81,7 @@ _HOMES = {
     "run": "anymla.runner",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
+    "fresh_config": "anymla.fresh",
     "push": "anymla.hub",
     "Tune": "anymla.methods.tune",
     "tune": "anymla.recovery",

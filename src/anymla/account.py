@@ -14,6 +14,8 @@ from typing import Any
 
 from anymla.modeling.coding_spec import CodedSpec
 from anymla.modeling.grouped_spec import GroupedSpec
+from anymla.modeling.mfa_spec import MfaSpec
+from anymla.modeling.shared_spec import SharedSpec
 from anymla.modeling.slot_spec import Slot
 from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 
@@ -168,6 +170,10 @@ def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
             return latent_bytes(layer.parts[0], latent, hidden, dtype)
         case GroupedSpec():
             return grouped_bytes(layer, hidden, dtype)
+        case MfaSpec() as mfa if layer.attention is not None:
+            return mfa_bytes(layer.attention, mfa, hidden, dtype)
+        case SharedSpec() as shared if layer.attention is not None:
+            return shared_bytes(layer.attention, shared, hidden, dtype)
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 
@@ -182,6 +188,15 @@ def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     numbers += coded.keys.table_numbers + coded.values.table_numbers
     channels = attention.num_kv_heads * attention.rope_pairs * (coded.key_basis == "channels")
     return numbers * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES + channels * INDEX_BYTES
+
+
+def shared_bytes(attention: AttentionSpec, shared: SharedSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter that MapSourceAttention or SharedAttention saves; ``hidden``: D."""
+    keys, queries = attention.num_kv_heads * attention.head_dim, attention.num_heads * attention.head_dim
+    numbers = _plain_numbers(attention, hidden, shared.biases) + 2 * (hidden + shared.biases) * keys
+    if shared.source_layer is not None:  # no projections of queries and keys
+        numbers -= (hidden + shared.biases) * (queries + keys)
+    return numbers * DTYPE_BYTES[dtype]
 
 
 def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtype: str) -> int:
@@ -204,6 +219,17 @@ def grouped_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     heads, size = attention.num_kv_heads, attention.head_dim
     numbers = _plain_numbers(attention, hidden) + (hidden + 1) * (heads + grouped.kv_heads) * size
     return (numbers + 2 * heads * size * size * grouped.shares_keys) * DTYPE_BYTES[dtype]
+
+
+def mfa_bytes(attention: AttentionSpec, mfa: MfaSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter and buffer that MfaAttention saves; ``hidden``: D, the residual stream's width."""
+    heads, queries, value = attention.num_heads, mfa.query_rank(attention), mfa.value_width
+    numbers = (hidden + mfa.biases + mfa.query_norm + heads * mfa.query_width) * queries
+    numbers += (heads * value + mfa.biases) * hidden + mfa.value_gate * (value + 1) * value
+    numbers += attention.kept_numbers + attention.gate * (hidden + 1) + heads * attention.sinks
+    latent = LatentSpec(kv_lora_rank=mfa.kv_lora_rank, qk_rope_head_dim=mfa.qk_rope_head_dim, biases=mfa.biases)
+    numbers += _encoder_numbers(attention, latent, hidden)
+    return numbers * DTYPE_BYTES[dtype] + mfa.qk_rope_head_dim // 2 * INDEX_BYTES
 
 
 def _plain_numbers(attention: AttentionSpec, hidden: int, biased: bool = True) -> int:

@@ -47,7 +47,7 @@ class Family:
 
 
 GATE, OUTPUT_NORM = "a gate on the heads' output", "a norm before the output projection"
-_SINKS, _GAIN = "attention sinks", "norms with a weight after rope"
+SINKS, _GAIN = "attention sinks", "norms with a weight after rope"
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_NEXT = {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
 _HALF_ROPE = {"partial_rotary_factor": 0.5}
@@ -111,7 +111,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon_h1": Family(all_layers_attend=True, plain_residual=False),
     "flex_olmo": Family(qk_norm=True, plain_residual=False),
-    "flint": Family(beyond=_SINKS, qk_norm=True, rope_layers="sliding"),
+    "flint": Family(beyond=SINKS, qk_norm=True, rope_layers="sliding"),
     "gemma": Family(),
     "gemma2": replace(_POST_NORM, softcap=True, defaults=_EVERY_SECOND),
     "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
@@ -132,7 +132,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=True,
         output_bias=True,
     ),
-    "gpt_oss": Family(beyond=_SINKS, defaults=_EVERY_SECOND),
+    "gpt_oss": Family(beyond=SINKS, defaults=_EVERY_SECOND),
     "gptj": Family(
         says_kv_heads=False,
         defaults={"rotary_dim": 64},
@@ -144,9 +144,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "granite": replace(_POST_NORM, plain_block=True),
     "granite_docling_text": replace(_POST_NORM, inside=True),
-    "granite_swa": replace(_POST_NORM, beyond=_SINKS, defaults=_FIRST_OF_FOUR),
+    "granite_swa": replace(_POST_NORM, beyond=SINKS, defaults=_FIRST_OF_FOUR),
     "granitemoe": _POST_NORM,
-    "granitemoe_swa": replace(_POST_NORM, beyond=_SINKS, defaults=_FIRST_OF_FOUR),
+    "granitemoe_swa": replace(_POST_NORM, beyond=SINKS, defaults=_FIRST_OF_FOUR),
     "granitemoehybrid": replace(_POST_NORM, defaults={"position_embedding_type": None}),
     "granitemoeshared": _POST_NORM,
     "helium": Family(plain_block=True, rope="interleaved"),
@@ -232,6 +232,10 @@ TEXT_ONLY_INSIDE = frozenset(name for name, family in FAMILIES.items() if family
 _ENCODER = "a bidirectional encoder with a causal head, not a decoder that serves text"
 _HALF = "the decoder half of an encoder-decoder, with cross-attention"
 _MLA = "already multi-head latent attention"
+# whose layers, in some release of transformers, give their attention known arguments only
+DROP_ARGUMENTS = frozenset(
+    ("bloom", "codegen", "falcon", "falcon_h1", "gpt_neo", "gptj", "mpt", "nemotron", "stablelm")
+)
 OWN_CACHE = (  # of families where all_layers_attend
     "its layers mix tokens beside attention too, and transformers has a cache of its own kind for them"
 )

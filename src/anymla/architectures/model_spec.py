@@ -91,6 +91,8 @@ def _already(config: Mapping[str, Any]) -> str:
         return ALREADY
     if any(layer.coded is not None for layer in layers):
         return "its cache is coded already"
+    if any(layer.shared is not None for layer in layers):
+        return "its layers share attention maps already"
     return "its KV heads are shared already" if any(layer.grouped is not None for layer in layers) else ALREADY
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -119,5 +120,9 @@ class Tune(Method):
         return "it has no data: name a text to learn from" if self.data is None else None
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
-        """The same model: only its weights change."""
-        return Plan(after=model)
+        """The same model: only its weights change, and gates of mfa are folded at the end."""
+        folded = (
+            layer if layer.mfa is None else replace(layer, mfa=replace(layer.mfa, value_gate=False))
+            for layer in model.layers
+        )
+        return Plan(after=replace(model, layers=tuple(folded)))

@@ -21,7 +21,11 @@ from .exact_window import ExactWindowAttention
 from .grouped_attention import GroupedAttention
 from .grouped_spec import GroupedSpec
 from .latent_attention import LatentAttention
+from .mfa_attention import MfaAttention
+from .mfa_spec import MfaSpec
 from .model_classes import ReplacedAttention, made_class
+from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
+from .shared_spec import SharedSpec
 from .spec import LatentSpec, LayerSpec, layers_of
 
 PREFIX = "Anymla"
@@ -32,9 +36,12 @@ class LatentModelMixin(ReplacedAttention):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        for layer in layers_of(config.to_dict()) or ():
+        layers = layers_of(config.to_dict()) or ()
+        for layer in layers:
             if layer.replaced is not None:
                 replace_attention(self, layer)
+        if (sharing := next((str(layer.module) for layer in layers if layer.shared is not None), None)) is not None:
+            hand_maps(self.get_submodule(decoder_path(sharing)))  # type: ignore[attr-defined]
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -78,9 +85,16 @@ class LatentModelMixin(ReplacedAttention):
 
 
 def replace_attention(model: Any, layer: LayerSpec) -> None:
-    """Replaces the attention module of ``layer`` in ``model``."""
+    """Replaces the attention module of ``layer`` in ``model``; its weights start as the model's own do."""
     original = model.get_submodule(layer.module)
-    model.set_submodule(layer.module, attention_class(layer)(original, model.config.get_text_config(), layer))
+    attention = attention_class(layer)(original, model.config.get_text_config(), layer)
+    model.set_submodule(layer.module, attention.apply(model._init_weights))
+
+
+def decoder_path(attention: str) -> str:
+    """Where the decoder is whose layers hold the attention at this path: before the list of layers."""
+    parts = attention.split(".")
+    return ".".join(parts[: next(place for place, part in enumerate(parts) if part.isdigit()) - 1])
 
 
 def attention_class(layer: LayerSpec) -> type[Any]:
@@ -92,6 +106,10 @@ def attention_class(layer: LayerSpec) -> type[Any]:
             return ExactWindowAttention if window else LatentAttention
         case GroupedSpec():
             return GroupedAttention
+        case MfaSpec():
+            return MfaAttention
+        case SharedSpec(source_layer=source):
+            return MapSourceAttention if source is None else SharedAttention
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 

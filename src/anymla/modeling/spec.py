@@ -13,6 +13,8 @@ from typing import Any
 from .coding_spec import CodedSpec
 from .described import checked, names, shortened
 from .grouped_spec import GroupedSpec
+from .mfa_spec import MfaSpec
+from .shared_spec import SharedSpec
 from .slot_spec import Slot, exact_slots
 
 VERSION = 1
@@ -176,7 +178,13 @@ class LatentSpec:
 
 
 # what may stand in the stock attention's place
-KINDS: dict[str, Any] = {"latent": LatentSpec, "coded": CodedSpec, "grouped": GroupedSpec}
+KINDS: dict[str, Any] = {
+    "latent": LatentSpec,
+    "coded": CodedSpec,
+    "grouped": GroupedSpec,
+    "mfa": MfaSpec,
+    "shared": SharedSpec,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +200,8 @@ class LayerSpec:
     latent: LatentSpec | None = None
     coded: CodedSpec | None = None
     grouped: GroupedSpec | None = None
+    mfa: MfaSpec | None = None
+    shared: SharedSpec | None = None
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
@@ -206,6 +216,17 @@ class LayerSpec:
         if self.attention is None or self.latent is None:
             raise ValueError(f"the layer at {self.module} has no latent attention")
         return self.attention, self.latent
+
+    @property
+    def factorised(self) -> MfaSpec:
+        """The multi-matrix factorisation attention of a layer.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.mfa is None:
+            raise ValueError(f"the layer at {self.module} has no factorised attention")
+        return self.mfa
 
     @property
     def kind(self) -> Any:
@@ -233,9 +254,9 @@ class LayerSpec:
     @property
     def makes_values(self) -> bool:
         """Whether a converted attention makes the original's values, and not the latent of x alone."""
-        if self.attention is None or self.latent is None:
+        if self.attention is None or (self.latent is None and self.mfa is None):
             return False
-        return not self.attention.linear_values or self.latent.exact_window > 0
+        return not self.attention.linear_values or (self.latent is not None and self.latent.exact_window > 0)
 
     @property
     def slots(self) -> tuple[Slot, ...]:

@@ -73,7 +73,7 @@ class Layer:
         Raises:
             UnsupportedModelError: there is none.
         """
-        if self.old.latent is not None and self.old.module is not None:
+        if self.old.kind is not None and self.old.module is not None:
             return self.old.module.removeprefix(f"{self.name}.")
         if (path := attention_path(self.module)) is None:
             raise UnsupportedModelError(f"{type(self.module).__name__} has no attention where its config means one")

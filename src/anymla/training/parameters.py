@@ -15,15 +15,15 @@ from anymla.modeling.attention import ConvertedAttention
 from anymla.modeling.spec import layers_of
 
 ADAPTED = (  # the last one of stock attention
-    *("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj"),
-    "qkv_proj",
+    *("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj"),
+    *("kv_b_proj", "o_proj", "qkv_proj"),
 )
 
 
 def attention_names(model: Any) -> list[str]:
     """Where in ``model`` its converted attention modules are; of a stock model, which a step made smaller, all."""
     if (layers := layers_of(model.config.to_dict())) is not None:
-        return [str(layer.module) for layer in layers if layer.latent is not None or layer.grouped is not None]
+        return [str(layer.module) for layer in layers if layer.replaced is not None]
     names = {module: name for name, module in model.named_modules()}
     paths = {layer: attention_path(layer) for layer in decoder_layers(model)}
     return [f"{names[layer]}.{path}" for layer, path in paths.items() if path is not None]

@@ -12,8 +12,12 @@ def coded_refusal(model: ModelSpec) -> str | None:
     """Why keys of ``model`` cannot be cached before rope, or None."""
     if any(layer.latent is not None for layer in model.layers):
         return "it has latent attention already"
+    if any(layer.mfa is not None for layer in model.layers):
+        return "its attention is factorised (mfa), and codes are for keys and values of heads"
     if any(layer.coded is not None for layer in model.layers):
         return "its cache is coded already"
+    if any(layer.shared is not None for layer in model.layers):
+        return "its layers share attention maps: codes need keys in every layer"
     if any(layer.kind is not None for layer in model.layers):
         return "its attention is no stock one any more: only stock attention can have codes"
     if FAMILIES[model.text_model_type].all_layers_attend:
