@@ -147,3 +147,13 @@ def test_ctrl_c_and_ctrl_d_end_a_talk(key, monkeypatch, capfd):
     monkeypatch.setattr(builtins, "input", line)
     run = run_main(["chat", str(BUNDLED), "--max-new-tokens", "2"], monkeypatch, capfd)
     assert run.code == 0 and "cache" in run.out and run.err.startswith("note: ")
+
+
+def test_ctrl_c_ends_a_talk_in_the_middle_of_an_answer(monkeypatch, capfd):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Talk, "answer", stopped)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(LINES[0]))
+    run = run_main(["chat", str(BUNDLED)], monkeypatch, capfd)
+    assert run.code == 0 and run.out.startswith(f"> {LINES[0]}\n")

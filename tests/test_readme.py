@@ -96,9 +96,9 @@ def run_python(monkeypatch):
 
 
 def test_your_own_model_and_what_loads_it(folder, monkeypatch, capfd):
-    own = next(block for block in SHELL if "anymla tune" in block)
+    own = next(block for block in SHELL if "anymla chat" in block)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n"))
-    assert run(own, monkeypatch, capfd) == 8
+    assert run(own, monkeypatch, capfd) == 7
     names = run_python(monkeypatch)
     assert names["model"].config.model_type == "anymla_llama" and names["tokenizer"]("Once")["input_ids"]
     assert names["report"].output.name == "OUT" and names["scores"].perplexity > 1
@@ -119,13 +119,13 @@ def test_recipes(folder, monkeypatch, capfd):
 
 
 def test_coded_caches(folder, monkeypatch, capfd):
-    assert run(next(block for block in SHELL if "kvquant" in block), monkeypatch, capfd) == 2
+    assert run(next(block for block in SHELL if "kvquant" in block), monkeypatch, capfd) == 3
 
 
 def test_no_block_is_left_out():
     assert len(PYTHON) == 2
     assert (
-        sum("anymla " in line.partition("#")[0] for block in SHELL for line in block.splitlines()) == 8 + 3 + 3 + 3 + 2
+        sum("anymla " in line.partition("#")[0] for block in SHELL for line in block.splitlines()) == 7 + 3 + 3 + 3 + 3
     )
 
 

@@ -28,7 +28,7 @@ anymla turns a trained Transformer into one with a smaller KV cache. Begin with:
 
   anymla demo                        convert a small model, compare it with the original, write a page
   anymla inspect MODEL               what a model's cache costs, and whether it can be converted
-  anymla convert MODEL -o OUT        convert it to a quarter of its cache
+  anymla convert MODEL -o OUT        convert it to an eighth of its cache
   anymla chat OUT --against MODEL    talk with both, and see their caches grow
 
 anymla doctor shows what this machine has. All commands: anymla --help. Options of one: anymla convert --help"""

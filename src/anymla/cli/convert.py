@@ -168,15 +168,13 @@ def convert(
     from anymla.report.tables import coded_layers_table, conversion_layers_table, scores_table
 
     if isinstance(conversion, CodedConversion):
-        original = conversion.model
         out.print(coded_layers_table(conversion))
     else:
-        original = conversion.plan.model
         out.print(conversion_layers_table(conversion))
     out.print(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
-    print_next(output, original, conversion.seconds)
+    print_next(output, conversion.model, conversion.seconds)
 
 
 def _tell(text: str) -> None:

@@ -13,10 +13,22 @@ GROUPS = {  # by the names of parameters; those in none come last
     "What": (
         *("recipe", "plan", "step", "settings", "model", "teacher", "against", "revision", "adapter", "target", "to"),
         *("data", "eval_data", "text", "tasks", "include_path", "num_fewshot", "probe", "blimp", "lambada", "prompt"),
-        *("cache_type", "pad", "targets", "bundled"),
+        *("cache_type", "pad", "codec", "targets", "bundled"),
     ),
     "How much": (
-        *("kv_cache", "rope_dims", "kv_rank", "exact_window", "context", "tokens", "eval_tokens", "length", "limit"),
+        *(
+            "kv_cache",
+            "decode_cost",
+            "rope_dims",
+            "kv_rank",
+            "first_tokens",
+            "exact_window",
+            "context",
+            "tokens",
+            "eval_tokens",
+            "length",
+            "limit",
+        ),
         "max_new_tokens",
     ),
     "Quality": (

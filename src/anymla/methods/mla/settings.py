@@ -55,8 +55,8 @@ class MLA(LayerMethod):
         0.25,
         gt=0,
         le=1,
-        description="Share of the original KV cache's bytes to keep, 0 < x <= 1. Below a quarter much is lost, and "
-        "`anymla tune` brings only part of it back.",
+        description="Share of the original KV cache's bytes to keep, 0 < x <= 1. Below a quarter latents lose "
+        "much, and `anymla tune` brings only part of it back.",
     )
     target: Target | None = Field(
         None,
