@@ -167,22 +167,6 @@ class SweptMethod(Method):
     Its fields say what it runs on; a method's own come before them.
     """
 
-    calibration: str | None = Field(
-        None,
-        min_length=1,
-        description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. "
-        "Default: bundled stories, which need no network; text like yours keeps more quality.",
-    )
-    calibration_tokens: int = Field(
-        32768, ge=256, le=MOST, description="Tokens of calibration text to use. More take longer, and gain little."
-    )
-    calibration_length: int = Field(
-        1024,
-        ge=8,
-        le=MOST,
-        description="Tokens per calibration window (at most the model's context). Give the length that you will serve: "
-        "longer contexts lose more.",
-    )
     adapter: str | None = Field(
         None,
         min_length=1,
@@ -196,12 +180,6 @@ class SweptMethod(Method):
         None,
         description="Dtype to load, compute and save in. Default: the checkpoint's, computed in float32 where this CPU "
         "is faster in that.",
-    )
-    seed: int = Field(
-        0,
-        ge=0,
-        le=2**63 - 1,
-        description="Which pieces of the calibration text are drawn; the same gives the same model.",
     )
 
     @field_validator("calibration", "adapter", mode="before", check_fields=False)
@@ -243,13 +221,25 @@ class LayerMethod(SweptMethod):
     calibration: str | None = Field(
         None,
         min_length=1,
-        description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. Default: bundled stories.",
+        description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. "
+        "Default: bundled stories, which need no network; text like yours keeps more quality.",
     )
-    calibration_tokens: int = Field(32768, ge=256, le=MOST, description="Tokens of calibration text to use.")
+    calibration_tokens: int = Field(
+        32768, ge=256, le=MOST, description="Tokens of calibration text to use. More take longer, and gain little."
+    )
     calibration_length: int = Field(
-        1024, ge=8, le=MOST, description="Tokens per calibration window (at most the model's context)."
+        1024,
+        ge=8,
+        le=MOST,
+        description="Tokens per calibration window (at most the model's context). Give the length that you will serve: "
+        "longer contexts lose more.",
     )
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Which pieces of the calibration text are drawn.")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**63 - 1,
+        description="Which pieces of the calibration text are drawn; the same gives the same model.",
+    )
 
 
 def all_methods() -> dict[str, type[Method]]:
