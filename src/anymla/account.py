@@ -152,7 +152,8 @@ def _layer_bytes(layer: LayerSpec, spec: ModelSpec) -> int | None:
         return None
     if layer.latent is None:
         return layer.other_bytes + coded_bytes(layer, spec.hidden_size, spec.dtype)
-    return layer.other_bytes + latent_bytes(layer.attention, layer.latent, spec.hidden_size, spec.dtype)
+    size = latent_bytes(layer.attention, layer.latent, spec.hidden_size, spec.dtype)
+    return layer.other_bytes + size + table_bytes(layer, spec.dtype)
 
 
 def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
@@ -162,9 +163,16 @@ def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     keys = attention.num_kv_heads * attention.head_dim
     maps = [layer.encodes_keys, layer.encodes_values, coded.key_basis != "own", coded.value_basis != "own"]
     numbers = _plain_numbers(attention, hidden) + 2 * (hidden + 1) * keys + sum(maps) * (keys + 1) * keys
-    numbers += coded.keys.table_numbers + coded.values.table_numbers
     channels = attention.num_kv_heads * attention.rope_pairs * (coded.key_basis == "channels")
-    return numbers * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES + channels * INDEX_BYTES
+    return numbers * DTYPE_BYTES[dtype] + channels * INDEX_BYTES + table_bytes(layer, dtype)
+
+
+def table_bytes(layer: LayerSpec, dtype: str) -> int:
+    """Bytes of the buffers that every coded cache has: levels, and the angles of rope; 0 without one."""
+    if (attention := layer.attention) is None or (coded := layer.coded) is None:
+        return 0
+    levels = coded.keys.table_numbers + coded.values.table_numbers
+    return levels * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES
 
 
 def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtype: str) -> int:

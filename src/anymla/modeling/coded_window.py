@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from .absorbed import additive_mask
-from .coded_attention import CodedAttention, Rows, grouped
+from .coded_attention import CodedAttention, grouped
 from .coded_cache import PlacedTokens
 from .heads import attention_weights
+from .rows_attention import Rows
 
 BLOCK = 128  # queries at a time: bounds memory to their scores
 

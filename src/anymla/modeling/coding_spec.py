@@ -90,10 +90,10 @@ def word(bits: int, count: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class CodedSpec:
-    """A cache of codes: keys before rope and values, each in a basis.
+    """A cache of codes: keys before rope and values, each in a basis; or a latent and its rope key before rope.
 
     Args:
-        keys, values: how their coefficients are stored.
+        keys, values: how their coefficients are stored; those of a latent, of a rope key.
         key_basis: "own": the keys themselves; "channels": complex axes across key/value heads within one rope
             frequency, on which scores are computed; "axes": any axes, from which keys are rebuilt when they are read.
         value_basis: "own" or "axes".
@@ -115,14 +115,14 @@ class CodedSpec:
         return {**(shortened(self) or {}), "keys": shortened(self.keys), "values": shortened(self.values)}
 
     @classmethod
-    def of(cls, described: Any, size: int) -> CodedSpec:
-        """The cache that ``to_dict`` described, of a layer with so many coefficients of keys, and of values.
+    def of(cls, described: Any, sizes: tuple[int, int]) -> CodedSpec:
+        """The cache that ``to_dict`` described, of a layer with ``sizes`` coefficients of keys, and of values.
 
         Raises:
             ValueError: it is no such description; the message says which field.
         """
         described = checked(cls, described)
-        for name in ("keys", "values"):
+        for name, size in zip(("keys", "values"), sizes, strict=True):
             described[name] = _coding(described[name])
             if (found := described[name].width) != size:
                 raise ValueError(f"CodedSpec: {name}: {found} coefficients, the layer has {size}")

@@ -1,7 +1,7 @@
 """Models of transformers whose attention was converted to multi-head latent attention by anymla.
 
-``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with LatentAttention or CodedAttention in the layers
-that its config names, and so for every other class: they are made when they are first asked for. With the files that it
+``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with LatentAttention, CodedAttention or both in
+one in the layers that its config names, and so for every other class: they are made when they are first asked for. With the files that it
 imports, a copy of this one travels with every converted checkpoint, so that ``from_pretrained(folder,
 trust_remote_code=True)`` works without anymla.
 """
@@ -15,10 +15,12 @@ from transformers import Cache
 
 from .arguments import CACHE_NAMES
 from .coded_attention import CodedAttention
+from .coded_latent import CodedLatentAttention
 from .coded_window import CodedWindowAttention
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
+from .rows_attention import RowsAttention
 from .spec import LayerSpec, layers_of
 
 PREFIX = "Anymla"
@@ -66,7 +68,7 @@ class LatentModelMixin(ReplacedAttention):
         """As always; what needs room of its own has it before assisted decoding asks the cache to record."""
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
-        parts = [part for part in self.modules() if isinstance(part, ExactWindowAttention | CodedAttention)]  # type: ignore[attr-defined]
+        parts = [part for part in self.modules() if isinstance(part, ExactWindowAttention | RowsAttention)]  # type: ignore[attr-defined]
         for attention in parts if isinstance(cache, Cache) else ():
             attention.make_room(cache)
         if parts and cache is not None and generation_config.is_assistant:
@@ -82,6 +84,8 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
 
 def attention_class(layer: LayerSpec) -> type[Any]:
     """The attention that a converted layer has, a kind of ConvertedAttention."""
+    if layer.coded is not None and layer.latent is not None:
+        return CodedLatentAttention
     if layer.coded is not None:
         return CodedWindowAttention if layer.coded.exact_window else CodedAttention
     return ExactWindowAttention if layer.parts[1].exact_window else LatentAttention

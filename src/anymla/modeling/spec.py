@@ -179,7 +179,7 @@ class LatentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: its attention, and the latent or the codes that hold its cache where it was converted.
+    """One decoder layer: its attention, and the latent, the codes, or the codes of a latent that hold its cache.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
@@ -203,6 +203,17 @@ class LayerSpec:
         if self.attention is None or self.latent is None:
             raise ValueError(f"the layer at {self.module} has no latent attention")
         return self.attention, self.latent
+
+    @property
+    def codes(self) -> CodedSpec:
+        """The codes of a layer whose cache is coded.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.coded is None:
+            raise ValueError(f"the layer at {self.module} has no coded cache")
+        return self.coded
 
     @property
     def replaced(self) -> AttentionSpec | None:
@@ -236,7 +247,7 @@ class LayerSpec:
             return ()
         window = None if attention.cache_window is None else max(0, attention.cache_window - 1)
         if self.coded is not None:
-            return _coded_slots(self.coded, attention.cached_numbers // 2, window)
+            return _coded_slots(self.coded, window)
         if (latent := self.latent) is None:
             width = attention.stored_numbers // 2
             return tuple(Slot(name=name, width=width, tokens=window) for name in ("keys", "values"))
@@ -267,13 +278,12 @@ class LayerSpec:
         """
         described = checked(cls, described, skipped=("attention_bytes", "other_bytes"))
         attention, latent, coded = (described.get(name) for name in ("attention", "latent", "coded"))
-        if latent is not None and coded is not None:
-            raise ValueError("LayerSpec: a layer has a latent or a coded cache, not both")
         attention = None if attention is None else _attention(attention)
+        latent = None if latent is None else LatentSpec(**checked(LatentSpec, latent))
         return cls(
             attention=attention,
-            latent=None if latent is None else LatentSpec(**checked(LatentSpec, latent)),
-            coded=None if coded is None else CodedSpec.of(coded, attention.cached_numbers // 2 if attention else 0),
+            latent=latent,
+            coded=None if coded is None else _coded(coded, attention, latent),
             module=described.get("module"),
         )
 
@@ -362,15 +372,27 @@ def _attention(described: Any) -> AttentionSpec:
     return AttentionSpec(**described)
 
 
-def _coded_slots(coded: CodedSpec, width: int, window: int | None) -> tuple[Slot, ...]:
-    """Rows of bytes, and the first tokens' ``width`` coefficients of keys and of values with their columns."""
-    rows = {"keys": coded.keys.row_bytes, "values": coded.values.row_bytes}
-    slots = [Slot(name=name, width=size, tokens=window, codec="byte") for name, size in rows.items()]
+def _coded(described: Any, attention: AttentionSpec | None, latent: LatentSpec | None) -> CodedSpec:
+    if latent is None:
+        width = attention.cached_numbers // 2 if attention else 0
+        return CodedSpec.of(described, (width, width))
+    coded = CodedSpec.of(described, (latent.kv_lora_rank, latent.qk_rope_head_dim))
+    if (coded.key_basis, coded.value_basis) != ("own", "own"):
+        raise ValueError("LayerSpec: codes of a latent are in its own basis")
+    if coded.exact_window or latent.exact_window:
+        raise ValueError("LayerSpec: a coded latent has no exact window")
+    return coded
+
+
+def _coded_slots(coded: CodedSpec, window: int | None) -> tuple[Slot, ...]:
+    """Rows of bytes, and the first tokens' coefficients of both with their columns."""
+    sides = {"keys": coded.keys, "values": coded.values}
+    slots = [Slot(name=name, width=side.row_bytes, tokens=window, codec="byte") for name, side in sides.items()]
     if first := coded.first_tokens:
         once: Any = {"tokens": first, "once": True, "until": None if window is None else window + first}
-        slots += [Slot(name=name, width=width, **once) for name in ("first_keys", "first_values")]
+        slots += [Slot(name=f"first_{name}", width=side.width, **once) for name, side in sides.items()]
         slots.append(Slot(name="first_columns", width=1, codec="index", **once))
     if coded.exact_window:
-        tokens = coded.exact_window - 1  # the newest token's own are computed with its query
-        slots += [Slot(name=name, width=width, tokens=tokens, once=True) for name in ("exact_keys", "exact_values")]
+        last: Any = {"tokens": coded.exact_window - 1, "once": True}  # the newest token's are computed with its query
+        slots += [Slot(name=f"exact_{name}", width=side.width, **last) for name, side in sides.items()]
     return tuple(slots)
