@@ -97,9 +97,10 @@ def _register_with_transformers(loaded: ModuleType) -> None:
         import_module("anymla.register").register()
 
 
-# When transformers is loaded, before or after anymla; a modelling file that loads it first waits for its own end.
+# When transformers is loaded, before or after anymla; a modelling file that loads it first waits for its own end. Those
+# named spec need no more than the standard library.
 for _name in (
     "transformers",
-    *(f"anymla.modeling.{file.stem}" for file in _MODELING.glob("*.py") if file.stem != "spec"),
+    *(f"anymla.modeling.{file.stem}" for file in _MODELING.glob("*.py") if not file.stem.endswith("spec")),
 ):
     wrapt.register_post_import_hook(_register_with_transformers, _name)

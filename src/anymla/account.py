@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
-from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec, Slot
+from anymla.modeling.coding_spec import CodedSpec
+from anymla.modeling.slot_spec import Slot
+from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 
 LENGTHS = (4096, 32768)  # tokens at which sizes are told, beside the model's context
 PROBE_TOKENS = 8  # that run through a model whose cache is measured
@@ -150,10 +152,22 @@ def _layer_bytes(layer: LayerSpec, spec: ModelSpec) -> int | None:
         return None if layer.attention_bytes is None else layer.attention_bytes + layer.other_bytes
     if not layer.attention.scaling:  # only its config was read, which says nothing of norms
         return None
-    if layer.latent is None:
-        return layer.other_bytes + coded_bytes(layer, spec.hidden_size, spec.dtype)
-    size = latent_bytes(layer.attention, layer.latent, spec.hidden_size, spec.dtype)
-    return layer.other_bytes + size + table_bytes(layer, spec.dtype)
+    return layer.other_bytes + attention_bytes(layer, spec.hidden_size, spec.dtype)
+
+
+def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter and buffer that a converted attention saves.
+
+    ``hidden``: D, the width of the residual stream.
+    """
+    match layer.kind:
+        case CodedSpec() if layer.latent is not None:
+            return latent_bytes(*layer.parts, hidden, dtype) + table_bytes(layer, dtype)
+        case CodedSpec():
+            return coded_bytes(layer, hidden, dtype)
+        case LatentSpec() as latent:
+            return latent_bytes(layer.parts[0], latent, hidden, dtype)
+    raise ValueError(f"the layer at {layer.module} is not converted")
 
 
 def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
@@ -168,11 +182,9 @@ def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
 
 
 def table_bytes(layer: LayerSpec, dtype: str) -> int:
-    """Bytes of the buffers that every coded cache has: levels, and the angles of rope; 0 without one."""
-    if (attention := layer.attention) is None or (coded := layer.coded) is None:
-        return 0
-    levels = coded.keys.table_numbers + coded.values.table_numbers
-    return levels * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES
+    """Bytes of the buffers that every coded cache has: levels, and the angles of rope."""
+    levels = layer.codes.keys.table_numbers + layer.codes.values.table_numbers
+    return levels * DTYPE_BYTES[dtype] + (layer.attention.rope_pairs if layer.attention else 0) * ANGLE_BYTES
 
 
 def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtype: str) -> int:

@@ -6,9 +6,13 @@ One of the modelling files that travel with every converted checkpoint; it needs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .described import checked, shortened
+from .slot_spec import Slot, exact_slots
+
+if TYPE_CHECKING:
+    from .spec import AttentionSpec
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 16)  # bits that a coefficient may have
 PLANES = (16, 8, 4, 2, 1)  # a word's bits are cut into these, so that each plane of a row packs without gaps
@@ -110,22 +114,32 @@ class CodedSpec:
     exact_window: int = 0
     rope_scale: float = 1.0
 
+    def slots(self, attention: AttentionSpec, window: int | None) -> tuple[Slot, ...]:
+        """What the cache of such a layer holds: rows of bytes, the first tokens with their columns, the last tokens.
+
+        ``window``: most tokens that the cache keeps; None: all.
+        """
+        sides = {"keys": self.keys, "values": self.values}
+        slots = [Slot(name=name, width=side.row_bytes, tokens=window, codec="byte") for name, side in sides.items()]
+        if first := self.first_tokens:
+            once: Any = {"tokens": first, "once": True, "until": None if window is None else window + first}
+            slots += [Slot(name=f"first_{name}", width=side.width, **once) for name, side in sides.items()]
+            slots.append(Slot(name="first_columns", width=1, codec="index", **once))
+        return (*slots, *exact_slots(attention.cached_numbers // 2, self.exact_window))
+
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""
         return {**(shortened(self) or {}), "keys": shortened(self.keys), "values": shortened(self.values)}
 
     @classmethod
-    def of(cls, described: Any, sizes: tuple[int, int]) -> CodedSpec:
-        """The cache that ``to_dict`` described, of a layer with ``sizes`` coefficients of keys, and of values.
+    def of(cls, described: Any, attention: AttentionSpec | None) -> CodedSpec:
+        """The cache that ``to_dict`` described, of a layer with this attention.
 
         Raises:
             ValueError: it is no such description; the message says which field.
         """
         described = checked(cls, described)
-        for name, size in zip(("keys", "values"), sizes, strict=True):
-            described[name] = _coding(described[name])
-            if (found := described[name].width) != size:
-                raise ValueError(f"CodedSpec: {name}: {found} coefficients, the layer has {size}")
+        described |= {name: _coding(described[name]) for name in ("keys", "values")}
         coded = cls(**described)
         for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
             if (basis := getattr(coded, name)) not in allowed:
@@ -141,6 +155,18 @@ class CodedSpec:
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
             raise ValueError(f"CodedSpec: rope_scale must be a positive number, got {scale!s:.20}")
         return coded
+
+    def check(self, keys: int, values: int, *, gauge: bool) -> None:
+        """Refuses a description of another layer than one of so many keys and values; ``gauge``: of any basis.
+
+        Raises:
+            ValueError: the message says which field.
+        """
+        for name, size in (("keys", keys), ("values", values)):
+            if (found := getattr(self, name).width) != size:
+                raise ValueError(f"CodedSpec: {name}: {found} coefficients, the layer has {size}")
+        if not gauge and ((self.key_basis, self.value_basis) != ("own", "own") or self.exact_window):
+            raise ValueError("CodedSpec: a coded latent has its own basis and no exact window")
 
 
 def _coding(described: Any) -> Coding:

@@ -1,8 +1,8 @@
 """Models of transformers whose attention was converted to multi-head latent attention by anymla.
 
-``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with LatentAttention, CodedAttention or both in
-one in the layers that its config names, and so for every other class: they are made when they are first asked for. With the files that it
-imports, a copy of this one travels with every converted checkpoint, so that ``from_pretrained(folder,
+``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with a ConvertedAttention in the layers that its
+config names, and so for every other class: they are made when they are first asked for. With the files that it imports,
+a copy of this one travels with every converted checkpoint, so that ``from_pretrained(folder,
 trust_remote_code=True)`` works without anymla.
 """
 
@@ -17,11 +17,12 @@ from .arguments import CACHE_NAMES
 from .coded_attention import CodedAttention
 from .coded_latent import CodedLatentAttention
 from .coded_window import CodedWindowAttention
+from .coding_spec import CodedSpec
 from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
 from .rows_attention import RowsAttention
-from .spec import LayerSpec, layers_of
+from .spec import LatentSpec, LayerSpec, layers_of
 
 PREFIX = "Anymla"
 
@@ -84,11 +85,14 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
 
 def attention_class(layer: LayerSpec) -> type[Any]:
     """The attention that a converted layer has, a kind of ConvertedAttention."""
-    if layer.coded is not None and layer.latent is not None:
-        return CodedLatentAttention
-    if layer.coded is not None:
-        return CodedWindowAttention if layer.coded.exact_window else CodedAttention
-    return ExactWindowAttention if layer.parts[1].exact_window else LatentAttention
+    match layer.kind:
+        case CodedSpec() if layer.latent is not None:
+            return CodedLatentAttention
+        case CodedSpec(exact_window=window):
+            return CodedWindowAttention if window else CodedAttention
+        case LatentSpec(exact_window=window):
+            return ExactWindowAttention if window else LatentAttention
+    raise ValueError(f"the layer at {layer.module} is not converted")
 
 
 def __getattr__(name: str) -> Any:

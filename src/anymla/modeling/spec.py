@@ -12,34 +12,12 @@ from typing import Any
 
 from .coding_spec import CodedSpec
 from .described import checked, names, shortened
+from .slot_spec import Slot, exact_slots
 
 VERSION = 1
 KEY = "anymla"  # in config.json: {"version": .., "layers": [..]}
 OLD_KEY = "mla_layers"  # what anymla 0.1 wrote
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """Numbers of one kind that a layer caches per token.
-
-    ``tokens``: the most tokens it holds; None where it holds all. ``once``: whether it holds some tokens beside another
-    slot that holds all, so that its size is paid once and not per token. ``until``: tokens at which it is given up.
-    ``codec``: how a number is stored: "plain" in the cache's dtype, "byte", "index" as an int64.
-    """
-
-    name: str
-    width: int
-    tokens: int | None = None
-    once: bool = False
-    until: int | None = None
-    codec: str = "plain"
-
-    def held(self, length: int) -> int:
-        """Tokens that it holds once ``length`` tokens are read."""
-        if self.until is not None and length >= self.until:
-            return 0
-        return length if self.tokens is None else min(length, self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +154,33 @@ class LatentSpec:
     biases: bool = True
     exact_window: int = 0
 
+    def slots(self, attention: AttentionSpec, window: int | None) -> tuple[Slot, ...]:
+        """What the cache of such a layer holds; ``window``: most tokens that it keeps, None: all."""
+        sizes = {"latent": self.kv_lora_rank, "rope_key": self.qk_rope_head_dim}
+        slots = [Slot(name=name, width=width, tokens=window) for name, width in sizes.items()]
+        return (*slots, *exact_slots(attention.cached_numbers // 2, self.exact_window))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+        return shortened(self) or {}
+
+    @classmethod
+    def of(cls, described: Any, attention: AttentionSpec | None) -> LatentSpec:
+        """The latent that ``to_dict`` described.
+
+        Raises:
+            ValueError: it is no such description; the message says which field.
+        """
+        return cls(**checked(cls, described))
+
+
+# What may stand in the stock attention's place. Where a latent is coded the first of both says what the cache holds.
+KINDS: dict[str, Any] = {"coded": CodedSpec, "latent": LatentSpec}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: its attention, and the latent, the codes, or the codes of a latent that hold its cache.
+    """One decoder layer: its attention, and one of ``KINDS``, or a latent and its codes, that holds its cache.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
@@ -216,9 +217,22 @@ class LayerSpec:
         return self.coded
 
     @property
+    def kind(self) -> Any:
+        """What stands in the stock attention's place, one of ``KINDS``; None where that is as it was."""
+        return next((kind for name in KINDS if (kind := getattr(self, name)) is not None), None)
+
+    @property
+    def coded_sizes(self) -> tuple[int, int]:
+        """Numbers of both vectors that a coded cache holds per token: keys and values, or latent and rope key."""
+        if self.latent is not None:
+            return self.latent.kv_lora_rank, self.latent.qk_rope_head_dim
+        size = 0 if self.attention is None else self.attention.cached_numbers // 2
+        return size, size
+
+    @property
     def replaced(self) -> AttentionSpec | None:
         """The attention of a layer that has another module than the original; None in others."""
-        return None if self.latent is None and self.coded is None else self.attention
+        return None if self.kind is None else self.attention
 
     @property
     def encodes_keys(self) -> bool:
@@ -246,26 +260,18 @@ class LayerSpec:
         if (attention := self.attention) is None:
             return ()
         window = None if attention.cache_window is None else max(0, attention.cache_window - 1)
-        if self.coded is not None:
-            return _coded_slots(self.coded, window)
-        if (latent := self.latent) is None:
+        if self.kind is None:
             width = attention.stored_numbers // 2
             return tuple(Slot(name=name, width=width, tokens=window) for name in ("keys", "values"))
-        sizes = {"latent": latent.kv_lora_rank, "rope_key": latent.qk_rope_head_dim}
-        slots = [Slot(name=name, width=width, tokens=window) for name, width in sizes.items()]
-        if latent.exact_window:
-            width = attention.cached_numbers // 2
-            tokens = latent.exact_window - 1  # the newest token's own are computed with its query
-            slots += [Slot(name=name, width=width, tokens=tokens, once=True) for name in ("exact_keys", "exact_values")]
-        return tuple(slots)
+        slots: tuple[Slot, ...] = self.kind.slots(attention, window)
+        return slots
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of the layer: fields at their defaults are left out, sizes of weights are too."""
         named = {
             "module": self.module,
             "attention": shortened(self.attention),
-            "latent": shortened(self.latent),
-            "coded": None if self.coded is None else self.coded.to_dict(),
+            **{name: kind.to_dict() for name in KINDS if (kind := getattr(self, name)) is not None},
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -277,15 +283,17 @@ class LayerSpec:
             ValueError: it is no such description; the message says which field.
         """
         described = checked(cls, described, skipped=("attention_bytes", "other_bytes"))
-        attention, latent, coded = (described.get(name) for name in ("attention", "latent", "coded"))
-        attention = None if attention is None else _attention(attention)
-        latent = None if latent is None else LatentSpec(**checked(LatentSpec, latent))
-        return cls(
-            attention=attention,
-            latent=latent,
-            coded=None if coded is None else _coded(coded, attention, latent),
-            module=described.get("module"),
-        )
+        given = {name: kind for name in KINDS if (kind := described.get(name)) is not None}
+        if len(given) > 1 and {*given} != {"latent", "coded"}:
+            raise ValueError(f"LayerSpec: a layer has {' or '.join(given)}, not both")
+        attention = None if (found := described.get("attention")) is None else _attention(found)
+        kinds = {name: KINDS[name].of(kind, attention) for name, kind in given.items()}
+        layer = cls(attention=attention, module=described.get("module"), **kinds)
+        if layer.coded is not None:
+            layer.coded.check(*layer.coded_sizes, gauge=layer.latent is None)
+        if layer.latent is not None and layer.coded is not None and layer.latent.exact_window:
+            raise ValueError("LayerSpec: a coded latent has no exact window")
+        return layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,29 +378,3 @@ def _attention(described: Any) -> AttentionSpec:
     if (temperature := described.get("temperature")) is not None:
         described["temperature"] = Temperature(**checked(Temperature, temperature))
     return AttentionSpec(**described)
-
-
-def _coded(described: Any, attention: AttentionSpec | None, latent: LatentSpec | None) -> CodedSpec:
-    if latent is None:
-        width = attention.cached_numbers // 2 if attention else 0
-        return CodedSpec.of(described, (width, width))
-    coded = CodedSpec.of(described, (latent.kv_lora_rank, latent.qk_rope_head_dim))
-    if (coded.key_basis, coded.value_basis) != ("own", "own"):
-        raise ValueError("LayerSpec: codes of a latent are in its own basis")
-    if coded.exact_window or latent.exact_window:
-        raise ValueError("LayerSpec: a coded latent has no exact window")
-    return coded
-
-
-def _coded_slots(coded: CodedSpec, window: int | None) -> tuple[Slot, ...]:
-    """Rows of bytes, and the first tokens' coefficients of both with their columns."""
-    sides = {"keys": coded.keys, "values": coded.values}
-    slots = [Slot(name=name, width=side.row_bytes, tokens=window, codec="byte") for name, side in sides.items()]
-    if first := coded.first_tokens:
-        once: Any = {"tokens": first, "once": True, "until": None if window is None else window + first}
-        slots += [Slot(name=f"first_{name}", width=side.width, **once) for name, side in sides.items()]
-        slots.append(Slot(name="first_columns", width=1, codec="index", **once))
-    if coded.exact_window:
-        last: Any = {"tokens": coded.exact_window - 1, "once": True}  # the newest token's are computed with its query
-        slots += [Slot(name=f"exact_{name}", width=side.width, **last) for name, side in sides.items()]
-    return tuple(slots)
