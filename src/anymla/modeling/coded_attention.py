@@ -179,12 +179,6 @@ class CodedAttention(RowsAttention):
         return weight.unflatten(0, (-1, self.head_dim)), mean.unflatten(0, (-1, self.head_dim))
 
 
-
-
-
-
-
-
 def grouped(query: Tensor, states: Tensor) -> Tensor:
     """Products [B,H,T,m] of [B,H,T,n] with [B or 1,G,n,m], whose heads are not copied."""
     groups = query.unflatten(1, (states.shape[1], -1)).flatten(2, 3)

@@ -93,7 +93,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):
         return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
 
     def _shares(self, totals: Tensor) -> Tensor:
-        """The part of the softmax that each chunk has, of logarithms of their sums [chunks,B,H,T]; a sink has its own."""
+        """Each chunk's part of the softmax, of the logarithms of their sums [chunks,B,H,T]; a sink takes one, too."""
         if self.sinks is None:
             return totals.softmax(0)
         sinks = self.sinks.to(totals.dtype)[None, :, None].expand_as(totals[0])

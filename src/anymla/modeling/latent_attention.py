@@ -101,7 +101,7 @@ class LatentAttention(ConvertedAttention):
         return latent.unsqueeze(1), self.rotated(rope_key.unsqueeze(1), cos, sin)
 
     def rotated(self, channels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Channels [..,T,R] of queries or of the rope key, turned by their own of the angles of cos and sin [..,T,P]."""
+        """Channels [..,T,R] of queries or of the rope key, each turned by its own angle of cos and sin [..,T,P]."""
         return multiply_pairs(channels, cos[..., self.channel_frequency], sin[..., self.channel_frequency])
 
     def _value_source(self, hidden_states: Tensor, true_kv: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .absorbed import additive_mask
 from .arguments import make_fit
 from .attention import ConvertedAttention
 from .codecs import make_codec

@@ -5,8 +5,7 @@ Shapes: D hidden, G key/value heads of d numbers, n = G d, P rope pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.methods.cache_coding.basis import Basis
+from anymla.methods.cache_coding.coded import Coded, codec_tensors
 from anymla.methods.cache_coding.energies import key_basis, read, value_basis
+from anymla.methods.cache_coding.latent import build_coded_latent
 from anymla.methods.cache_coding.plan import LayerCoding, ordered
 from anymla.methods.cache_coding.tables import fit_tables
 from anymla.modeling.codecs import make_codec
@@ -29,21 +30,6 @@ if TYPE_CHECKING:
 EVEN = 0.1  # part of a weight that is the same for all tokens: single gradients overstate how much tokens differ
 
 
-@dataclass(frozen=True, kw_only=True)
-class Coded:
-    """How keys, or values, of a layer are coded.
-
-    Args:
-        coding: of their coefficients.
-        basis: in which these are; None: the states themselves.
-        tables: levels by bits, as codecs take them.
-    """
-
-    coding: Coding
-    basis: Basis | None
-    tables: Mapping[int, Tensor]
-
-
 def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_freq: Tensor) -> CodedAttention:
     """A CodedAttention in the original's dtype and device, float64 being rounded to what is saved here, once.
 
@@ -51,6 +37,8 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     """
     if (old := layer.old.attention) is None:
         raise ValueError(f"layer {layer.index} has no softmax attention")
+    if layer.old.latent is not None:
+        return build_coded_latent(layer, spec, keys, values, inv_freq)
     original = layer.attention
     source = read_attention(original, old, layer.family, layer.config)
     made = LayerSpec(attention=source.spec, coded=spec, module=f"{layer.name}.{layer.attention_path}")
@@ -62,10 +50,7 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     tensors["inv_freq"] = inv_freq.float().view(torch.int32)
     if keys.basis is not None and keys.basis.frequency is not None:
         tensors["channel_index"] = keys.basis.frequency
-    for name, coded in (("key_codec", keys), ("value_codec", values)):
-        codec = make_codec(coded.coding)
-        codec.set_tables(coded.tables)
-        tensors |= {f"{name}.{key}": tensor for key, tensor in codec.state_dict().items()}
+    tensors |= codec_tensors(keys, values)
     tensors |= {f"{name}.{key}": each for name, norm in source.norms.items() for key, each in norm.state_dict().items()}
     tensors = {name: tensor.to(like.device).contiguous() for name, tensor in tensors.items()}
     attention.load_state_dict(tensors, assign=True)

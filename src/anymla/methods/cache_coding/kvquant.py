@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
 from anymla.methods.cache_coding.papers import KVQUANT
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
+from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class KVQuant(LayerMethod):
 
     Keys are coded before rope, with a static range per channel; values with a range per token. All channels of a layer
     share one table of levels for keys and one for values, by k-means that the Fisher information weights. The numbers
-    outside the ranges and the first tokens are kept apart.
+    outside the ranges and the first tokens are kept apart. After the step mla the latent and the rope key, before rope,
+    are coded instead, both as keys are.
 
     Deviations from the paper: every token has the same number of outliers, those farthest from their levels, so that
     all rows of the cache are equally long; the paper's are those outside the range. With ``q_norm`` codes are chosen by
@@ -43,7 +44,7 @@ class KVQuant(LayerMethod):
     phase: ClassVar[Phase] = Phase.CACHE
     summary: ClassVar[str] = "keys before rope and values in 2 to 8 bits: non-uniform levels, outliers kept apart"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("mla", "transform_coding")
+    excludes: ClassVar[tuple[str, ...]] = ("transform_coding",)
 
     bits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(
         4, description="Bits of every key and value; 16 keeps them as they are, in the model's own dtype."
@@ -103,22 +104,22 @@ class KVQuant(LayerMethod):
 
     def coding(self, width: int, *, per_token: bool) -> Coding:
         """That of ``width`` numbers per token; ``per_token``: with a range of each token's own."""
-        if self.bits == 16:
+        if self.bits == 16 or not width:
             return Coding(bits=((16, width),), kind="plain")
         outliers = max(1, round(self.sparse * width)) if self.sparse and width > 1 else 0
         return Coding(bits=((self.bits, width),), token_scale=per_token, outliers=outliers)
 
     def _coded(self, old: LayerSpec, facts: dict[str, Any] | None) -> LayerSpec:
         """The layer as it will be."""
-        if (attention := old.attention) is None:
+        if old.attention is None:
             return old
-        return replace(old, coded=self._spec(attention, facts), attention_bytes=None)
+        return replace(old, coded=self._spec(old, facts), attention_bytes=None)
 
-    def _spec(self, attention: AttentionSpec, facts: dict[str, Any] | None) -> CodedSpec:
-        width = attention.num_kv_heads * attention.head_dim
+    def _spec(self, old: LayerSpec, facts: dict[str, Any] | None) -> CodedSpec:
+        keys, values = old.coded_sizes
         return CodedSpec(
-            keys=self.coding(width, per_token=False),
-            values=self.coding(width, per_token=True),
+            keys=self.coding(keys, per_token=False),
+            values=self.coding(values, per_token=old.latent is None),
             key_basis="own",
             value_basis="own",
             first_tokens=self.first_tokens,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anymla.methods.cache_coding.build import Coded, build_coded
+from anymla.methods.cache_coding.build import build_coded
+from anymla.methods.cache_coding.coded import Coded
 from anymla.methods.cache_coding.energies import read
 from anymla.methods.cache_coding.tables import TableSample
 from anymla.modeling.codecs import make_codec
