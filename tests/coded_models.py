@@ -66,11 +66,9 @@ def coded_model(
 
 def coded_latent(model: Any, folder: Path, **settings: Any) -> Any:
     """``model`` after the steps mla and kvquant with ``settings``, at half its numbers."""
-    before = {"calibration_tokens": 512, "calibration_length": 32}
-    mla = {"kv_cache": 0.5, "reconstruction_steps": 0, **before}
-    anymla.run(
-        save_model(model, folder / "source"), folder / "out", steps=[{"mla": mla}, {"kvquant": before | settings}]
-    )
+    text = {"calibration_tokens": 512, "calibration_length": 32}
+    steps = [{"mla": {"kv_cache": 0.5, "reconstruction_steps": 0, **text}}, {"kvquant": text | settings}]
+    anymla.run(save_model(model, folder / "source"), folder / "out", steps=steps)
     return AutoModelForCausalLM.from_pretrained(folder / "out", experts_implementation="eager").eval()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from itertools import product
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ from tests.precision import Exact
 
 STOCK = 3e-4  # families round the angle of a position to float32, and a random model multiplies what that loses
 BASES = [("own", "own"), ("channels", "axes"), ("axes", "axes")]
-LATENT = ("latent", 0)
+KINDS = {f"{bases[0]}-0": (bases, 0) for bases in BASES} | {"channels-5": (BASES[1], 5), "latent": ((), 0)}
 FAMILIES = {
     "llama": {},
     "llama mha": {"num_key_value_heads": 6},
@@ -53,13 +52,11 @@ def make(family, key_basis, value_basis, bits=3, **changes):
     return coded_model(tiny_model(name, dtype, **FAMILIES[family]), key_basis, value_basis, bits, **changes)
 
 
-@pytest.fixture(
-    scope="module", params=[*product(BASES, [0]), (BASES[1], 5), LATENT], ids=lambda case: "-".join(map(str, case))
-)
+@pytest.fixture(scope="module", params=KINDS)
 def model(request, tmp_path_factory):
-    """Codes of 3 bits, one layer in two sliding, a soft-cap on scores, with and without an exact window; of a latent."""
-    bases, window = request.param
-    if request.param == LATENT:
+    """Codes of 3 bits, one layer in two sliding, a soft-cap on scores; with and without a window, and of a latent."""
+    bases, window = KINDS[request.param]
+    if not bases:
         return coded_latent(tiny_model("gemma2", torch.float64), tmp_path_factory.mktemp("latent"), bits=3)
     return make("gemma2", *bases, exact_window=window)
 

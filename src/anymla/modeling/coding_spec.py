@@ -5,7 +5,7 @@ One of the modelling files that travel with every converted checkpoint; it needs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .described import checked, shortened
@@ -126,6 +126,11 @@ class CodedSpec:
             slots += [Slot(name=f"first_{name}", width=side.width, **once) for name, side in sides.items()]
             slots.append(Slot(name="first_columns", width=1, codec="index", **once))
         return (*slots, *exact_slots(attention.cached_numbers // 2, self.exact_window))
+
+    def plain(self) -> CodedSpec:
+        """The same coefficients as numbers of the cache's own dtype."""
+        sides = {name: Coding(bits=((16, getattr(self, name).width),), kind="plain") for name in ("keys", "values")}
+        return replace(self, **sides, first_tokens=0, exact_window=0)  # all are exact
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""

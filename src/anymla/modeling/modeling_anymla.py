@@ -22,16 +22,31 @@ from .exact_window import ExactWindowAttention
 from .latent_attention import LatentAttention
 from .model_classes import ReplacedAttention, made_class
 from .rows_attention import RowsAttention
-from .spec import LatentSpec, LayerSpec, layers_of
+from .spec import KEY, LatentSpec, LayerSpec, config_entry, layers_of
 
 PREFIX = "Anymla"
+CODE_BUFFERS = (r"\.(key|value)_codec\.levels$", r"\.inv_freq$")  # that a cache of numbers has not
 
 
 class LatentModelMixin(ReplacedAttention):
-    """Puts another attention into the stock model, where its config says, before any weight is loaded."""
+    """Puts another attention into the stock model, where its config says, before any weight is loaded.
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    ``from_pretrained(folder, codec="none")`` turns the codes of a coded cache off: it then holds numbers in the dtype of
+    the model, in the same basis.
+
+    Raises:
+        ValueError: another ``codec``.
+    """
+
+    def __init__(self, config: Any, *args: Any, codec: str | None = None, **kwargs: Any) -> None:
+        if codec not in (None, "none"):
+            raise ValueError(f"codec must be none, or not be given at all, got {codec!s:.40}")
+        if codec and (layers := layers_of(config.to_dict())):
+            setattr(config, KEY, config_entry(tuple(layer.uncoded() for layer in layers)))
         super().__init__(config, *args, **kwargs)
+        if codec:
+            known = self._keys_to_ignore_on_load_unexpected or ()  # type: ignore[has-type]
+            self._keys_to_ignore_on_load_unexpected = {*known, *CODE_BUFFERS}
         for layer in layers_of(config.to_dict()) or ():
             if layer.replaced is not None:
                 replace_attention(self, layer)

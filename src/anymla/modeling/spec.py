@@ -7,7 +7,7 @@ turns one ModelSpec into another; modelling, exports, cards and the account read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .coding_spec import CodedSpec
@@ -265,6 +265,10 @@ class LayerSpec:
             return tuple(Slot(name=name, width=width, tokens=window) for name in ("keys", "values"))
         slots: tuple[Slot, ...] = self.kind.slots(attention, window)
         return slots
+
+    def uncoded(self) -> LayerSpec:
+        """The layer with the same weights, and a cache of numbers: the latent itself, or all coefficients."""
+        return self if self.coded is None else replace(self, coded=None if self.latent else self.coded.plain())
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of the layer: fields at their defaults are left out, sizes of weights are too."""
