@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,23 +136,31 @@ def plans_are_pure(case: Case, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+KILLED = """
+import json, os, signal, sys
+import torch, transformers
+import anymla, anymla.runner, anymla.sweep.run
+torch.set_num_threads(1)  # forked processes have no others
+source, steps, outputs = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+for kill_at, output in enumerate(outputs, 1):
+    if not (child := os.fork()):
+        seen = []
+        def progress(*_):
+            seen.append(1)
+            if len(seen) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        anymla.run(source, output, steps=steps, progress=progress)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+"""
+
+
 def a_killed_run_goes_on_to_the_same_bytes(case: Case, folder: Path) -> None:
     whole = files(case.run(folder / "whole"))
-    script = (
-        "import json, os, signal, sys, anymla\n"
-        "source, output, steps = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])\n"
-        "seen = []\n"
-        "def progress(*_):\n"
-        "    seen.append(1)\n"
-        "    if len(seen) == int(sys.argv[4]):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "anymla.run(source, output, steps=steps, progress=progress)\n"
-    )
-    for kill_at in (1, 2):
-        output = folder / f"killed-{kill_at}"
-        given = [str(case.source), str(output), json.dumps(case.steps()), str(kill_at)]
-        ended = subprocess.run([sys.executable, "-c", script, *given], env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert ended.returncode == -signal.SIGKILL
+    outputs = [folder / f"killed-{kill_at}" for kill_at in (1, 2)]
+    given = [str(case.source), json.dumps(case.steps()), *map(str, outputs)]
+    subprocess.run([sys.executable, "-c", KILLED, *given], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for output in outputs:
         assert not output.exists()
         case.run(output)
         assert files(output) == whole
