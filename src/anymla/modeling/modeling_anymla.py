@@ -31,8 +31,8 @@ CODE_BUFFERS = (r"\.(key|value)_codec\.levels$", r"\.inv_freq$")  # that a cache
 class LatentModelMixin(ReplacedAttention):
     """Puts another attention into the stock model, where its config says, before any weight is loaded.
 
-    ``from_pretrained(folder, codec="none")`` turns the codes of a coded cache off: it then holds numbers in the dtype of
-    the model, in the same basis.
+    ``from_pretrained(folder, codec="none")`` turns the codes of a coded cache off: it then holds numbers in the dtype
+    of the model, in the same basis.
 
     Raises:
         ValueError: another ``codec``.

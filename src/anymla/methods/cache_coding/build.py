@@ -63,7 +63,7 @@ def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[CodedAttention
         raise ValueError(f"layer {layer.index} is planned without a coded cache")
     facts = coding.facts
     keys, key_loss = _fitted(spec.keys, key_basis(facts, coding.key_basis, layer.old), facts, "key", coding.key_bits)
-    values, value_loss = _fitted(spec.values, value_basis(facts), facts, "value", coding.value_bits)
+    values, value_loss = _fitted(spec.values, value_basis(facts, layer.old), facts, "value", coding.value_bits)
     return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
 
 

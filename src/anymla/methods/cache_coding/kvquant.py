@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
 from anymla.methods.cache_coding.papers import KVQUANT
@@ -49,6 +49,12 @@ class KVQuant(LayerMethod):
     bits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(
         4, description="Bits of every key and value; 16 keeps them as they are, in the model's own dtype."
     )
+    codec: Literal["nuq", "int", "fp8"] = Field(
+        "nuq",
+        description="nuq: levels fitted to the text, outliers apart. int (4 or 8 bits) and fp8 (8 bits): the grids "
+        "that engines have, with a scale per token and block and nothing else.",
+    )
+    block: int = Field(32, ge=1, le=MOST, description="Numbers that share a scale, of int and fp8.")
     sparse: float = Field(
         0.01, ge=0, le=0.25, description="Share of a token's numbers that are kept in 16 bits, each with its index."
     )
@@ -59,6 +65,12 @@ class KVQuant(LayerMethod):
         None, description="Move the levels so that mean and deviation stay. Default: as in the paper, at 2 bits."
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> KVQuant:
+        if (widths := {"int": (4, 8, 16), "fp8": (8, 16)}.get(self.codec)) and self.bits not in widths:
+            raise ValueError(f"codec {self.codec} has bits of {' or '.join(map(str, widths))}, got {self.bits}")
+        return self
 
     def refuses(self, model: ModelSpec) -> str | None:
         """Why this model has no coded cache."""
@@ -106,6 +118,8 @@ class KVQuant(LayerMethod):
         """That of ``width`` numbers per token; ``per_token``: with a range of each token's own."""
         if self.bits == 16 or not width:
             return Coding(bits=((16, width),), kind="plain")
+        if self.codec != "nuq":
+            return Coding(bits=((self.bits, width),), kind=self.codec, block=min(self.block, width))
         outliers = max(1, round(self.sparse * width)) if self.sparse and width > 1 else 0
         return Coding(bits=((self.bits, width),), token_scale=per_token, outliers=outliers)
 

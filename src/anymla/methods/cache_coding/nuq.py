@@ -42,8 +42,8 @@ def build_quantised(layer: Layer, settings: KVQuant) -> tuple[CodedAttention, fl
 
 
 def fitted_tables(facts: dict[str, Any], kind: str, coding: Coding, settings: KVQuant) -> dict[int, Tensor]:
-    """Levels of a layer's "key" or "value", as a codec takes them; none where they are kept as they are."""
-    if coding.kind == "plain":
+    """Levels of a layer's "key" or "value", as a codec takes them; none where the codec has none."""
+    if coding.kind != "table":
         return {}
     states, gradients = (read(facts[f"{kind}_{name}"]).double() for name in ("sample", "gradients"))
     by_token = coding.token_scale

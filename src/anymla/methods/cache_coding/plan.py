@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from anymla.errors import InfeasibleError
 from anymla.methods.cache_coding.allocation import allocate, error
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.spec import AttentionSpec
+from anymla.modeling.spec import AttentionSpec, LatentSpec
 
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.transform_coding import TransformCoding
@@ -21,7 +21,7 @@ FALL = 1e-4  # of the energies of a layer that nobody looked at, from its first 
 
 
 class LayerCoding(BaseModel):
-    """How one layer is coded.
+    """How one layer is coded. A latent is one of keys, in the basis "own", its rope key one of values.
 
     ``key_bits``, ``value_bits``: of every coefficient, in the basis's own order (basis.py). ``predicted_kl``: nats per
     token that it costs, after small and independent errors. ``facts``: what the survey says of the layer; None before.
@@ -39,13 +39,18 @@ class LayerCoding(BaseModel):
         """The cache of a layer."""
         return CodedSpec(
             keys=_coding(self.key_bits, self.channels(attention)),
-            values=_coding(self.value_bits, 0),
+            values=_coding(self.value_bits, len(self.value_bits) // 2 if self.is_latent else 0),
             key_basis=self.key_basis,
-            value_basis="axes",
+            value_basis="own" if self.is_latent else "axes",
             first_tokens=first_tokens,
             exact_window=layer_window(attention, exact_window),
             rope_scale=1.0 if self.facts is None else self.facts["rope_scale"],
         )
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether it is a latent that is coded."""
+        return self.key_basis == "own"
 
     def channels(self, attention: AttentionSpec) -> int:
         """How many rope channels the keys' coefficients begin with."""
@@ -54,23 +59,31 @@ class LayerCoding(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Energies:
-    """What the coefficients of a layer carry: of keys in both bases, and of values (basis.Basis)."""
+    """What the coefficients of a layer carry: of keys in both bases, and of values (basis.Basis).
+
+    Those of a latent are ``axes``, those of its rope key ``values``; ``channels`` is None then.
+    """
 
     axes: Sequence[float]
-    channels: Sequence[float]
     values: Sequence[float]
+    channels: Sequence[float] | None = None
 
     def keys(self, basis: str) -> Sequence[float]:
-        """Those of keys in ``basis``."""
-        return self.axes if basis == "axes" else self.channels
+        """Those of keys in ``basis``, or of a latent."""
+        return self.axes if basis != "channels" or self.channels is None else self.channels
 
     @classmethod
-    def typical(cls, attention: AttentionSpec) -> Energies:
+    def typical(cls, attention: AttentionSpec, latent: LatentSpec | None = None) -> Energies:
         """Those of a layer that nobody looked at: evenly falling."""
-        width = attention.num_kv_heads * attention.head_dim
-        falling = [FALL ** (place / width) for place in range(width)]
+        if latent is not None:
+            return cls(axes=_falling(latent.kv_lora_rank), values=_falling(latent.qk_rope_head_dim // 2) * 2)
+        falling = _falling(attention.num_kv_heads * attention.head_dim)
         pairs, rest = attention.num_kv_heads * attention.rope_pairs, 2 * attention.num_kv_heads * attention.rope_pairs
         return cls(axes=falling, channels=falling[:pairs] * 2 + falling[rest:], values=falling)
+
+
+def _falling(width: int) -> list[float]:
+    return [FALL ** (place / width) for place in range(width)]
 
 
 def layer_window(attention: AttentionSpec, exact_window: int) -> int:
@@ -95,7 +108,7 @@ def plan_layers(
             f"smallest possible is kv_cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
         )
     _check_cost(attentions, settings)
-    bases = ["axes" if attention.rope_pairs else "channels" for attention in attentions]
+    bases = [_best_basis(*layer) for layer in zip(attentions, energies, strict=True)]
     while True:
         rows = [
             row
@@ -119,6 +132,13 @@ def plan_layers(
         if not any(dear):
             return layers
         bases = ["channels" if too_dear else basis for basis, too_dear in zip(bases, dear, strict=True)]
+
+
+def _best_basis(attention: AttentionSpec, energy: Energies) -> str:
+    """The basis of keys, or of a latent, that loses least."""
+    if energy.channels is None:
+        return "own"
+    return "axes" if attention.rope_pairs else "channels"
 
 
 def _check_cost(attentions: Sequence[AttentionSpec], settings: TransformCoding) -> None:
@@ -166,12 +186,10 @@ def _rows(
     attention: AttentionSpec, energies: Energies, basis: str, settings: TransformCoding
 ) -> tuple[Sequence[float], Sequence[float]]:
     """Energies of keys and values; on channels, none of coefficients that decoding has no time for."""
-    if basis == "axes":
-        return energies.axes, energies.values
-    if settings.decode_cost == "any":
-        return energies.channels, energies.values
+    if basis != "channels" or settings.decode_cost == "any":
+        return energies.keys(basis), energies.values
     pairs = attention.num_kv_heads * attention.rope_pairs
-    keys, values = list(energies.channels), list(energies.values)
+    keys, values = list(energies.keys(basis)), list(energies.values)
     groups: list[list[tuple[list[float], int]]] = [[(keys, place), (keys, place + pairs)] for place in range(pairs)]
     groups += [[(row, place)] for row, first in ((keys, 2 * pairs), (values, 0)) for place in range(first, len(row))]
     groups.sort(key=lambda group: -sum(row[place] for row, place in group) / len(group))
