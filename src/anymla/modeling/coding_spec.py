@@ -129,8 +129,8 @@ class CodedSpec:
 
     def plain(self) -> CodedSpec:
         """The same coefficients as numbers of the cache's own dtype."""
-        sides = {name: Coding(bits=((16, getattr(self, name).width),), kind="plain") for name in ("keys", "values")}
-        return replace(self, **sides, first_tokens=0, exact_window=0)  # all are exact
+        keys, values = (Coding(bits=((16, side.width),), kind="plain") for side in (self.keys, self.values))
+        return replace(self, keys=keys, values=values, first_tokens=0, exact_window=0)  # all are exact
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""

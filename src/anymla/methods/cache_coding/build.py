@@ -74,7 +74,7 @@ def _fitted(coding: Coding, basis: Basis, facts: dict[str, Any], kind: str, bits
     this token costs: its gradient, squared.
     """
     channels = 0 if basis.frequency is None else len(basis.frequency)
-    basis = basis.ordered(torch.tensor(ordered(bits, channels)))
+    basis = basis.ordered(torch.tensor(ordered(bits, channels), dtype=torch.long))
     coefficients = basis.encode(read(facts[f"{kind}_sample"])).float()
     weights = (read(facts[f"{kind}_gradients"]).double() @ basis.decoder.T).square()
     weights = (1 - EVEN) * weights + EVEN * weights.mean(0)

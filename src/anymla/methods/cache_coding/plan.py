@@ -178,6 +178,8 @@ def ordered(bits: Sequence[int], channels: int) -> list[int]:
 
 
 def _coding(bits: Sequence[int], channels: int) -> Coding:
+    if not bits:  # the rope key of a family without rope
+        return Coding(bits=((16, 0),), kind="plain")
     runs = groupby(bits[place] for place in ordered(bits, channels))
     return Coding(bits=tuple((width, len(list(run))) for width, run in runs))
 
