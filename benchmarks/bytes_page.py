@@ -31,8 +31,8 @@ How each is measured:
 - **anymla**: the method `transform_coding` through `anymla.run`, bytes from the live cache; the first 4 tokens and a
   window of the latest 16 exact. By default keys are rebuilt when they are read; with decode cost 2, decoding takes at
   most twice the multiply-adds of the original.
-- **anymla, mla + transform coding** and **mla + kvquant**: the step `mla` to a share of the numbers, with its own
-  refit, then codes of the latent and of the rope key; the first 4 tokens exact, no window.
+- **anymla, mla + transform coding** and **mla + kvquant**: the step `mla` to a share of the numbers, without gradient
+  steps, then codes of the latent and of the rope key; the first 4 tokens exact, no window.
 - **KVQuant**: this project's method `kvquant` (arXiv 2401.18079), likewise.
 - All others work on the original, in a simulation: keys and values are coded and decoded inside its attention, and
   every query reads exactly the tokens that the system would still hold exactly.

@@ -211,7 +211,10 @@ def _latents(*kept: tuple[float, int]) -> dict[str, Settings]:
 def _coded_mla(method: str, name: str, told: str, *kept: tuple[float, float]) -> dict[str, Settings]:
     """Pairs of a share of the numbers, for the step mla, and what the setting ``name`` of ``method`` is then."""
     return {
-        f"{share:.4g} of the numbers, {value:.4g} {told}": {"mla": {"kv_cache": share}, method: {name: value}}
+        f"{share:.4g} of the numbers, {value:.4g} {told}": {
+            "mla": {"kv_cache": share, "reconstruction_steps": 0},  # nothing here is trained
+            method: {name: value},
+        }
         for share, value in kept
     }
 
@@ -226,7 +229,7 @@ SYSTEMS: dict[str, System] = {
     OURS: System(_budgets(), run_steps("transform_coding")),
     OURS_CHEAP: System(_budgets(decode_cost=2.0), run_steps("transform_coding")),
     OURS_MLA: System(
-        _coded_mla("transform_coding", "kv_cache", "of the bytes", *product((0.75, 0.5), (0.25, 0.125, 0.078))),
+        _coded_mla("transform_coding", "kv_cache", "of the bytes", *product((0.75, 0.5), (0.125, 0.078, 0.25))),
         run_steps("mla", "transform_coding"),
     ),
     OURS_MLA_KVQUANT: System(

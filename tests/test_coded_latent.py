@@ -14,6 +14,7 @@ import anymla
 from anymla.data.text import bundled_text, calibration_windows
 from anymla.demo import bundled_model
 from anymla.errors import AnymlaError
+from anymla.exports.converted import read_converted
 from anymla.io.checkpoint import load_tokenizer
 from anymla.methods.cache_coding.kvquant import KVQuant
 from anymla.methods.cache_coding.nuq import fitted_tables
@@ -149,6 +150,8 @@ def test_codes_are_turned_off_at_load(kind, tmp_path):
     assert all(layer.keys.dtype == plain.dtype or layer.keys.shape[-1] == 24 * 8 for layer in cached.layers)
     plain.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again"), ids), logits(plain, ids))
+    if kind == "latent":
+        assert len(read_converted(tmp_path / "again").layers) == 2
     with pytest.raises(ValueError, match="codec must be none"):
         load(tmp_path / "out", codec="nuq")
 

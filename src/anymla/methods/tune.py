@@ -110,9 +110,11 @@ class Tune(Method):
         return self
 
     def refuses(self, model: ModelSpec) -> str | None:
-        """A model without latent attention has nothing to recover, and without text there is nothing to learn from."""
+        """A model without latent attention has nothing to recover, codes are fitted last, and text must be given."""
         if all(layer.latent is None for layer in model.layers):
             return "nothing in it was converted, so there is nothing to recover: put the step mla before it"
+        if any(layer.coded is not None for layer in model.layers):
+            return "its cache is coded already: tune what the step mla made"
         return "it has no data: name a text to learn from" if self.data is None else None
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:

@@ -134,5 +134,5 @@ def _told(coding: LayerCoding) -> dict[str, Any]:
     """What a report says of a layer."""
     sizes = {"key": coding.key_bits, "value": coding.value_bits}
     kept = {f"{name}_coefficients": sum(map(bool, bits)) for name, bits in sizes.items()}
-    means = {f"{name}_bits": sum(bits) / len(bits) for name, bits in sizes.items()}
+    means = {f"{name}_bits": sum(bits) / max(1, len(bits)) for name, bits in sizes.items()}
     return {"key_basis": coding.key_basis, **kept, **means, "predicted_kl": coding.predicted_kl}
