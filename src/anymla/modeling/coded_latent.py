@@ -19,7 +19,7 @@ from .rows_attention import Rows, RowsAttention
 from .spec import LayerSpec
 
 
-class CodedLatentAttention(RowsAttention, LatentAttention):
+class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc]
     """Latent attention over codes; few new tokens read them a chunk at a time and never expand them."""
 
     def _make_buffers(self, spec: LayerSpec) -> None:
@@ -75,7 +75,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):
         query_latent, chunks = self.into_latent(query_nope, up_key), self.chunks(rows)
         tables = self._angles(torch.arange(chunks[0][1], device=query.device), precise)
         own = rows.start + torch.arange(query.shape[2], device=query.device)
-        contexts, totals = [], []
+        parts: list[Any] = []
         for start, stop in chunks:  # keys and queries are turned from a chunk's first column on
             latent, rope_key = (
                 self._read(rows, start, stop, dtype, values=values).to(precise.dtype).unsqueeze(1)
@@ -85,11 +85,9 @@ class CodedLatentAttention(RowsAttention, LatentAttention):
             query_rope = self.rotated(channels, *self._angles(own - start, precise))
             seen = None if mask is None else mask[..., start:stop]
             cached = (latent, rope_key, seen, self.scaling)
-            found = absorbed_attention(query_latent, query_rope, *cached, softcap=self.spec.softcap, summed=True)
-            contexts.append(found[0])
-            totals.append(found[1])
-        shares = self._shares(torch.stack(totals))
-        context = sum(part * share.unsqueeze(-1) for part, share in zip(contexts, shares, strict=True))
+            parts.append(absorbed_attention(query_latent, query_rope, *cached, softcap=self.spec.softcap, summed=True))
+        contexts, totals = (torch.stack(part) for part in zip(*parts, strict=True))
+        context = (contexts * self._shares(totals).unsqueeze(-1)).sum(0)
         return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
 
     def _shares(self, totals: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from anymla.methods.cache_coding.latent import build_coded_latent
 from anymla.methods.cache_coding.plan import LayerCoding, ordered
 from anymla.methods.cache_coding.tables import fit_tables
 from anymla.modeling.codecs import make_codec
-from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.modeling_anymla import attention_class
+from anymla.modeling.rows_attention import RowsAttention
 from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 EVEN = 0.1  # part of a weight that is the same for all tokens: single gradients overstate how much tokens differ
 
 
-def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_freq: Tensor) -> CodedAttention:
-    """A CodedAttention in the original's dtype and device, float64 being rounded to what is saved here, once.
+def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_freq: Tensor) -> RowsAttention:
+    """A RowsAttention in the original's dtype and device, float64 being rounded to what is saved here, once.
 
     ``inv_freq`` [P]: the angle by which each pair turns per position.
     """
@@ -43,7 +43,7 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     source = read_attention(original, old, layer.family, layer.config)
     made = LayerSpec(attention=source.spec, coded=spec, module=f"{layer.name}.{layer.attention_path}")
     with torch.device("meta"):
-        attention: CodedAttention = attention_class(made)(original, layer.config, made)
+        attention: RowsAttention = attention_class(made)(original, layer.config, made)
     like = next(original.parameters())
     weights = {**_outside(source), **_projected(source, keys, values, made)}
     tensors = {name: each.to(layer.saved).to(like.dtype) for name, each in weights.items() if each is not None}
@@ -57,7 +57,7 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     return attention.eval().requires_grad_(False)
 
 
-def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[CodedAttention, float]:
+def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[RowsAttention, float]:
     """The attention of a layer as planned, and what its codes cost on the survey's sample, in nats of KL per token."""
     if (spec := layer.planned.coded) is None:
         raise ValueError(f"layer {layer.index} is planned without a coded cache")

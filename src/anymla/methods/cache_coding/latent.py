@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ def build_coded_latent(
     layer: Layer, spec: CodedSpec, latent: Coded, rope_key: Coded, inv_freq: Tensor
 ) -> CodedLatentAttention:
     """The attention of a layer with its latent and its rope key in codes; ``inv_freq`` [P]: as of build_coded."""
-    made, found = replace(layer.old, coded=spec, attention_bytes=None), copy.deepcopy(layer.attention)
+    made = replace(layer.old, coded=spec, attention_bytes=None)
+    found: Any = copy.deepcopy(layer.attention)
     found.__class__ = CodedLatentAttention
     found.layer_spec = made
     found.make_codes(made)
@@ -36,7 +37,8 @@ def build_coded_latent(
         new[name] = tensor.to(layer.saved).to(old[name].dtype) if tensor.is_floating_point() else tensor
     device = old["channel_index"].device
     found.load_state_dict(old | {name: each.to(device).contiguous() for name, each in new.items()}, assign=True)
-    return found.eval().requires_grad_(False)
+    attention: CodedLatentAttention = found.eval().requires_grad_(False)
+    return attention
 
 
 def in_basis(tensors: Mapping[str, Tensor], latent: Basis | None, rope_key: Basis | None) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from anymla.methods.cache_coding.coded import Coded
 from anymla.methods.cache_coding.energies import read
 from anymla.methods.cache_coding.tables import TableSample
 from anymla.modeling.codecs import make_codec
-from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import Coding
+from anymla.modeling.rows_attention import RowsAttention
 
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.kvquant import KVQuant
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LEAST = 1e-3  # of the mean weight: what every number counts at least
 
 
-def build_quantised(layer: Layer, settings: KVQuant) -> tuple[CodedAttention, float]:
+def build_quantised(layer: Layer, settings: KVQuant) -> tuple[RowsAttention, float]:
     """The attention of a layer with tables fitted to what the survey found.
 
     Returns also what its codes cost on the survey's sample, in nats of KL per token, for small errors.

@@ -77,7 +77,8 @@ class KeyValueSums:
         self.layer, self.path, self.original = layer, layer.attention_path, layer.attention
         self.first, self.sizes = first_tokens, layer.old.coded_sizes
         if layer.old.latent is not None:
-            attention, self.order = copy.deepcopy(self.original), torch.arange(sum(self.sizes))
+            attention: Any = copy.deepcopy(self.original)
+            self.order = torch.arange(sum(self.sizes), device=layer.original.device)
         else:
             source = read_attention(self.original, spec, layer.family, layer.config)
             if window := layer_window(spec, exact_window):
