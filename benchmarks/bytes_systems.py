@@ -226,7 +226,7 @@ PCA_CASES = {
     for recent, budget in product((0, 16), BUDGETS)
 }
 SYSTEMS: dict[str, System] = {
-    OURS: System(_budgets(), run_steps("transform_coding")),
+    OURS: System(_budgets(decode_cost="any"), run_steps("transform_coding")),
     OURS_CHEAP: System(_budgets(decode_cost=2.0), run_steps("transform_coding")),
     OURS_MLA: System(
         _coded_mla("transform_coding", "kv_cache", "of the bytes", *product((0.75, 0.5), (0.125, 0.078, 0.25))),

@@ -19,7 +19,7 @@ from anymla.architectures.parts import attention_path
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.heads import rope_tables
-from anymla.modeling.spec import KEY, config_entry
+from anymla.modeling.spec import KEY, AttentionSpec, config_entry
 from anymla.register import converted_class, register
 from tests.families import save_model
 from tests.precision import Exact
@@ -47,7 +47,7 @@ def coded_model(
         )
         layers[index] = replace(layers[index], attention=source.spec, coded=coded, module=names[module])
         states = {name: tensor for name, tensor in states.items() if not name.startswith(f"{names[module]}.")}
-        tensors = coded_tensors(source, key_basis, value_basis, index) | {"inv_freq": turns.float().view(torch.int32)}
+        tensors = coded_tensors(source, coded, index) | {"inv_freq": turns.float().view(torch.int32)}
         for part, norm in source.norms.items():
             tensors |= {f"{part}.{key}": tensor for key, tensor in norm.state_dict().items()}
         states |= {f"{names[module]}.{name}": tensor for name, tensor in tensors.items()}
@@ -72,27 +72,38 @@ def coded_latent(model: Any, folder: Path, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "out", experts_implementation="eager").eval()
 
 
-def coded_tensors(source: SourceAttention, key_basis: str, value_basis: str, seed: int) -> dict[str, Tensor]:
+def coded_tensors(source: SourceAttention, coded: CodedSpec, seed: int) -> dict[str, Tensor]:
     """The tensors of a CodedAttention that computes what ``source`` does, in random bases."""
     w, spec = source.weights, source.spec
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {"q_proj.weight": w.query.flatten(0, 1), "q_proj.bias": w.query_bias.flatten()}
-    sides = (("key", key_basis, spec.linear_queries), ("value", value_basis, spec.linear_values))
-    for name, basis, linear in sides:
+    widths = coded.block_widths(spec)
+    sides = (
+        ("key", coded.key_basis, widths[0], spec.linear_queries),
+        ("value", coded.value_basis, widths[1], spec.linear_values),
+    )
+    for name, basis, width, linear in sides:
         weight, bias = getattr(w, name).flatten(0, 1), getattr(w, f"{name}_bias").flatten()
         if basis != "own":
-            made = channel_basis(source, generator) if basis == "channels" else random_matrix(len(weight), generator)
+            blocks = [
+                channel_basis(spec, width, generator) if basis == "channels" else random_matrix(width, generator)
+                for _ in range(len(weight) // width)
+            ]
+            made = torch.block_diag(*blocks)
             mean = torch.randn(len(weight), dtype=torch.float64, generator=generator)
-            inverse = torch.linalg.inv(made)
-            tensors |= {f"{name}_decoder.weight": inverse.T, f"{name}_decoder.bias": mean}
+            inverse = torch.cat([torch.linalg.inv(block).T for block in blocks])
+            tensors |= {f"{name}_decoder.weight": inverse, f"{name}_decoder.bias": mean}
             if linear:
                 weight, bias = made.T @ weight, made.T @ (bias - mean)
             else:
-                tensors |= {f"{name}_encoder.weight": made.T, f"{name}_encoder.bias": -made.T @ mean}
+                stacked = torch.cat([block.T for block in blocks])
+                tensors |= {f"{name}_encoder.weight": stacked, f"{name}_encoder.bias": -made.T @ mean}
         tensors |= {f"{name[0]}_proj.weight": weight, f"{name[0]}_proj.bias": bias}
     tensors |= {"o_proj.weight": w.output.flatten(1), "o_proj.bias": w.output_bias}
-    if key_basis == "channels":
-        tensors["channel_index"] = torch.arange(spec.rope_pairs).repeat_interleave(spec.num_kv_heads)
+    if coded.key_basis == "channels":
+        heads = widths[0] // spec.head_dim
+        of_block = torch.arange(spec.rope_pairs).repeat_interleave(heads)
+        tensors["channel_index"] = of_block.repeat(spec.num_kv_heads // heads)
     optional = {"gate_proj.weight": w.gate, "gate_proj.bias": w.gate_bias, "sinks": w.sinks, "query_gain": w.query_gain}
     return tensors | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
@@ -104,10 +115,9 @@ def random_matrix(size: int, generator: torch.Generator) -> Tensor:
     return orthogonal + 0.3 * noise / size**0.5
 
 
-def channel_basis(source: SourceAttention, generator: torch.Generator) -> Tensor:
-    """Keys to coefficients [n,n]: complex maps across heads within a rope pair, any map of the dims without rope."""
-    spec = source.spec
-    heads, pairs, size = spec.num_kv_heads, spec.rope_pairs, spec.num_kv_heads * spec.head_dim
+def channel_basis(spec: AttentionSpec, size: int, generator: torch.Generator) -> Tensor:
+    """Keys of a block to coefficients: complex maps across heads within a rope pair, any map of dims without rope."""
+    heads, pairs = size // spec.head_dim, spec.rope_pairs
     channels, basis = heads * pairs, torch.zeros(size, size, dtype=torch.float64)
     dims = torch.arange(size).view(heads, -1)
     for pair in range(pairs):

@@ -47,8 +47,14 @@ def interleaved(weight, heads):
 
 def write_gguf_model(file, kind, family="llama", *, extra=None, keys=None, splits="smollm", **changes):
     """Writes a random model whose matrices are of that kind; returns the model, with other numbers in them."""
-    model, tokenizer = make_model(family, torch.float32, **SHAPE | changes), byte_level(splits)
-    config, architecture = model.config, ARCHITECTURES[family]
+    model = make_model(family, torch.float32, **SHAPE | changes)
+    write_gguf_of(model, byte_level(splits), file, kind, extra=extra, keys=keys)
+    return model
+
+
+def write_gguf_of(model, tokenizer, file, kind, *, extra=None, keys=None):
+    """Writes a stock model whose matrices are of that kind."""
+    config, architecture = model.config, ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
@@ -57,7 +63,7 @@ def write_gguf_model(file, kind, family="llama", *, extra=None, keys=None, split
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim if hasattr(config, "head_dim") else 64)
+    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     add_tokenizer(writer, tokenizer, config.vocab_size, [tokenizer.eos_token_id])
@@ -81,4 +87,3 @@ def write_gguf_model(file, kind, family="llama", *, extra=None, keys=None, split
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model

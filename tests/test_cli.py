@@ -156,7 +156,7 @@ def test_inspect_knows_a_converted_model(anymla, conversion):
 
 
 def test_plan_json(anymla):
-    costs = json.loads(anymla("plan", BUNDLED, "--json"))
+    costs = json.loads(anymla("plan", BUNDLED, "--codec", "none", "--json"))
     assert len(costs["layers"]) == LAYERS
     assert costs["cache_bytes_per_token"] == {"before": BYTES, "after": BYTES // 4}
     assert costs["predicted_peak_bytes"] > 0
@@ -170,6 +170,24 @@ def test_plan_table(anymla, wide):
     table = anymla("plan", BUNDLED, "--rope-dims", "6")
     for number in ("64 -> 16", "12.3k -> ", " 6 ", " 10 ", "1.2 KiB -> 320 B"):
         assert number in table
+
+
+def test_plan_of_codes(anymla, wide):
+    costs = json.loads(anymla("plan", BUNDLED, "--json"))
+    assert costs["cache_bytes_per_token"] == {"before": BYTES, "after": BYTES // 16}
+    assert costs["recipe"]["transform_coding"]["decode_cost"] == 2
+    for layer in costs["layers"]:
+        assert layer["multiply_adds"]["after"] <= 2 * layer["multiply_adds"]["before"] == 256
+        assert layer["keys"]["multiply_adds"] + layer["values"]["multiply_adds"] == layer["multiply_adds"]["after"]
+    assert sum(layer[kind]["bytes"] for layer in costs["layers"] for kind in ("keys", "values")) == BYTES // 16
+    rebuilt = json.loads(anymla("plan", BUNDLED, "--json", "--decode-cost", "any"))["layers"][0]
+    assert (rebuilt["keys"]["basis"], rebuilt["keys"]["heads_mixed"]) == ("axes", 4)
+    assert rebuilt["multiply_adds"]["after"] > 256
+    own = json.loads(anymla("plan", BUNDLED, "--json", "--codec", "kvquant"))["layers"][0]
+    assert own["keys"]["basis"] == "own" and own["multiply_adds"] == {"before": 128, "after": 128}
+    table = anymla("plan", BUNDLED)
+    for part in ("codec auto takes the step transform_coding", "multiply-adds", f"-> {BYTES // 16} B"):
+        assert part in table
 
 
 def test_a_plan_is_carried_out(anymla, tmp_path):
@@ -347,15 +365,15 @@ def test_every_setting_of_a_recipe_is_tried():
 def test_every_setting_is_an_option_of_convert(name, monkeypatch, capfd, tmp_path):
     taken = []
 
-    def convert(model, output, recipe, **_):
-        taken.append(recipe)
+    def convert(model, output, recipe, **given):
+        taken.append({key: value for key, value in given.items() if key in MLA.model_fields})
         raise AnymlaError("far enough")
 
     monkeypatch.setattr(pipeline, "convert", convert)
     arguments = [*option(name, OTHER_THAN_DEFAULT[name]), "-o", str(tmp_path / "out")]
     run = run_main(["convert", str(BUNDLED), *arguments], monkeypatch, capfd)
     assert run.err.endswith("error: far enough\n")
-    assert taken == [MLA(**{name: OTHER_THAN_DEFAULT[name]})]
+    assert taken == [{name: OTHER_THAN_DEFAULT[name]}]
 
 
 def test_every_setting_is_an_option_of_plan(anymla):

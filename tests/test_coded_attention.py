@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -28,7 +29,6 @@ from tests.precision import Exact
 
 STOCK = 3e-4  # families round the angle of a position to float32, and a random model multiplies what that loses
 BASES = [("own", "own"), ("channels", "axes"), ("axes", "axes")]
-KINDS = {f"{bases[0]}-0": (bases, 0) for bases in BASES} | {"channels-5": (BASES[1], 5), "latent": ((), 0)}
 FAMILIES = {
     "llama": {},
     "llama mha": {"num_key_value_heads": 6},
@@ -52,13 +52,21 @@ def make(family, key_basis, value_basis, bits=3, **changes):
     return coded_model(tiny_model(name, dtype, **FAMILIES[family]), key_basis, value_basis, bits, **changes)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+BY_HEAD = {"key_block": 1, "value_block": 1}
+LATENT = (("latent", "rope key"), 0, {})
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*product(BASES, [0], [{}]), (BASES[1], 5, {}), (BASES[1], 5, BY_HEAD), LATENT],
+    ids=lambda case: "-".join([case[0][0], str(case[1]), *case[2]]),
+)
 def model(request, tmp_path_factory):
     """Codes of 3 bits, one layer in two sliding, a soft-cap on scores; with and without a window, and of a latent."""
-    bases, window = KINDS[request.param]
-    if not bases:
+    bases, window, blocks = request.param
+    if request.param == LATENT:
         return coded_latent(tiny_model("gemma2", torch.float64), tmp_path_factory.mktemp("latent"), bits=3)
-    return make("gemma2", *bases, exact_window=window)
+    return make("gemma2", *bases, exact_window=window, **blocks)
 
 
 @torch.no_grad()
@@ -76,11 +84,21 @@ def stepwise(model, ids, cache, prompt=20):
     return torch.cat(steps, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bases", BASES, ids=[key for key, _ in BASES])
-def test_without_loss_it_is_the_original(family, bases):
+BLOCKS = [
+    ("llama mha", {"key_block": 2, "value_block": 3}),
+    ("qwen3", BY_HEAD),
+    ("phi", {"key_block": 1, "value_block": 3}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "bases", "blocks"),
+    [(*case, {}) for case in product(FAMILIES, BASES)] + [(a, c, b) for (a, b), c in product(BLOCKS, BASES[1:])],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_without_loss_it_is_the_original(family, bases, blocks):
     original = tiny_model(family.split()[0], torch.float64, **FAMILIES[family])
-    coded, ids = make(family, *bases, 16, kind="plain"), token_ids(2, 30)
+    coded, ids = make(family, *bases, 16, kind="plain", **blocks), token_ids(2, 30)
     original.set_attn_implementation("eager")  # sdpa of older transformers has no soft-cap
     with Exact():
         expected = forward(original, ids, use_cache=False)
@@ -221,8 +239,8 @@ LENGTHS = (2, 4, 11, 12, 14, 15, 16, 40)  # around the first tokens and a window
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "phi"])
 @pytest.mark.parametrize("bases", BASES, ids=[key for key, _ in BASES])
 def test_account_is_what_is_measured(family, bases, tmp_path):
-    window = 6 if family == "gemma2" else 0
-    make(family, *bases, exact_window=window).to(torch.float32).save_pretrained(tmp_path)
+    window, blocks = 6 if family == "gemma2" else 0, BY_HEAD if family == "qwen3" else {}
+    make(family, *bases, exact_window=window, **blocks).to(torch.float32).save_pretrained(tmp_path)
     coded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
     config = json.loads((tmp_path / "config.json").read_text())
     spec = sized(converted_spec(config), stored_bytes(converted_spec(config), tmp_path.glob("*.safetensors")))
@@ -273,6 +291,7 @@ def test_saved_and_loaded(tmp_path):
         (("keys", "more"), 1, "Coding has no field more"),
         (("key_basis",), "cosine", "key_basis must be one of own, channels, axes"),
         (("value_basis",), "channels", "value_basis must be one of own, axes"),
+        (("key_block",), 2, "key_block must divide the 3 key/value heads"),
         (("first_tokens",), -1, "first_tokens must be"),
         (("exact_window",), 1, "exact_window must be"),
         (("rope_scale",), "1", "rope_scale must be"),

@@ -161,7 +161,6 @@ def test_codes_are_turned_off_at_load(kind, tmp_path):
     [
         ({"exact_window": 4}, {"kvquant": {}}, "its latent has an exact window"),
         ({}, {"transform_coding": {"exact_window": 4}}, "exact_window is 4, and a coded latent has none"),
-        ({}, {"transform_coding": {"decode_cost": 2.0}}, "decode_cost is 2"),
         ({}, {"kvquant": {"codec": "int", "bits": 3}}, "codec int has bits of 4 or 8 or 16"),
         ({}, {"kvquant": {"codec": "fp8", "bits": 4}}, "codec fp8 has bits of 8 or 16"),
     ],

@@ -32,9 +32,12 @@ TINY = {
 }
 FAST_RUN = {name: FAST[name] for name in ("calibration_tokens", "calibration_length")}
 SAMPLES = {  # one line for each method
+    "kv_heads": Sample({"kv_heads": 1, "variant": "post", **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
     "mla": Sample({"kv_cache": 0.5, **FAST}, {"kv_cache": 1.0, **FAST}),
+    "mfa": Sample({"kv_cache": 0.5, **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
     "transform_coding": Sample({"kv_cache": 0.5, "decode_cost": 2.0, **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
     "kvquant": Sample({"bits": 3, **FAST_RUN}, {"bits": 16, **FAST_RUN}),
+    "shared_attention": Sample({"spans": [[1, 1]], **FAST_RUN}, {"spans": [], **FAST_RUN}),
     "tune": Sample(TINY, TINY | {"learning_rate": 1e-30}, before=(HALF,)),
 }
 COMPOSED = {  # steps whose promises are not those of their parts

@@ -15,7 +15,7 @@ from anymla.architectures.model_spec import read_config, read_model_spec
 from anymla.errors import InfeasibleError
 from anymla.methods.base import method_of
 from anymla.methods.cache_coding.allocation import DISTORTION, allocate, code_bytes
-from anymla.methods.cache_coding.basis import Moments, axes, channels
+from anymla.methods.cache_coding.basis import Moments, axes, channels, in_blocks
 from anymla.methods.cache_coding.plan import Energies, decode_cost, ordered, plan_layers
 from anymla.methods.cache_coding.rope import frequencies
 from anymla.methods.cache_coding.transform_coding import TransformCoding
@@ -36,7 +36,8 @@ def moments():
 
 
 def bases(moments):
-    return axes(moments), channels(moments, PAIRS, HEADS)
+    by_head = in_blocks(moments, HEADS, lambda block: channels(block, PAIRS, 1))
+    return axes(moments), channels(moments, PAIRS, HEADS), in_blocks(moments, HEADS, axes), by_head
 
 
 def test_bases_are_exact_and_keep_what_errors_cost(moments):
@@ -50,7 +51,8 @@ def test_bases_are_exact_and_keep_what_errors_cost(moments):
     assert (found.energies.diff() <= 1e-9).all()
     costs = ((found.decoder @ moments.fisher) * found.decoder).sum(1)
     assert torch.allclose(costs, costs[:1].expand(len(costs)))  # an error costs its square
-    assert axes(moments).energies.log().sum() < channels(moments, PAIRS, HEADS).energies.log().sum()
+    whole, complex_axes, by_head, phases = (basis.energies.log().sum() for basis in bases(moments))
+    assert whole < complex_axes < phases and whole < by_head < phases
 
 
 def test_channels_commute_with_rope(moments):
@@ -60,7 +62,7 @@ def test_channels_commute_with_rope(moments):
     pairs = torch.complex(states[..., :PAIRS], states[..., PAIRS : 2 * PAIRS]) * turned
     rotated = torch.cat([pairs.real, pairs.imag, states[..., 2 * PAIRS :]], -1).flatten(1)
     found, total = states.flatten(1) @ basis.encoder, HEADS * PAIRS
-    pairs = torch.complex(found[:, :total], found[:, total : 2 * total]) * turned[basis.frequency]
+    pairs = torch.complex(found[:, :total], found[:, total : 2 * total]) * turned[basis.frequency[:total]]
     expected = torch.cat([pairs.real, pairs.imag, found[:, 2 * total :]], -1)
     assert torch.allclose(rotated @ basis.encoder, expected)
 
@@ -94,6 +96,7 @@ def test_every_row_has_a_byte_and_no_byte_is_left():
 def test_plans_keep_to_bytes_and_to_the_cost_of_decoding(decode_cost_limit, tmp_path):
     spec = read_model_spec(read_config(save_model(make_model("llama", torch.float32), tmp_path / "model")))
     settings = TransformCoding(kv_cache=0.25, decode_cost=decode_cost_limit)
+    tight = TransformCoding(kv_cache=0.25, decode_cost=0.2).plan(spec)
     attentions = list(spec.attention_layers.values())
     planned = settings.plan(spec)
     rows = [coding for layer in planned.after.layers for coding in (layer.coded.keys, layer.coded.values)]
@@ -103,19 +106,25 @@ def test_plans_keep_to_bytes_and_to_the_cost_of_decoding(decode_cost_limit, tmp_
         if decode_cost_limit != "any":
             original = 2 * attention.num_heads * attention.head_dim
             assert decode_cost(attention, layer) <= decode_cost_limit * original
-        places = ordered(layer.key_bits, total := layer.channels(attention))
+        places = ordered(layer.key_bits, layer.keys, "key", attention)
         assert sorted(places) == list(range(len(layer.key_bits)))
-        assert places[total : 2 * total] == [place + total for place in places[:total]]
-    better = plan_layers(attentions, [Energies.typical(each) for each in attentions], settings)
+        if layer.key_basis == "channels":
+            total, width = layer.key_block * attention.rope_pairs, layer.key_block * attention.head_dim
+            for start in range(0, len(places), width):
+                real, imag = places[start : start + total], places[start + total : start + 2 * total]
+                assert imag == [place + total for place in real] and min(places[start : start + width]) == start
+    better = plan_layers(attentions, [Energies.typical(each, settings) for each in attentions], settings)
     assert [each.model_dump() for each in better] == [each.model_dump() for each in planned.choices]
+    for attention, layer in zip(attentions, tight.choices, strict=True):
+        assert 0 < decode_cost(attention, layer) <= 0.2 * 2 * attention.num_heads * attention.head_dim
 
 
 def test_what_cannot_be_met_names_the_lever(tmp_path):
     spec = read_model_spec(read_config(save_model(make_model("llama", torch.float32), tmp_path / "model")))
     with pytest.raises(InfeasibleError, match=r"smallest possible is kv_cache 0\.0209"):
         TransformCoding(kv_cache=0.01).plan(spec)
-    with pytest.raises(InfeasibleError, match=r"smallest possible is decode_cost 0\.1875"):
-        TransformCoding(decode_cost=0.1).plan(spec)
+    with pytest.raises(InfeasibleError, match=r"smallest possible is decode_cost 0\.0625"):
+        TransformCoding(decode_cost=0.05).plan(spec)
 
 
 def test_frequencies_come_out_of_tables():
@@ -128,7 +137,7 @@ def test_frequencies_come_out_of_tables():
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("llama", {"decode_cost": "any"}), ("qwen3", {"decode_cost": 3.0}), ("mistral", {"decode_cost": 3.0})],
+    [("llama", {"decode_cost": "any"}), ("qwen3", {"decode_cost": 2.0}), ("mistral", {"decode_cost": 1.0})],
 )
 def test_a_coded_model_costs_what_was_planned_and_is_near_the_original(family, settings, tmp_path):
     source = save_model(make_model(family, torch.float32, head_dim=8, sliding_window=None), tmp_path / "model")

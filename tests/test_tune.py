@@ -225,7 +225,7 @@ def test_merged_adapters_give_the_same_logits(pair, tmp_path):
         if parameter.requires_grad:
             parameter.data = 0.1 * torch.randn_like(parameter)
     assert any("kv_b_proj.lora_A" in name for name, _ in adapted.named_parameters())
-    save_tuned(pair[1], adapted.state_dict(), tuning, tmp_path / "merged")
+    save_tuned(pair[1], adapted.state_dict(), tuning, tmp_path / "merged", last=True)
     merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), token_ids()
     assert torch.allclose(logits(merged.eval(), ids), logits(adapted.eval(), ids), atol=2e-3, rtol=1e-4)
     assert not torch.allclose(logits(merged, ids), logits(load_model(pair[1]), ids), atol=0.1)

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
     from anymla.exports.export import export
     from anymla.exports.export_report import Export
+    from anymla.fresh import fresh_config
     from anymla.hub import Push, push
     from anymla.methods.mla.plan import MLAPlan
     from anymla.methods.mla.settings import MLA
     from anymla.methods.tune import Tune
-    from anymla.outcomes import Conversion, Inspection
+    from anymla.outcomes import CodedConversion, Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.recipe import Recipe
     from anymla.recovery import tune
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLA",
     "Benchmarks",
+    "CodedConversion",
     "Comparison",
     "Conversion",
     "Evaluation",
@@ -51,6 +53,7 @@ __all__ = [
     "evaluate",
     "explain_plan",
     "export",
+    "fresh_config",
     "inspect",
     "plan",
     "push",
@@ -61,6 +64,7 @@ __all__ = [
 _MODELING = Path(__file__).parent / "modeling"
 _HOMES = {
     "Benchmarks": "anymla.evaluation.benchmarks",
+    "CodedConversion": "anymla.outcomes",
     "Comparison": "anymla.evaluation.measures",
     "Conversion": "anymla.outcomes",
     "Evaluation": "anymla.evaluation.benchmarks",
@@ -77,6 +81,7 @@ _HOMES = {
     "run": "anymla.runner",
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
+    "fresh_config": "anymla.fresh",
     "push": "anymla.hub",
     "Tune": "anymla.methods.tune",
     "tune": "anymla.recovery",

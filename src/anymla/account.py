@@ -13,6 +13,9 @@ from itertools import zip_longest
 from typing import Any
 
 from anymla.modeling.coding_spec import CodedSpec
+from anymla.modeling.grouped_spec import GroupedSpec
+from anymla.modeling.mfa_spec import MfaSpec
+from anymla.modeling.shared_spec import SharedSpec
 from anymla.modeling.slot_spec import Slot
 from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec
 
@@ -167,6 +170,12 @@ def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
             return coded_bytes(layer, hidden, dtype)
         case LatentSpec() as latent:
             return latent_bytes(layer.parts[0], latent, hidden, dtype)
+        case GroupedSpec():
+            return grouped_bytes(layer, hidden, dtype)
+        case MfaSpec() as mfa if layer.attention is not None:
+            return mfa_bytes(layer.attention, mfa, hidden, dtype)
+        case SharedSpec() as shared if layer.attention is not None:
+            return shared_bytes(layer.attention, shared, hidden, dtype)
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 
@@ -174,9 +183,10 @@ def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     """Bytes of every parameter and buffer that CodedAttention saves; ``hidden``: D, the residual stream's width."""
     if (attention := layer.attention) is None or (coded := layer.coded) is None:
         raise ValueError(f"the layer at {layer.module} has no coded cache")
-    keys = attention.num_kv_heads * attention.head_dim
-    maps = [layer.encodes_keys, layer.encodes_values, coded.key_basis != "own", coded.value_basis != "own"]
-    numbers = _plain_numbers(attention, hidden) + 2 * (hidden + 1) * keys + sum(maps) * (keys + 1) * keys
+    keys, (key_width, value_width) = attention.num_kv_heads * attention.head_dim, coded.block_widths(attention)
+    maps = (layer.encodes_keys + (coded.key_basis != "own")) * (key_width + 1)
+    maps += (layer.encodes_values + (coded.value_basis != "own")) * (value_width + 1)
+    numbers = _plain_numbers(attention, hidden) + (2 * (hidden + 1) + maps) * keys
     channels = attention.num_kv_heads * attention.rope_pairs * (coded.key_basis == "channels")
     return numbers * DTYPE_BYTES[dtype] + channels * INDEX_BYTES + table_bytes(layer, dtype)
 
@@ -185,6 +195,15 @@ def table_bytes(layer: LayerSpec, dtype: str) -> int:
     """Bytes of the buffers that every coded cache has: levels, and the angles of rope."""
     levels = layer.codes.keys.table_numbers + layer.codes.values.table_numbers
     return levels * DTYPE_BYTES[dtype] + (layer.attention.rope_pairs if layer.attention else 0) * ANGLE_BYTES
+
+
+def shared_bytes(attention: AttentionSpec, shared: SharedSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter that MapSourceAttention or SharedAttention saves; ``hidden``: D."""
+    keys, queries = attention.num_kv_heads * attention.head_dim, attention.num_heads * attention.head_dim
+    numbers = _plain_numbers(attention, hidden, shared.biases) + 2 * (hidden + shared.biases) * keys
+    if shared.source_layer is not None:  # no projections of queries and keys
+        numbers -= (hidden + shared.biases) * (queries + keys)
+    return numbers * DTYPE_BYTES[dtype]
 
 
 def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtype: str) -> int:
@@ -198,6 +217,26 @@ def latent_bytes(attention: AttentionSpec, latent: LatentSpec, hidden: int, dtyp
     numbers += 2 * attention.num_heads * attention.rope_pairs  # query_rotation
     numbers += 2 * attention.num_kv_heads * channels
     return numbers * DTYPE_BYTES[dtype] + channels * INDEX_BYTES
+
+
+def grouped_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter that GroupedAttention saves; ``hidden``: D, the residual stream's width."""
+    if (attention := layer.attention) is None or (grouped := layer.grouped) is None:
+        raise ValueError(f"the layer at {layer.module} has no grouped cache")
+    heads, size = attention.num_kv_heads, attention.head_dim
+    numbers = _plain_numbers(attention, hidden) + (hidden + 1) * (heads + grouped.kv_heads) * size
+    return (numbers + 2 * heads * size * size * grouped.shares_keys) * DTYPE_BYTES[dtype]
+
+
+def mfa_bytes(attention: AttentionSpec, mfa: MfaSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter and buffer that MfaAttention saves; ``hidden``: D, the residual stream's width."""
+    heads, queries, value = attention.num_heads, mfa.query_rank(attention), mfa.value_width
+    numbers = (hidden + mfa.biases + mfa.query_norm + heads * mfa.query_width) * queries
+    numbers += (heads * value + mfa.biases) * hidden + mfa.value_gate * (value + 1) * value
+    numbers += attention.kept_numbers + attention.gate * (hidden + 1) + heads * attention.sinks
+    latent = LatentSpec(kv_lora_rank=mfa.kv_lora_rank, qk_rope_head_dim=mfa.qk_rope_head_dim, biases=mfa.biases)
+    numbers += _encoder_numbers(attention, latent, hidden)
+    return numbers * DTYPE_BYTES[dtype] + mfa.qk_rope_head_dim // 2 * INDEX_BYTES
 
 
 def _plain_numbers(attention: AttentionSpec, hidden: int, biased: bool = True) -> int:

@@ -10,7 +10,9 @@ from anymla.account import account, reduced_bytes
 from anymla.architectures.model_spec import ALREADY
 from anymla.io.device import versions
 from anymla.layouts import verdicts
+from anymla.methods.base import LayerMethod
 from anymla.methods.mla.plan import MLAPlan
+from anymla.methods.mla.settings import MLA
 from anymla.modeling.spec import CONFIG_FIELDS, AttentionSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -99,6 +101,16 @@ class Conversion:
     peak_rss_bytes: int
     anymla_version: str
 
+    @property
+    def model(self) -> str:
+        """What was converted."""
+        return self.plan.model
+
+    @property
+    def method(self) -> MLA:
+        """The settings of the step."""
+        return self.plan.recipe
+
     def to_dict(self) -> dict[str, Any]:
         """The report under its stable JSON names."""
         return {
@@ -108,6 +120,48 @@ class Conversion:
             "notes": list(self.notes),
             "recipe": self.plan.recipe.model_dump(),
             "layers": [asdict(layer) for layer in self.layers],
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "cache_bytes_at": self.cache_bytes_at,
+            "computing": asdict(self.computing),
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "anymla_version": self.anymla_version,
+            "versions": versions(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedConversion:
+    """What a conversion to a cache of codes did; the fields are as those of :class:`Conversion`.
+
+    ``layers``: what the method says of each layer that it changed.
+    """
+
+    output: Path
+    model: str
+    method: LayerMethod
+    spec: ModelSpec
+    layers: tuple[dict[str, Any], ...]
+    before: Scores
+    after: Scores
+    cache_bytes_at: dict[str, dict[str, int]]
+    commit: str | None
+    notes: tuple[str, ...]
+    computing: Computing
+    seconds: float
+    peak_rss_bytes: int
+    anymla_version: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report under its stable JSON names."""
+        return {
+            "output": str(self.output),
+            "model": self.model,
+            "commit": self.commit,
+            "notes": list(self.notes),
+            "recipe": {self.method.name: self.method.model_dump(mode="json")},
+            "layers": list(self.layers),
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "cache_bytes_at": self.cache_bytes_at,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from anymla import __version__
 from anymla.account import Account
 from anymla.architectures.model_spec import read_config, read_model_spec, source_config
+from anymla.codec_choice import AUTO, Choice
+from anymla.coded_conversion import convert_coded
 from anymla.errors import RecipeError, UnsupportedModelError
 from anymla.exports.format import all_formats
 from anymla.io.auto import auto_class
@@ -25,23 +24,25 @@ from anymla.io.checkpoint import (
     parse_size,
     safe_config,
 )
-from anymla.io.device import machine_memory, matmul_speed
+from anymla.io.device import machine_memory, matmul_speed, peak_rss
 from anymla.io.find import with_revision
 from anymla.io.hub_cache import commit_of
 from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import Plain, notes_of, plain_source
+from anymla.methods.base import LayerMethod
+from anymla.methods.cache_coding.explain import explain_codes
 from anymla.methods.mla.costs import reconstruction_steps
 from anymla.methods.mla.duration import faster
 from anymla.methods.mla.plan import MLAPlan, check_plan, explain, make_plan, plan_bytes
 from anymla.methods.mla.settings import MLA
 from anymla.modeling.spec import ModelSpec
-from anymla.outcomes import Conversion, Inspection
+from anymla.outcomes import CodedConversion, Conversion, Inspection
 
 if TYPE_CHECKING:
     from anymla.methods.mla.choose import LayerResult
     from anymla.sweep.run import Run
 
-Progress = Callable[[int, int, "LayerResult"], None]  # (layers done, layers, the last one's result)
+Progress = Callable[[int, int, Any], None]  # (layers done, layers, the last one's result)
 
 
 def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
@@ -66,7 +67,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
 
 
 def plan(model: str | Path, recipe: MLA | None = None, *, revision: str | None = None, **settings: Any) -> MLAPlan:
-    """A dry run from the config alone: cached numbers, rope dims and rank of every layer.
+    """A dry run of the step mla from the config alone: cached numbers, rope dims and rank of every layer.
 
     Args:
         model: a local checkpoint folder or a hub id, also ``org/name@revision``.
@@ -80,6 +81,27 @@ def plan(model: str | Path, recipe: MLA | None = None, *, revision: str | None =
     name, chosen = with_revision(model, revision), with_settings(recipe, settings)
     model_spec = read_model_spec(source_config(locate(name, adapter=chosen.adapter, config_only=True)))
     return make_plan(name, model_spec, chosen)
+
+
+def choose(
+    model: str | Path,
+    recipe: MLA | None = None,
+    *,
+    codec: str = AUTO,
+    revision: str | None = None,
+    **settings: Any,
+) -> Choice:
+    """Which step :func:`convert` would take with the same arguments, and why."""
+    choice = Choice.of(codec, recipe, settings)
+    source = locate(with_revision(model, revision), adapter=choice.method.adapter, config_only=True)
+    return choice.for_model(read_model_spec(source_config(source)))
+
+
+def plan_codes(model: str | Path, method: LayerMethod, *, revision: str | None = None) -> dict[str, Any]:
+    """A dry run of a step that codes keys and values, from the config alone: see :func:`explain_codes`."""
+    name = with_revision(model, revision)
+    source = locate(name, adapter=method.adapter, config_only=True)
+    return explain_codes(name, method, read_model_spec(source_config(source)))
 
 
 def explain_plan(plan: MLAPlan) -> dict[str, Any]:
@@ -99,6 +121,7 @@ def convert(
     output: str | Path,
     recipe: MLA | MLAPlan | None = None,
     *,
+    codec: str = AUTO,
     revision: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -106,16 +129,20 @@ def convert(
     max_memory: str | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
+    told: Callable[[str], None] | None = None,
     **settings: Any,
-) -> Conversion:
-    """Converts a model to multi-head latent attention and writes it to ``output``.
+) -> Conversion | CodedConversion:
+    """Makes a model's KV cache smaller, and writes the new model to ``output``.
 
     Args:
         model: a local checkpoint folder, a GGUF file, an adapter's folder or a hub id, also
             ``org/name@revision``; it is only read.
         output: the folder to write; loads with ``AutoModelForCausalLM.from_pretrained`` (a vision-language model with
             ``AutoModelForImageTextToText``) after ``import anymla``, or with ``trust_remote_code=True`` without it.
-        recipe: settings to start from, or a plan of :func:`plan`.
+        recipe: settings of the step mla to start from, or a plan of :func:`plan`.
+        codec: "none": the step mla, multi-head latent attention with 16-bit numbers. Or a step that codes keys and
+            values: "transform_coding" or "kvquant". "auto": transform_coding, unless a recipe, a setting that only the
+            step mla has, as ``target``, or the model asks for that step.
         revision: a branch, tag or commit of a model on the hub.
         overwrite: replace ``output`` if it exists.
         restart: discard what a stopped conversion to ``output`` left, instead of going on from there.
@@ -123,9 +150,10 @@ def convert(
         max_memory: bytes of calibration activations to hold in memory, as "8GB"; the rest lies in files beside
             ``output``. Default: a quarter of the machine's memory.
         progress: called after each layer with (layers done, layers, result), and once before the first where a stopped
-            conversion goes on.
+            conversion goes on. Of codes the result is a dict, None after each pass of calibration.
         notify: called before the work where it will take more than ten minutes, with how long and what is faster.
-        settings: fields of :class:`~anymla.MLA` that override the recipe, as ``kv_cache=0.25``.
+        told: called with which step the codec "auto" took, and why.
+        settings: fields of the step, as ``kv_cache=0.25``; they override the recipe.
 
     What is done is kept in a folder beside ``output`` until all is; the same call goes on from there. Under torchrun
     every process takes its part of the calibration windows, and the first one writes.
@@ -138,9 +166,10 @@ def convert(
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
     name = with_revision(model, revision)
-    adapter = (recipe.recipe if isinstance(recipe, MLAPlan) else with_settings(recipe, settings)).adapter
-    source = locate(name, adapter=adapter)
-    read_model_spec(source_config(source))  # what is wrong with config.json is said in its own words
+    choice = Choice.of(codec, recipe, settings)
+    source = locate(name, adapter=choice.method.adapter)
+    # what is wrong with config.json is said in its own words
+    choice = choice.for_model(read_model_spec(source_config(source)))
     for path in source.paths:
         check_output(output, path, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
@@ -149,30 +178,26 @@ def convert(
         check_weights(plain.folder)
         # with transformers' defaults where config.json says nothing
         model_spec = read_model_spec(safe_config(plain.folder).to_dict())
-        chosen = _chosen_plan(name, model_spec, recipe, settings)
+        if told is not None and choice.told is not None:
+            told(choice.told)
+        if not isinstance(choice.method, MLA):
+            sizes = {"shard_size": shard_size, "memory": memory}
+            return convert_coded(choice.method, name, plain, model_spec, output, progress, restart=restart, **sizes)
+        chosen = _chosen_plan(name, model_spec, recipe or choice.method, settings)
         if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
             all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)
         from anymla.sweep.run import Run  # loads torch
 
-        told = _Told(model_spec, chosen.recipe, progress, notify)
+        teller = _Told(model_spec, chosen.recipe, progress, notify)
         run = Run(
             output=output,
             memory=memory,
             shard_size=shard_size,
             restart=restart,
-            progress=told.layer,
-            begins=told.begins,
+            progress=teller.layer,
+            begins=teller.begins,
         )
         return _convert(plain, model_spec, chosen, run, started)
-
-
-def peak_rss() -> int:
-    """The most memory this process has held, in bytes."""
-    with suppress(OSError):  # Linux; getrusage there begins with what the parent process held
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
 
 
 def _chosen_plan(model: str, model_spec: ModelSpec, recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> MLAPlan:

@@ -67,13 +67,20 @@ class Recipe(Settings):
             UnsupportedModelError: a step refuses it.
             InfeasibleError: the settings of a step cannot be met.
         """
-        found = []
+        found, original = [], model
         for number, step in enumerate(self.steps, 1):
-            if (reason := step.refuses(model)) is not None:
+            reason = step.refuses(model)
+            if step.phase == Phase.HEAL and self.teacher is None and model == original and not _converted(model):
+                reason = "nothing in it was converted, so there is nothing to recover: put the step mla before it"
+            if reason is not None:
                 raise UnsupportedModelError(f"step {number}, {step.name}, cannot have {self.model}: {reason}")
             model = step.plan(model).after
             found.append(model)
         return found
+
+
+def _converted(model: ModelSpec) -> bool:
+    return any(layer.kind is not None for layer in model.layers)
 
 
 def _step(given: Any, place: str) -> Method:

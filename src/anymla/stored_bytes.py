@@ -110,5 +110,5 @@ def _attention_path(spec: ModelSpec, index: int, names: set[str]) -> str | None:
     """Where in a layer that has tensors of these ``names`` its softmax attention is."""
     if index >= len(spec.layers) or spec.layers[index].attention is None:
         return None
-    parts = ("k_proj", "kv_b_proj", *FUSED)
+    parts = ("v_proj", "kv_b_proj", "q_b_proj", *FUSED)
     return next((path for path in PATHS if any(f"{path}.{part}.weight" in names for part in parts)), None)

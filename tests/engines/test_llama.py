@@ -28,6 +28,7 @@ from anymla.io.checkpoint import load_tokenizer
 from tests.deepseek_models import SHAPES, make_deepseek
 from tests.engines import llama
 from tests.families import FAST, ROPES, make_model, save_model
+from tests.gguf_files import Kind, write_gguf_of
 from tests.tokenizers import KINDS, give_tokenizer
 
 pytestmark = [
@@ -199,3 +200,19 @@ def test_an_openai_client_gets_the_same_completion(stories, tmp_path):
         with urlopen(request, timeout=60) as answer:
             text = json.load(answer)["choices"][0]["text"]
     assert text.strip() == load_tokenizer(converted).decode(tokens[0]).strip()
+
+
+@pytest.mark.parametrize("kept", [2, 1])
+def test_a_model_with_fewer_kv_heads_is_a_stock_one(tmp_path, kept):
+    """``kv_heads`` writes a Llama that needs nothing of anymla: the usual converter's file, the same greedy tokens."""
+    settings = {"kv_heads": kept, "calibration_tokens": 8192, "calibration_length": 128}
+    anymla.run(bundled_model(), tmp_path / "out", steps=[{"kv_heads": settings}])
+    model, prompts = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), prompts_of(tmp_path / "out")
+    write_gguf_of(model, load_tokenizer(tmp_path / "out"), tmp_path / "m.gguf", Kind.F32)
+    found, logits = llama.run(tmp_path / "m.gguf", prompts, new=NEW, cache="f32")
+    tokens, expected = llama.reference(model, prompts, NEW)
+    assert found["tokens"] == tokens
+    assert largest_error(logits, expected, prompts) < TOLERANCE["f32", "f32"]
+    config, (before, after, steps) = model.config, found["bytes"][0]
+    numbers = 2 * kept * config.hidden_size // config.num_attention_heads * config.num_hidden_layers
+    assert (after - before) / steps == CELL + 4 * numbers

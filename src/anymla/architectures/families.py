@@ -42,17 +42,19 @@ class Family:
     beyond: str | None = None  # what its attention does that the latent attention of engines does not
     unserved: str | None = None  # what else keeps vLLM's transformers backend from running it
     plain_block: bool = False  # outside attention, Llama's: RMSNorms and a gated MLP (or its factors are config fields)
+    says_kv_heads: bool = True  # a field of the config is the number of key/value heads, whatever it is
     plain_residual: bool = True  # the attention's output is added to the stream as it is: no norm or factor between
 
 
-_GATE, _SINKS, _GAIN = "a gate on the heads' output", "attention sinks", "norms with a weight after rope"
+GATE, OUTPUT_NORM = "a gate on the heads' output", "a norm before the output projection"
+SINKS, _GAIN = "attention sinks", "norms with a weight after rope"
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_NEXT = {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
 _HALF_ROPE = {"partial_rotary_factor": 0.5}
 # which layers attend to all tokens where layer_types is missing: the last of so many, or the first
 _ALL_FULL, _EVERY_SECOND = {"sliding_window_pattern": 1}, {"sliding_window_pattern": 2}
 _FIRST_OF_FOUR = {"full_attention_first_of": 4}
-_GPT = Family(rope=None, qkv_bias=True, output_bias=True)
+_GPT = Family(rope=None, qkv_bias=True, output_bias=True, says_kv_heads=False)
 _QWEN2_VL = Family(inside=True, qkv_bias=True, output_bias=False, optional_sliding_window=True)
 _COHERE = Family(rope="interleaved", rope_table="repeated")
 _PARTIAL = Family(partial_rope="partial_rotary_factor")
@@ -62,16 +64,17 @@ _HALF_ROPE_VL = replace(
 _POST_NORM = Family(plain_residual=False)
 
 FAMILIES: dict[str, Family] = {
-    "afmoe": Family(beyond=_GATE, qk_norm=True, rope_layers="sliding", plain_residual=False),
+    "afmoe": Family(beyond=GATE, qk_norm=True, rope_layers="sliding", plain_residual=False),
     "apertus": Family(qk_norm=True),
     "apertus1p5_text": Family(qk_norm=True),
     "arcee": Family(),
     "aria_text": Family(),
     "bamba": replace(_PARTIAL, defaults=_HALF_ROPE),
     "biogpt": replace(_GPT, unserved="its head is not called lm_head, the only one that vLLM looks for"),
-    "bitnet": Family(beyond="a norm before the output projection"),
+    "bitnet": Family(beyond=OUTPUT_NORM),
     "bloom": replace(_GPT, fused="grouped", position_bias="alibi", batched=False, adds_residual=True),
     "codegen": Family(
+        says_kv_heads=False,
         defaults={"rotary_dim": 64},
         fused="codegen",
         rope="interleaved",
@@ -85,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     "cohere2_moe": replace(_COHERE, rope_layers="sliding-or-dense"),
     "cohere_compass_text": Family(defaults=_ALL_FULL),
     "cwm": Family(plain_block=True, defaults=_FIRST_OF_FOUR),
-    "dbrx": Family(clip=True, qkv_bias=False, output_bias=False),
+    "dbrx": Family(says_kv_heads=False, clip=True, qkv_bias=False, output_bias=False),
     "dots1": Family(
         qk_norm=True, defaults={"use_sliding_window": True, "max_window_layers": 62}, optional_sliding_window=True
     ),
@@ -97,6 +100,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "exaone_moe": Family(qk_norm=True, rope_layers="sliding-or-all", plain_residual=False),
     "falcon": Family(
+        says_kv_heads=False,
         unserved="vLLM reads the cache's width from head_dim, which this family's config computes itself",
         defaults={"multi_query": True},
         fused="grouped",
@@ -107,7 +111,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon_h1": Family(all_layers_attend=True, plain_residual=False),
     "flex_olmo": Family(qk_norm=True, plain_residual=False),
-    "flint": Family(beyond=_SINKS, qk_norm=True, rope_layers="sliding"),
+    "flint": Family(beyond=SINKS, qk_norm=True, rope_layers="sliding"),
     "gemma": Family(),
     "gemma2": replace(_POST_NORM, softcap=True, defaults=_EVERY_SECOND),
     "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
@@ -121,10 +125,16 @@ FAMILIES: dict[str, Family] = {
     "gpt_bigcode": replace(_GPT, defaults={"multi_query": True}, fused="grouped"),
     "gpt_neo": replace(_GPT, qkv_bias=False, position_bias="window", scaling=1.0),
     "gpt_neox": Family(
-        defaults={"rotary_pct": 0.25}, fused="grouped", partial_rope="rotary_pct", qkv_bias=True, output_bias=True
+        says_kv_heads=False,
+        defaults={"rotary_pct": 0.25},
+        fused="grouped",
+        partial_rope="rotary_pct",
+        qkv_bias=True,
+        output_bias=True,
     ),
-    "gpt_oss": Family(beyond=_SINKS, defaults=_EVERY_SECOND),
+    "gpt_oss": Family(beyond=SINKS, defaults=_EVERY_SECOND),
     "gptj": Family(
+        says_kv_heads=False,
         defaults={"rotary_dim": 64},
         rope="interleaved",
         rope_table="sinusoids",
@@ -134,9 +144,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "granite": replace(_POST_NORM, plain_block=True),
     "granite_docling_text": replace(_POST_NORM, inside=True),
-    "granite_swa": replace(_POST_NORM, beyond=_SINKS, defaults=_FIRST_OF_FOUR),
+    "granite_swa": replace(_POST_NORM, beyond=SINKS, defaults=_FIRST_OF_FOUR),
     "granitemoe": _POST_NORM,
-    "granitemoe_swa": replace(_POST_NORM, beyond=_SINKS, defaults=_FIRST_OF_FOUR),
+    "granitemoe_swa": replace(_POST_NORM, beyond=SINKS, defaults=_FIRST_OF_FOUR),
     "granitemoehybrid": replace(_POST_NORM, defaults={"position_embedding_type": None}),
     "granitemoeshared": _POST_NORM,
     "helium": Family(plain_block=True, rope="interleaved"),
@@ -149,10 +159,10 @@ FAMILIES: dict[str, Family] = {
     "jais2": Family(),
     "jamba": Family(defaults={"attn_layer_period": 8, "attn_layer_offset": 4}, rope=None),
     "kolibri1": Family(qk_norm=True),
-    "laguna": replace(_PARTIAL, defaults=_ALL_FULL, beyond=_GATE, qk_norm=True, gate_activation="softplus"),
+    "laguna": replace(_PARTIAL, defaults=_ALL_FULL, beyond=GATE, qk_norm=True, gate_activation="softplus"),
     "lfm2": Family(qk_norm=True),
     "lfm2_moe": Family(qk_norm=True),
-    "lfm3": Family(beyond=_GATE, qk_norm=True),
+    "lfm3": Family(beyond=GATE, qk_norm=True),
     "llama": Family(plain_block=True),
     "lara_mini": Family(qk_norm=True, rope_layers="sliding"),
     "llama4_text": Family(
@@ -172,8 +182,8 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family(temperature="ministral3"),
     "mistral": Family(plain_block=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family(),
-    "modernbert-decoder": Family(defaults={"sliding_window": 64, "full_attention_first_of": 3}),
-    "mpt": Family(rope=None, clip=True, batched=False, position_bias="mpt"),
+    "modernbert-decoder": Family(says_kv_heads=False, defaults={"sliding_window": 64, "full_attention_first_of": 3}),
+    "mpt": Family(says_kv_heads=False, rope=None, clip=True, batched=False, position_bias="mpt"),
     "nanochat": Family(qk_norm=True, norm_after_rope=True, rope_table="backwards"),
     "nemotron": replace(_PARTIAL, defaults=_HALF_ROPE),
     "nemotron_h": Family(rope=None),
@@ -185,7 +195,13 @@ FAMILIES: dict[str, Family] = {
     "opt": replace(_GPT, qkv_bias="enable_bias", output_bias="enable_bias"),
     "paddleocr_vl_text": Family(inside=True, qkv_bias="use_bias", output_bias="use_bias"),
     "persimmon": replace(
-        _PARTIAL, defaults=_HALF_ROPE, fused="grouped", qk_norm="qk_layernorm", qkv_bias=True, output_bias=True
+        _PARTIAL,
+        says_kv_heads=False,
+        defaults=_HALF_ROPE,
+        fused="grouped",
+        qk_norm="qk_layernorm",
+        qkv_bias=True,
+        output_bias=True,
     ),
     "phi": replace(_PARTIAL, defaults=_HALF_ROPE, qk_norm="qk_layernorm", qkv_bias=True, output_bias=True),
     "phi3": replace(_PARTIAL, plain_block=True, qkv_bias=False, output_bias=False),
@@ -195,12 +211,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(defaults=_QWEN, qkv_bias="qkv_bias", output_bias=False, optional_sliding_window=True),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen3": Family(plain_block=True, defaults=_QWEN | {"head_dim": 128}, qk_norm=True, optional_sliding_window=True),
-    "qwen3_5_moe_text": replace(_PARTIAL, beyond=_GATE, defaults=_QWEN_NEXT, qk_norm=True),
-    "qwen3_5_text": replace(_PARTIAL, beyond=_GATE, defaults=_QWEN_NEXT, qk_norm=True),
+    "qwen3_5_moe_text": replace(_PARTIAL, beyond=GATE, defaults=_QWEN_NEXT, qk_norm=True),
+    "qwen3_5_text": replace(_PARTIAL, beyond=GATE, defaults=_QWEN_NEXT, qk_norm=True),
     "qwen3_moe": Family(qk_norm=True, optional_sliding_window=True),
     "qwen3_vl_moe_text": Family(inside=True, qk_norm=True),
     "qwen3_vl_text": Family(inside=True, qk_norm=True),
-    "qwen3_next": replace(_PARTIAL, beyond=_GATE, defaults=_QWEN_NEXT, qk_norm=True),
+    "qwen3_next": replace(_PARTIAL, beyond=GATE, defaults=_QWEN_NEXT, qk_norm=True),
     "seed_oss": Family(plain_block=True, qkv_bias="attention_bias", output_bias="attention_out_bias"),
     "sarvam_moe": replace(_PARTIAL, qk_norm="use_qk_norm"),
     "smollm3": Family(plain_block=True, rope_layers="no_rope_layers"),
@@ -216,6 +232,10 @@ TEXT_ONLY_INSIDE = frozenset(name for name, family in FAMILIES.items() if family
 _ENCODER = "a bidirectional encoder with a causal head, not a decoder that serves text"
 _HALF = "the decoder half of an encoder-decoder, with cross-attention"
 _MLA = "already multi-head latent attention"
+# whose layers, in some release of transformers, give their attention known arguments only
+DROP_ARGUMENTS = frozenset(
+    ("bloom", "codegen", "falcon", "falcon_h1", "gpt_neo", "gptj", "mpt", "nemotron", "stablelm")
+)
 OWN_CACHE = (  # of families where all_layers_attend
     "its layers mix tokens beside attention too, and transformers has a cache of its own kind for them"
 )

@@ -67,8 +67,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     if not isinstance(model_type, str):
         return f"config.json: model_type must be a family's name, got {shown(model_type)}"
     if model_type.startswith("anymla_"):
-        what = "its cache is coded already" if _is_coded(config) else ALREADY
-        return f"{what}: this folder was written by anymla"
+        return f"{_already(config)}: this folder was written by anymla"
     if config.get("kv_lora_rank"):
         return f"{ALREADY} (kv_lora_rank {shown(config['kv_lora_rank'])})"
     if config.get("is_encoder_decoder"):
@@ -84,12 +83,17 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     return danger(config)
 
 
-def _is_coded(config: Mapping[str, Any]) -> bool:
-    """Whether a folder of anymla's holds codes in its cache; one that is damaged is not looked at further."""
+def _already(config: Mapping[str, Any]) -> str:
+    """What a folder of anymla's has in the stock attention's place; one that is damaged is not looked at further."""
     try:
-        return any(layer.coded is not None for layer in layers_of(config) or ())
+        layers = layers_of(config) or ()
     except ValueError:
-        return False
+        return ALREADY
+    if any(layer.coded is not None for layer in layers):
+        return "its cache is coded already"
+    if any(layer.shared is not None for layer in layers):
+        return "its layers share attention maps already"
+    return "its KV heads are shared already" if any(layer.grouped is not None for layer in layers) else ALREADY
 
 
 def _family_refusal(model_type: str) -> str | None:

@@ -92,6 +92,24 @@ def projections_of(attention: Any, spec: AttentionSpec, family: Family) -> tuple
     return query, key, value, gate
 
 
+def stored_projections(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """What an attention of this kind stores for such rows: the inverse of ``projections_of``, where there is no gate.
+
+    Raises:
+        UnsupportedModelError: it stores them in a way that is not written.
+    """
+    key = key / getattr(attention, "key_multiplier", 1.0)
+    if hasattr(attention, "k_proj"):
+        named = dict(zip(SEPARATE, (query, key, value), strict=True))
+    elif hasattr(attention, "qkv_proj"):
+        named = {"qkv_proj": torch.cat([query, key, value])}
+    else:
+        raise UnsupportedModelError(f"{type(attention).__name__} keeps queries, keys and values in one fused matrix")
+    tensors = {f"{name}.weight": rows[:, :-1] for name, rows in named.items()}
+    biased = {name: rows for name, rows in named.items() if getattr(attention, name).bias is not None}
+    return tensors | {f"{name}.bias": rows[:, -1] for name, rows in biased.items()}
+
+
 def _rows(module: Any) -> Tensor:
     weight, bias = linear_weights(module)
     return torch.cat([weight, bias[:, None]], dim=1)

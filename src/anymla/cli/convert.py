@@ -10,12 +10,13 @@ import typer
 
 from anymla import pipeline
 from anymla.cli.options import (
+    Codec,
     Json,
     Model,
     RecipeFile,
     Revision,
     app,
-    chosen_recipe,
+    file_recipe,
     first_process,
     how_to_go_on,
     out,
@@ -24,9 +25,11 @@ from anymla.cli.options import (
     recipe_options,
 )
 from anymla.cli.progress import Report, shown
+from anymla.codec_choice import AUTO, NONE
 from anymla.errors import RecipeError
 from anymla.methods.mla.plan import MLAPlan
-from anymla.outcomes import Conversion
+from anymla.methods.mla.settings import MLA
+from anymla.outcomes import CodedConversion, Conversion
 
 if TYPE_CHECKING:
     from anymla.methods.mla.choose import LayerResult
@@ -80,12 +83,21 @@ def plan(
     model: Model,
     settings: dict[str, Any],
     recipe: RecipeFile = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this YAML file.")] = None,
+    codec: Codec = AUTO,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan to this YAML file: one of the step mla.")
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Dry run: what every layer becomes and what it costs, from the config alone."""
-    planned = pipeline.plan(model, chosen_recipe(recipe, settings), revision=revision)
+    codec = NONE if output is not None and codec == AUTO else codec
+    choice = pipeline.choose(model, file_recipe(recipe), codec=codec, revision=revision, **settings)
+    if choice.told is not None and not as_json:
+        out.print(choice.told, soft_wrap=True)
+    if not isinstance(choice.method, MLA):
+        return _show_codes(pipeline.plan_codes(model, choice.method, revision=revision), as_json=as_json)
+    planned = pipeline.plan(model, choice.method, revision=revision)
     costs = pipeline.explain_plan(planned)
     if output is not None:
         try:
@@ -107,6 +119,7 @@ def convert(
     model: Model,
     settings: dict[str, Any],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the converted model to.")],
+    codec: Codec = AUTO,
     recipe: RecipeFile = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.yaml of `anymla plan`, instead of a recipe.")] = None,
     revision: Revision = None,
@@ -125,16 +138,16 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a model to multi-head latent attention."""
+    """Make a model's KV cache smaller: codes of keys and values, or multi-head latent attention."""
     if plan is not None and (recipe is not None or settings.keys() - {"device"}):
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
-    chosen = MLAPlan.read(plan) if plan is not None else chosen_recipe(recipe, settings)
-    device = settings if plan is not None else {}
+    chosen = MLAPlan.read(plan) if plan is not None else file_recipe(recipe)
     with shown("convert") as report, how_to_go_on():
         conversion = pipeline.convert(
             model,
             output,
             chosen,
+            codec=codec,
             revision=revision,
             overwrite=overwrite,
             restart=restart,
@@ -142,7 +155,8 @@ def convert(
             max_memory=max_memory,
             progress=conversion_progress(report),
             notify=print_note if first_process() else None,
-            **device,
+            told=None if as_json or not first_process() else _tell,
+            **settings,
         )
     if not first_process():
         return
@@ -150,24 +164,34 @@ def convert(
         print_note(note)
     if as_json:
         return print_json(conversion.to_dict())
-    from anymla.report.tables import conversion_layers_table, scores_table
+    from anymla.report.tables import coded_layers_table, conversion_layers_table, scores_table
 
-    out.print(conversion_layers_table(conversion))
+    if isinstance(conversion, CodedConversion):
+        out.print(coded_layers_table(conversion))
+    else:
+        out.print(conversion_layers_table(conversion))
     out.print(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
     out.print(
         f"Wrote {output} in {conversion.seconds:.0f} s. Next: "
-        f"anymla eval {output} --against {conversion.plan.model} --text YOUR.txt",
+        f"anymla eval {output} --against {conversion.model} --text YOUR.txt",
         soft_wrap=True,
     )
+
+
+def _tell(text: str) -> None:
+    out.print(text, soft_wrap=True)
 
 
 def conversion_progress(report: Report) -> pipeline.Progress:
     """Reports each layer, and what comes before and behind them."""
 
-    def progress(done: int, total: int, result: LayerResult) -> None:
-        report(done, total, "layer", f"2K={result.rope_dims} r={result.kv_rank}")
+    def progress(done: int, total: int, result: LayerResult | dict[str, Any] | None) -> None:
+        if result is None:
+            return report(done, total, "calibration, pass")
+        what = "" if isinstance(result, dict) else f"2K={result.rope_dims} r={result.kv_rank}"
+        report(done, total, "layer", what)
         if done == total:
             report(0, None, "scoring and writing")
 
@@ -175,15 +199,26 @@ def conversion_progress(report: Report) -> pipeline.Progress:
     return progress
 
 
-def _notes(conversion: Conversion) -> Iterator[str]:
+def _show_codes(planned: dict[str, Any], *, as_json: bool) -> None:
+    """What `anymla plan` shows of codes."""
+    if as_json:
+        return print_json(planned)
+    from anymla.report.tables import codes_table
+
+    out.print(codes_table(planned))
+
+
+def _notes(conversion: Conversion | CodedConversion) -> Iterator[str]:
     """What the user should know of how the model was made."""
     from anymla.cards import static_norms_cost
 
     yield from conversion.notes
-    if conversion.plan.recipe.calibration is None:
+    if conversion.method.calibration is None:
         yield "calibrated on the bundled children's stories; --calibration with text like yours keeps more quality"
     if (computing := conversion.computing).dtype != computing.stored:
         yield f"computed in {computing.dtype}, saved in {computing.stored}: {computing.reason}"
+    if isinstance(conversion, CodedConversion):
+        return
     if lost := [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]:
         yield (
             f"fixed scales stand in for norms on queries and keys; {static_norms_cost(lost)}; the scores hold the loss "

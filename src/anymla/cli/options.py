@@ -10,15 +10,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_args
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rich.console import Console
 
+from anymla.codec_choice import CODEC
+from anymla.methods.cache_coding import TransformCoding
 from anymla.methods.mla.settings import MLA
 from anymla.recipe import read_mla
-from anymla.settings import DtypeName
+from anymla.settings import DtypeName, parse_yaml
 
 app = typer.Typer(
     name="anymla",
@@ -47,6 +50,7 @@ RecipeFile = Annotated[
         "--recipe", help="A YAML file with any of these settings, or a recipe with the step mla; options override it."
     ),
 ]
+Codec = Annotated[str, typer.Option(help=CODEC)]
 Device = Annotated[str, typer.Option(help=MLA.model_fields["device"].description)]
 Adapter = Annotated[str | None, typer.Option(help=MLA.model_fields["adapter"].description)]
 Dtype = Annotated[
@@ -55,23 +59,28 @@ Dtype = Annotated[
 ]
 
 
-def options_of(recipe: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option per field of ``recipe``, and hands it the ones that were set as ``settings``."""
-    return functools.partial(_with_options, recipe)
+def options_of(*kinds: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option per field of ``kinds``, and hands it the ones that were set as ``settings``."""
+    return functools.partial(_with_options, kinds)
 
 
-def _with_options(recipe: type[BaseModel], command: Callable[..., None]) -> Callable[..., None]:
+def _with_options(kinds: tuple[type[BaseModel], ...], command: Callable[..., None]) -> Callable[..., None]:
+    fields = {name: field for kind in reversed(kinds) for name, field in kind.model_fields.items()}
+    fields = {name: fields[name] for kind in kinds for name in kind.model_fields}
+
     @functools.wraps(command)
     def with_settings(**arguments: Any) -> None:
-        settings = {name: arguments.pop(name) for name in recipe.model_fields}
-        command(**arguments, settings={name: value for name, value in settings.items() if value not in (None, [])})
+        settings = {name: arguments.pop(name) for name in fields}
+        given = {name: value for name, value in settings.items() if value not in (None, [])}
+        words = {name: parse_yaml(given[name], f"--{name}") for name in given if _number_or_word(fields[name])}
+        command(**arguments, settings=given | words)
 
     own = python_inspect.signature(command, eval_str=True).parameters
     parameters = [parameter for name, parameter in own.items() if name != "settings"]
-    for name, field in recipe.model_fields.items():
-        default = "" if field.default is None else f" [default: {field.default}]"
-        option = typer.Option(help=f"{field.description}{default}", show_default=False)
-        annotation: Any = Annotated[Optional[field.annotation], option]  # noqa: UP045
+    for name, field in fields.items():
+        option = typer.Option(help=f"{field.description}{_default(name, kinds)}", show_default=False)
+        value = str if _number_or_word(field) else field.annotation
+        annotation: Any = Annotated[Optional[value], option]  # noqa: UP045
         kind = python_inspect.Parameter.KEYWORD_ONLY
         parameters.append(python_inspect.Parameter(name, kind, default=None, annotation=annotation))
     ordered = sorted(parameters, key=lambda parameter: parameter.default is not python_inspect.Parameter.empty)
@@ -81,7 +90,22 @@ def _with_options(recipe: type[BaseModel], command: Callable[..., None]) -> Call
     return with_settings
 
 
-recipe_options = options_of(MLA)
+def _number_or_word(field: FieldInfo) -> bool:
+    """Whether a field takes a number or a word, which no option can say."""
+    return {float} < {*get_args(field.annotation)} - {type(None)}
+
+
+def _default(name: str, kinds: tuple[type[BaseModel], ...]) -> str:
+    """The default as a help text shows it, by the step where they differ."""
+    found = {kind: kind.model_fields[name].default for kind in kinds if name in kind.model_fields}
+    if len({*map(str, found.values())}) == 1:
+        default = next(iter(found.values()))
+        return "" if default is None else f" [default: {default}]"
+    each = (f"{default} of {getattr(kind, 'name', kind.__name__)}" for kind, default in found.items())
+    return f" [default: {', '.join(each)}]"
+
+
+recipe_options = options_of(MLA, TransformCoding)
 
 
 def print_json(content: Any) -> None:
@@ -89,11 +113,9 @@ def print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 
-def chosen_recipe(path: Path | None, settings: dict[str, Any]) -> MLA:
-    """The recipe file's settings, overridden by the options."""
-    if path is None:
-        return MLA.of(settings, "settings")
-    return MLA.of(read_mla(path) | settings, "settings")
+def file_recipe(path: Path | None) -> MLA | None:
+    """The settings of the step mla in a recipe file."""
+    return None if path is None else MLA.of(read_mla(path), "settings")
 
 
 def print_note(text: str) -> None:

@@ -43,6 +43,18 @@ def held_out_scores(
     return first.scores(caches[0]), second.scores(caches[1])
 
 
+def kl_of_streams(
+    source: StreamedModel, windows: Tensor, original: Iterable[Tensor], changed: Iterable[Tensor], *, tuples: bool
+) -> float:
+    """KL in nats per token of final hidden states [1,T,D] to the original's, over the windows of all processes."""
+    sums = ScoreSums()
+    with source.on_demand(decoder_layers(source.model)):
+        for window, true, hidden in zip(windows, original, changed, strict=True):
+            reference = _logits(source.model, true, tuples)
+            sums.add(_logits(source.model, hidden, tuples), window[None].to(source.device), reference)
+    return sums.over_all_processes(source.device).quality()[1] or 0.0
+
+
 def _logits(model: Any, hidden: Tensor, tuples: bool) -> Logits:
     """Those of final hidden states [B,T,D], through the model's own norm and head."""
     shape = (*hidden.shape[:2], model.config.get_text_config().vocab_size)

@@ -128,8 +128,17 @@ def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
     for layer in converted:
         if (wrong := _wrong(layer)) is not None:
             raise CheckpointError(f"{folder}/config.json: the layer at {layer.module!s:.60} has a wrong {wrong}")
+    if any(layer.mfa is not None for layer in described):
+        raise UnsupportedModelError(
+            f"{folder}: its attention is factorised (mfa), which these layouts do not have: export what mla made, "
+            "before the step mfa; what was trained from scratch with fresh_config goes to anymla.exports.step3"
+        )
     if any(layer.coded is not None for layer in described):
-        raise CheckpointError(f"{folder}: its cache holds codes, which transformers alone reads: export what mla made")
+        raise CheckpointError(
+            f"{folder}: its cache holds codes, which transformers alone reads: convert with --codec none or a --target"
+        )
+    if any(layer.shared is not None for layer in described):
+        raise CheckpointError(f"{folder}: its layers share attention maps, which transformers alone runs")
     if not converted:
         raise CheckpointError(f"{folder}/config.json: {KEY} does not describe layers as anymla convert does")
     return tuple(Layer(index, str(layer.module), *layer.parts) for index, layer in enumerate(converted))

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
+import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from anymla.errors import RecipeError
@@ -64,3 +68,12 @@ def versions(*others: str) -> dict[str, str]:
     """The versions of Python, anymla, torch, transformers and ``others``, packages by name."""
     packages = {name: version(name) for name in ("anymla", "torch", "transformers", *others)}
     return packages | {"python": platform.python_version()}
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes."""
+    with suppress(OSError):  # Linux; getrusage there begins with what the parent process held
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024

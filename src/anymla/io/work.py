@@ -26,7 +26,7 @@ class WorkFolder:
     """
 
     def __init__(
-        self, output: Path, *, kind: str = "conversion", counted: tuple[str, ...] = ("layers", "survey")
+        self, output: Path, *, kind: str = "conversion", counted: tuple[str, ...] = ("layers", "survey", "search")
     ) -> None:
         self.kind, self.counted = kind, counted
         self.output = output.absolute()

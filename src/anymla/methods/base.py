@@ -100,6 +100,23 @@ class Survey(ABC):
         """
 
 
+class Search(ABC):
+    """Layers that a method chooses by the KL of the whole model; anymla.sweep tries them and keeps what it finds.
+
+    ``count``: how many layers it will choose, as far as is known before.
+    """
+
+    count: int
+
+    @abstractmethod
+    def candidates(self, chosen: tuple[int, ...]) -> list[int]:
+        """The layers of which one is to be added to ``chosen``; none where these are enough."""
+
+    @abstractmethod
+    def plan(self, chosen: tuple[int, ...]) -> Plan:
+        """What the model is with ``chosen``."""
+
+
 class Method(Settings, ABC):
     """One step of a recipe: its fields are YAML keys, help texts and rows of the docs.
 
@@ -176,6 +193,13 @@ class LayerMethod(Method):
 
     def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
         """What to gather on calibration text before ``plan`` is final; None for nothing."""
+        return None
+
+    def search(self, model: ModelSpec) -> Search | None:
+        """Which layers to try on calibration text before the plan is final; None where they are known.
+
+        The facts of a layer that was chosen hold its ``kl``. Trials call :meth:`apply` with nothing observed.
+        """
         return None
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -110,13 +111,15 @@ class Tune(Method):
         return self
 
     def refuses(self, model: ModelSpec) -> str | None:
-        """A model without latent attention has nothing to recover, codes are fitted last, and text must be given."""
-        if all(layer.latent is None for layer in model.layers):
-            return "nothing in it was converted, so there is nothing to recover: put the step mla before it"
+        """Codes let no gradient through, and without text there is nothing to learn from."""
         if any(layer.coded is not None for layer in model.layers):
-            return "its cache is coded already: tune what the step mla made"
+            return "its cache is coded: put tune before the step that codes it"
         return "it has no data: name a text to learn from" if self.data is None else None
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
-        """The same model: only its weights change."""
-        return Plan(after=model)
+        """The same model: only its weights change, and gates of mfa are folded at the end."""
+        folded = (
+            layer if layer.mfa is None else replace(layer, mfa=replace(layer.mfa, value_gate=False))
+            for layer in model.layers
+        )
+        return Plan(after=replace(model, layers=tuple(folded)))

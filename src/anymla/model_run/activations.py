@@ -31,7 +31,8 @@ class Activations:
     """Hidden states [N,T,D]; slices of windows are read, onto ``device``, and written.
 
     With a ``name`` it is a stream that moves on layer by layer: where it lies in a file, writes go to a second file,
-    and reads see the first until :meth:`save`. A process killed in between finds the first one whole.
+    and reads see the first until :meth:`save`. A process killed in between finds the first one whole. ``maps``: of the
+    layers that share their attention map with later ones (maps.py).
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Activations:
     ) -> None:
         self.shape, self.dtype, self.device, self.budget, self.name = shape, dtype, device, budget, name
         self.window = dtype.itemsize * shape[1] * shape[2]  # bytes
+        self.maps: dict[int, Activations] = {}
         self._taken = budget.take(self.window * shape[0])
         self._memory = torch.empty(shape, dtype=dtype) if self._taken else None
         self._source: Any = None

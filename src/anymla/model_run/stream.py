@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anymla.errors import UnsupportedModelError
 from anymla.model_run.activations import Activations
+from anymla.model_run.maps import with_maps
 
 SCORE_ELEMENTS = 1 << 22  # attention scores per batch; bounds the batch, and so the memory of its activations
 LAYER_LISTS = ("layers", "h", "blocks")
@@ -200,8 +201,8 @@ def run_layer(
     seen: list[AttentionRun] = []
     with _listening(attention, seen):
         for start, part in zip(range(0, len(hidden), batch), hidden.split(batch), strict=True):
-            output = first(layer(part, **arguments))
             windows = slice(start, start + len(part))
+            output = first(layer(part, **with_maps(layer, hidden, windows, arguments)))
             yield LayerBatch(windows=windows, hidden=part, output=output, attention=seen.pop() if seen else None)
 
 
@@ -235,5 +236,6 @@ def pass_through(layer: Any, stream: Activations, arguments: dict[str, Any], bat
     """Moves ``stream`` on to the states after ``layer``."""
     done = 0
     for hidden in stream.split(batch):
-        stream[done : done + len(hidden)] = first(layer(hidden, **arguments))
+        windows = slice(done, done + len(hidden))
+        stream[windows] = first(layer(hidden, **with_maps(layer, stream, windows, arguments)))
         done += len(hidden)

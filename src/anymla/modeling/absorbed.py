@@ -26,6 +26,7 @@ def absorbed_attention(
     mask: Tensor | None,
     scale: float,
     *,
+    value: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     summed: bool = False,
@@ -33,15 +34,15 @@ def absorbed_attention(
     """Attention of every head over the one latent that they share.
 
     query_latent [B,H,T,r], query_rope [B,H,T,R], latent [B,1,S,r], rope_key [B,1,S,R]; mask None, bool (True = may
-    attend) or additive, [B or 1,H or 1,T,S]; sinks [H] are logits of a key without a value.
-    Returns softmax(cap(scale * scores) + mask) @ latent, [B,H,T,r]; where ``summed``, also the logarithm of what the
-    softmax divides by, [B,H,T], to merge this with attention to other tokens.
+    attend) or additive, [B or 1,H or 1,T,S]; value [B,1,S,V], None: the latent; sinks [H] are logits of a key without a
+    value. Returns softmax(cap(scale * scores) + mask) @ value, [B,H,T,V]; where ``summed``, also the logarithm of what
+    the softmax divides by, [B,H,T], to merge this with attention to other tokens.
     """
     heads, new = query_latent.shape[1:3]
     # All heads share the cache: (head, token) pairs are the rows of one matrix product. Left to broadcast, matmul would
     # read (in bfloat16 even copy) the cache once per head.
     query, query_rope = (query_latent * scale).flatten(1, 2), (query_rope * scale).flatten(1, 2)
-    latent, rope_key = latent.squeeze(1), rope_key.squeeze(1)
+    latent, rope_key, value = latent.squeeze(1), rope_key.squeeze(1), (latent if value is None else value).squeeze(1)
     sink_rows = None if sinks is None else sinks.to(query.dtype).repeat_interleave(new)
     if mask is not None:
         mask = additive_mask(mask, query.dtype).expand(len(query), -1, -1, -1)
@@ -49,11 +50,12 @@ def absorbed_attention(
     size = latent[0].numel()
     if not (thin and size >= STREAM_SIZE and latent.shape[1] >= BLOCK):
         tall = thin and size >= TALL_SIZE
-        found = _attend(query, query_rope, latent, rope_key, mask, new, tall, softcap, sink_rows, summed)
-        return _per_head(*found, heads)
+        both = _attend(query, query_rope, latent, rope_key, value, mask, new, tall, softcap, sink_rows, summed)
+        return _per_head(*both, heads)
     masks = [None] * len(query) if mask is None else mask
-    sequences = zip(query, query_rope, latent, rope_key, masks, strict=True)
-    contexts, totals = zip(*(_stream(*one, softcap, sink_rows) for one in sequences), strict=True)
+    sequences = zip(zip(query, query_rope, latent, rope_key, strict=True), value, masks, strict=True)
+    found = (_stream(*own, values, shown, softcap, sink_rows) for own, values, shown in sequences)
+    contexts, totals = zip(*found, strict=True)
     return _per_head(torch.stack(contexts), torch.stack(totals) if summed else None, heads)
 
 
@@ -76,6 +78,7 @@ def _attend(
     query_rope: Tensor,
     latent: Tensor,
     rope_key: Tensor,
+    value: Tensor,
     mask: Tensor | None,
     new: int,
     tall: bool,
@@ -100,7 +103,7 @@ def _attend(
         precision = torch.promote_types(scores.dtype, torch.float32)
         log_total = scores.amax(-1).to(precision) - weights.amax(-1).to(precision).log()
     weights = weights[..., : latent.shape[1]]
-    return torch.bmm(latent.mT, weights.mT).mT if tall else torch.bmm(weights, latent), log_total
+    return torch.bmm(value.mT, weights.mT).mT if tall else torch.bmm(weights, value), log_total
 
 
 def _stream(
@@ -108,6 +111,7 @@ def _stream(
     query_rope: Tensor,
     latent: Tensor,
     rope_key: Tensor,
+    value: Tensor,
     mask: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
@@ -116,10 +120,9 @@ def _stream(
 
     Tokens are the pixels, latent numbers the channels. The same sums as two matrix products.
     """
-    (rows, rank), length = query.shape, len(latent)
-    image = latent.reshape(1, length, 1, rank).permute(0, 3, 1, 2)
-    kernel = query[:, :, None, None]
-    scores = conv2d(image, kernel)[0, :, :, 0].T.contiguous()  # [S, rows], the layout it already has
+    rows, length = len(query), len(latent)
+    image, values = (states.reshape(1, length, 1, -1).permute(0, 3, 1, 2) for states in (latent, value))
+    scores = conv2d(image, query[:, :, None, None])[0, :, :, 0].T.contiguous()  # [S, rows], the layout it already has
     if query_rope.shape[-1]:
         scores.addmm_(rope_key, query_rope.T)
     if softcap is not None:
@@ -132,6 +135,6 @@ def _stream(
         peak = torch.maximum(peak, sinks)
     peak = peak.detach()  # it cancels, gradients included
     weights = scores.sub_(peak).exp_()
-    context = conv2d_weight(image, kernel.shape, weights.T[None, :, :, None]).flatten(1)
+    context = conv2d_weight(values, (rows, values.shape[1], 1, 1), weights.T[None, :, :, None]).flatten(1)
     total = weights.sum(0) if sinks is None else weights.sum(0) + (sinks - peak).exp()
     return context / total[:, None], total.log() + peak

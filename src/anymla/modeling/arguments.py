@@ -56,7 +56,7 @@ def cache_of(output: Any) -> Any:
 def make_fit(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
     """Gives layer ``index`` of a static cache that was made in advance the widths and the dtype of its tensors.
 
-    ``StaticCache.early_initialization`` knows one width for keys and values alike. ``keys``, ``values``: [B,1,T,n] of
+    ``StaticCache.early_initialization`` knows one width for keys and values alike. ``keys``, ``values``: [B,N,T,n] of
     new tokens.
 
     Raises:
@@ -67,7 +67,7 @@ def make_fit(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
     if not isinstance(layer, StaticLayer) or not layer.is_initialized:
         return
     held = (layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
-    if held == (1, keys.shape[-1], values.shape[-1]) and layer.keys.dtype == keys.dtype:
+    if held == (keys.shape[1], keys.shape[-1], values.shape[-1]) and layer.keys.dtype == keys.dtype:
         return
     if torch.compiler.is_exporting() or torch.compiler.is_compiling():
         raise NotImplementedError(

@@ -20,7 +20,16 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .absorbed import additive_mask
 from .arguments import take_cache
-from .heads import attention_weights, causal_mask, dropout_rates, query_temperature, split_heads, taken, window_of
+from .heads import (
+    attention_weights,
+    causal_mask,
+    dropout_rates,
+    multiply_pairs,
+    query_temperature,
+    split_heads,
+    taken,
+    window_of,
+)
 from .spec import LayerSpec
 
 
@@ -51,9 +60,11 @@ class ConvertedAttention(nn.Module):
         self.attention_dropout, self.output_dropout = dropout_rates(original)
         self.sliding_window = window_of(original, config, self.layer_idx)
 
-        self.q_norm, self.k_norm = (taken(original, name) for name in attention.norms or (None, None))
-        self.v_norm = taken(original, attention.value_norm)
-        self.output_norm = taken(original, attention.output_norm)
+        own = isinstance(original, ConvertedAttention)  # which is converted further
+        norms = ("q_norm", "k_norm") if own and attention.norms else attention.norms
+        self.q_norm, self.k_norm = (taken(original, name) for name in norms or (None, None))
+        self.v_norm = taken(original, "v_norm" if own and attention.value_norm else attention.value_norm)
+        self.output_norm = taken(original, "output_norm" if own and attention.output_norm else attention.output_norm)
         self._make_projections(config.hidden_size, spec)
         self.sinks = nn.Parameter(torch.zeros(attention.num_heads)) if attention.sinks else None
         self._make_buffers(spec)
@@ -93,6 +104,11 @@ class ConvertedAttention(nn.Module):
         """What ``v_proj`` makes, as heads [B,G,T,d]: the original's values, in layers that have them."""
         return self._heads(self.v_proj(hidden_states), self.v_norm)
 
+    def rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """True queries or keys [B,N,T,d] with the original's rope."""
+        pairs, rest = heads.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
+        return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
+
     def _heads(self, states: Tensor, norm: Any) -> Tensor:
         spec = self.spec
         return split_heads(states, self.head_dim, clip=spec.clip, norm=norm, norm_over=spec.norm_over)
@@ -116,13 +132,25 @@ class ConvertedAttention(nn.Module):
         if kwargs.pop("output_attentions", False):
             raise NotImplementedError("a converted model does not return attention weights: decode never forms them")
         cache = take_cache(kwargs)
+        output, weights = self.attended(hidden_states, position_embeddings, position_ids, attention_mask, cache, kwargs)
+        return self._project(output, hidden_states, residual), weights
+
+    def attended(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        position_ids: Tensor | None,
+        mask: Tensor | None,
+        cache: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' output [B,T,H,d] and the weights; the new tokens are in the cache."""
         if position_ids is None and self.spec.temperature is not None:
             seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
             position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device)[None]
         places = self.places(position_embeddings, position_ids, hidden_states)
         query = self.true_query(hidden_states, position_ids)
-        output, weights = self.attend(hidden_states, query, places, attention_mask, cache, kwargs)
-        return self._project(output, hidden_states, residual), weights
+        return self.attend(hidden_states, query, places, mask, cache, kwargs)
 
     def places(self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor) -> Any:
         """What ``attend`` needs to know of the new tokens' positions."""
@@ -145,7 +173,7 @@ class ConvertedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Calls the attention that the config names; returns [B,T,H,d] and the weights.
 
-        query [B,H,T,n], key [B,G,S,n], value [B,G,S,d].
+        query [B,H,T,n], key [B,G,S,n], value [B,G,S,m]; where converted further, all heads share one key and value.
         """
         rate = self.attention_dropout if self.training else 0.0
         if self.spec.softcap is not None or self.sinks is not None:
@@ -154,10 +182,11 @@ class ConvertedAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         kwargs = kwargs | {"dropout": rate, "scaling": self.scaling, "sliding_window": self.sliding_window}
-        if wider := key.shape[-1] - value.shape[-1]:  # flash kernels want keys and values of one width
-            value = pad(value, (0, wider))
+        width = value.shape[-1]
+        widest = max(key.shape[-1], width)  # flash kernels want keys and values of one width
+        query, key, value = (_widened(states, widest) for states in (query, key, value))
         output, weights = attention(self, query, key, value, mask, **kwargs)
-        return output[..., : self.head_dim], weights
+        return output[..., :width], weights
 
     def _attend_densely(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float
@@ -181,6 +210,11 @@ class ConvertedAttention(nn.Module):
             output = self.output_norm(output)
         output = dropout(self.o_proj(output), self.output_dropout, self.training)
         return output if residual is None or not self.spec.adds_residual else residual + output
+
+
+def _widened(states: Tensor, width: int) -> Tensor:
+    """States [..,n] with zeros up to ``width``."""
+    return pad(states, (0, width - states.shape[-1])) if states.shape[-1] < width else states
 
 
 def joined(heads: Tensor) -> Tensor:

@@ -6,15 +6,17 @@ methods build (shapes as in torch.nn.Linear, weight [out,in]; n = G d):
     q_proj [H d,D], k_proj [n,D], v_proj [n,D], o_proj [D,H d], each with a bias; gate_proj, sinks, norms, query_gain as
     in LatentAttention. A head is [P real parts | P imaginary parts | rest].
     Coefficients z = (k - mean) E, of values likewise. In the basis "own" they are k itself: no encoder, no decoder.
+    E is block diagonal: a block is b key/value heads (``key_block``, ``value_block``), w = b d coefficients.
     Where keys are linear in x, E and the mean are folded into k_proj; elsewhere (LayerSpec.encodes_keys) norm and clip
-    follow k_proj, then key_encoder [n,n]: weight E^T, bias -mean E. value_encoder (LayerSpec.encodes_values) likewise.
-    key_decoder, value_decoder [n,n]: weight (E^-1)^T, bias the mean; absent in the basis "own".
+    follow k_proj, then key_encoder [n,w]: the blocks of E^T under each other, bias -mean E. value_encoder
+    (LayerSpec.encodes_values) likewise.
+    key_decoder, value_decoder [n,w]: the blocks of (E^-1)^T, bias the mean; absent in the basis "own".
     key_codec, value_codec, inv_freq: as in RowsAttention.
-    channel_index [G P], int64, in the basis "channels" only: the rope pair with which a channel turns. Coefficients
-    are [G P real parts | G P imaginary parts | G (d - 2 P) of dims without rope].
+    channel_index [G P], int64, in the basis "channels" only: the rope pair with which a channel turns. The
+    coefficients of a block are [b P real parts | b P imaginary parts | b (d - 2 P) of dims without rope].
 
 Shapes: B batch, T new tokens, S cached tokens, H query heads, G key/value heads, d head_dim, P rope pairs, c tokens of
-a chunk.
+a chunk, m blocks of w coefficients.
 """
 
 from __future__ import annotations
@@ -24,11 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .absorbed import additive_mask
 from .attention import joined
-from .dense_weight import affine_map
+from .block_maps import grouped, mapped, matrix, through
 from .heads import attention_weights, multiply_pairs
 from .rows_attention import Rows, RowsAttention, turn, turned
 from .spec import LayerSpec
@@ -45,11 +46,12 @@ class CodedAttention(RowsAttention):
 
     def _make_cached(self, hidden: int, spec: LayerSpec) -> None:
         size, coded = self.num_kv_heads * self.head_dim, spec.codes
+        self.key_width, self.value_width = keys, values = coded.block_widths(self.spec)
         self.k_proj, self.v_proj = nn.Linear(hidden, size), nn.Linear(hidden, size)
-        self.key_encoder = nn.Linear(size, size) if spec.encodes_keys else None
-        self.value_encoder = nn.Linear(size, size) if spec.encodes_values else None
-        self.key_decoder = None if coded.key_basis == "own" else nn.Linear(size, size)
-        self.value_decoder = None if coded.value_basis == "own" else nn.Linear(size, size)
+        self.key_encoder = nn.Linear(keys, size) if spec.encodes_keys else None
+        self.value_encoder = nn.Linear(values, size) if spec.encodes_values else None
+        self.key_decoder = None if coded.key_basis == "own" else nn.Linear(keys, size)
+        self.value_decoder = None if coded.value_basis == "own" else nn.Linear(values, size)
 
     def _make_buffers(self, spec: LayerSpec) -> None:
         super()._make_buffers(spec)
@@ -59,8 +61,8 @@ class CodedAttention(RowsAttention):
     def coefficients(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """What is coded of the new tokens: keys and values [B,T,G d] in their bases."""
         keys, values = joined(self.true_key(hidden_states)), joined(self.true_value(hidden_states))
-        keys = keys if self.key_encoder is None else self.key_encoder(keys)
-        return keys, values if self.value_encoder is None else self.value_encoder(values)
+        keys = keys if self.key_encoder is None else through(self.key_encoder, keys, self.key_width)
+        return keys, values if self.value_encoder is None else through(self.value_encoder, values, self.value_width)
 
     def framed(self, query: Tensor, positions: Tensor | None, start: int) -> Tensor:
         """The query [B,H,T,d], with what rope and the family put on it, or on it and keys, after rope.
@@ -96,13 +98,14 @@ class CodedAttention(RowsAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Turned queries [B,H,T,d], turned keys and values [B,G,S,d] of coefficients [B,S,G d] from a column on."""
         columns = torch.arange(column, column + states[0].shape[1], device=query.device)
-        key, value = self._rebuilt(states[0], self.key_decoder), self._rebuilt(states[1], self.value_decoder)
+        key = self._rebuilt(states[0], self.key_decoder, self.key_width)
+        value = self._rebuilt(states[1], self.value_decoder, self.value_width)
         own = torch.arange(start, start + query.shape[2], device=query.device)
         return turned(query, *self._angles(own, query)), turned(key, *self._angles(columns, query)), value
 
-    def _rebuilt(self, states: Tensor, decoder: nn.Module | None) -> Tensor:
-        """Heads [B,G,t,d] of coefficients [B,t,G d]."""
-        states = states if decoder is None else decoder(states)
+    def _rebuilt(self, states: Tensor, decoder: nn.Module | None, width: int) -> Tensor:
+        """Heads [B,G,t,d] of coefficients [B,t,G d] in blocks of ``width``."""
+        states = states if decoder is None else through(decoder, states, width)
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
@@ -129,33 +132,36 @@ class CodedAttention(RowsAttention):
 
     def _by_heads(self, queries: Tensor, cos: Tensor, sin: Tensor) -> Product:
         """Rebuilds keys; ``queries`` [chunks,B,H,T,d] turned, ``cos``, ``sin`` [c,P] of a chunk's columns."""
-        decoder = None if self.key_decoder is None else self._decoder(self.key_decoder, cos)
+        decoder = None if self.key_decoder is None else matrix(self.key_decoder, self.key_width, cos)
         cos, sin = cos[:, None], sin[:, None]
 
         def product(index: int, states: Tensor) -> Tensor:
-            if decoder is not None:
-                states = linear(states, decoder[0].flatten(0, 1), decoder[1].flatten())
-            keys = states.unflatten(-1, (-1, self.head_dim))
+            keys = (states if decoder is None else mapped(states, *decoder)).unflatten(-1, (-1, self.head_dim))
             turn(keys, cos[: keys.shape[1]], sin[: keys.shape[1]])
             return grouped(queries[index], keys.permute(0, 2, 3, 1))
 
         return product
 
     def _by_channels(self, queries: Tensor, cos: Tensor, sin: Tensor) -> Product:
-        """Takes the query to the channels, for the decoder commutes with rope; the mean of keys turns as they do."""
-        weight, mean = self._decoder(self.key_decoder, cos)
+        """Takes a query to the channels of its block, for the decoder commutes with rope; the mean of keys turns, too.
+
+        ``queries`` [chunks,B,H,T,d] turned, ``cos``, ``sin`` [c,P] of a chunk's columns.
+        """
+        weight, mean = self._by_head(self.key_decoder, self.key_width, cos)
         mean, turned_dims = mean.repeat_interleave(self.num_key_value_groups, dim=0)[:, None], 2 * self.rope_pairs
         real, imag = mean[..., :turned_dims].chunk(2, dim=-1)
         of_mean = multiply_pairs(queries[..., :turned_dims], real, -imag)  # the conjugate of what turns with a column
         of_rest = (queries[..., turned_dims:] * mean[..., turned_dims:]).sum(-1, keepdim=True)
-        channel_cos, channel_sin = cos[:, self.channel_index], sin[:, self.channel_index]
+        blocks = self.num_kv_heads * self.head_dim // self.key_width
+        channels: Any = self.channel_index
+        channel_cos, channel_sin = (table[:, channels].unflatten(-1, (blocks, -1)) for table in (cos, sin))
         waves = torch.cat([cos, sin], -1)
 
         def product(index: int, states: Tensor) -> Tensor:
-            length = states.shape[1]
+            states, length = states.unflatten(-1, (blocks, -1)), states.shape[1]
             turn(states, channel_cos[:length], channel_sin[:length])
-            absorbed = grouped(queries[index], weight[None]).flatten(1, 2)
-            scores = (states @ absorbed.mT).mT.unflatten(1, queries.shape[2:4])
+            absorbed = grouped(queries[index], weight[None]).unflatten(1, (blocks, -1)).flatten(2, 3)
+            scores = (states.transpose(1, 2) @ absorbed.mT).mT.flatten(1, 2).unflatten(1, queries.shape[2:4])
             return scores + of_mean[index] @ waves[:length].mT + of_rest[index]
 
         return product
@@ -163,23 +169,16 @@ class CodedAttention(RowsAttention):
     def _context(self, weights: Tensor, rows: Rows, chunks: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
         """Values weighted with ``weights`` [B,H,T,S]: [B,H,T,d]."""
         read = ((slice(*chunk), self._read(rows, *chunk, dtype, values=True).to(weights.dtype)) for chunk in chunks)
+        blocks = ((weights[..., at], states.unflatten(-1, (-1, self.value_width))) for at, states in read)
+        context = torch.stack([grouped(part, states.transpose(1, 2)) for part, states in blocks]).sum(0)
         if self.value_decoder is None:
-            return torch.stack([grouped(weights[..., at], self._rebuilt(states, None)) for at, states in read]).sum(0)
-        flat = weights.flatten(1, 2)
-        context = torch.stack([flat[..., at] @ states for at, states in read]).sum(0)
-        weight, mean = self._decoder(self.value_decoder, weights)
-        heads = grouped(context.unflatten(1, weights.shape[1:3]), weight.mT[None])
+            return context
+        weight, mean = self._by_head(self.value_decoder, self.value_width, weights)
+        heads = grouped(context, weight.mT[None])
         mean = mean.repeat_interleave(self.num_key_value_groups, dim=0)
         return heads + weights.sum(-1, keepdim=True) * mean[:, None]  # a sink takes a part of the weights
 
-    def _decoder(self, decoder: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight [G,d,G d] and constant [G,d] of a decoder."""
-        weight, mean = affine_map(decoder, self.num_kv_heads * self.head_dim, like)
-        weight, mean = weight.to(like.dtype), mean.to(like.dtype)
+    def _by_head(self, decoder: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [G,d,w] and constant [G,d] of a decoder."""
+        weight, mean = matrix(decoder, width, like)
         return weight.unflatten(0, (-1, self.head_dim)), mean.unflatten(0, (-1, self.head_dim))
-
-
-def grouped(query: Tensor, states: Tensor) -> Tensor:
-    """Products [B,H,T,m] of [B,H,T,n] with [B or 1,G,n,m], whose heads are not copied."""
-    groups = query.unflatten(1, (states.shape[1], -1)).flatten(2, 3)
-    return (groups @ states).unflatten(2, (-1, query.shape[2])).flatten(1, 2)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from .absorbed import additive_mask
-from .coded_attention import CodedAttention, grouped
+from .block_maps import grouped
+from .coded_attention import CodedAttention
 from .coded_cache import PlacedTokens
 from .heads import attention_weights
 from .rows_attention import Rows

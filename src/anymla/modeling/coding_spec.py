@@ -14,6 +14,9 @@ from .slot_spec import Slot, exact_slots
 if TYPE_CHECKING:
     from .spec import AttentionSpec
 
+if TYPE_CHECKING:
+    from .spec import AttentionSpec
+
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 16)  # bits that a coefficient may have
 PLANES = (16, 8, 4, 2, 1)  # a word's bits are cut into these, so that each plane of a row packs without gaps
 SCALE_BYTES = 2  # of a float16: a scale, a zero point, an outlier's value
@@ -101,6 +104,7 @@ class CodedSpec:
         key_basis: "own": the keys themselves; "channels": complex axes across key/value heads within one rope
             frequency, on which scores are computed; "axes": any axes, from which keys are rebuilt when they are read.
         value_basis: "own" or "axes".
+        key_block, value_block: key/value heads that a basis mixes with each other, a divisor of all; 0: all of them.
         first_tokens: tokens at the start of every sequence whose coefficients are kept exactly.
         exact_window: tokens before and with each query that it sees exactly, 2 or more; 0: none.
         rope_scale: what rope multiplies queries and keys with, beside turning them (yarn).
@@ -110,9 +114,18 @@ class CodedSpec:
     values: Coding
     key_basis: str = "axes"
     value_basis: str = "axes"
+    key_block: int = 0
+    value_block: int = 0
     first_tokens: int = 4
     exact_window: int = 0
     rope_scale: float = 1.0
+
+    def block_widths(self, attention: AttentionSpec) -> tuple[int, int]:
+        """Coefficients of a block of keys, and of values."""
+        heads, head_dim = attention.num_kv_heads, attention.head_dim
+        keys = 1 if self.key_basis == "own" else self.key_block or heads
+        values = 1 if self.value_basis == "own" else self.value_block or heads
+        return keys * head_dim, values * head_dim
 
     def slots(self, attention: AttentionSpec, window: int | None) -> tuple[Slot, ...]:
         """What the cache of such a layer holds: rows of bytes, the first tokens with their columns, the last tokens.
@@ -149,17 +162,21 @@ class CodedSpec:
         for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
             if (basis := getattr(coded, name)) not in allowed:
                 raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {basis!s:.20}")
-        for name, few in (("first_tokens", "0 or more"), ("exact_window", "0, or 2 or more")):
-            if (
-                type(tokens := getattr(coded, name)) is not int
-                or tokens < 0
-                or (name == "exact_window" and tokens == 1)
-            ):
-                raise ValueError(f"CodedSpec: {name} must be a number of tokens, {few}, got {tokens!s:.20}")
+        heads = attention.num_kv_heads if attention else 0
+        for name in ("key_block", "value_block"):
+            if type(block := getattr(coded, name)) is not int or block < 0 or heads % (block or 1):
+                raise ValueError(f"CodedSpec: {name} must divide the {heads} key/value heads, got {block!s:.20}")
+        coded._check_tokens()
         scale = coded.rope_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
             raise ValueError(f"CodedSpec: rope_scale must be a positive number, got {scale!s:.20}")
         return coded
+
+    def _check_tokens(self) -> None:
+        for name, few in (("first_tokens", "0 or more"), ("exact_window", "0, or 2 or more")):
+            tokens = getattr(self, name)
+            if type(tokens) is not int or tokens < 0 or (name == "exact_window" and tokens == 1):
+                raise ValueError(f"CodedSpec: {name} must be a number of tokens, {few}, got {tokens!s:.20}")
 
     def check(self, keys: int, values: int, *, gauge: bool) -> None:
         """Refuses a description of another layer than one of so many keys and values; ``gauge``: of any basis.

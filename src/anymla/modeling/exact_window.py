@@ -18,7 +18,7 @@ from torch.nn.functional import dropout
 
 from .absorbed import absorbed_attention, additive_mask
 from .exact_cache import make_room
-from .heads import attention_weights, multiply_pairs, score_bias
+from .heads import attention_weights, score_bias
 from .latent_attention import LatentAttention
 from .spec import LayerSpec
 
@@ -112,14 +112,14 @@ class ExactWindowAttention(LatentAttention):
         """
         key, value = self.true_key(hidden_states), self.true_value(hidden_states)
         latent, rope_key = self.compress(hidden_states, *places, (key, value))
-        exact = (self._rotated(key, *places), value)
+        exact = (self.rotated(key, *places), value)
         if cache is not None:
             self.make_room(cache)
             (latent, rope_key), exact = cache.update(latent, rope_key, self.layer_idx, exact)
         mask = score_bias(mask, self.spec, self.config, hidden_states, latent.shape[2], kwargs)
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             raise NotImplementedError("a model with an exact window runs with attn_implementation sdpa or eager only")
-        queries, true_query = self.queries(query, *places), self._rotated(query, *places)
+        queries, true_query = self.queries(query, *places), self.rotated(query, *places)
         if self.query_gain is not None:
             true_query = true_query * self.query_gain
         precision = torch.promote_types(query.dtype, torch.float32)
@@ -131,11 +131,6 @@ class ExactWindowAttention(LatentAttention):
         else:
             output = self._expanded(queries, (latent, rope_key), seen, pairs)
         return output.transpose(1, 2), None
-
-    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """True queries or keys [B,N,T,d] with the original's rope."""
-        pairs, rest = heads.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
-        return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
 
     def _expanded(
         self, queries: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], exact: Exact, pairs: Pairs

@@ -19,7 +19,7 @@ from .spec import AttentionSpec, Temperature
 
 DROPOUTS = (  # a number or a Dropout, on attention weights and on the output
     ("attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop"),
-    ("resid_dropout", "out_drop", "hidden_dropout"),
+    ("resid_dropout", "out_drop", "hidden_dropout", "output_dropout"),
 )
 
 

@@ -34,19 +34,23 @@ class LatentAttention(ConvertedAttention):
     channel_index: Tensor
 
     def _make_cached(self, hidden: int, spec: LayerSpec) -> None:
-        attention, latent = spec.parts
+        _, latent = spec.parts
         self.kv_lora_rank, self.qk_rope_head_dim = latent.kv_lora_rank, latent.qk_rope_head_dim
         self.channel_fold = latent.channel_fold
+        self._make_encoders(hidden, spec, latent.biases)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, 2 * self.num_kv_heads * self.head_dim, bias=False)
+
+    def _make_encoders(self, hidden: int, spec: LayerSpec, biases: bool) -> None:
+        """Makes what makes latent and rope key."""
         keys, cached = self.num_kv_heads * self.head_dim, self.kv_lora_rank + self.qk_rope_head_dim
-        if attention.linear_keys:
-            self.kv_a_proj_with_mqa = nn.Linear(hidden, cached, bias=latent.biases)
+        if self.spec.linear_keys:
+            self.kv_a_proj_with_mqa = nn.Linear(hidden, cached, bias=biases)
         else:  # something not linear stands between x and the cache: encode the true keys and values
             self.k_proj = nn.Linear(hidden, keys)
             self.k_a_proj_with_mqa = nn.Linear(keys, cached, bias=False)
             self.v_a_proj = nn.Linear(keys if spec.makes_values else hidden, self.kv_lora_rank)
             if spec.makes_values:
                 self.v_proj = nn.Linear(hidden, keys)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, 2 * keys, bias=False)
 
     def _biases(self, spec: LayerSpec) -> bool:
         return spec.parts[1].biases

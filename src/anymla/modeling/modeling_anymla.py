@@ -19,9 +19,15 @@ from .coded_latent import CodedLatentAttention
 from .coded_window import CodedWindowAttention
 from .coding_spec import CodedSpec
 from .exact_window import ExactWindowAttention
+from .grouped_attention import GroupedAttention
+from .grouped_spec import GroupedSpec
 from .latent_attention import LatentAttention
+from .mfa_attention import MfaAttention
+from .mfa_spec import MfaSpec
 from .model_classes import ReplacedAttention, made_class
 from .rows_attention import RowsAttention
+from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
+from .shared_spec import SharedSpec
 from .spec import KEY, LatentSpec, LayerSpec, config_entry, layers_of
 
 PREFIX = "Anymla"
@@ -41,15 +47,18 @@ class LatentModelMixin(ReplacedAttention):
     def __init__(self, config: Any, *args: Any, codec: str | None = None, **kwargs: Any) -> None:
         if codec not in (None, "none"):
             raise ValueError(f"codec must be none, or not be given at all, got {codec!s:.40}")
-        if codec and (layers := layers_of(config.to_dict())):
-            setattr(config, KEY, config_entry(tuple(layer.uncoded() for layer in layers)))
+        if codec and (coded := layers_of(config.to_dict())):
+            setattr(config, KEY, config_entry(tuple(layer.uncoded() for layer in coded)))
         super().__init__(config, *args, **kwargs)
         if codec:
             known = self._keys_to_ignore_on_load_unexpected or ()  # type: ignore[has-type]
             self._keys_to_ignore_on_load_unexpected = {*known, *CODE_BUFFERS}
-        for layer in layers_of(config.to_dict()) or ():
+        layers = layers_of(config.to_dict()) or ()
+        for layer in layers:
             if layer.replaced is not None:
                 replace_attention(self, layer)
+        if (sharing := next((str(layer.module) for layer in layers if layer.shared is not None), None)) is not None:
+            hand_maps(self.get_submodule(decoder_path(sharing)))  # type: ignore[attr-defined]
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -93,9 +102,16 @@ class LatentModelMixin(ReplacedAttention):
 
 
 def replace_attention(model: Any, layer: LayerSpec) -> None:
-    """Replaces the attention module of ``layer`` in ``model``."""
+    """Replaces the attention module of ``layer`` in ``model``; its weights start as the model's own do."""
     original = model.get_submodule(layer.module)
-    model.set_submodule(layer.module, attention_class(layer)(original, model.config.get_text_config(), layer))
+    attention = attention_class(layer)(original, model.config.get_text_config(), layer)
+    model.set_submodule(layer.module, attention.apply(model._init_weights))
+
+
+def decoder_path(attention: str) -> str:
+    """Where the decoder is whose layers hold the attention at this path: before the list of layers."""
+    parts = attention.split(".")
+    return ".".join(parts[: next(place for place, part in enumerate(parts) if part.isdigit()) - 1])
 
 
 def attention_class(layer: LayerSpec) -> type[Any]:
@@ -107,6 +123,12 @@ def attention_class(layer: LayerSpec) -> type[Any]:
             return CodedWindowAttention if window else CodedAttention
         case LatentSpec(exact_window=window):
             return ExactWindowAttention if window else LatentAttention
+        case GroupedSpec():
+            return GroupedAttention
+        case MfaSpec():
+            return MfaAttention
+        case SharedSpec(source_layer=source):
+            return MapSourceAttention if source is None else SharedAttention
     raise ValueError(f"the layer at {layer.module} is not converted")
 
 

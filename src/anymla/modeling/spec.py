@@ -12,6 +12,9 @@ from typing import Any
 
 from .coding_spec import CodedSpec
 from .described import checked, names, shortened
+from .grouped_spec import GroupedSpec
+from .mfa_spec import MfaSpec
+from .shared_spec import SharedSpec
 from .slot_spec import Slot, exact_slots
 
 VERSION = 1
@@ -175,7 +178,13 @@ class LatentSpec:
 
 
 # What may stand in the stock attention's place. Where a latent is coded the first of both says what the cache holds.
-KINDS: dict[str, Any] = {"coded": CodedSpec, "latent": LatentSpec}
+KINDS: dict[str, Any] = {
+    "coded": CodedSpec,
+    "latent": LatentSpec,
+    "grouped": GroupedSpec,
+    "mfa": MfaSpec,
+    "shared": SharedSpec,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +199,9 @@ class LayerSpec:
     attention: AttentionSpec | None = None
     latent: LatentSpec | None = None
     coded: CodedSpec | None = None
+    grouped: GroupedSpec | None = None
+    mfa: MfaSpec | None = None
+    shared: SharedSpec | None = None
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
@@ -215,6 +227,17 @@ class LayerSpec:
         if self.coded is None:
             raise ValueError(f"the layer at {self.module} has no coded cache")
         return self.coded
+
+    @property
+    def factorised(self) -> MfaSpec:
+        """The multi-matrix factorisation attention of a layer.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.mfa is None:
+            raise ValueError(f"the layer at {self.module} has no factorised attention")
+        return self.mfa
 
     @property
     def kind(self) -> Any:
@@ -250,9 +273,9 @@ class LayerSpec:
     @property
     def makes_values(self) -> bool:
         """Whether a converted attention makes the original's values, and not the latent of x alone."""
-        if self.attention is None or self.latent is None:
+        if self.attention is None or (self.latent is None and self.mfa is None):
             return False
-        return not self.attention.linear_values or self.latent.exact_window > 0
+        return not self.attention.linear_values or (self.latent is not None and self.latent.exact_window > 0)
 
     @property
     def slots(self) -> tuple[Slot, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from anymla.account import account, reduced_bytes, told_lengths
+from anymla.methods.cache_coding.explain import coded_layers
 from anymla.methods.mla.duration import spoken
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
     from anymla.modeling.spec import AttentionSpec, RopeSpec
-    from anymla.outcomes import Conversion, Inspection
+    from anymla.outcomes import CodedConversion, Conversion, Inspection
     from anymla.training.outcome import Recovery
 
 
@@ -182,6 +183,56 @@ def conversion_layers_table(conversion: Conversion) -> Table:
             rows.append((index, "converted", layer.rope_dims, layer.kv_rank, cached, f"{layer.error:.2%}"))
     columns = ("layer", "attention", "2K", "r", "cache per token", "error")
     return table(str(conversion.output), columns, rows)
+
+
+def codes_table(planned: Mapping[str, Any]) -> Group:
+    """What `anymla plan` shows of a cache of codes."""
+    (name,) = planned["recipe"]
+    cache, once = planned["cache_bytes_per_token"], planned["cache_bytes_once"]
+    exact = f", and {size(once)} once for exact tokens" if once else ""
+    notes = [
+        "Numbers that a token keeps, their mean bits and bytes; multiply-adds of one decoded token per cached one.",
+        f"Cache per token{_while_short(planned)}: {size(cache['before'])} -> {size(cache['after'])}{exact}"
+        f"{_at_lengths(planned['cache_bytes_at'])}.",
+        "Bits and axes are those of typical layers; conversion chooses them on calibration text.",
+    ]
+    shown = table(f"{planned['model']}, {name}", CODE_COLUMNS, _code_rows(planned["layers"]))
+    return Group(shown, *map(Text, notes))
+
+
+CODE_COLUMNS = (
+    "layers",
+    "keys in",
+    "numbers",
+    "bits",
+    "bytes",
+    "values in",
+    "numbers",
+    "bits",
+    "bytes",
+    "multiply-adds",
+)
+
+
+def _code_rows(layers: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    """A row per run of equal layers."""
+    alike = groupby(enumerate(layers), key=lambda each: {**each[1], "layer": each[1]["layer"] - each[0]})
+    for _, pairs in alike:
+        run = [layer for _, layer in pairs]
+        first, last = run[0], run[-1]["layer"]
+        numbers = first["layer"] if len(run) == 1 else f"{first['layer']}-{last}"
+        yield (numbers, *_place(first["keys"]), *_place(first["values"]), _before_after(first["multiply_adds"]))
+
+
+def _place(place: Mapping[str, Any]) -> tuple[str, int, str, int]:
+    """Where keys or values of a layer live, in how many numbers, bits and bytes."""
+    mixed = f" of {place['heads_mixed']}" if place["basis"] != "own" else ""
+    return f"{place['basis']}{mixed}", place["numbers"], f"{place['bits']:.2f}", place["bytes"]
+
+
+def coded_layers_table(conversion: CodedConversion) -> Table:
+    """Every layer with a cache of codes: where keys and values live, and what they cost."""
+    return table(str(conversion.output), CODE_COLUMNS, _code_rows(coded_layers(conversion.spec)))
 
 
 def scores_table(scores: Mapping[str, Scores], title: str) -> Table:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
+from anymla.architectures.stock_config import config_after
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import copy_companions
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling import modeling_anymla
-from anymla.modeling.spec import KEY, OLD_KEY, LayerSpec, config_entry
+from anymla.modeling.spec import KEY, OLD_KEY, LayerSpec, ModelSpec, config_entry
 from anymla.register import converted_class, register
 from anymla.sweep.shards import name_shards, pack, write_outside
 
@@ -44,20 +44,22 @@ def _latent_sizes(layers: tuple[LayerSpec, ...]) -> dict[str, int]:
     }
 
 
-def write_checkpoint(source: StreamedModel, work: WorkFolder, layers: Sequence[LayerSpec], *, shard_size: int) -> None:
+def write_checkpoint(
+    source: StreamedModel, work: WorkFolder, before: ModelSpec, after: ModelSpec, *, shard_size: int
+) -> None:
     """Completes ``work.model``: the last weights, config, tokenizer and generation settings.
 
-    Where some layer has a latent or codes the config is a converted one and modelling files come with it; else it is
-    stock.
+    Where some layer of ``after`` has another module than the stock one the config is a converted one and modelling
+    files come with it; else it is stock, with the fields that differ ``before`` and after.
     """
     modules = decoder_layers(source.model)
     write_outside(source, work, modules, after=True)
     pack(work, len(modules) + 2, shard_size, last=True)
     shards = name_shards(work)
     copy_companions(source.folder, work.model)
-    config = source.model.config
-    if any(layer.replaced is not None for layer in layers):
-        config, module = converted_config(source.model, tuple(layers)), modeling_anymla.__name__.rsplit(".", 1)[-1]
+    config = config_after(source.model.config, before, after)
+    if any(layer.replaced is not None for layer in after.layers):
+        config, module = converted_config(source.model, after.layers), modeling_anymla.__name__.rsplit(".", 1)[-1]
         config.auto_map = {
             "AutoConfig": f"{module}.{type(config).__name__}",
             auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anymla.architectures.families import FAMILIES
+from anymla.architectures.stock_config import config_after
 from anymla.io.streamed import StreamedModel
 from anymla.methods.base import Plan
 from anymla.model_run.activations import Activations
@@ -78,6 +79,7 @@ class Decoder:
             windows=self.split,
             batch=batch_size(heads, self.shape[1]) if self.family.batched and heads else 1,
             config=self.source.model.config.get_text_config(),
+            new_config=config_after(self.source.model.config, self.model, plan.after).get_text_config(),
             family=self.family,
             saved=self.source.saved_in(module),
             original=original,

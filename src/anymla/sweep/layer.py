@@ -43,7 +43,7 @@ class Layer:
         arguments: what the module is called with beside hidden states.
         windows: which windows of both streams serve what.
         batch: windows that fit into memory at once.
-        config, family: the language model's.
+        config, family: the language model's; new_config: its config after the step, for stock modules of other sizes.
         saved: the dtype of its new weights in the checkpoint.
         original: the original's hidden states [N,T,D] before this layer; after it, once the original layer has run.
         converted: those of the converted model before this layer.
@@ -60,6 +60,7 @@ class Layer:
     windows: CalibrationSplit
     batch: int
     config: Any
+    new_config: Any
     family: Family
     saved: torch.dtype
     original: Activations
@@ -72,7 +73,7 @@ class Layer:
         Raises:
             UnsupportedModelError: there is none.
         """
-        if self.old.latent is not None and self.old.module is not None:
+        if self.old.kind is not None and self.old.module is not None:
             return self.old.module.removeprefix(f"{self.name}.")
         if (path := attention_path(self.module)) is None:
             raise UnsupportedModelError(f"{type(self.module).__name__} has no attention where its config means one")

@@ -28,6 +28,7 @@ from anymla.modeling.spec import ModelSpec
 from anymla.stored_bytes import write_account
 from anymla.sweep.checkpoint import write_checkpoint
 from anymla.sweep.progress import claim, decide_computing, fingerprint, keep_when_stopped, model_hash
+from anymla.sweep.search import run_search
 from anymla.sweep.sequence import LayerRecord, Progress, Sequence
 from anymla.sweep.survey import run_survey
 
@@ -110,12 +111,14 @@ def swept(
         facts = []
         if survey is not None:
             facts = run_survey(survey, streamed, model, plan, windows, work, memory=memory, told=run.surveyed)
+        if (search := method.search(model)) is not None:
+            facts = run_search(method, search, streamed, model, windows, work, memory=memory, told=run.surveyed)
         plan = method.plan(model, facts, plan.choices)
         sequence = Sequence(streamed, model, windows, work, memory=memory)
         sequence.convert(method, plan, shard_size=run.shard_size, progress=run.progress)
         done = _swept(sequence, plan, computing)
         if rank() == 0:
-            write_checkpoint(streamed, work, done.spec.layers, shard_size=run.shard_size)
+            write_checkpoint(streamed, work, model, done.spec, shard_size=run.shard_size)
             nothing = no_cache(told_lengths(model))
             write_account(work.model, done.spec, (record.after or nothing for record in done.records))
         yield done

@@ -18,11 +18,13 @@ from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.methods.base import LayerMethod, Plan
 from anymla.model_run.activations import Budget
+from anymla.model_run.maps import OwnTokens, sharing_part
 from anymla.model_run.stream import (
     layer_inputs,
     pass_through,
     run_layer,
 )
+from anymla.modeling.shared_attention import MAPS
 from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.sweep.decoder import PROBE_TOKENS, Decoder
 from anymla.sweep.layer import Layer, Observer
@@ -37,7 +39,7 @@ Progress = Callable[[int, int, dict[str, Any]], None]  # (layers done, layers, t
 class LayerRecord:
     """A layer that is done: what it is now, the method's result, and its cache before and after.
 
-    ``result``: None for a layer that stays as it is; ``before`` and ``after`` too.
+    ``result``: None for a layer that stays as it is; ``before`` and ``after``: of one without softmax attention.
     """
 
     spec: LayerSpec
@@ -118,11 +120,11 @@ class Sequence:
 
     def _changed(self, method: LayerMethod, layer: Layer) -> LayerRecord:
         """Lets the method change a layer, and moves both streams on."""
+        before = self._cached(layer.index, 0)
         if layer.choice is None:
             for stream in (layer.original, layer.converted):
                 pass_through(layer.module, stream, layer.arguments, 1)
-            return LayerRecord(spec=layer.old)
-        before = self._cached(layer.index, 0)
+            return LayerRecord(spec=layer.old, before=before, after=self._cached(layer.index, 1))
         observer = method.observer(layer)
         self._observe(layer, observer)
         changed = method.apply(layer, observer)
@@ -143,8 +145,10 @@ class Sequence:
         """The live cache after a few tokens ran through the layer as it now is; None where it has none."""
         if self.model.layers[index].attention is None:
             return None
-        arguments = self.probes[probe].arguments[index]
-        self.modules[index](self.probes[probe].hidden, **arguments)
+        arguments, hidden = self.probes[probe].arguments[index], self.probes[probe].hidden
+        if (part := sharing_part(self.modules[index])) is not None:
+            arguments = arguments | {MAPS: OwnTokens(part, hidden.shape[1], hidden)}
+        self.modules[index](hidden, **arguments)
         cache = next(value for value in arguments.values() if isinstance(value, Cache))
         return measured_layer(cache.layers[index], told_lengths(self.model), self.source.width)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from anymla.distributed import rank, world
 from anymla.errors import TextError
 from anymla.model_run.activations import Activations, Budget
+from anymla.model_run.maps import restore_maps, save_maps
 from anymla.sweep.layer import CalibrationSplit
 
 
@@ -26,12 +27,14 @@ class SavedStreams:
     def save(self, layers: int) -> None:
         """Keeps all as they are after ``layers`` layers."""
         for stream in self.streams:
+            save_maps(stream, self.folder)
             stream.save(self.path(stream, layers))
 
     def restore(self, layers: int) -> None:
         """Takes all up after ``layers`` layers."""
         for stream in self.streams:
             stream.restore(self.path(stream, layers))
+            restore_maps(stream, self.folder)
 
     def keep_only(self, *layers: int) -> None:
         """Removes all that is saved but what was kept after ``layers`` layers."""

@@ -7,17 +7,26 @@ from typing import Any
 
 from torch import nn
 
+from anymla.architectures.parts import attention_path
 from anymla.errors import RecipeError
 from anymla.methods.tune import Train, Tune
+from anymla.model_run.stream import decoder_layers
+from anymla.modeling.attention import ConvertedAttention
 from anymla.modeling.spec import layers_of
 
-ADAPTED = ("q_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj", "kv_b_proj", "o_proj")
+ADAPTED = (  # the last one of stock attention
+    *("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj"),
+    *("kv_b_proj", "o_proj", "qkv_proj"),
+)
 
 
 def attention_names(model: Any) -> list[str]:
-    """Where in ``model`` its converted attention modules are."""
-    layers = layers_of(model.config.to_dict()) or ()
-    return [str(layer.module) for layer in layers if layer.latent is not None]
+    """Where in ``model`` its converted attention modules are; of a stock model, which a step made smaller, all."""
+    if (layers := layers_of(model.config.to_dict())) is not None:
+        return [str(layer.module) for layer in layers if layer.replaced is not None]
+    names = {module: name for name, module in model.named_modules()}
+    paths = {layer: attention_path(layer) for layer in decoder_layers(model)}
+    return [f"{names[layer]}.{path}" for layer, path in paths.items() if path is not None]
 
 
 def always_expand(model: Any) -> None:
@@ -26,7 +35,8 @@ def always_expand(model: Any) -> None:
     In latent space kv_b_proj is read as a weight, too, which an adapter around the module would not notice.
     """
     for name in attention_names(model):
-        model.get_submodule(name).always_expands = True
+        if isinstance(attention := model.get_submodule(name), ConvertedAttention):
+            attention.always_expands = True
 
 
 def choose_learning(model: Any, train: Train) -> None:

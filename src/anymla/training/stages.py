@@ -17,6 +17,7 @@ from anymla.distributed import rank, wait_for_all
 from anymla.errors import RecipeError
 from anymla.io.checkpoint import load_model
 from anymla.methods.tune import Tune
+from anymla.modeling.mfa_attention import fold_value_gates
 from anymla.training.pairs import AttentionPairs
 from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
 from anymla.training.trainer import TuneTrainer
@@ -160,15 +161,15 @@ def run_stage(
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(trainer.model_wrapped, options=whole)  # empty in all processes but the first
     if rank() == 0:
-        save_tuned(student, {name: weights[name] for name in learning}, tuning, output)
+        save_tuned(student, {name: weights[name] for name in learning}, tuning, output, last=stage.name == LOGITS)
     wait_for_all()
     trainer.accelerator.free_memory()
 
 
-def save_tuned(student: Path, weights: dict[str, Any], tuning: Tune, output: Path) -> None:
+def save_tuned(student: Path, weights: dict[str, Any], tuning: Tune, output: Path, *, last: bool) -> None:
     """Writes the model at ``student`` to ``output``, in its own dtype, with those ``weights`` that learned.
 
-    All others stay as they are, bit for bit; adapters are merged.
+    All others stay as they are, bit for bit; adapters are merged, and after the ``last`` stage gates are folded.
     """
     model = load_model(student)
     if tuning.train == "lora":
@@ -178,6 +179,8 @@ def save_tuned(student: Path, weights: dict[str, Any], tuning: Tune, output: Pat
         model = adapted.merge_and_unload().to(dtype)
     else:
         model.load_state_dict(weights, strict=False)
+    if last:
+        fold_value_gates(model)
     model.save_pretrained(output)
     for file in output.glob("*.safetensors"):
         shutil.copymode(output / "config.json", file)

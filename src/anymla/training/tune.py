@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from anymla import __version__
 from anymla.account import measure, told_lengths
-from anymla.architectures.model_spec import context_of, converted_spec, read_config
+from anymla.architectures.model_spec import context_of, read_config, spec_of
 from anymla.data.mixture import Texts, read_texts
 from anymla.data.packing import check_packing
 from anymla.distributed import join_processes, rank, wait_for_all
@@ -114,13 +114,14 @@ def tune(
 
 
 def check_pair(student: Path, teacher: Path) -> None:
-    """Refuses a model that anymla did not convert, and a teacher that cannot be its original.
+    """Refuses a model that no step of anymla made another one, and a teacher that cannot be its original.
 
     Raises:
         CheckpointError: which of them, and why.
     """
     ours, theirs = read_config(student), read_config(teacher)
-    if not str(ours.get("model_type")).startswith("anymla_") or not {KEY, OLD_KEY} & ours.keys():
+    stock = not str(ours.get("model_type")).startswith("anymla_") or not {KEY, OLD_KEY} & ours.keys()
+    if stock and (ours.get("model_type") != theirs.get("model_type") or spec_of(ours).layers == spec_of(theirs).layers):
         raise CheckpointError(f"{student} was not converted by anymla: first anymla convert {student} -o CONVERTED")
     family = str(ours["model_type"]).removeprefix("anymla_")
     if theirs.get("model_type") != family:
@@ -260,5 +261,5 @@ def _write_report(folder: Path, student: Path, report: Recovery) -> None:
 
 
 def _write_account(folder: Path) -> None:
-    spec = converted_spec(read_config(folder))
+    spec = spec_of(read_config(folder))
     write_account(folder, spec, measure(load_model(folder), told_lengths(spec)).layers)

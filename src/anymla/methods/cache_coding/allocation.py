@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 from anymla.modeling.coding_spec import WIDTHS, Coding
@@ -60,6 +61,26 @@ def allocate(rows: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
     return bits
 
 
+def price(rows: Sequence[Sequence[float]], budget: int) -> float:
+    """What the last bit of a budget of ``budget`` bytes gains, were nothing padded; 0 where all bits fit."""
+    gains = sorted(
+        ((energy * _gain(low, high), high - low) for row in rows for energy in row for low, high in pairwise(_hull())),
+        reverse=True,
+    )
+    left = 8 * budget
+    for gain, more in gains:
+        if (left := left - more) < 0:
+            return gain
+    return 0.0
+
+
+def at_price(energy: float, price: float) -> tuple[int, float]:
+    """Bits of a coefficient where each bit costs ``price``; and its error together with what they cost."""
+    hull = _hull()
+    bits = next((low for low, high in pairwise(hull) if energy * _gain(low, high) <= price), hull[-1])
+    return bits, energy * DISTORTION[bits] + price * bits
+
+
 def error(energies: Sequence[float], bits: Sequence[int]) -> float:
     """What a row's coefficients lose at ``bits``."""
     return sum(energy * DISTORTION[each] for energy, each in zip(energies, bits, strict=True))
@@ -96,6 +117,7 @@ def _taken(rows: Sequence[Sequence[float]], steps: Sequence[tuple[int, int, int]
     return bits
 
 
+@cache
 def _hull() -> list[int]:
     """The widths from which each next one gains less per bit than the one before."""
     hull: list[int] = []
@@ -106,5 +128,6 @@ def _hull() -> list[int]:
     return hull
 
 
+@cache
 def _gain(low: int, high: int) -> float:
     return (DISTORTION[low] - DISTORTION[high]) / (high - low)

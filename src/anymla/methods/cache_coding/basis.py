@@ -7,10 +7,12 @@ dims are [real parts of the rope pairs | imaginary parts | dims without rope]. A
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 SHRINKAGE = 0.05  # of a Fisher matrix towards its diagonal: few tokens overstate how much its entries differ
 FLOOR = 1e-6  # of its mean diagonal: what every direction costs at least
@@ -43,6 +45,14 @@ class Moments:
         fisher = (1 - SHRINKAGE) * self.fisher + torch.diag(SHRINKAGE * diagonal + floor)
         return Moments(mean=self.mean, covariance=self.covariance, fisher=fisher)
 
+    def of(self, dims: Tensor) -> Moments:
+        """Those of some dims alone."""
+        return Moments(
+            mean=self.mean[dims],
+            covariance=self.covariance[dims][:, dims],
+            fisher=self.fisher[dims][:, dims],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Basis:
@@ -53,7 +63,8 @@ class Basis:
         encoder, decoder: [W,W], each the other's inverse.
         energies: what each coefficient [W] costs where it is left out, in nats per token, twice: its variance times
             what its error costs.
-        frequency: rope pair [K] of every channel; the first 2K coefficients are then their real and imaginary parts.
+        frequency: rope pair [W] with which each coefficient turns, -1 for none; None where they do not commute with
+            rope. Channels come first in a block: their real parts, then their imaginary parts.
     """
 
     mean: Tensor
@@ -67,15 +78,27 @@ class Basis:
         return (states.double() - self.mean) @ self.encoder
 
     def ordered(self, places: Tensor) -> Basis:
-        """The same with coefficients in the order ``places`` [W], which keeps the channels' parts together."""
-        frequency = None if self.frequency is None else self.frequency[places[: len(self.frequency)]]
+        """The same with coefficients in the order ``places`` [W]."""
         return Basis(
             mean=self.mean,
             encoder=self.encoder[:, places],
             decoder=self.decoder[places],
             energies=self.energies[places],
-            frequency=frequency,
+            frequency=None if self.frequency is None else self.frequency[places],
         )
+
+
+def in_blocks(moments: Moments, blocks: int, basis: Callable[[Moments], Basis]) -> Basis:
+    """The bases of so many blocks of dims, each by itself, beside each other."""
+    made = [basis(moments.of(dims)) for dims in torch.arange(len(moments.mean)).chunk(blocks)]
+    turned = [each.frequency for each in made if each.frequency is not None]
+    return Basis(
+        mean=moments.mean,
+        encoder=torch.block_diag(*(each.encoder for each in made)),
+        decoder=torch.block_diag(*(each.decoder for each in made)),
+        energies=torch.cat([each.energies for each in made]),
+        frequency=torch.cat(turned) if turned else None,
+    )
 
 
 def axes(moments: Moments) -> Basis:
@@ -110,21 +133,19 @@ def channels(moments: Moments, pairs: int, kv_heads: int) -> Basis:
         decoder[columns[:, None], rows] = decode
     if len(rest):
         columns = torch.arange(2 * total, width)
-        block = Moments(
-            mean=moments.mean[rest],
-            covariance=moments.covariance[rest][:, rest],
-            fisher=moments.fisher[rest][:, rest],
-        )
-        own = axes(block)
+        own = axes(moments.of(rest))
         encoder[rest[:, None], columns], decoder[columns[:, None], rest] = own.encoder, own.decoder
-    return _basis(moments, encoder, decoder, torch.arange(pairs).repeat_interleave(kv_heads))
+    frequency = torch.arange(pairs).repeat_interleave(kv_heads).repeat(2)
+    return _basis(moments, encoder, decoder, pad(frequency, (0, len(rest)), value=-1))
 
 
 def single_channels(moments: Moments) -> Basis:
     """Rope channels [2K] as they are; ``frequency`` is then the number of each."""
     eye = torch.eye(len(moments.mean), dtype=moments.mean.dtype, device=moments.mean.device)
     energies = moments.covariance.diagonal() * moments.fisher.diagonal()
-    return Basis(mean=moments.mean, encoder=eye, decoder=eye, energies=energies, frequency=torch.arange(len(eye) // 2))
+    return Basis(
+        mean=moments.mean, encoder=eye, decoder=eye, energies=energies, frequency=torch.arange(len(eye) // 2).repeat(2)
+    )
 
 
 def _basis(moments: Moments, encoder: Tensor, decoder: Tensor, frequency: Tensor | None = None) -> Basis:

@@ -14,8 +14,10 @@ from torch import Tensor
 from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.methods.cache_coding.basis import Basis
 from anymla.methods.cache_coding.coded import Coded, codec_tensors
-from anymla.methods.cache_coding.energies import key_basis, read, value_basis
+from anymla.methods.cache_coding.energies import basis_of, latent_bases, read
+from anymla.methods.cache_coding.forms import Form
 from anymla.methods.cache_coding.latent import build_coded_latent
+from anymla.methods.cache_coding.latent_plan import LatentCoding
 from anymla.methods.cache_coding.plan import LayerCoding, ordered
 from anymla.methods.cache_coding.tables import fit_tables
 from anymla.modeling.codecs import make_codec
@@ -31,7 +33,7 @@ EVEN = 0.1  # part of a weight that is the same for all tokens: single gradients
 
 
 def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_freq: Tensor) -> RowsAttention:
-    """A RowsAttention in the original's dtype and device, float64 being rounded to what is saved here, once.
+    """A CodedAttention in the original's dtype and device, float64 being rounded to what is saved here, once.
 
     ``inv_freq`` [P]: the angle by which each pair turns per position.
     """
@@ -49,7 +51,7 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     tensors = {name: each.to(layer.saved).to(like.dtype) for name, each in weights.items() if each is not None}
     tensors["inv_freq"] = inv_freq.float().view(torch.int32)
     if keys.basis is not None and keys.basis.frequency is not None:
-        tensors["channel_index"] = keys.basis.frequency
+        tensors["channel_index"] = _channel_index(keys.basis.frequency, spec.block_widths(source.spec)[0])
     tensors |= codec_tensors(keys, values)
     tensors |= {f"{name}.{key}": each for name, norm in source.norms.items() for key, each in norm.state_dict().items()}
     tensors = {name: tensor.to(like.device).contiguous() for name, tensor in tensors.items()}
@@ -61,20 +63,34 @@ def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[RowsAttention,
     """The attention of a layer as planned, and what its codes cost on the survey's sample, in nats of KL per token."""
     if (spec := layer.planned.coded) is None:
         raise ValueError(f"layer {layer.index} is planned without a coded cache")
+    if (attention := layer.old.attention) is None:
+        raise ValueError(f"layer {layer.index} has no softmax attention")
     facts = coding.facts
-    keys, key_loss = _fitted(spec.keys, key_basis(facts, coding.key_basis, layer.old), facts, "key", coding.key_bits)
-    values, value_loss = _fitted(spec.values, value_basis(facts, layer.old), facts, "value", coding.value_bits)
+
+    def fitted(kind: str, form: Form, bits: Sequence[int], rows: Coding) -> tuple[Coded, float]:
+        basis = basis_of(facts, kind, form, attention)
+        return _fitted(rows, basis.ordered(torch.tensor(ordered(bits, form, kind, attention))), facts, kind)
+
+    keys, key_loss = fitted("key", coding.keys, coding.key_bits, spec.keys)
+    values, value_loss = fitted("value", coding.values, coding.value_bits, spec.values)
     return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
 
 
-def _fitted(coding: Coding, basis: Basis, facts: dict[str, Any], kind: str, bits: Sequence[int]) -> tuple[Coded, float]:
+def build_transformed_latent(layer: Layer, coding: LatentCoding) -> tuple[RowsAttention, float]:
+    """The same of a layer with a latent."""
+    spec, facts = layer.planned.codes, coding.facts
+    bases = zip(latent_bases(facts), (coding.latent_order, coding.rope_order), strict=True)
+    latent, rope_key = (basis.ordered(torch.tensor(order, dtype=torch.long)) for basis, order in bases)
+    keys, key_loss = _fitted(spec.keys, latent, facts, "key")
+    values, value_loss = _fitted(spec.values, rope_key, facts, "value")
+    return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
+
+
+def _fitted(coding: Coding, basis: Basis, facts: dict[str, Any], kind: str) -> tuple[Coded, float]:
     """Levels fitted to the sample of "key" or "value", and what they lose there.
 
-    The coefficients are put in the order of ``coding``. Levels are weighted by what an error of this coefficient in
-    this token costs: its gradient, squared.
+    Levels are weighted by what an error of this coefficient in this token costs: its gradient, squared.
     """
-    channels = 0 if basis.frequency is None else len(basis.frequency)
-    basis = basis.ordered(torch.tensor(ordered(bits, channels), dtype=torch.long))
     coefficients = basis.encode(read(facts[f"{kind}_sample"])).float()
     weights = (read(facts[f"{kind}_gradients"]).double() @ basis.decoder.T).square()
     weights = (1 - EVEN) * weights + EVEN * weights.mean(0)
@@ -84,6 +100,12 @@ def _fitted(coding: Coding, basis: Basis, facts: dict[str, Any], kind: str, bits
     found: Tensor = codec(coefficients)
     errors = ((found - coefficients).double().square() * weights).mean(0)
     return coded, errors.sum().item() / 2
+
+
+def _channel_index(frequency: Tensor, width: int) -> Tensor:
+    """The rope pair of every channel; ``frequency``: of every coefficient, in blocks of ``width``."""
+    real_parts = frequency.view(-1, width)[:, : (frequency[:width] >= 0).sum() // 2]
+    return real_parts.flatten()
 
 
 def _outside(source: SourceAttention) -> dict[str, Tensor | None]:
@@ -104,19 +126,29 @@ def _outside(source: SourceAttention) -> dict[str, Tensor | None]:
 def _projected(source: SourceAttention, keys: Coded, values: Coded, made: LayerSpec) -> dict[str, Tensor]:
     """What makes coefficients of x, and keys and values of them."""
     given = source.weights
+    if made.attention is None or made.coded is None:
+        raise ValueError(f"the layer at {made.module} has no coded cache")
+    widths = made.coded.block_widths(made.attention)
     sides = (
-        ("key", "k_proj", given.key, given.key_bias, keys.basis, made.encodes_keys),
-        ("value", "v_proj", given.value, given.value_bias, values.basis, made.encodes_values),
+        ("key", "k_proj", given.key, given.key_bias, keys.basis, made.encodes_keys, widths[0]),
+        ("value", "v_proj", given.value, given.value_bias, values.basis, made.encodes_values, widths[1]),
     )
     tensors: dict[str, Tensor] = {}
-    for name, projection, heads, biases, basis, encodes in sides:
+    for name, projection, heads, biases, basis, encodes, width in sides:
         weight, bias = heads.flatten(0, 1), biases.flatten()
         if basis is not None:
             if encodes:
-                encoder = {"weight": basis.encoder.T, "bias": -basis.mean @ basis.encoder}
+                encoder = {"weight": _stacked(basis.encoder.T, width), "bias": -basis.mean @ basis.encoder}
                 tensors |= {f"{name}_encoder.{key}": tensor for key, tensor in encoder.items()}
             else:
                 weight, bias = basis.encoder.T @ weight, (bias - basis.mean) @ basis.encoder
-            tensors |= {f"{name}_decoder.weight": basis.decoder.T, f"{name}_decoder.bias": basis.mean}
+            decoder = {"weight": _stacked(basis.decoder.T, width), "bias": basis.mean}
+            tensors |= {f"{name}_decoder.{key}": tensor for key, tensor in decoder.items()}
         tensors |= {f"{projection}.weight": weight, f"{projection}.bias": bias}
     return tensors
+
+
+def _stacked(matrix: Tensor, width: int) -> Tensor:
+    """The blocks of a block diagonal matrix [n,n] under each other: [n,width]."""
+    blocks = enumerate(matrix.split(width))
+    return torch.cat([rows[:, number * width : (number + 1) * width] for number, rows in blocks])

@@ -1,4 +1,4 @@
-"""What a plan of bits needs of every layer: how much each coefficient carries, in each basis."""
+"""What a plan of bits needs of every layer: how much each coefficient carries, in each form of keys and values."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from anymla.errors import CheckpointError
-from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, single_channels
+from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, in_blocks, single_channels
+from anymla.methods.cache_coding.forms import CHANNELS, Form, forms
 from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
-from anymla.modeling.spec import LayerSpec
+from anymla.modeling.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from anymla.methods.cache_coding.transform_coding import TransformCoding
     from anymla.sweep.layer import Layer
 
 
 class EnergySurvey(KeyValueSurvey):
-    """Also "energies": of keys in both bases, and of values; of a latent in one basis, and of a rope key."""
+    """Also "keys" and "values": their energies in every form that a plan may choose, by the form's name."""
+
+    def __init__(self, settings: TransformCoding, exact_window: int) -> None:
+        super().__init__(settings.first_tokens, exact_window)
+        self.settings = settings
 
     def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
         """The facts of the layer, over all processes.
@@ -25,37 +31,47 @@ class EnergySurvey(KeyValueSurvey):
             CheckpointError: activations or gradients overflow.
         """
         facts = super().layer(layer, observed)
-        names = ("axes",) if layer.old.latent else ("axes", "channels")
-        bases = {name: key_basis(facts, name, layer.old) for name in names}
-        bases["values"] = value_basis(facts, layer.old)
-        facts["energies"] = {name: basis.energies.tolist() for name, basis in bases.items()}
-        if not all(basis.energies.isfinite().all() for basis in bases.values()):
-            raise CheckpointError(f"keys, values or gradients overflow at layer {layer.index}: give --dtype float64")
+        if (attention := layer.old.attention) is None:
+            return facts
+        kinds = zip(("key", "value"), forms(attention, self.settings.decode_cost), strict=True)
+        found = {
+            kind: {form.name: basis_of(facts, kind, form, attention).energies for form in possible}
+            for kind, possible in (() if layer.old.latent else kinds)
+        }
+        if layer.old.latent is not None:
+            latent, rope_key = latent_bases(facts)
+            found = {"key": {"latent": latent.energies}, "value": {"rope_key": rope_key.energies}}
+        for kind, energies in found.items():
+            if not all(each.isfinite().all() for each in energies.values()):
+                raise CheckpointError(
+                    f"keys, values or gradients overflow at layer {layer.index}: give --dtype float64"
+                )
+            facts[f"{kind}_energies"] = {name: each.tolist() for name, each in energies.items()}
         return facts
 
 
-def key_basis(facts: dict[str, Any], name: str, layer: LayerSpec) -> Basis:
-    """The basis ``name`` of a layer's keys, or that of its latent: axes about zero, for a mean stays in it."""
-    keys, attention = _moments(facts, "key"), layer.attention
-    if layer.latent is not None:
-        return axes(keys.about_zero())
-    if name == "axes" or attention is None:
-        return axes(keys)
-    return channels(keys, attention.rope_pairs, attention.num_kv_heads)
+def latent_bases(facts: dict[str, Any]) -> tuple[Basis, Basis]:
+    """Axes of a layer's latent, about zero, for a mean stays in it; and the channels of its rope key as they are."""
+    latent, rope_key = (_moments(facts, kind).about_zero() for kind in ("key", "value"))
+    return axes(latent), single_channels(rope_key)
 
 
-def value_basis(facts: dict[str, Any], layer: LayerSpec) -> Basis:
-    """The basis of a layer's values, or that of its rope key."""
-    values = _moments(facts, "value")
-    return axes(values) if layer.latent is None else single_channels(values.about_zero())
+def _moments(facts: dict[str, Any], kind: str) -> Moments:
+    mean, covariance, fisher = (read(facts[f"{kind}_{name}"]) for name in ("mean", "covariance", "fisher"))
+    return Moments(mean=mean, covariance=covariance, fisher=fisher).shrunk()
+
+
+def basis_of(facts: dict[str, Any], kind: str, form: Form, attention: AttentionSpec) -> Basis:
+    """The basis of a layer's keys (``kind`` "key") or values ("value") in ``form``."""
+    moments = _moments(facts, kind)
+
+    def of_block(block: Moments) -> Basis:
+        return channels(block, attention.rope_pairs, form.block) if form.basis == CHANNELS else axes(block)
+
+    return in_blocks(moments, attention.num_kv_heads // form.block, of_block)
 
 
 def read(tensor: Any) -> Tensor:
     """A tensor of facts, in memory or in a file."""
     found: Tensor = tensor if isinstance(tensor, Tensor) else tensor.read()
     return found
-
-
-def _moments(facts: dict[str, Any], kind: str) -> Moments:
-    mean, covariance, fisher = (read(facts[f"{kind}_{name}"]) for name in ("mean", "covariance", "fisher"))
-    return Moments(mean=mean, covariance=covariance, fisher=fisher).shrunk()

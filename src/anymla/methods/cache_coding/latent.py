@@ -70,4 +70,4 @@ def _channel_order(rope_key: Basis) -> Tensor:
     """The channels in the order in which they are coded [K]."""
     if rope_key.frequency is None:
         raise ValueError("a rope key has channels")
-    return rope_key.frequency
+    return rope_key.frequency[: len(rope_key.frequency) // 2]

@@ -1,89 +1,96 @@
-"""What every layer's cache is coded with under a budget: the basis of keys, and bits. Loads no torch."""
+"""What every layer's cache is coded with under a budget: forms of keys and values, and bits. Loads no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from anymla.errors import InfeasibleError
-from anymla.methods.cache_coding.allocation import allocate, error
+from anymla.methods.cache_coding.allocation import allocate, at_price, error, price
+from anymla.methods.cache_coding.forms import AXES, Form, forms, most_operations
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.spec import AttentionSpec, LatentSpec
+from anymla.modeling.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.transform_coding import TransformCoding
 
+ROUNDS = 4  # of choosing forms at the price of a bit, and the price with these forms
 FALL = 1e-4  # of the energies of a layer that nobody looked at, from its first coefficient to its last
 
 
 class LayerCoding(BaseModel):
-    """How one layer is coded. A latent is one of keys, in the basis "own", its rope key one of values.
+    """How one layer is coded.
 
-    ``key_bits``, ``value_bits``: of every coefficient, in the basis's own order (basis.py). ``predicted_kl``: nats per
-    token that it costs, after small and independent errors. ``facts``: what the survey says of the layer; None before.
+    ``key_basis``, ``key_block``, ``value_block``: its forms. ``key_bits``, ``value_bits``: of every coefficient, in the
+    basis's own order (basis.py). ``predicted_kl``: nats per token that it costs, after small and independent errors.
+    ``facts``: what the survey says of the layer; None before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
     key_basis: str
+    key_block: int
+    value_block: int
     key_bits: tuple[int, ...]
     value_bits: tuple[int, ...]
     predicted_kl: float
     facts: Any = Field(default=None, exclude=True, repr=False)
 
+    @property
+    def keys(self) -> Form:
+        """The form of keys."""
+        return Form(self.key_basis, self.key_block)
+
+    @property
+    def values(self) -> Form:
+        """The form of values."""
+        return Form(AXES, self.value_block)
+
     def spec(self, attention: AttentionSpec, first_tokens: int, exact_window: int) -> CodedSpec:
         """The cache of a layer."""
+        heads = attention.num_kv_heads
         return CodedSpec(
-            keys=_coding(self.key_bits, self.channels(attention)),
-            values=_coding(self.value_bits, len(self.value_bits) // 2 if self.is_latent else 0),
+            keys=_coding(self.key_bits, self.keys, "key", attention),
+            values=_coding(self.value_bits, self.values, "value", attention),
             key_basis=self.key_basis,
-            value_basis="own" if self.is_latent else "axes",
+            value_basis="axes",
+            key_block=self.key_block % heads,
+            value_block=self.value_block % heads,
             first_tokens=first_tokens,
             exact_window=layer_window(attention, exact_window),
             rope_scale=1.0 if self.facts is None else self.facts["rope_scale"],
         )
 
-    @property
-    def is_latent(self) -> bool:
-        """Whether it is a latent that is coded."""
-        return self.key_basis == "own"
-
-    def channels(self, attention: AttentionSpec) -> int:
-        """How many rope channels the keys' coefficients begin with."""
-        return attention.num_kv_heads * attention.rope_pairs if self.key_basis == "channels" else 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Energies:
-    """What the coefficients of a layer carry: of keys in both bases, and of values (basis.Basis).
+    """What the coefficients of a layer carry (basis.Basis), of keys and of values, by the name of their form."""
 
-    Those of a latent are ``axes``, those of its rope key ``values``; ``channels`` is None then.
-    """
-
-    axes: Sequence[float]
-    values: Sequence[float]
-    channels: Sequence[float] | None = None
-
-    def keys(self, basis: str) -> Sequence[float]:
-        """Those of keys in ``basis``, or of a latent."""
-        return self.axes if basis != "channels" or self.channels is None else self.channels
+    keys: Mapping[str, Sequence[float]]
+    values: Mapping[str, Sequence[float]]
 
     @classmethod
-    def typical(cls, attention: AttentionSpec, latent: LatentSpec | None = None) -> Energies:
-        """Those of a layer that nobody looked at: evenly falling."""
-        if latent is not None:
-            return cls(axes=_falling(latent.kv_lora_rank), values=_falling(latent.qk_rope_head_dim // 2) * 2)
-        falling = _falling(attention.num_kv_heads * attention.head_dim)
-        pairs, rest = attention.num_kv_heads * attention.rope_pairs, 2 * attention.num_kv_heads * attention.rope_pairs
-        return cls(axes=falling, channels=falling[:pairs] * 2 + falling[rest:], values=falling)
+    def typical(cls, attention: AttentionSpec, settings: TransformCoding) -> Energies:
+        """Those of a layer that nobody looked at: evenly falling in each block."""
+        made = (
+            {form.name: _falling(form, kind, attention) for form in possible}
+            for kind, possible in zip(("key", "value"), forms(attention, settings.decode_cost), strict=True)
+        )
+        return cls(keys=next(made), values=next(made))
 
 
-def _falling(width: int) -> list[float]:
-    return [FALL ** (place / width) for place in range(width)]
+def _falling(form: Form, kind: str, attention: AttentionSpec) -> list[float]:
+    width = form.block * attention.head_dim
+    row = [0.0] * (attention.num_kv_heads * attention.head_dim)
+    for group in form.groups(kind, attention):
+        for place in group:
+            row[place] = FALL ** (group[0] % width / width)
+    return row
 
 
 def layer_window(attention: AttentionSpec, exact_window: int) -> int:
@@ -100,6 +107,28 @@ def plan_layers(
     Raises:
         InfeasibleError: the budget or the cost cannot be met; names what can.
     """
+    budget = byte_budget(attentions, settings)
+    _check_cost(attentions, settings)
+    layers = [_Layer(*each, settings) for each in zip(attentions, energies, strict=True)]
+    chosen = [layer.pairs()[0] for layer in layers]
+    for _ in range(ROUNDS if any(len(layer.pairs()) > 1 for layer in layers) else 0):
+        bit = price([row for layer, pair in zip(layers, chosen, strict=True) for row in layer.rows(pair)], budget)
+        before, chosen = chosen, [layer.best(bit) for layer in layers]
+        if chosen == before:
+            break
+    bit = price([row for layer, pair in zip(layers, chosen, strict=True) for row in layer.rows(pair)], budget)
+    rows = [row for layer, pair in zip(layers, chosen, strict=True) for row in layer.affordable(pair, bit)]
+    bits = allocate(rows, budget)
+    made = zip(layers, chosen, bits[::2], bits[1::2], strict=True)
+    return [layer.coding(pair, keys, values) for layer, pair, keys, values in made]
+
+
+def byte_budget(attentions: Sequence[AttentionSpec], settings: TransformCoding) -> int:
+    """Bytes of a token in all layers.
+
+    Raises:
+        InfeasibleError: too few; names what can be.
+    """
     numbers = sum(attention.cached_numbers for attention in attentions)
     budget = int(settings.kv_cache * 2 * numbers + 1e-9)
     if budget < (least := 2 * len(attentions)):
@@ -107,105 +136,105 @@ def plan_layers(
             f"kv_cache {settings.kv_cache:g} leaves {budget} bytes per token, and every layer takes 2 at least: the "
             f"smallest possible is kv_cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
         )
-    _check_cost(attentions, settings)
-    bases = [_best_basis(*layer) for layer in zip(attentions, energies, strict=True)]
-    while True:
-        rows = [
-            row
-            for attention, energy, basis in zip(attentions, energies, bases, strict=True)
-            for row in _rows(attention, energy, basis, settings)
-        ]
-        bits = allocate(rows, budget)
-        layers = [
-            LayerCoding(
-                key_basis=basis,
-                key_bits=tuple(keys),
-                value_bits=tuple(values),
-                predicted_kl=(error(energy.keys(basis), keys) + error(energy.values, values)) / 2,
-            )
-            for energy, basis, keys, values in zip(energies, bases, bits[::2], bits[1::2], strict=True)
-        ]
-        dear = [
-            basis == "axes" and decode_cost(attention, layer) > _most(attention, settings)
-            for attention, layer, basis in zip(attentions, layers, bases, strict=True)
-        ]
-        if not any(dear):
-            return layers
-        bases = ["channels" if too_dear else basis for basis, too_dear in zip(bases, dear, strict=True)]
+    return budget
 
 
-def _best_basis(attention: AttentionSpec, energy: Energies) -> str:
-    """The basis of keys, or of a latent, that loses least."""
-    if energy.channels is None:
-        return "own"
-    return "axes" if attention.rope_pairs else "channels"
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's part of the plan: pairs of forms, of keys and of values."""
+
+    attention: AttentionSpec
+    energies: Energies
+    settings: TransformCoding
+
+    def pairs(self) -> list[tuple[Form, Form]]:
+        """Those that may be chosen."""
+        return [*product(*forms(self.attention, self.settings.decode_cost))]
+
+    def rows(self, pair: tuple[Form, Form]) -> tuple[Sequence[float], Sequence[float]]:
+        """Energies of keys and values."""
+        return self.energies.keys[pair[0].name], self.energies.values[pair[1].name]
+
+    def best(self, bit: float) -> tuple[Form, Form]:
+        """The pair that loses least where a bit costs ``bit``."""
+        return min(self.pairs(), key=lambda pair: self._lost(pair, bit))
+
+    def _lost(self, pair: tuple[Form, Form], bit: float) -> float:
+        full, limited = self.rows(pair), self.affordable(pair, bit)
+        dropped = sum(sum(row) - sum(kept) for row, kept in zip(full, limited, strict=True))
+        return dropped + sum(at_price(energy, bit)[1] for row in limited for energy in row if energy)
+
+    def affordable(self, pair: tuple[Form, Form], bit: float) -> tuple[Sequence[float], Sequence[float]]:
+        """The rows with zeros in place of coefficients that decoding has no time for.
+
+        Those are kept that gain most per multiply-add where a bit costs ``bit``, the best of each row before all.
+        """
+        rows = self.rows(pair)
+        if self.settings.decode_cost == "any":
+            return rows
+        left, groups = most_operations(self.attention, self.settings.decode_cost), []
+        for kind, form, row in zip(("key", "value"), pair, rows, strict=True):
+            each, fixed = form.costs(kind, self.attention)
+            left -= fixed
+            of_row = []
+            for group in form.groups(kind, self.attention):
+                cost, energy = len(group) * each, sum(row[place] for place in group)
+                gain = energy - sum(at_price(row[place], bit)[1] for place in group)
+                of_row.append((gain / cost, energy, cost, kind, group))
+            of_row.sort(key=lambda found: found[:2], reverse=True)
+            groups += [(place > 0, *found) for place, found in enumerate(of_row)]
+        kept = {"key": [0.0] * len(rows[0]), "value": [0.0] * len(rows[1])}
+        for *_, cost, kind, group in sorted(groups, key=lambda found: (found[0], -found[1], -found[2])):
+            if cost <= left:
+                left -= cost
+                for place in group:
+                    kept[kind][place] = rows[kind == "value"][place]
+        return kept["key"], kept["value"]
+
+    def coding(self, pair: tuple[Form, Form], keys: Sequence[int], values: Sequence[int]) -> LayerCoding:
+        """The pair with these bits."""
+        of_keys, of_values = self.rows(pair)
+        return LayerCoding(
+            key_basis=pair[0].basis,
+            key_block=pair[0].block,
+            value_block=pair[1].block,
+            key_bits=tuple(keys),
+            value_bits=tuple(values),
+            predicted_kl=(error(of_keys, keys) + error(of_values, values)) / 2,
+        )
 
 
 def _check_cost(attentions: Sequence[AttentionSpec], settings: TransformCoding) -> None:
     """Refuses a cost of decoding at which a layer could not even read one channel and one value."""
     if settings.decode_cost == "any":
         return
-    least = max((2 * bool(each.rope_pairs) or 1) + 1 for each in attentions) / 2
-    if short := [each.head_dim for each in attentions if settings.decode_cost * each.head_dim < least]:
+    least = [((2 if each.rope_pairs else 1) + 1) / (2 * each.num_kv_heads * each.head_dim) for each in attentions]
+    if not settings.decode_cost >= (most := max(least)):
         raise InfeasibleError(
             f"decode_cost {settings.decode_cost:g} is less than one channel and one value take: the smallest "
-            f"possible is decode_cost {-(-least * 10000 // min(short)) / 10000:g}"
+            f"possible is decode_cost {math.ceil(most * 10000) / 10000:g}"
         )
 
 
 def decode_cost(attention: AttentionSpec, layer: LayerCoding) -> int:
-    """Multiply-adds of the scores and the context of one new token per cached one; the original takes 2 H d.
-
-    On channels scores are computed as they are; keys on any axes are rebuilt first. Values are never rebuilt.
-    """
-    values = sum(map(bool, layer.value_bits))
-    keys = sum(map(bool, layer.key_bits))
-    if layer.key_basis == "axes":
-        width = attention.num_kv_heads * attention.head_dim
-        return keys * width + attention.num_heads * (attention.head_dim + values)
-    pairs = layer.channels(attention)
-    parts = zip(layer.key_bits[:pairs], layer.key_bits[pairs : 2 * pairs], strict=True)
-    kept = 2 * sum(map(any, parts)) + sum(map(bool, layer.key_bits[2 * pairs :]))
-    return attention.num_heads * (kept + values)
+    """Multiply-adds of the scores and the context of one new token per cached one; the original takes 2 H d."""
+    keys = layer.keys.operations("key", layer.key_bits, attention)
+    return keys + layer.values.operations("value", layer.value_bits, attention)
 
 
-def ordered(bits: Sequence[int], channels: int) -> list[int]:
-    """Places of coefficients, the most bits first; those of ``channels`` channels keep their two parts apart."""
-    real, imag = bits[:channels], bits[channels : 2 * channels]
-    pairs = sorted(range(channels), key=lambda place: (-max(real[place], imag[place]), -real[place], -imag[place]))
-    rest = sorted(range(2 * channels, len(bits)), key=lambda place: -bits[place])
-    return [*pairs, *(channels + place for place in pairs), *rest]
+def ordered(bits: Sequence[int], form: Form, kind: str, attention: AttentionSpec) -> list[int]:
+    """Places of coefficients, the most bits first in every block; channels' real parts, then their imaginary ones."""
+    width = form.block * attention.head_dim
+    places: list[int] = []
+    for start in range(0, len(bits), width):
+        groups = [group for group in form.groups(kind, attention) if start <= group[0] < start + width]
+        groups.sort(key=lambda group: [-max(bits[place] for place in group), *(-bits[place] for place in group)])
+        for part in zip(*(group for group in groups if len(group) == 2), strict=True):
+            places += part
+        places += [group[0] for group in groups if len(group) == 1]
+    return places
 
 
-def _coding(bits: Sequence[int], channels: int) -> Coding:
-    if not bits:  # the rope key of a family without rope
-        return Coding(bits=((16, 0),), kind="plain")
-    runs = groupby(bits[place] for place in ordered(bits, channels))
+def _coding(bits: Sequence[int], form: Form, kind: str, attention: AttentionSpec) -> Coding:
+    runs = groupby(bits[place] for place in ordered(bits, form, kind, attention))
     return Coding(bits=tuple((width, len(list(run))) for width, run in runs))
-
-
-def _rows(
-    attention: AttentionSpec, energies: Energies, basis: str, settings: TransformCoding
-) -> tuple[Sequence[float], Sequence[float]]:
-    """Energies of keys and values; on channels, none of coefficients that decoding has no time for."""
-    if basis != "channels" or settings.decode_cost == "any":
-        return energies.keys(basis), energies.values
-    pairs = attention.num_kv_heads * attention.rope_pairs
-    keys, values = list(energies.keys(basis)), list(energies.values)
-    groups: list[list[tuple[list[float], int]]] = [[(keys, place), (keys, place + pairs)] for place in range(pairs)]
-    groups += [[(row, place)] for row, first in ((keys, 2 * pairs), (values, 0)) for place in range(first, len(row))]
-    groups.sort(key=lambda group: -sum(row[place] for row, place in group) / len(group))
-    left = int(_most(attention, settings) / attention.num_heads)
-    for group in groups:
-        if len(group) <= left:
-            left -= len(group)
-            continue
-        for row, place in group:
-            row[place] = 0.0
-    return keys, values
-
-
-def _most(attention: AttentionSpec, settings: TransformCoding) -> float:
-    """Multiply-adds per cached token that a layer may take."""
-    factor = float("inf") if settings.decode_cost == "any" else settings.decode_cost
-    return factor * 2 * attention.num_heads * attention.head_dim

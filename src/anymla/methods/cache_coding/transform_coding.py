@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
+from anymla.methods.cache_coding.latent_plan import LatentCoding, plan_latents
 from anymla.methods.cache_coding.papers import TRANSFORM_CODING
-from anymla.methods.cache_coding.plan import Energies, LayerCoding, plan_layers
-from anymla.modeling.spec import LayerSpec, ModelSpec
+from anymla.methods.cache_coding.plan import Energies, LayerCoding, byte_budget, plan_layers
+from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ WINDOW = 16  # latest tokens that are seen exactly, unless the settings say so
 class TransformCoding(LayerMethod):
     """Settings of a cache of codes whose bases and bits come from one rate-distortion problem over all layers.
 
-    After the step mla the latent is coded in its principal axes, the rope key, before rope, in its channels.
+    After the step mla the latent is coded in its principal axes, the rope key, before rope, in its channels. What
+    decoding then costs was decided there: ``decode_cost`` says nothing.
     """
 
     name: ClassVar[str] = "transform_coding"
@@ -41,9 +43,9 @@ class TransformCoding(LayerMethod):
         description="Share of the bytes that the original's KV cache has in 16 bits, 0 < x <= 1; 1 codes nothing.",
     )
     decode_cost: float | Literal["any"] = Field(
-        "any",
-        description="Most multiply-adds per cached token and layer at decode, over those of the original attention, as "
-        "2.0; fewer numbers are kept then, at a loss. any: no limit, so that keys are rebuilt from the best axes.",
+        2.0,
+        description="Most multiply-adds per cached token and layer at decode, over those of the original attention; "
+        "bases then mix few heads. any: no limit, so that keys are rebuilt from the best axes of all heads.",
     )
     first_tokens: int = Field(
         4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
@@ -70,8 +72,6 @@ class TransformCoding(LayerMethod):
             return f"exact_window {window} needs calibration windows of twice as many tokens, to see beyond it"
         if _has_latent(model) and window:
             return f"exact_window is {window}, and a coded latent has none: it must be 0"
-        if _has_latent(model) and self.decode_cost != "any":
-            return f"decode_cost is {self.decode_cost:g}, and a latent costs what the step mla chose: it must be any"
         return coded_refusal(model)
 
     def window(self, model: ModelSpec) -> int:
@@ -79,12 +79,20 @@ class TransformCoding(LayerMethod):
         return (0 if _has_latent(model) else WINDOW) if self.exact_window is None else self.exact_window
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
-        """Codes for every layer with softmax attention; ``choices``: LayerCoding, typical ones without ``facts``."""
+        """Codes for every layer with softmax attention, typical ones without ``facts``.
+
+        ``choices``: LayerCoding, after the step mla LatentCoding.
+        """
         places = {} if self.kv_cache == 1 else model.attention_layers
         known = facts or [None] * len(model.layers)
-        energies = [_energies(model.layers[index], known[index]) for index in places]
-        planned = dict(zip(places, plan_layers([*places.values()], energies, self) if places else (), strict=True))
-        planned = {index: layer.model_copy(update={"facts": known[index]}) for index, layer in planned.items()}
+        planned: dict[int, LayerCoding | LatentCoding] = {}
+        if _has_latent(model) and places:
+            specs, found = [model.layers[index] for index in places], [known[index] for index in places]
+            planned |= zip(places, plan_latents(specs, found, byte_budget([*places.values()], self)), strict=True)
+        elif places:
+            energies = [self._energies(attention, known[index]) for index, attention in places.items()]
+            made = zip(places, plan_layers([*places.values()], energies, self), strict=True)
+            planned |= {index: layer.model_copy(update={"facts": known[index]}) for index, layer in made}
         window = self.window(model)
         layers = tuple(
             self._coded(layer, planned[index], window) if index in planned else layer
@@ -96,7 +104,7 @@ class TransformCoding(LayerMethod):
         """Moments of keys and values, and what their errors cost."""
         from anymla.methods.cache_coding.energies import EnergySurvey
 
-        return EnergySurvey(self.first_tokens, self.window(model))
+        return EnergySurvey(self, self.window(model))
 
     def observer(self, layer: Layer) -> Unheard:
         """Nothing: the survey has seen it all."""
@@ -106,33 +114,40 @@ class TransformCoding(LayerMethod):
 
     def apply(self, layer: Layer, observed: Any) -> Changed:
         """Puts an attention whose cache is coded in the place of the layer's own."""
-        from anymla.methods.cache_coding.build import build_transformed
+        from anymla.methods.cache_coding.build import build_transformed, build_transformed_latent
 
-        coding: LayerCoding = layer.choice
-        attention, lost = build_transformed(layer, coding)
+        coding: LayerCoding | LatentCoding = layer.choice
+        if isinstance(coding, LatentCoding):
+            attention, lost = build_transformed_latent(layer, coding)
+            told = coding.told()
+        else:
+            attention, lost = build_transformed(layer, coding)
+            told = _told(coding)
         layer.module.set_submodule(layer.attention_path, attention)
-        return Changed(spec=attention.layer_spec, result={"layer": layer.index, **_told(coding), "error": lost})
+        return Changed(spec=attention.layer_spec, result={"layer": layer.index, **told, "error": lost})
 
-    def _coded(self, old: LayerSpec, layer: LayerCoding, window: int) -> LayerSpec:
+    def _coded(self, old: LayerSpec, layer: LayerCoding | LatentCoding, window: int) -> LayerSpec:
         """The layer as it will be."""
         if old.attention is None:
             raise ValueError("a layer without softmax attention has no coded cache")
+        if isinstance(layer, LatentCoding):
+            return replace(old, coded=layer.spec(self.first_tokens), attention_bytes=None)
         return replace(old, coded=layer.spec(old.attention, self.first_tokens, window), attention_bytes=None)
+
+    def _energies(self, attention: AttentionSpec, facts: dict[str, Any] | None) -> Energies:
+        if facts is None:
+            return Energies.typical(attention, self)
+        return Energies(keys=facts["key_energies"], values=facts["value_energies"])
 
 
 def _has_latent(model: ModelSpec) -> bool:
     return any(layer.latent is not None for layer in model.layers)
 
 
-def _energies(layer: LayerSpec, facts: dict[str, Any] | None) -> Energies:
-    if layer.attention is None:
-        raise ValueError("a layer without softmax attention has no coded cache")
-    return Energies.typical(layer.attention, layer.latent) if facts is None else Energies(**facts["energies"])
-
-
 def _told(coding: LayerCoding) -> dict[str, Any]:
     """What a report says of a layer."""
     sizes = {"key": coding.key_bits, "value": coding.value_bits}
     kept = {f"{name}_coefficients": sum(map(bool, bits)) for name, bits in sizes.items()}
-    means = {f"{name}_bits": sum(bits) / max(1, len(bits)) for name, bits in sizes.items()}
-    return {"key_basis": coding.key_basis, **kept, **means, "predicted_kl": coding.predicted_kl}
+    means = {f"{name}_bits": sum(bits) / len(bits) for name, bits in sizes.items()}
+    blocks = {"key_block": coding.key_block, "value_block": coding.value_block}
+    return {"key_basis": coding.key_basis, **blocks, **kept, **means, "predicted_kl": coding.predicted_kl}

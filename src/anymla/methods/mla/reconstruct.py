@@ -116,7 +116,9 @@ class Reconstruction:
 
 def _learned(attention: Any) -> dict[str, Tensor]:
     """The tensors that steps move."""
-    named = dict(attention.named_parameters()) | {name: getattr(attention, name) for name in LEARNED_BUFFERS}
+    named = dict(attention.named_parameters()) | {
+        name: buffer for name, buffer in attention.named_buffers() if name in LEARNED_BUFFERS
+    }
     return {name: tensor for name, tensor in named.items() if tensor.numel()}
 
 

@@ -104,6 +104,10 @@ class MLA(LayerMethod):
 
         if any(layer.latent is not None for layer in model.layers):
             return "it has latent attention already"
+        if any(layer.shared is not None for layer in model.layers):
+            return "its layers share attention maps: convert the original instead"
+        if any(layer.kind is not None for layer in model.layers):
+            return "its attention is no stock one any more: put mla before the step that changed it"
         try:
             check_settings("this model", model, self)
         except AnymlaError as error:

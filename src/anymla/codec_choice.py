@@ -1,0 +1,88 @@
+"""What `anymla convert` makes of a cache: codes of keys and values, or the step mla. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from anymla.errors import RecipeError, UnsupportedModelError
+from anymla.methods.base import LayerMethod, Phase, all_methods
+from anymla.methods.cache_coding import TransformCoding
+from anymla.methods.mla.plan import MLAPlan
+from anymla.methods.mla.settings import MLA
+from anymla.modeling.spec import ModelSpec
+
+AUTO, NONE = "auto", "none"
+CODEC = (
+    "How the cache is held. none: the step mla, latents of 16-bit numbers, which engines serve. Or a step that codes "
+    "keys and values: transform_coding, kvquant. auto: transform_coding, unless a target, an option of the step mla or "
+    "the model asks for that step."
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method, and why it was chosen where nobody named it."""
+
+    method: LayerMethod
+    why: str | None = None
+
+    @classmethod
+    def of(cls, codec: str, recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> Choice:
+        """What ``settings`` mean; ``recipe``: of the step mla, which they override.
+
+        Raises:
+            RecipeError: no such codec, or a setting that its step does not have.
+        """
+        if recipe is not None:
+            if codec not in (AUTO, NONE):
+                raise RecipeError(f"codec {codec!s:.40}: a recipe or a plan of the step mla goes with codec none alone")
+            return cls(_mla(recipe, settings))
+        if codec == NONE:
+            return cls(_mla(None, settings))
+        if codec != AUTO:
+            return cls(_coder(codec).of(settings, "settings"))
+        if own := [name for name in settings if name in MLA.model_fields and name not in TransformCoding.model_fields]:
+            return cls(_mla(None, settings), f"{own[0]} is a setting of that step alone")
+        return cls(TransformCoding.of(settings, "settings"), "it loses least per byte; engines need codec none")
+
+    def for_model(self, model: ModelSpec) -> Choice:
+        """The same, or the step mla where nobody asked for codes and the model cannot have them.
+
+        Raises:
+            UnsupportedModelError: the model cannot have the codes that were asked for.
+        """
+        if isinstance(self.method, MLA):
+            return self
+        reason = self.method.refuses(model)
+        if self.why is not None and reason is None and model.has_vision:
+            reason = "it reads images, and codes are fitted to text"
+        if reason is None:
+            return self
+        shared = self.method.model_dump(exclude_unset=True)
+        if self.why is None or shared.keys() - MLA.model_fields.keys():
+            raise UnsupportedModelError(f"this model cannot have {self.method.name}: {reason}")
+        return Choice(MLA.of(shared), reason)
+
+    @property
+    def told(self) -> str | None:
+        """The choice in one line; None where somebody made it."""
+        return None if self.why is None else f"codec auto takes the step {self.method.name}: {self.why}"
+
+
+def _mla(recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> MLA:
+    """``recipe`` with ``settings`` in place of its own."""
+    base = recipe.recipe if isinstance(recipe, MLAPlan) else recipe
+    given = {} if base is None else base.model_dump(exclude_unset=True)
+    return MLA.of(given | settings, "settings")
+
+
+def _coder(name: str) -> type[LayerMethod]:
+    known = {
+        name: method
+        for name, method in all_methods().items()
+        if method.phase == Phase.CACHE and issubclass(method, LayerMethod)
+    }
+    if name not in known:
+        raise RecipeError(f"codec must be {AUTO}, {NONE} or one of {', '.join(known)}, got {name!s:.40}")
+    return known[name]

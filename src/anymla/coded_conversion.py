@@ -1,0 +1,91 @@
+"""A conversion to a cache of codes: the method's sweep, scores on held-out text, and a report beside the weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from anymla import __version__
+from anymla.account import account
+from anymla.cards import step_card
+from anymla.io.device import peak_rss
+from anymla.io.sources.plain import Plain
+from anymla.methods.base import LayerMethod
+from anymla.modeling.spec import ModelSpec
+from anymla.outcomes import CodedConversion
+from anymla.recipe import Recipe
+
+Progress = Callable[[int, int, dict[str, Any] | None], None]
+
+
+def convert_coded(
+    method: LayerMethod,
+    model: str,
+    source: Plain,
+    spec: ModelSpec,
+    output: Path,
+    progress: Progress | None,
+    *,
+    memory: int,
+    shard_size: int,
+    restart: bool,
+) -> CodedConversion:
+    """Runs ``method`` over ``source``, the plain files of ``model``, and writes ``output`` with its report.
+
+    ``memory``, ``shard_size``, ``restart``, ``progress``: as of :class:`anymla.sweep.run.Run`; ``progress`` also gets
+    None after each pass of calibration through a layer.
+
+    Raises:
+        AnymlaError: one of its kinds, each one clear line.
+    """
+    from anymla.distributed import rank
+    from anymla.evaluation.held_out import held_out_scores
+    from anymla.sweep.run import Run, swept
+
+    started = time.monotonic()
+    run = Run(
+        output=output,
+        memory=memory,
+        shard_size=shard_size,
+        restart=restart,
+        progress=progress,
+        surveyed=None if progress is None else lambda done, total: progress(done, total, None),
+    )
+    with swept(method, source.folder, spec, run) as done:
+        before, after = account(replace(spec, dtype=done.spec.dtype)), account(done.spec)
+        scores = held_out_scores(
+            done.source, done.windows, done.original, done.converted, caches=(before, after), tuples=done.tuples
+        )
+        report = CodedConversion(
+            output=output.absolute(),
+            model=model,
+            method=method,
+            spec=done.spec,
+            layers=tuple(record.result for record in done.records if record.result is not None),
+            before=scores[0],
+            after=scores[1],
+            cache_bytes_at={
+                length: {"before": held, "after": after.cache_bytes_at[length]}
+                for length, held in before.cache_bytes_at.items()
+            },
+            commit=source.commit,
+            notes=(*source.notes, *done.source.notes),
+            computing=done.computing,
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=peak_rss(),
+            anymla_version=__version__,
+        )
+        if rank() == 0:
+            _write_report(done.folder, report)
+    return report
+
+
+def _write_report(folder: Path, report: CodedConversion) -> None:
+    recipe = Recipe.of({"model": report.model, "steps": [report.method]})
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(step_card(report.method, report.model, None), encoding="utf-8")
