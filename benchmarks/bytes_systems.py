@@ -38,6 +38,7 @@ BUDGETS = (0.5, 0.25, 0.1875, 0.125, 0.094, 0.078, 0.0625, 0.031)
 CHUNK = 16  # tokens that run at once through a cache object: later ones read what it made of these
 FIRST = 4  # tokens that stay exact on top of a latent
 OURS_CHEAP, OURS = "anymla, decode cost 2", "anymla"
+OURS_MLA, OURS_MLA_KVQUANT = "anymla, mla + transform coding", "anymla, mla + kvquant"
 Settings = dict[str, Any]
 Row = dict[str, Any]
 
@@ -106,13 +107,18 @@ def run_quantised_cache(bench: Bench, settings: Settings) -> Row:
     return scores | sized(bench, per_token, exact * (bench.token_bytes - per_token))
 
 
-def run_steps(method: str) -> Callable[[Bench, Settings], Row]:
-    """A method of anymla through its public API; the bytes are those that the live cache measures."""
+def run_steps(*methods: str) -> Callable[[Bench, Settings], Row]:
+    """Methods of anymla through its public API; the bytes are those that the live cache measures.
+
+    Settings are those of the one method, or of several by their names.
+    """
 
     def run(bench: Bench, settings: Settings) -> Row:
         out = bench.scratch / "out"
         text = {"calibration": bench.calibration_file, "calibration_tokens": bench.protocol.calibration_tokens}
-        anymla.run(bench.folder, out, [{method: text | settings}], overwrite=True, restart=True)
+        named = settings if len(methods) > 1 else {methods[0]: settings}
+        steps = [{method: text | named[method]} for method in methods]
+        anymla.run(bench.folder, out, steps, overwrite=True, restart=True)
         model = load_model(out, dtype="float32")
         found = measure(model)
         once = found.cache_bytes_once * 2 / model.config.dtype.itemsize  # first tokens count as 16-bit numbers
@@ -202,6 +208,17 @@ def _latents(*kept: tuple[float, int]) -> dict[str, Settings]:
     return {f"{share:.4g} of the numbers at {bits} bits": {"share": share, "bits": bits} for share, bits in kept}
 
 
+def _coded_mla(method: str, name: str, told: str, *kept: tuple[float, float]) -> dict[str, Settings]:
+    """Pairs of a share of the numbers, for the step mla, and what the setting ``name`` of ``method`` is then."""
+    return {
+        f"{share:.4g} of the numbers, {value:.4g} {told}": {
+            "mla": {"kv_cache": share, "reconstruction_steps": 0},  # nothing here is trained
+            method: {name: value},
+        }
+        for share, value in kept
+    }
+
+
 PLAIN_LATENTS = _latents((0.5, 16), (0.25, 16), (0.125, 16))
 CODED_LATENTS = _latents((0.75, 5), (0.5, 8), (0.75, 4), (0.5, 4), (0.5, 3), (0.25, 4), (0.25, 2))
 PCA_CASES = {
@@ -211,6 +228,13 @@ PCA_CASES = {
 SYSTEMS: dict[str, System] = {
     OURS: System(_budgets(decode_cost="any"), run_steps("transform_coding")),
     OURS_CHEAP: System(_budgets(decode_cost=2.0), run_steps("transform_coding")),
+    OURS_MLA: System(
+        _coded_mla("transform_coding", "kv_cache", "of the bytes", *product((0.75, 0.5), (0.125, 0.078, 0.25))),
+        run_steps("mla", "transform_coding"),
+    ),
+    OURS_MLA_KVQUANT: System(
+        _coded_mla("kvquant", "bits", "bits", *product((0.5,), (8, 4, 3, 2))), run_steps("mla", "kvquant")
+    ),
     "KVQuant": System(_bits(4, 3, 2), run_steps("kvquant")),
     "static NUQ tables": System(_tables((8, 8), (4, 4), (3, 3), (2, 2), (2, 1), (1, 1)), run_codec(lambda _: Tables())),
     "KVTC-like": System(PCA_CASES, run_codec(lambda _: PlainPCA())),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+import anymla
 from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_model_spec
@@ -18,6 +21,7 @@ from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.heads import rope_tables
 from anymla.modeling.spec import KEY, AttentionSpec, config_entry
 from anymla.register import converted_class, register
+from tests.families import save_model
 from tests.precision import Exact
 
 
@@ -58,6 +62,14 @@ def coded_model(
     if bits < 16:
         fit_levels(converted, bits)
     return converted
+
+
+def coded_latent(model: Any, folder: Path, **settings: Any) -> Any:
+    """``model`` after the steps mla and kvquant with ``settings``, at half its numbers."""
+    text = {"calibration_tokens": 512, "calibration_length": 32}
+    steps = [{"mla": {"kv_cache": 0.5, "reconstruction_steps": 0, **text}}, {"kvquant": text | settings}]
+    anymla.run(save_model(model, folder / "source"), folder / "out", steps=steps)
+    return AutoModelForCausalLM.from_pretrained(folder / "out", experts_implementation="eager").eval()
 
 
 def coded_tensors(source: SourceAttention, coded: CodedSpec, seed: int) -> dict[str, Tensor]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from anymla.architectures.model_spec import read_config, read_model_spec
+from anymla.architectures.model_spec import converted_spec, read_config, read_model_spec
 from anymla.distributed import all_sum
 from anymla.io.safetensors import Stored
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.methods.base import Facts, Plan, Survey
 from anymla.model_run.stream import LayerBatch
+from anymla.modeling.spec import layers_of
 from anymla.sweep.layer import CalibrationSplit, Layer
 from anymla.sweep.progress import claim
 from anymla.sweep.survey import run_survey
@@ -102,7 +103,8 @@ def surveyed(
     dtype: str | None = None,
 ) -> Facts:
     """Runs ``survey`` on the model in ``folder``, or goes on; layers in ``skip`` stay as they are."""
-    source, model = StreamedModel(folder, dtype=dtype, device="cpu"), read_model_spec(read_config(folder))
+    source, config = StreamedModel(folder, dtype=dtype, device="cpu"), read_config(folder)
+    model = converted_spec(config) if layers_of(config) else read_model_spec(config)
     choices = tuple(None if index in (skip or ()) else "some" for index in range(len(model.layers)))
     work = WorkFolder(output)
     claim(work, lambda: {"survey": type(survey).__name__}, restart=False)

@@ -16,12 +16,13 @@ from anymla.account import account, measure
 from anymla.architectures.model_spec import converted_spec
 from anymla.errors import CheckpointError
 from anymla.exports.converted import read_converted
-from anymla.modeling import coded_attention
+from anymla.modeling import rows_attention
 from anymla.modeling.arguments import cache_argument
 from anymla.modeling.coded_attention import CodedAttention
+from anymla.modeling.rows_attention import RowsAttention
 from anymla.modeling.spec import LayerSpec, layers_of
 from anymla.stored_bytes import sized, stored_bytes
-from tests.coded_models import coded_model
+from tests.coded_models import coded_latent, coded_model
 from tests.families import token_ids
 from tests.family_models import FULL_FIRST, tiny_model
 from tests.precision import Exact
@@ -52,16 +53,19 @@ def make(family, key_basis, value_basis, bits=3, **changes):
 
 
 BY_HEAD = {"key_block": 1, "value_block": 1}
+LATENT = (("latent", "rope key"), 0, {})
 
 
 @pytest.fixture(
     scope="module",
-    params=[*product(BASES, [0], [{}]), (BASES[1], 5, {}), (BASES[1], 5, BY_HEAD)],
+    params=[*product(BASES, [0], [{}]), (BASES[1], 5, {}), (BASES[1], 5, BY_HEAD), LATENT],
     ids=lambda case: "-".join([case[0][0], str(case[1]), *case[2]]),
 )
-def model(request):
-    """Codes of 3 bits, one layer in two sliding, a soft-cap on scores, with and without an exact window."""
+def model(request, tmp_path_factory):
+    """Codes of 3 bits, one layer in two sliding, a soft-cap on scores; with and without a window, and of a latent."""
     bases, window, blocks = request.param
+    if request.param == LATENT:
+        return coded_latent(tiny_model("gemma2", torch.float64), tmp_path_factory.mktemp("latent"), bits=3)
     return make("gemma2", *bases, exact_window=window, **blocks)
 
 
@@ -121,11 +125,13 @@ def test_a_window_over_all_tokens_is_the_original(bases):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_decode_equals_full_recompute(model, static, monkeypatch):
-    monkeypatch.setattr(coded_attention, "CHUNK", 7 * 24)
+    monkeypatch.setattr(rows_attention, "CHUNK", 7 * 24)
     ids, config = token_ids(), model.config
     cache = StaticCache(config=config, max_cache_len=64) if static else DynamicCache(config=config)
     assert close(stepwise(model, ids, cache), forward(model, ids, use_cache=False))
-    assert all(layer.keys.dtype == torch.uint8 and layer.keys.shape[-1] == 9 for layer in cache.layers)
+    sizes = [part.key_codec.row_bytes for part in model.modules() if isinstance(part, RowsAttention)]
+    assert all(layer.keys.dtype == torch.uint8 for layer in cache.layers)
+    assert [layer.keys.shape[-1] for layer in cache.layers] == sizes
 
 
 def test_chunked_prefill(model):
@@ -179,7 +185,7 @@ def test_crop(model, cut):
     ids, cache = token_ids(2, 20), DynamicCache(config=model.config)
     cache.layers = [type(layer)() if not layer.is_sliding else layer for layer in cache.layers]
     for part in model.modules():
-        if isinstance(part, CodedAttention):
+        if isinstance(part, RowsAttention):
             part.make_room(cache)
     cache.activate_past_recording()
     forward(model, ids, past_key_values=cache)
@@ -202,12 +208,12 @@ def test_appending_copies_nothing(model):
 
 
 def test_decode_never_holds_the_cache_as_numbers(model, monkeypatch):
-    monkeypatch.setattr(coded_attention, "CHUNK", 8 * 24)  # tokens, numbers of each
+    monkeypatch.setattr(rows_attention, "CHUNK", 8 * 24)  # tokens, numbers of each
     ids, cache = token_ids(1, 120), DynamicCache(config=model.config)
     forward(model, ids[:, :119], past_key_values=cache)
     with Whole(120) as whole:
         forward(model, ids[:, 119:], past_key_values=cache)
-    assert whole.largest == 6 * 120  # the scores of 6 heads
+    assert whole.largest <= 6 * 120  # the scores of 6 heads
     with Whole(120) as whole:
         forward(model, ids, use_cache=False)
     assert whole.largest >= 24 * 120
@@ -309,7 +315,8 @@ def test_gradients_pass_the_codes(model):
     output = model(input_ids=ids, labels=ids)
     output.loss.backward()
     found = {name.rpartition(".")[0].rpartition(".")[2]: weight.grad for name, weight in model.named_parameters()}
-    assert all(found[name].abs().sum() > 0 for name in ("k_proj", "v_proj", "q_proj"))
+    makes = {"k_proj", "v_proj", "kv_a_proj_with_mqa"} & found.keys()
+    assert makes and all(found[name].abs().sum() > 0 for name in (*makes, "q_proj"))
     model.zero_grad()
 
 

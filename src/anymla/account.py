@@ -164,6 +164,8 @@ def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     ``hidden``: D, the width of the residual stream.
     """
     match layer.kind:
+        case CodedSpec() if layer.latent is not None:
+            return latent_bytes(*layer.parts, hidden, dtype) + table_bytes(layer, dtype)
         case CodedSpec():
             return coded_bytes(layer, hidden, dtype)
         case LatentSpec() as latent:
@@ -191,9 +193,14 @@ def coded_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
         numbers += (hidden + 1) * (keys if encodes else side.width)
         numbers += ((keys + 1) * width if side.width == width else (width + 1) * keys) * encodes
         numbers += (width + 1) * keys * (basis != "own")
-    numbers += coded.keys.table_numbers + coded.values.table_numbers
     channels = attention.num_kv_heads * attention.rope_pairs * (coded.key_basis == "channels")
-    return numbers * DTYPE_BYTES[dtype] + attention.rope_pairs * ANGLE_BYTES + channels * INDEX_BYTES
+    return numbers * DTYPE_BYTES[dtype] + channels * INDEX_BYTES + table_bytes(layer, dtype)
+
+
+def table_bytes(layer: LayerSpec, dtype: str) -> int:
+    """Bytes of the buffers that every coded cache has: levels, and the angles of rope."""
+    levels = layer.codes.keys.table_numbers + layer.codes.values.table_numbers
+    return levels * DTYPE_BYTES[dtype] + (layer.attention.rope_pairs if layer.attention else 0) * ANGLE_BYTES
 
 
 def shared_bytes(attention: AttentionSpec, shared: SharedSpec, hidden: int, dtype: str) -> int:

@@ -12,9 +12,7 @@ methods build (shapes as in torch.nn.Linear, weight [out,in]; n = G d):
     clip follow k_proj [n,D], then key_encoder [n,w]: the blocks of E^T under each other, or [w,n] where there is one;
     bias -mean E. value_encoder (LayerSpec.encodes_values) likewise.
     key_decoder, value_decoder [n,w]: the blocks of (E^-1)^T, or what stands in for it; bias the mean; absent in "own".
-    key_codec, value_codec: make_codec of the spec's codings, with their buffers.
-    inv_freq [P], int32: the bits of float32 numbers, which a cast of the model must not round: the angle by which a
-    pair turns per position, negative where the family turns backwards. ``inv_freq.view(torch.float32)`` reads it.
+    key_codec, value_codec, inv_freq: as in RowsAttention.
     channel_index [G P], int64, in the basis "channels" only: the rope pair with which a channel turns. The
     coefficients of a block are [b P real parts | b P imaginary parts | b (d - 2 P) of dims without rope].
 
@@ -25,77 +23,40 @@ a chunk, m blocks of w coefficients.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .absorbed import additive_mask
-from .arguments import make_fit
-from .attention import ConvertedAttention, joined
+from .attention import joined
 from .block_maps import grouped, mapped, matrix, through
-from .codecs import make_codec
-from .coded_cache import NewTokens, PlacedTokens, Places, make_room
-from .coding_spec import CodedSpec
-from .heads import attention_weights, causal_mask, multiply_pairs, score_bias
+from .heads import attention_weights, multiply_pairs
+from .rows_attention import Rows, RowsAttention, turn, turned
 from .spec import LayerSpec
 
 Product = Callable[[int, Tensor], Tensor]  # of a chunk's number and coefficients [B,c,G d]: scores [B,H,T,c]
-CHUNK = 1 << 18  # numbers of cached keys or values that are read at a time in decode: they stay in a CPU's cache
-FEW = 16  # new tokens up to which the cache is read in chunks
 
 
-class Rows(NamedTuple):
-    """What the new tokens see: rows of bytes [B,S,row_bytes], and what belongs in some columns instead."""
+class CodedAttention(RowsAttention):
+    """Attention over a cache of codes that stands in for the attention module ``original`` of one layer."""
 
-    keys: Tensor
-    values: Tensor
-    places: tuple[Places, ...]
-    start: int  # the column of the first new token
-    latest: tuple[Tensor, Tensor] | None = (
-        None  # coefficients [B,E,n] of the last tokens, where queries see them exactly
-    )
-
-    def before(self, stop: int) -> Rows:
-        """Those in the columns before ``stop``."""
-        return self._replace(keys=self.keys[:, :stop], values=self.values[:, :stop])
-
-
-class CodedAttention(ConvertedAttention):
-    """Attention over a cache of codes that stands in for the attention module ``original`` of one layer.
-
-    A cached token's position is its column, for scores see differences of positions only.
-    """
-
-    inv_freq: Tensor
     channel_index: Tensor | None
     key_decoder: nn.Module | None
     value_decoder: nn.Module | None
-    coded: CodedSpec
 
     def _make_cached(self, hidden: int, spec: LayerSpec) -> None:
-        if spec.coded is None:
-            raise ValueError(f"the layer at {spec.module} has no coded cache")
-        self.coded, size = spec.coded, self.num_kv_heads * self.head_dim
-        self.key_width, self.value_width = keys, values = self.coded.block_widths(self.spec)
-        self.k_proj, self.key_encoder = _made(hidden, size, self.coded.keys.width, keys, spec.encodes_keys)
-        self.v_proj, self.value_encoder = _made(hidden, size, self.coded.values.width, values, spec.encodes_values)
-        self.key_decoder = None if self.coded.key_basis == "own" else nn.Linear(keys, size)
-        self.value_decoder = None if self.coded.value_basis == "own" else nn.Linear(values, size)
+        size, coded = self.num_kv_heads * self.head_dim, spec.codes
+        self.key_width, self.value_width = keys, values = coded.block_widths(self.spec)
+        self.k_proj, self.key_encoder = _made(hidden, size, coded.keys.width, keys, spec.encodes_keys)
+        self.v_proj, self.value_encoder = _made(hidden, size, coded.values.width, values, spec.encodes_values)
+        self.key_decoder = None if coded.key_basis == "own" else nn.Linear(keys, size)
+        self.value_decoder = None if coded.value_basis == "own" else nn.Linear(values, size)
 
     def _make_buffers(self, spec: LayerSpec) -> None:
-        self.key_codec, self.value_codec = make_codec(self.coded.keys), make_codec(self.coded.values)
-        self.register_buffer("inv_freq", torch.zeros(self.rope_pairs, dtype=torch.int32))
+        super()._make_buffers(spec)
         channels = torch.zeros(self.num_kv_heads * self.rope_pairs, dtype=torch.long)
         self.register_buffer("channel_index", channels if self.coded.key_basis == "channels" else None)
-
-    def make_room(self, cache: Any) -> Any:
-        """Gives ``cache`` room for the rows of this layer."""
-        return make_room(cache, self.layer_idx, self.coded.first_tokens, self.coded.exact_window)
-
-    def places(self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-        """The positions [B or 1,T], where the family says them."""
-        return position_ids if position_ids is None or position_ids.dim() == 2 else position_ids[0]
 
     def coefficients(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """What is coded of the new tokens: keys and values [B,T,m] in their bases."""
@@ -107,71 +68,8 @@ class CodedAttention(ConvertedAttention):
             return keys, values
         return keys, through(self.value_encoder, values, self.value_encoder.in_features)
 
-    def attend(
-        self,
-        hidden_states: Tensor,
-        query: Tensor,
-        places: Tensor | None,
-        mask: Tensor | None,
-        cache: Any,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Puts the new tokens' rows into the cache and attends to all of it; returns [B,T,H,d] and the weights."""
-        tokens = NewTokens(*self.coefficients(hidden_states), places)
-        rows = None if cache is None else self._cached(tokens, cache)
-        start, length = (0, query.shape[2]) if rows is None else (rows.start, rows.keys.shape[1])
-        mask = score_bias(mask, self.spec, self.config, hidden_states, length, kwargs)
-        if rows is not None and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
-            stop = start + query.shape[2]  # a static cache has empty rows behind
-            rows, mask = rows.before(stop), mask if mask is None else mask[..., :stop]
-        query = self._scaled(query, places, start)
-        if rows is not None and self.reads_chunks(query.shape[2], mask):
-            return self.attend_few(query, rows, mask), None
-        keys, values = self._read_back(tokens) if rows is None else self._whole(rows, query.dtype)
-        latest = tokens[:2] if rows is None or rows.latest is None else rows.latest
-        return self.attend_all(query, (keys, values), latest, start, mask, kwargs)
-
-    def _read_back(self, tokens: NewTokens) -> tuple[Tensor, Tensor]:
-        """What would be read of the new tokens, were there a cache; gradients pass."""
-        keys, values = self.key_codec(tokens.keys), self.value_codec(tokens.values)
-        if (first := tokens.first(None, 0, self.coded.first_tokens)) is None:
-            return keys, values
-        places = first.placed()
-        return places.put(keys, 0, values=False), places.put(values, 0, values=True)
-
-    def _cached(self, tokens: NewTokens, cache: Any) -> Rows:
-        """Adds the new tokens to ``cache``; all that they see."""
-        self.make_room(cache)
-        keys, values = self.key_codec.encode(tokens.keys)[:, None], self.value_codec.encode(tokens.values)[:, None]
-        make_fit(cache, self.layer_idx, keys, values)
-        seen = int(cache.get_seq_length(self.layer_idx))
-        _, offset = cache.get_mask_sizes(keys.shape[2], self.layer_idx)
-        first: PlacedTokens | None
-        (keys, values), (first, latest) = cache.update(keys, values, self.layer_idx, tokens)
-        places = () if first is None else (first.placed(offset),)
-        latest = None if latest is None else (latest[0][:, 0], latest[1][:, 0])
-        return Rows(keys[:, 0], values[:, 0], places, seen - offset, latest)
-
-    def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, *, values: bool) -> Tensor:
-        """Coefficients [B,c,G d] of keys, or ``values``, of the columns from ``start`` to before ``stop``."""
-        codec, held = (self.value_codec, rows.values) if values else (self.key_codec, rows.keys)
-        states: Tensor = codec.decode(held[:, start:stop], dtype)
-        for places in rows.places:
-            states = places.put(states, start, values=values)
-        return states
-
-    def _whole(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Coefficients [B,S,G d] of all keys and values."""
-        length = rows.keys.shape[1]
-        return self._read(rows, 0, length, dtype, values=False), self._read(rows, 0, length, dtype, values=True)
-
-    def _angles(self, columns: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and sin [..,t,P] of rope at ``columns`` [..,t], in the dtype of ``like``."""
-        angles = columns[..., None].double() * self.inv_freq.view(torch.float32).double()
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-    def _scaled(self, query: Tensor, positions: Tensor | None, start: int) -> Tensor:
-        """The query [B,H,T,d] before rope, with what rope and the family put on it, or on it and keys, after rope.
+    def framed(self, query: Tensor, positions: Tensor | None, start: int) -> Tensor:
+        """The query [B,H,T,d], with what rope and the family put on it, or on it and keys, after rope.
 
         A gain of the turned query is one of it in the frame of its own position, whatever its column.
         """
@@ -195,19 +93,7 @@ class CodedAttention(ConvertedAttention):
         mask: Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        """Rebuilds keys and values from coefficients and calls the attention that the config names.
-
-        Args:
-            query: [B,H,T,d] before rope, its first token in column ``start``.
-            coded: coefficients [B,S,G d] of keys and of values as they are read.
-            latest: those of the last tokens [B,E,G d] as they were before coding, for an exact window.
-            start: the column.
-            mask: of the new tokens and all cached ones.
-            kwargs: what else the layers of transformers give.
-
-        Returns:
-            The output [B,T,H,d] and the weights.
-        """
+        """Rebuilds keys and values from coefficients and calls the attention that the config names."""
         query, key, value = self.rebuilt(query, coded, start)
         return self.attend_as_stock(query, key, value, mask, kwargs)
 
@@ -226,28 +112,10 @@ class CodedAttention(ConvertedAttention):
         states = states if decoder is None else through(decoder, states, width)
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def reads_chunks(self, new: int, mask: Tensor | None) -> bool:
-        """Whether the cache is read a chunk at a time: few new tokens, and a mask of single tokens or none."""
-        if self.always_expands or self.training or new > FEW:
-            return False
-        return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
-
-    def attend_few(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
-        """Attention that holds no more than a chunk of the cache as numbers; returns [B,T,H,d]."""
-        return self.attend_in_chunks(query, rows, self.shown(mask, query.shape[2], rows.keys.shape[1], query.device))
-
-    def shown(self, mask: Tensor | None, new: int, length: int, device: Any) -> Tensor | None:
-        """The mask, or the one that is meant where none is given."""
-        if mask is None and new > 1 and self.is_causal:
-            return causal_mask(new, length, self.sliding_window, device)
-        return mask
-
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
-        """The same with the mask that is meant."""
-        length = rows.keys.shape[1]
+        """Reads the keys of all chunks for the scores, then the values; returns [B,T,H,d]."""
         mask = None if mask is None else additive_mask(mask, query.dtype)
-        size = max(1, CHUNK // (len(query) * self.num_kv_heads * self.head_dim))
-        chunks = [(start, min(length, start + size)) for start in range(0, length, size)]
+        chunks = self.chunks(rows)
         precise = query.to(torch.promote_types(query.dtype, torch.float32))  # of 16 bits products are slower, too
         scores = torch.cat(self._scores(precise * self.scaling, rows, chunks, query.dtype), dim=-1)
         weights = attention_weights(scores, mask, self.spec.softcap, self.sinks)
@@ -318,24 +186,6 @@ class CodedAttention(ConvertedAttention):
         """Weight [G,d,w] and constant [G,d] of a decoder."""
         weight, mean = matrix(decoder, width, like)
         return weight.unflatten(0, (-1, self.head_dim)), mean.unflatten(0, (-1, self.head_dim))
-
-
-def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """States [..,t,n] whose first 2 m numbers are pairs, half-split, turned by the angle of cos and sin [..,t,m]."""
-    size = 2 * cos.shape[-1]
-    if not size:
-        return states
-    pairs, rest = states.split([size, states.shape[-1] - size], dim=-1)
-    return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
-
-
-def turn(states: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """The same in place."""
-    size = cos.shape[-1]
-    real, imag = states[..., :size], states[..., size : 2 * size]
-    swapped = real * sin
-    real.mul_(cos).addcmul_(imag, sin, value=-1)
-    imag.mul_(cos).add_(swapped)
 
 
 def _made(hidden: int, size: int, coefficients: int, width: int, encodes: bool) -> tuple[nn.Linear, nn.Linear | None]:

@@ -15,9 +15,10 @@ from torch.nn.functional import dropout
 
 from .absorbed import additive_mask
 from .block_maps import grouped
-from .coded_attention import CodedAttention, Rows
+from .coded_attention import CodedAttention
 from .coded_cache import PlacedTokens
 from .heads import attention_weights
+from .rows_attention import Rows
 
 BLOCK = 128  # queries at a time: bounds memory to their scores
 

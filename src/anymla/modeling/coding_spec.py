@@ -5,7 +5,7 @@ One of the modelling files that travel with every converted checkpoint; it needs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .described import checked, shortened
@@ -103,11 +103,11 @@ def word(bits: int, count: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class CodedSpec:
-    """A cache of codes: keys before rope and values, each in a basis.
+    """A cache of codes: keys before rope and values, each in a basis; or a latent and its rope key before rope.
 
     Args:
-        keys, values: how their coefficients are stored; in "axes" there may be fewer than G d of them, which is a cache
-            of low rank, with first tokens that lose what it loses and without an exact window.
+        keys, values: how their coefficients are stored; those of a latent, of a rope key. In "axes" there may be
+            fewer than G d of them: a cache of low rank, first tokens too, without an exact window.
         key_basis: "own": the keys themselves; "channels": complex axes across key/value heads within one rope
             frequency, on which scores are computed; "axes": any axes, from which keys are rebuilt when they are read.
         value_basis: "own" or "axes".
@@ -151,6 +151,11 @@ class CodedSpec:
         """Whether numbers become codes; else they are kept as they are."""
         return any(side.kind != "plain" for side in (self.keys, self.values))
 
+    def plain(self) -> CodedSpec:
+        """The same coefficients as numbers of the cache's own dtype."""
+        keys, values = (Coding(bits=((16, side.width),), kind="plain") for side in (self.keys, self.values))
+        return replace(self, keys=keys, values=values, first_tokens=0, exact_window=0)  # all are exact
+
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""
         return {**(shortened(self) or {}), "keys": shortened(self.keys), "values": shortened(self.values)}
@@ -163,14 +168,8 @@ class CodedSpec:
             ValueError: it is no such description; the message says which field.
         """
         described = checked(cls, described)
-        size = attention.cached_numbers // 2 if attention else 0
-        for name in ("keys", "values"):
-            described[name] = _coding(described[name])
+        described |= {name: _coding(described[name]) for name in ("keys", "values")}
         coded = cls(**described)
-        for name, basis in (("keys", coded.key_basis), ("values", coded.value_basis)):
-            least = 1 if basis == "axes" and not coded.exact_window else size
-            if not least <= (found := getattr(coded, name).width) <= size:
-                raise ValueError(f"CodedSpec: {name}: {found} coefficients, the layer has {size}")
         for name, allowed in (("key_basis", BASES), ("value_basis", ("own", "axes"))):
             if (basis := getattr(coded, name)) not in allowed:
                 raise ValueError(f"CodedSpec: {name} must be one of {', '.join(allowed)}, got {basis!s:.20}")
@@ -189,6 +188,19 @@ class CodedSpec:
             tokens = getattr(self, name)
             if type(tokens) is not int or tokens < 0 or (name == "exact_window" and tokens == 1):
                 raise ValueError(f"CodedSpec: {name} must be a number of tokens, {few}, got {tokens!s:.20}")
+
+    def check(self, keys: int, values: int, *, gauge: bool) -> None:
+        """Refuses a description of another layer than one of so many keys and values; ``gauge``: of any basis.
+
+        Raises:
+            ValueError: the message says which field.
+        """
+        for name, basis, size in (("keys", self.key_basis, keys), ("values", self.value_basis, values)):
+            least = 1 if basis == "axes" and not self.exact_window else size
+            if not least <= (found := getattr(self, name).width) <= size:
+                raise ValueError(f"CodedSpec: {name}: {found} coefficients, the layer has {size}")
+        if not gauge and ((self.key_basis, self.value_basis) != ("own", "own") or self.exact_window):
+            raise ValueError("CodedSpec: a coded latent has its own basis and no exact window")
 
 
 def _coding(described: Any) -> Coding:

@@ -84,25 +84,29 @@ class LatentAttention(ConvertedAttention):
             channels = channels.unflatten(-1, (2, self.channel_fold, -1)).sum(-2).flatten(-2)
         return query_nope, channels
 
-    def compress(
-        self, hidden_states: Tensor, cos: Tensor, sin: Tensor, true_kv: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the cache keeps of the new tokens: latent [B,1,T,r] and rotated rope key [B,1,T,R].
+    def encoded(self, hidden_states: Tensor, true_kv: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Latent [B,T,r] and rope key [B,T,R] of the new tokens, before rope.
 
         ``true_kv``: the original's keys and values, where they were made already.
         """
+        sizes = [self.kv_lora_rank, self.qk_rope_head_dim]
         if self.spec.linear_keys:
-            compressed = self.kv_a_proj_with_mqa(hidden_states)
-            latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        else:
-            key = self.true_key(hidden_states) if true_kv is None else true_kv[0]
-            compressed = self.k_a_proj_with_mqa(joined(key))
-            latent, rope_key = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            latent = latent + self.v_a_proj(self._value_source(hidden_states, true_kv))
-        rope_key = multiply_pairs(
-            rope_key.unsqueeze(1), cos[..., self.channel_frequency], sin[..., self.channel_frequency]
-        )
-        return latent.unsqueeze(1), rope_key
+            latent, rope_key = self.kv_a_proj_with_mqa(hidden_states).split(sizes, dim=-1)
+            return latent, rope_key
+        key = self.true_key(hidden_states) if true_kv is None else true_kv[0]
+        latent, rope_key = self.k_a_proj_with_mqa(joined(key)).split(sizes, dim=-1)
+        return latent + self.v_a_proj(self._value_source(hidden_states, true_kv)), rope_key
+
+    def compress(
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor, true_kv: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the cache keeps of the new tokens: latent [B,1,T,r] and rotated rope key [B,1,T,R]."""
+        latent, rope_key = self.encoded(hidden_states, true_kv)
+        return latent.unsqueeze(1), self.rotated(rope_key.unsqueeze(1), cos, sin)
+
+    def rotated(self, channels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Channels [..,T,R] of queries or of the rope key, each turned by its own angle of cos and sin [..,T,P]."""
+        return multiply_pairs(channels, cos[..., self.channel_frequency], sin[..., self.channel_frequency])
 
     def _value_source(self, hidden_states: Tensor, true_kv: tuple[Tensor, Tensor] | None) -> Tensor:
         """What the latent's part for values is linear in: the true values [B,T,G d], or x."""
@@ -197,7 +201,19 @@ class LatentAttention(ConvertedAttention):
             make_fit(cache, self.layer_idx, latent, rope_key)
             latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
         mask = score_bias(mask, self.spec, self.config, hidden_states, latent.shape[-2], kwargs)
+        return self.attend_cached(query_nope, query_rope, latent, rope_key, mask, kwargs)
+
+    def attend_cached(
+        self,
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latent: Tensor,
+        rope_key: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends to a latent and a rope key in the way that costs less; returns [B,T,H,d] and the weights."""
         inputs = (query_nope, query_rope, latent, rope_key, mask)
-        if self.absorbs(query.shape[2], mask) and (up := self.up_projections(query)) is not None:
+        if self.absorbs(query_nope.shape[2], mask) and (up := self.up_projections(query_nope)) is not None:
             return self.attend_absorbed(*inputs, up), None
         return self.attend_expanded(*inputs, **kwargs)

@@ -1,8 +1,8 @@
 """Models of transformers whose attention was converted to multi-head latent attention by anymla.
 
-``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with LatentAttention or CodedAttention in the layers
-that its config names, and so for every other class: they are made when they are first asked for. With the files that it
-imports, a copy of this one travels with every converted checkpoint, so that ``from_pretrained(folder,
+``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with a ConvertedAttention in the layers that its
+config names, and so for every other class: they are made when they are first asked for. With the files that it imports,
+a copy of this one travels with every converted checkpoint, so that ``from_pretrained(folder,
 trust_remote_code=True)`` works without anymla.
 """
 
@@ -15,6 +15,7 @@ from transformers import Cache
 
 from .arguments import CACHE_NAMES
 from .coded_attention import CodedAttention
+from .coded_latent import CodedLatentAttention
 from .coded_window import CodedWindowAttention
 from .coding_spec import CodedSpec
 from .exact_window import ExactWindowAttention
@@ -24,18 +25,34 @@ from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention
 from .mfa_spec import MfaSpec
 from .model_classes import ReplacedAttention, made_class
+from .rows_attention import RowsAttention
 from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
 from .shared_spec import SharedSpec
-from .spec import LatentSpec, LayerSpec, layers_of
+from .spec import KEY, LatentSpec, LayerSpec, config_entry, layers_of
 
 PREFIX = "Anymla"
+CODE_BUFFERS = (r"\.(key|value)_codec\.levels$", r"\.inv_freq$")  # that a cache of numbers has not
 
 
 class LatentModelMixin(ReplacedAttention):
-    """Puts another attention into the stock model, where its config says, before any weight is loaded."""
+    """Puts another attention into the stock model, where its config says, before any weight is loaded.
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    ``from_pretrained(folder, codec="none")`` turns the codes of a coded cache off: it then holds numbers in the dtype
+    of the model, in the same basis.
+
+    Raises:
+        ValueError: another ``codec``.
+    """
+
+    def __init__(self, config: Any, *args: Any, codec: str | None = None, **kwargs: Any) -> None:
+        if codec not in (None, "none"):
+            raise ValueError(f"codec must be none, or not be given at all, got {codec!s:.40}")
+        if codec and (coded := layers_of(config.to_dict())):
+            setattr(config, KEY, config_entry(tuple(layer.uncoded() for layer in coded)))
         super().__init__(config, *args, **kwargs)
+        if codec:
+            known = self._keys_to_ignore_on_load_unexpected or ()  # type: ignore[has-type]
+            self._keys_to_ignore_on_load_unexpected = {*known, *CODE_BUFFERS}
         layers = layers_of(config.to_dict()) or ()
         for layer in layers:
             if layer.replaced is not None:
@@ -76,7 +93,7 @@ class LatentModelMixin(ReplacedAttention):
         """As always; what needs room of its own has it before assisted decoding asks the cache to record."""
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
-        parts = [part for part in self.modules() if isinstance(part, ExactWindowAttention | CodedAttention)]  # type: ignore[attr-defined]
+        parts = [part for part in self.modules() if isinstance(part, ExactWindowAttention | RowsAttention)]  # type: ignore[attr-defined]
         for attention in parts if isinstance(cache, Cache) else ():
             attention.make_room(cache)
         if parts and cache is not None and generation_config.is_assistant:
@@ -100,6 +117,8 @@ def decoder_path(attention: str) -> str:
 def attention_class(layer: LayerSpec) -> type[Any]:
     """The attention that a converted layer has, a kind of ConvertedAttention."""
     match layer.kind:
+        case CodedSpec() if layer.latent is not None:
+            return CodedLatentAttention
         case CodedSpec(exact_window=window):
             return CodedWindowAttention if window else CodedAttention
         case LatentSpec(exact_window=window):

@@ -7,7 +7,7 @@ turns one ModelSpec into another; modelling, exports, cards and the account read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .coding_spec import CodedSpec
@@ -177,10 +177,10 @@ class LatentSpec:
         return cls(**checked(cls, described))
 
 
-# what may stand in the stock attention's place
+# What may stand in the stock attention's place. Where a latent is coded the first of both says what the cache holds.
 KINDS: dict[str, Any] = {
-    "latent": LatentSpec,
     "coded": CodedSpec,
+    "latent": LatentSpec,
     "grouped": GroupedSpec,
     "mfa": MfaSpec,
     "shared": SharedSpec,
@@ -189,7 +189,7 @@ KINDS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: its attention, and one of ``KINDS`` that holds its cache where it was converted.
+    """One decoder layer: its attention, and one of ``KINDS``, or a latent and its codes, that holds its cache.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
@@ -218,6 +218,17 @@ class LayerSpec:
         return self.attention, self.latent
 
     @property
+    def codes(self) -> CodedSpec:
+        """The codes of a layer whose cache is coded.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.coded is None:
+            raise ValueError(f"the layer at {self.module} has no coded cache")
+        return self.coded
+
+    @property
     def factorised(self) -> MfaSpec:
         """The multi-matrix factorisation attention of a layer.
 
@@ -232,6 +243,14 @@ class LayerSpec:
     def kind(self) -> Any:
         """What stands in the stock attention's place, one of ``KINDS``; None where that is as it was."""
         return next((kind for name in KINDS if (kind := getattr(self, name)) is not None), None)
+
+    @property
+    def coded_sizes(self) -> tuple[int, int]:
+        """Numbers of both vectors that a coded cache holds per token: keys and values, or latent and rope key."""
+        if self.latent is not None:
+            return self.latent.kv_lora_rank, self.latent.qk_rope_head_dim
+        size = 0 if self.attention is None else self.attention.cached_numbers // 2
+        return size, size
 
     @property
     def replaced(self) -> AttentionSpec | None:
@@ -270,6 +289,10 @@ class LayerSpec:
         slots: tuple[Slot, ...] = self.kind.slots(attention, window)
         return slots
 
+    def uncoded(self) -> LayerSpec:
+        """The layer with the same weights, and a cache of numbers: the latent itself, or all coefficients."""
+        return self if self.coded is None else replace(self, coded=None if self.latent else self.coded.plain())
+
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of the layer: fields at their defaults are left out, sizes of weights are too."""
         named = {
@@ -288,11 +311,16 @@ class LayerSpec:
         """
         described = checked(cls, described, skipped=("attention_bytes", "other_bytes"))
         given = {name: kind for name in KINDS if (kind := described.get(name)) is not None}
-        if len(given) > 1:
+        if len(given) > 1 and {*given} != {"latent", "coded"}:
             raise ValueError(f"LayerSpec: a layer has {' or '.join(given)}, not both")
         attention = None if (found := described.get("attention")) is None else _attention(found)
         kinds = {name: KINDS[name].of(kind, attention) for name, kind in given.items()}
-        return cls(attention=attention, module=described.get("module"), **kinds)
+        layer = cls(attention=attention, module=described.get("module"), **kinds)
+        if layer.coded is not None:
+            layer.coded.check(*layer.coded_sizes, gauge=layer.latent is None)
+        if layer.latent is not None and layer.coded is not None and layer.latent.exact_window:
+            raise ValueError("LayerSpec: a coded latent has no exact window")
+        return layer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,11 @@ def allocate(rows: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
         budget: bytes of all rows of one token, at least as many as there are rows.
     """
     hull = _hull()
-    first = [(row, max(range(len(energies)), key=energies.__getitem__), hull[1]) for row, energies in enumerate(rows)]
+    first = [
+        (row, max(range(len(energies)), key=energies.__getitem__), hull[1])
+        for row, energies in enumerate(rows)
+        if energies  # a family without rope has no rope key
+    ]
     steps = first + [
         step
         for _, step in sorted(

@@ -33,6 +33,11 @@ class Moments:
     covariance: Tensor
     fisher: Tensor
 
+    def about_zero(self) -> Moments:
+        """Those of states whose mean is not taken off."""
+        gram = self.covariance + torch.outer(self.mean, self.mean)
+        return Moments(mean=torch.zeros_like(self.mean), covariance=gram, fisher=self.fisher)
+
     def shrunk(self) -> Moments:
         """With a Fisher matrix that can be inverted."""
         diagonal = self.fisher.diagonal()
@@ -132,6 +137,15 @@ def channels(moments: Moments, pairs: int, kv_heads: int) -> Basis:
         encoder[rest[:, None], columns], decoder[columns[:, None], rest] = own.encoder, own.decoder
     frequency = torch.arange(pairs).repeat_interleave(kv_heads).repeat(2)
     return _basis(moments, encoder, decoder, pad(frequency, (0, len(rest)), value=-1))
+
+
+def single_channels(moments: Moments) -> Basis:
+    """Rope channels [2K] as they are; ``frequency`` is then the number of each."""
+    eye = torch.eye(len(moments.mean), dtype=moments.mean.dtype, device=moments.mean.device)
+    energies = moments.covariance.diagonal() * moments.fisher.diagonal()
+    return Basis(
+        mean=moments.mean, encoder=eye, decoder=eye, energies=energies, frequency=torch.arange(len(eye) // 2).repeat(2)
+    )
 
 
 def _basis(moments: Moments, encoder: Tensor, decoder: Tensor, frequency: Tensor | None = None) -> Basis:

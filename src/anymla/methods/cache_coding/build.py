@@ -5,8 +5,7 @@ Shapes: D hidden, G key/value heads of d numbers, n = G d, P rope pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +13,17 @@ from torch import Tensor
 
 from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.methods.cache_coding.basis import Basis
-from anymla.methods.cache_coding.energies import basis_of, read
+from anymla.methods.cache_coding.coded import Coded, codec_tensors
+from anymla.methods.cache_coding.energies import basis_of, latent_bases, read
 from anymla.methods.cache_coding.forms import Form
+from anymla.methods.cache_coding.latent import build_coded_latent
+from anymla.methods.cache_coding.latent_plan import LatentCoding
 from anymla.methods.cache_coding.plan import LayerCoding, ordered
 from anymla.methods.cache_coding.tables import fit_tables
 from anymla.modeling.codecs import make_codec
-from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.modeling_anymla import attention_class
+from anymla.modeling.rows_attention import RowsAttention
 from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -30,50 +32,34 @@ if TYPE_CHECKING:
 EVEN = 0.1  # part of a weight that is the same for all tokens: single gradients overstate how much tokens differ
 
 
-@dataclass(frozen=True, kw_only=True)
-class Coded:
-    """How keys, or values, of a layer are coded.
-
-    Args:
-        coding: of their coefficients.
-        basis: in which these are; None: the states themselves.
-        tables: levels by bits, as codecs take them.
-    """
-
-    coding: Coding
-    basis: Basis | None
-    tables: Mapping[int, Tensor]
-
-
-def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_freq: Tensor) -> CodedAttention:
+def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_freq: Tensor) -> RowsAttention:
     """A CodedAttention in the original's dtype and device, float64 being rounded to what is saved here, once.
 
     ``inv_freq`` [P]: the angle by which each pair turns per position.
     """
     if (old := layer.old.attention) is None:
         raise ValueError(f"layer {layer.index} has no softmax attention")
+    if layer.old.latent is not None:
+        return build_coded_latent(layer, spec, keys, values, inv_freq)
     original = layer.attention
     source = read_attention(original, old, layer.family, layer.config)
     made = LayerSpec(attention=source.spec, coded=spec, module=f"{layer.name}.{layer.attention_path}")
     with torch.device("meta"):
-        attention: CodedAttention = attention_class(made)(original, layer.config, made)
+        attention: RowsAttention = attention_class(made)(original, layer.config, made)
     like = next(original.parameters())
     weights = {**_outside(source), **_projected(source, keys, values, made)}
     tensors = {name: each.to(layer.saved).to(like.dtype) for name, each in weights.items() if each is not None}
     tensors["inv_freq"] = inv_freq.float().view(torch.int32)
     if keys.basis is not None and keys.basis.frequency is not None:
         tensors["channel_index"] = _channel_index(keys.basis.frequency, spec.block_widths(source.spec)[0])
-    for name, coded in (("key_codec", keys), ("value_codec", values)):
-        codec = make_codec(coded.coding)
-        codec.set_tables(coded.tables)
-        tensors |= {f"{name}.{key}": tensor for key, tensor in codec.state_dict().items()}
+    tensors |= codec_tensors(keys, values)
     tensors |= {f"{name}.{key}": each for name, norm in source.norms.items() for key, each in norm.state_dict().items()}
     tensors = {name: tensor.to(like.device).contiguous() for name, tensor in tensors.items()}
     attention.load_state_dict(tensors, assign=True)
     return attention.eval().requires_grad_(False)
 
 
-def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[CodedAttention, float]:
+def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[RowsAttention, float]:
     """The attention of a layer as planned, and what its codes cost on the survey's sample, in nats of KL per token."""
     if (spec := layer.planned.coded) is None:
         raise ValueError(f"layer {layer.index} is planned without a coded cache")
@@ -87,6 +73,16 @@ def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[CodedAttention
 
     keys, key_loss = fitted("key", coding.keys, coding.key_bits, spec.keys)
     values, value_loss = fitted("value", coding.values, coding.value_bits, spec.values)
+    return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
+
+
+def build_transformed_latent(layer: Layer, coding: LatentCoding) -> tuple[RowsAttention, float]:
+    """The same of a layer with a latent."""
+    spec, facts = layer.planned.codes, coding.facts
+    bases = zip(latent_bases(facts), (coding.latent_order, coding.rope_order), strict=True)
+    latent, rope_key = (basis.ordered(torch.tensor(order, dtype=torch.long)) for basis, order in bases)
+    keys, key_loss = _fitted(spec.keys, latent, facts, "key")
+    values, value_loss = _fitted(spec.values, rope_key, facts, "value")
     return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
 
 

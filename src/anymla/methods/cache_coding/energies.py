@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from anymla.errors import CheckpointError
-from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, in_blocks
+from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, in_blocks, single_channels
 from anymla.methods.cache_coding.forms import CHANNELS, Form, forms
 from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
 from anymla.modeling.spec import AttentionSpec
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class EnergySurvey(KeyValueSurvey):
     """Also "keys" and "values": their energies in every form that a plan may choose, by the form's name."""
 
-    def __init__(self, settings: TransformCoding) -> None:
-        super().__init__(settings.first_tokens, settings.exact_window)
+    def __init__(self, settings: TransformCoding, exact_window: int) -> None:
+        super().__init__(settings.first_tokens, exact_window)
         self.settings = settings
 
     def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
@@ -34,8 +34,14 @@ class EnergySurvey(KeyValueSurvey):
         if (attention := layer.old.attention) is None:
             return facts
         kinds = zip(("key", "value"), forms(attention, self.settings.decode_cost), strict=True)
-        for kind, possible in kinds:
-            energies = {form.name: basis_of(facts, kind, form, attention).energies for form in possible}
+        found = {
+            kind: {form.name: basis_of(facts, kind, form, attention).energies for form in possible}
+            for kind, possible in (() if layer.old.latent else kinds)
+        }
+        if layer.old.latent is not None:
+            latent, rope_key = latent_bases(facts)
+            found = {"key": {"latent": latent.energies}, "value": {"rope_key": rope_key.energies}}
+        for kind, energies in found.items():
             if not all(each.isfinite().all() for each in energies.values()):
                 raise CheckpointError(
                     f"keys, values or gradients overflow at layer {layer.index}: give --dtype float64"
@@ -44,10 +50,20 @@ class EnergySurvey(KeyValueSurvey):
         return facts
 
 
+def latent_bases(facts: dict[str, Any]) -> tuple[Basis, Basis]:
+    """Axes of a layer's latent, about zero, for a mean stays in it; and the channels of its rope key as they are."""
+    latent, rope_key = (_moments(facts, kind).about_zero() for kind in ("key", "value"))
+    return axes(latent), single_channels(rope_key)
+
+
+def _moments(facts: dict[str, Any], kind: str) -> Moments:
+    mean, covariance, fisher = (read(facts[f"{kind}_{name}"]) for name in ("mean", "covariance", "fisher"))
+    return Moments(mean=mean, covariance=covariance, fisher=fisher).shrunk()
+
+
 def basis_of(facts: dict[str, Any], kind: str, form: Form, attention: AttentionSpec) -> Basis:
     """The basis of a layer's keys (``kind`` "key") or values ("value") in ``form``."""
-    mean, covariance, fisher = (read(facts[f"{kind}_{name}"]) for name in ("mean", "covariance", "fisher"))
-    moments = Moments(mean=mean, covariance=covariance, fisher=fisher).shrunk()
+    moments = _moments(facts, kind)
 
     def of_block(block: Moments) -> Basis:
         return channels(block, attention.rope_pairs, form.block) if form.basis == CHANNELS else axes(block)

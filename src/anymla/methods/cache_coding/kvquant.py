@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey, Unheard
 from anymla.methods.cache_coding.papers import KVQUANT
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
+from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class KVQuant(LayerMethod):
 
     Keys are coded before rope, with a static range per channel; values with a range per token. All channels of a layer
     share one table of levels for keys and one for values, by k-means that the Fisher information weights. The numbers
-    outside the ranges and the first tokens are kept apart.
+    outside the ranges and the first tokens are kept apart. After the step mla the latent and the rope key, before rope,
+    are coded instead, both as keys are.
 
     Deviations from the paper: every token has the same number of outliers, those farthest from their levels, so that
     all rows of the cache are equally long; the paper's are those outside the range. With ``q_norm`` codes are chosen by
@@ -42,11 +43,17 @@ class KVQuant(LayerMethod):
     phase: ClassVar[Phase] = Phase.CACHE
     summary: ClassVar[str] = "keys before rope and values in 2 to 8 bits: non-uniform levels, outliers kept apart"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("mla", "transform_coding")
+    excludes: ClassVar[tuple[str, ...]] = ("transform_coding",)
 
     bits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(
         4, description="Bits of every key and value; 16 keeps them as they are, in the model's own dtype."
     )
+    codec: Literal["nuq", "int", "fp8"] = Field(
+        "nuq",
+        description="nuq: levels fitted to the text, outliers apart. int (4 or 8 bits) and fp8 (8 bits): the grids "
+        "that engines have, with a scale per token and block and nothing else.",
+    )
+    block: int = Field(32, ge=1, le=MOST, description="Numbers that share a scale, of int and fp8.")
     sparse: float = Field(
         0.01, ge=0, le=0.25, description="Share of a token's numbers that are kept in 16 bits, each with its index."
     )
@@ -57,6 +64,12 @@ class KVQuant(LayerMethod):
         None, description="Move the levels so that mean and deviation stay. Default: as in the paper, at 2 bits."
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> KVQuant:
+        if (widths := {"int": (4, 8, 16), "fp8": (8, 16)}.get(self.codec)) and self.bits not in widths:
+            raise ValueError(f"codec {self.codec} has bits of {' or '.join(map(str, widths))}, got {self.bits}")
+        return self
 
     def refuses(self, model: ModelSpec) -> str | None:
         """Why this model has no coded cache."""
@@ -100,22 +113,24 @@ class KVQuant(LayerMethod):
 
     def coding(self, width: int, *, per_token: bool) -> Coding:
         """That of ``width`` numbers per token; ``per_token``: with a range of each token's own."""
-        if self.bits == 16:
+        if self.bits == 16 or not width:
             return Coding(bits=((16, width),), kind="plain")
+        if self.codec != "nuq":
+            return Coding(bits=((self.bits, width),), kind=self.codec, block=min(self.block, width))
         outliers = max(1, round(self.sparse * width)) if self.sparse and width > 1 else 0
         return Coding(bits=((self.bits, width),), token_scale=per_token, outliers=outliers)
 
     def _coded(self, old: LayerSpec, facts: dict[str, Any] | None) -> LayerSpec:
         """The layer as it will be."""
-        if (attention := old.attention) is None:
+        if old.attention is None:
             return old
-        return replace(old, coded=self._spec(attention, facts), attention_bytes=None)
+        return replace(old, coded=self._spec(old, facts), attention_bytes=None)
 
-    def _spec(self, attention: AttentionSpec, facts: dict[str, Any] | None) -> CodedSpec:
-        width = attention.num_kv_heads * attention.head_dim
+    def _spec(self, old: LayerSpec, facts: dict[str, Any] | None) -> CodedSpec:
+        keys, values = old.coded_sizes
         return CodedSpec(
-            keys=self.coding(width, per_token=False),
-            values=self.coding(width, per_token=True),
+            keys=self.coding(keys, per_token=False),
+            values=self.coding(values, per_token=old.latent is None),
             key_basis="own",
             value_basis="own",
             first_tokens=self.first_tokens,

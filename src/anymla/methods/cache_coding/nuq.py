@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anymla.methods.cache_coding.build import Coded, build_coded
+from anymla.methods.cache_coding.build import build_coded
+from anymla.methods.cache_coding.coded import Coded
 from anymla.methods.cache_coding.energies import read
 from anymla.methods.cache_coding.tables import TableSample
 from anymla.modeling.codecs import make_codec
-from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import Coding
+from anymla.modeling.rows_attention import RowsAttention
 
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.kvquant import KVQuant
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 LEAST = 1e-3  # of the mean weight: what every number counts at least
 
 
-def build_quantised(layer: Layer, settings: KVQuant) -> tuple[CodedAttention, float]:
+def build_quantised(layer: Layer, settings: KVQuant) -> tuple[RowsAttention, float]:
     """The attention of a layer with tables fitted to what the survey found.
 
     Returns also what its codes cost on the survey's sample, in nats of KL per token, for small errors.
@@ -41,8 +42,8 @@ def build_quantised(layer: Layer, settings: KVQuant) -> tuple[CodedAttention, fl
 
 
 def fitted_tables(facts: dict[str, Any], kind: str, coding: Coding, settings: KVQuant) -> dict[int, Tensor]:
-    """Levels of a layer's "key" or "value", as a codec takes them; none where they are kept as they are."""
-    if coding.kind == "plain":
+    """Levels of a layer's "key" or "value", as a codec takes them; none where the codec has none."""
+    if coding.kind != "table":
         return {}
     states, gradients = (read(facts[f"{kind}_{name}"]).double() for name in ("sample", "gradients"))
     by_token = coding.token_scale

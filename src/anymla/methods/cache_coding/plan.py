@@ -107,13 +107,7 @@ def plan_layers(
     Raises:
         InfeasibleError: the budget or the cost cannot be met; names what can.
     """
-    numbers = sum(attention.cached_numbers for attention in attentions)
-    budget = int(settings.kv_cache * 2 * numbers + 1e-9)
-    if budget < (least := 2 * len(attentions)):
-        raise InfeasibleError(
-            f"kv_cache {settings.kv_cache:g} leaves {budget} bytes per token, and every layer takes 2 at least: the "
-            f"smallest possible is kv_cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
-        )
+    budget = byte_budget(attentions, settings)
     _check_cost(attentions, settings)
     layers = [_Layer(*each, settings) for each in zip(attentions, energies, strict=True)]
     chosen = [layer.pairs()[0] for layer in layers]
@@ -127,6 +121,22 @@ def plan_layers(
     bits = allocate(rows, budget)
     made = zip(layers, chosen, bits[::2], bits[1::2], strict=True)
     return [layer.coding(pair, keys, values) for layer, pair, keys, values in made]
+
+
+def byte_budget(attentions: Sequence[AttentionSpec], settings: TransformCoding) -> int:
+    """Bytes of a token in all layers.
+
+    Raises:
+        InfeasibleError: too few; names what can be.
+    """
+    numbers = sum(attention.cached_numbers for attention in attentions)
+    budget = int(settings.kv_cache * 2 * numbers + 1e-9)
+    if budget < (least := 2 * len(attentions)):
+        raise InfeasibleError(
+            f"kv_cache {settings.kv_cache:g} leaves {budget} bytes per token, and every layer takes 2 at least: the "
+            f"smallest possible is kv_cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
+        )
+    return budget
 
 
 @dataclass(frozen=True)

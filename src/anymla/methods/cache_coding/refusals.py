@@ -9,14 +9,16 @@ BY_LENGTH = ("dynamic", "longrope")  # types of rope whose frequencies change wi
 
 
 def coded_refusal(model: ModelSpec) -> str | None:
-    """Why keys of ``model`` cannot be cached before rope, or None."""
-    if any(layer.latent is not None for layer in model.layers):
-        return "it has latent attention already"
+    """Why keys of ``model``, or its rope key, cannot be cached before rope, or None."""
+    if any(layer.latent is not None and layer.latent.exact_window for layer in model.layers):
+        return "its latent has an exact window, and a coded one has none: give the step mla exact_window 0"
+    if any(layer.mfa is not None for layer in model.layers):
+        return "its attention is factorised (mfa), and codes are for keys and values of heads"
     if any(layer.coded is not None for layer in model.layers):
         return "its cache is coded already"
     if any(layer.shared is not None for layer in model.layers):
         return "its layers share attention maps: codes need keys in every layer"
-    if any(layer.kind is not None for layer in model.layers):
+    if any(layer.kind is not None and layer.latent is None for layer in model.layers):
         return "its attention is no stock one any more: only stock attention can have codes"
     if FAMILIES[model.text_model_type].all_layers_attend:
         return OWN_CACHE

@@ -1,11 +1,13 @@
 """What keys and values are on calibration text, and what an error of theirs costs: their moments and Fisher matrices.
 
 Shapes: T tokens of a window, G key/value heads of d numbers, N sampled tokens. Keys are before rope and after their
-norm; a head's dims are [real parts of the rope pairs | imaginary parts | dims without rope].
+norm; a head's dims are [real parts of the rope pairs | imaginary parts | dims without rope]. In a layer with latent
+attention latent [r] and rope key [R] before rope stand in their place.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -65,24 +67,29 @@ class KeyValueSums:
 
     Every family's keys are made in its own way. So the layer runs with our attention at full budget, which is exact:
     what it would cache are the keys and values themselves, in another order. With an exact window near keys and values
-    come from beside the cache, so the gradients with respect to what is cached are of far queries alone.
+    come from beside the cache, so the gradients with respect to what is cached are of far queries alone. A layer with
+    latent attention runs as it is: its "keys" are the latent, its "values" the rope key.
     """
 
     def __init__(self, layer: Layer, first_tokens: int, exact_window: int, sample: int) -> None:
         if (spec := layer.old.attention) is None:
             raise ValueError(f"layer {layer.index} has no softmax attention")
         self.layer, self.path, self.original = layer, layer.attention_path, layer.attention
-        self.first = first_tokens
-        source = read_attention(self.original, spec, layer.family, layer.config)
-        if window := layer_window(spec, exact_window):
-            source = with_exact_window(source, window)
-        whole = whole_layer(source.weights)
-        attention = build_attention(self.original, source, whole, layer.config, layer.original.dtype)
+        self.first, self.sizes = first_tokens, layer.old.coded_sizes
+        if layer.old.latent is not None:
+            attention: Any = copy.deepcopy(self.original)
+            self.order = torch.arange(sum(self.sizes), device=layer.original.device)
+        else:
+            source = read_attention(self.original, spec, layer.family, layer.config)
+            if window := layer_window(spec, exact_window):
+                source = with_exact_window(source, window)
+            whole = whole_layer(source.weights)
+            attention = build_attention(self.original, source, whole, layer.config, layer.original.dtype)
+            self.order = _places(whole, spec.rope_pairs, spec.head_dim)
         attention.always_expands = True
-        self.order, self.made = _places(whole, spec.rope_pairs, spec.head_dim), Made(attention)
-        self.rope = RopeSeen(attention)
+        self.made, self.rope = Made(attention), RopeSeen(attention)
         layer.module.set_submodule(self.path, attention)
-        self.sums = {kind: Sums(spec.num_kv_heads * spec.head_dim, layer.original.device) for kind in KINDS}
+        self.sums = {kind: Sums(size, layer.original.device) for kind, size in zip(KINDS, self.sizes, strict=True)}
         tokens = layer.windows.fit.stop * (layer.original.shape[1] - first_tokens)
         self.sampled = torch.linspace(0, tokens - 1, min(sample, tokens), dtype=torch.float64).long()
         self.tokens = 0
@@ -94,7 +101,8 @@ class KeyValueSums:
         count = len(coded)
         places = self.sampled - self.tokens
         places = places[(places >= 0) & (places < count)].to(coded.device)
-        for kind, states, gradients in zip(KINDS, coded.chunk(2, -1), gradient.chunk(2, -1), strict=True):
+        parts = (each.split(self.sizes, -1) for each in (coded, gradient))
+        for kind, states, gradients in zip(KINDS, *parts, strict=True):
             self.sums[kind].add(states, gradients, places)
         self.tokens += count
 
@@ -147,7 +155,7 @@ class Made:
             attention.get_submodule(name).register_forward_hook(self._keeps(name))
 
     def taken(self) -> tuple[Tensor, Tensor]:
-        """The numbers [1,T,2Gd] and their gradients; then forgotten."""
+        """The numbers [1,T,2Gd], or [1,T,r+R], and their gradients; then forgotten."""
         made = self.outputs.pop(self.main)
         states, gradient = made.detach(), made.grad
         for added in self.outputs.values():  # values, where they do not come out of the same matrix

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey, Unheard
+from anymla.methods.cache_coding.latent_plan import LatentCoding, plan_latents
 from anymla.methods.cache_coding.papers import TRANSFORM_CODING
-from anymla.methods.cache_coding.plan import Energies, LayerCoding, plan_layers
+from anymla.methods.cache_coding.plan import Energies, LayerCoding, byte_budget, plan_layers
 from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
 from anymla.settings import MOST
 
@@ -17,15 +18,22 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
 
 
+WINDOW = 16  # latest tokens that are seen exactly, unless the settings say so
+
+
 class TransformCoding(LayerMethod):
-    """Settings of a cache of codes whose bases and bits come from one rate-distortion problem over all layers."""
+    """Settings of a cache of codes whose bases and bits come from one rate-distortion problem over all layers.
+
+    After the step mla the latent is coded in its principal axes, the rope key, before rope, in its channels. What
+    decoding then costs was decided there: ``decode_cost`` says nothing.
+    """
 
     name: ClassVar[str] = "transform_coding"
     paper: ClassVar[Paper] = TRANSFORM_CODING
     phase: ClassVar[Phase] = Phase.CACHE
     summary: ClassVar[str] = "keys and values in axes that a few bits hold well, bits by what an error costs the model"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("mla", "kvquant")
+    excludes: ClassVar[tuple[str, ...]] = ("kvquant",)
 
     kv_cache: float = Field(
         0.125,
@@ -41,11 +49,12 @@ class TransformCoding(LayerMethod):
     first_tokens: int = Field(
         4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
     )
-    exact_window: int = Field(
-        16,
+    exact_window: int | None = Field(
+        None,
         ge=0,
         le=MOST,
-        description="Latest tokens that each query sees exactly, 2 or more, at a constant size; 0: none.",
+        description="Latest tokens that each query sees exactly, 2 or more, at a constant size; 0: none. Default: 16, "
+        "after mla none.",
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
@@ -56,23 +65,36 @@ class TransformCoding(LayerMethod):
         """Why this model has no coded cache."""
         from anymla.methods.cache_coding.refusals import coded_refusal
 
-        if self.exact_window == 1:
+        if (window := self.window(model)) == 1:
             return "exact_window is 1, which would keep nothing: it must be 0, or 2 or more"
-        if min(self.calibration_length, model.max_position_embeddings) < 2 * self.exact_window:
-            return (
-                f"exact_window {self.exact_window} needs calibration windows of twice as many tokens, to see beyond it"
-            )
+        if min(self.calibration_length, model.max_position_embeddings) < 2 * window:
+            return f"exact_window {window} needs calibration windows of twice as many tokens, to see beyond it"
+        if _has_latent(model) and window:
+            return f"exact_window is {window}, and a coded latent has none: it must be 0"
         return coded_refusal(model)
 
+    def window(self, model: ModelSpec) -> int:
+        """The latest tokens that are seen exactly."""
+        return (0 if _has_latent(model) else WINDOW) if self.exact_window is None else self.exact_window
+
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
-        """Codes for every layer with softmax attention; ``choices``: LayerCoding, typical ones without ``facts``."""
+        """Codes for every layer with softmax attention, typical ones without ``facts``.
+
+        ``choices``: LayerCoding, after the step mla LatentCoding.
+        """
         places = {} if self.kv_cache == 1 else model.attention_layers
         known = facts or [None] * len(model.layers)
-        energies = [self._energies(attention, known[index]) for index, attention in places.items()]
-        planned = dict(zip(places, plan_layers([*places.values()], energies, self) if places else (), strict=True))
-        planned = {index: layer.model_copy(update={"facts": known[index]}) for index, layer in planned.items()}
+        planned: dict[int, LayerCoding | LatentCoding] = {}
+        if _has_latent(model) and places:
+            specs, found = [model.layers[index] for index in places], [known[index] for index in places]
+            planned |= zip(places, plan_latents(specs, found, byte_budget([*places.values()], self)), strict=True)
+        elif places:
+            energies = [self._energies(attention, known[index]) for index, attention in places.items()]
+            made = zip(places, plan_layers([*places.values()], energies, self), strict=True)
+            planned |= {index: layer.model_copy(update={"facts": known[index]}) for index, layer in made}
+        window = self.window(model)
         layers = tuple(
-            self._coded(layer, planned[index]) if index in planned else layer
+            self._coded(layer, planned[index], window) if index in planned else layer
             for index, layer in enumerate(model.layers)
         )
         return Plan(after=replace(model, layers=layers), choices=tuple(map(planned.get, range(len(layers)))))
@@ -81,7 +103,7 @@ class TransformCoding(LayerMethod):
         """Moments of keys and values, and what their errors cost."""
         from anymla.methods.cache_coding.energies import EnergySurvey
 
-        return EnergySurvey(self)
+        return EnergySurvey(self, self.window(model))
 
     def observer(self, layer: Layer) -> Unheard:
         """Nothing: the survey has seen it all."""
@@ -89,23 +111,34 @@ class TransformCoding(LayerMethod):
 
     def apply(self, layer: Layer, observed: Any) -> Changed:
         """Puts an attention whose cache is coded in the place of the layer's own."""
-        from anymla.methods.cache_coding.build import build_transformed
+        from anymla.methods.cache_coding.build import build_transformed, build_transformed_latent
 
-        coding: LayerCoding = layer.choice
-        attention, lost = build_transformed(layer, coding)
+        coding: LayerCoding | LatentCoding = layer.choice
+        if isinstance(coding, LatentCoding):
+            attention, lost = build_transformed_latent(layer, coding)
+            told = coding.told()
+        else:
+            attention, lost = build_transformed(layer, coding)
+            told = _told(coding)
         layer.module.set_submodule(layer.attention_path, attention)
-        return Changed(spec=attention.layer_spec, result={"layer": layer.index, **_told(coding), "error": lost})
+        return Changed(spec=attention.layer_spec, result={"layer": layer.index, **told, "error": lost})
 
-    def _coded(self, old: LayerSpec, layer: LayerCoding) -> LayerSpec:
+    def _coded(self, old: LayerSpec, layer: LayerCoding | LatentCoding, window: int) -> LayerSpec:
         """The layer as it will be."""
         if old.attention is None:
             raise ValueError("a layer without softmax attention has no coded cache")
-        return replace(old, coded=layer.spec(old.attention, self.first_tokens, self.exact_window), attention_bytes=None)
+        if isinstance(layer, LatentCoding):
+            return replace(old, coded=layer.spec(self.first_tokens), attention_bytes=None)
+        return replace(old, coded=layer.spec(old.attention, self.first_tokens, window), attention_bytes=None)
 
     def _energies(self, attention: AttentionSpec, facts: dict[str, Any] | None) -> Energies:
         if facts is None:
             return Energies.typical(attention, self)
         return Energies(keys=facts["key_energies"], values=facts["value_energies"])
+
+
+def _has_latent(model: ModelSpec) -> bool:
+    return any(layer.latent is not None for layer in model.layers)
 
 
 def _told(coding: LayerCoding) -> dict[str, Any]:

@@ -14,15 +14,16 @@ from torch import Tensor
 from anymla.architectures.attention import SourceAttention
 from anymla.distributed import all_sum
 from anymla.methods.cache_coding.basis import Basis
-from anymla.methods.cache_coding.build import Coded, build_coded
+from anymla.methods.cache_coding.build import build_coded
+from anymla.methods.cache_coding.coded import Coded
 from anymla.methods.cache_coding.rope import frequencies
 from anymla.methods.mla.latent import DAMPING
 from anymla.methods.mla.rank_survey import key_and_value, source_of
 from anymla.model_run.stream import LayerBatch
 from anymla.modeling.attention import joined
-from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.coding_spec import CodedSpec
 from anymla.modeling.heads import rope_tables
+from anymla.modeling.rows_attention import RowsAttention
 
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
@@ -56,7 +57,7 @@ class Heard:
             gram += rows.T @ rows
 
 
-def build_low_rank(layer: Layer, spec: CodedSpec, heard: Heard, axes: str) -> CodedAttention:
+def build_low_rank(layer: Layer, spec: CodedSpec, heard: Heard, axes: str) -> RowsAttention:
     """The attention of a layer as planned, in axes of what was ``heard``, "random", or of the "weights" alone.
 
     Raises:

@@ -1,0 +1,211 @@
+"""What every attention does whose cache holds rows of bytes: codes of what is cached, read a chunk at a time.
+
+One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only.
+
+A layer caches two vectors of coefficients per token, each as a row of bytes: keys before rope and values, or a latent
+and a rope key before rope. A cached token's position is its column, for scores see differences of positions only.
+
+Shapes: B batch, T new tokens, S cached tokens, H query heads, d head_dim, P rope pairs, n coefficients of a token, c
+tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import make_fit
+from .attention import ConvertedAttention
+from .codecs import make_codec
+from .coded_cache import NewTokens, PlacedTokens, Places, make_room
+from .coding_spec import CodedSpec
+from .heads import causal_mask, multiply_pairs, score_bias
+from .spec import LayerSpec
+
+CHUNK = 1 << 18  # numbers that are read at a time in decode: they stay in a CPU's cache
+FEW = 16  # new tokens up to which the cache is read in chunks
+
+
+class Rows(NamedTuple):
+    """What the new tokens see: rows of bytes [B,S,row_bytes], and what belongs in some columns instead."""
+
+    keys: Tensor
+    values: Tensor
+    places: tuple[Places, ...]
+    start: int  # the column of the first new token
+    latest: tuple[Tensor, Tensor] | None = (
+        None  # coefficients [B,E,n] of the last tokens, where queries see them exactly
+    )
+
+    def before(self, stop: int) -> Rows:
+        """Those in the columns before ``stop``."""
+        return self._replace(keys=self.keys[:, :stop], values=self.values[:, :stop])
+
+
+class RowsAttention(ConvertedAttention):
+    """Attention over a cache of codes.
+
+    key_codec, value_codec: make_codec of the spec's codings, with their buffers. inv_freq [P], int32: the bits of
+    float32 numbers, which a cast of the model must not round: the angle by which a pair turns per position, negative
+    where the family turns backwards.
+    """
+
+    inv_freq: Tensor
+    coded: CodedSpec
+
+    def _make_buffers(self, spec: LayerSpec) -> None:
+        self.coded = spec.codes
+        self.key_codec, self.value_codec = make_codec(self.coded.keys), make_codec(self.coded.values)
+        self.register_buffer("inv_freq", torch.zeros(self.rope_pairs, dtype=torch.int32))
+
+    def coefficients(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What is coded of the new tokens, in both rows: [B,T,n] each."""
+        raise NotImplementedError
+
+    def framed(self, query: Tensor, positions: Tensor | None, start: int) -> Tensor:
+        """The query [B,H,T,d] before rope as it is turned by its column later, ``start`` for the first.
+
+        ``positions`` [B or 1,T]: None where the family does not say them.
+        """
+        raise NotImplementedError
+
+    def attend_all(
+        self,
+        query: Tensor,
+        coded: tuple[Tensor, Tensor],
+        latest: tuple[Tensor, Tensor],
+        start: int,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends to all coefficients at once.
+
+        Args:
+            query: as ``framed``, its first token in column ``start``.
+            coded: coefficients [B,S,n] of both rows as they are read.
+            latest: those of the last tokens [B,E,n] as they were before coding, for an exact window.
+            start: the column.
+            mask: of the new tokens and all cached ones.
+            kwargs: what else the layers of transformers give.
+
+        Returns:
+            The output [B,T,H,d] and the weights.
+        """
+        raise NotImplementedError
+
+    def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+        """Attends to ``rows`` and holds no more than a chunk of them as numbers; ``mask`` is the one that is meant."""
+        raise NotImplementedError
+
+    def make_room(self, cache: Any) -> Any:
+        """Gives ``cache`` room for the rows of this layer."""
+        return make_room(cache, self.layer_idx, self.coded.first_tokens, self.coded.exact_window)
+
+    def places(self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+        """The positions [B or 1,T], where the family says them."""
+        return position_ids if position_ids is None or position_ids.dim() == 2 else position_ids[0]
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        query: Tensor,
+        places: Tensor | None,
+        mask: Tensor | None,
+        cache: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Puts the new tokens' rows into the cache and attends to all of it; returns [B,T,H,d] and the weights."""
+        tokens = NewTokens(*self.coefficients(hidden_states), places)
+        rows = None if cache is None else self._cached(tokens, cache)
+        start, length = (0, query.shape[2]) if rows is None else (rows.start, rows.keys.shape[1])
+        mask = score_bias(mask, self.spec, self.config, hidden_states, length, kwargs)
+        if rows is not None and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
+            stop = start + query.shape[2]  # a static cache has empty rows behind
+            rows, mask = rows.before(stop), mask if mask is None else mask[..., :stop]
+        query = self.framed(query, places, start)
+        if rows is not None and self.reads_chunks(query.shape[2], mask):
+            return self.attend_few(query, rows, mask), None
+        keys, values = self._read_back(tokens) if rows is None else self._whole(rows, query.dtype)
+        latest = tokens[:2] if rows is None or rows.latest is None else rows.latest
+        return self.attend_all(query, (keys, values), latest, start, mask, kwargs)
+
+    def _read_back(self, tokens: NewTokens) -> tuple[Tensor, Tensor]:
+        """What would be read of the new tokens, were there a cache; gradients pass."""
+        keys, values = self.key_codec(tokens.keys), self.value_codec(tokens.values)
+        if (first := tokens.first(None, 0, self.coded.first_tokens)) is None:
+            return keys, values
+        places = first.placed()
+        return places.put(keys, 0, values=False), places.put(values, 0, values=True)
+
+    def _cached(self, tokens: NewTokens, cache: Any) -> Rows:
+        """Adds the new tokens to ``cache``; all that they see."""
+        self.make_room(cache)
+        keys, values = self.key_codec.encode(tokens.keys)[:, None], self.value_codec.encode(tokens.values)[:, None]
+        make_fit(cache, self.layer_idx, keys, values)
+        seen = int(cache.get_seq_length(self.layer_idx))
+        _, offset = cache.get_mask_sizes(keys.shape[2], self.layer_idx)
+        first: PlacedTokens | None
+        (keys, values), (first, latest) = cache.update(keys, values, self.layer_idx, tokens)
+        places = () if first is None else (first.placed(offset),)
+        latest = None if latest is None else (latest[0][:, 0], latest[1][:, 0])
+        return Rows(keys[:, 0], values[:, 0], places, seen - offset, latest)
+
+    def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, *, values: bool) -> Tensor:
+        """Coefficients [B,c,G d] of keys, or ``values``, of the columns from ``start`` to before ``stop``."""
+        codec, held = (self.value_codec, rows.values) if values else (self.key_codec, rows.keys)
+        states: Tensor = codec.decode(held[:, start:stop], dtype)
+        for places in rows.places:
+            states = places.put(states, start, values=values)
+        return states
+
+    def _whole(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Coefficients [B,S,G d] of all keys and values."""
+        length = rows.keys.shape[1]
+        return self._read(rows, 0, length, dtype, values=False), self._read(rows, 0, length, dtype, values=True)
+
+    def _angles(self, columns: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin [..,t,P] of rope at ``columns`` [..,t], in the dtype of ``like``."""
+        angles = columns[..., None].double() * self.inv_freq.view(torch.float32).double()
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+    def reads_chunks(self, new: int, mask: Tensor | None) -> bool:
+        """Whether the cache is read a chunk at a time: few new tokens, and a mask of single tokens or none."""
+        if self.always_expands or self.training or new > FEW:
+            return False
+        return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
+
+    def attend_few(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+        """Attention that holds no more than a chunk of the cache as numbers; returns [B,T,H,d]."""
+        return self.attend_in_chunks(query, rows, self.shown(mask, query.shape[2], rows.keys.shape[1], query.device))
+
+    def chunks(self, rows: Rows) -> list[tuple[int, int]]:
+        """First column of every chunk, and the one behind its last."""
+        batch, length = rows.keys.shape[:2]
+        size = max(1, CHUNK // (batch * max(self.key_codec.width, self.value_codec.width)))
+        return [(start, min(length, start + size)) for start in range(0, length, size)]
+
+    def shown(self, mask: Tensor | None, new: int, length: int, device: Any) -> Tensor | None:
+        """The mask, or the one that is meant where none is given."""
+        if mask is None and new > 1 and self.is_causal:
+            return causal_mask(new, length, self.sliding_window, device)
+        return mask
+
+
+def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """States [..,t,n] whose first 2 m numbers are pairs, half-split, turned by the angle of cos and sin [..,t,m]."""
+    size = 2 * cos.shape[-1]
+    if not size:
+        return states
+    pairs, rest = states.split([size, states.shape[-1] - size], dim=-1)
+    return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
+
+
+def turn(states: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The same in place."""
+    size = cos.shape[-1]
+    real, imag = states[..., :size], states[..., size : 2 * size]
+    swapped = real * sin
+    real.mul_(cos).addcmul_(imag, sin, value=-1)
+    imag.mul_(cos).add_(swapped)
