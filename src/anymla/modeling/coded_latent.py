@@ -44,7 +44,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
             positions = torch.zeros_like(columns)
         cos, sin = self._angles((columns if positions is None else positions)[:, None], query)
         query_nope, channels = self.queries(query, cos, sin)
-        channels = self.rotated(channels, cos, -sin) * self.coded.rope_scale**2  # of queries and keys
+        channels = self.rotated_channels(channels, cos, -sin) * self.coded.rope_scale**2  # of queries and keys
         return torch.cat([query_nope, channels], dim=-1)
 
     def attend_all(
@@ -60,9 +60,9 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
         query_nope, channels = self._parts(query)
         own = torch.arange(start, start + query.shape[2], device=query.device)
         columns = torch.arange(coded[0].shape[1], device=query.device)
-        query_rope = self.rotated(channels, *self._angles(own, query))
+        query_rope = self.rotated_channels(channels, *self._angles(own, query))
         latent, rope_key = (states.unsqueeze(1) for states in coded)
-        rope_key = self.rotated(rope_key, *self._angles(columns, query))
+        rope_key = self.rotated_channels(rope_key, *self._angles(columns, query))
         return self.attend_cached(query_nope, query_rope, latent, rope_key, mask, kwargs)
 
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
@@ -81,8 +81,8 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
                 self._read(rows, start, stop, dtype, values=values).to(precise.dtype).unsqueeze(1)
                 for values in (False, True)
             )
-            rope_key = self.rotated(rope_key, *(table[: stop - start] for table in tables))
-            query_rope = self.rotated(channels, *self._angles(own - start, precise))
+            rope_key = self.rotated_channels(rope_key, *(table[: stop - start] for table in tables))
+            query_rope = self.rotated_channels(channels, *self._angles(own - start, precise))
             seen = None if mask is None else mask[..., start:stop]
             cached = (latent, rope_key, seen, self.scaling)
             parts.append(absorbed_attention(query_latent, query_rope, *cached, softcap=self.spec.softcap, summed=True))

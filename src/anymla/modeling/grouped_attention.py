@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .arguments import make_fit
 from .attention import ConvertedAttention
-from .heads import multiply_pairs, rope_tables, score_bias
+from .heads import rope_tables, score_bias
 from .spec import LayerSpec
 
 
@@ -50,11 +50,6 @@ class GroupedAttention(ConvertedAttention):
         """Cos and sin [B or 1,1,T,P] of the new tokens."""
         kind, pairs = self.spec.rope_table, self.rope_pairs
         return rope_tables(kind, pairs, position_embeddings, position_ids, hidden_states, self.config)
-
-    def rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Heads [B,N,T,d] after rope."""
-        pairs, rest = heads.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
-        return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
 
     def queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """What keys are multiplied by [B,H,T,d]."""

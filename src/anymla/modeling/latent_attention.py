@@ -102,9 +102,9 @@ class LatentAttention(ConvertedAttention):
     ) -> tuple[Tensor, Tensor]:
         """What the cache keeps of the new tokens: latent [B,1,T,r] and rotated rope key [B,1,T,R]."""
         latent, rope_key = self.encoded(hidden_states, true_kv)
-        return latent.unsqueeze(1), self.rotated(rope_key.unsqueeze(1), cos, sin)
+        return latent.unsqueeze(1), self.rotated_channels(rope_key.unsqueeze(1), cos, sin)
 
-    def rotated(self, channels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotated_channels(self, channels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Channels [..,T,R] of queries or of the rope key, each turned by its own angle of cos and sin [..,T,P]."""
         return multiply_pairs(channels, cos[..., self.channel_frequency], sin[..., self.channel_frequency])
 

@@ -12,8 +12,6 @@ def coded_refusal(model: ModelSpec) -> str | None:
     """Why keys of ``model``, or its rope key, cannot be cached before rope, or None."""
     if any(layer.latent is not None and layer.latent.exact_window for layer in model.layers):
         return "its latent has an exact window, and a coded one has none: give the step mla exact_window 0"
-    if any(layer.mfa is not None for layer in model.layers):
-        return "its attention is factorised (mfa), and codes are for keys and values of heads"
     if any(layer.coded is not None for layer in model.layers):
         return "its cache is coded already"
     if any(layer.shared is not None for layer in model.layers):
