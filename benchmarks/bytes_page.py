@@ -152,7 +152,7 @@ def plot(path: Path, rows: list[Row], systems: list[str]) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows if "kl" in row))
     if not models:
         return
-    columns = min(3, len(models))
+    columns = 2 if len(models) in (2, 4) else min(3, len(models))
     size = (5.2 * columns, 4.6 * -(-len(models) // columns) + 0.9)
     figure, grid = pyplot.subplots(
         -(-len(models) // columns), columns, figsize=size, layout="constrained", squeeze=False

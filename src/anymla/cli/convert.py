@@ -143,6 +143,7 @@ def convert(
     if plan is not None and (recipe is not None or settings.keys() - {"device"}):
         raise RecipeError("--plan is final: change the recipe and plan again, or leave --plan out")
     chosen = MLAPlan.read(plan) if plan is not None else file_recipe(recipe)
+    told: list[str] = []
     with shown("convert") as report, how_to_go_on():
         conversion = pipeline.convert(
             model,
@@ -156,7 +157,7 @@ def convert(
             max_memory=max_memory,
             progress=conversion_progress(report),
             notify=print_note if first_process() else None,
-            told=None if as_json or not first_process() else _tell,
+            told=told.append,
             **settings,
         )
     if not first_process():
@@ -167,6 +168,8 @@ def convert(
         return print_json(conversion.to_dict())
     from anymla.report.tables import coded_layers_table, conversion_layers_table, scores_table
 
+    for line in told:
+        out.print(line, soft_wrap=True)
     if isinstance(conversion, CodedConversion):
         out.print(coded_layers_table(conversion))
     else:
@@ -175,10 +178,6 @@ def convert(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
     print_next(output, conversion.model, conversion.seconds)
-
-
-def _tell(text: str) -> None:
-    out.print(text, soft_wrap=True)
 
 
 def conversion_progress(report: Report) -> pipeline.Progress:
