@@ -35,7 +35,7 @@ MODEL_PLACES = [
 ]
 
 IMPOSSIBLE_BUDGETS = [
-    "--kv-cache 0.01",
+    "--kv-cache 0.01 --codec none",
     "--kv-cache 0.05 --rope high",
     "--kv-cache 0.1 --rope uniform --rope-dims 8",
     "--kv-cache 0.1 --rope-dims 10",

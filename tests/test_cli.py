@@ -49,6 +49,7 @@ OTHER_THAN_DEFAULT = {
     "rope": "uniform",
     "rope_dims": 4,
     "kv_rank": 9,
+    "ranks": "energy",
     "exact_window": 16,
     "static_qk_norm": True,
     "factorization": "joint-svd",
@@ -380,7 +381,11 @@ def test_every_setting_is_an_option_of_convert(name, monkeypatch, capfd, tmp_pat
 
 
 def test_every_setting_is_an_option_of_plan(anymla):
-    settings = OTHER_THAN_DEFAULT | {"static_qk_norm": False, "exact_window": 0}  # which go with another target only
+    settings = OTHER_THAN_DEFAULT | {
+        "static_qk_norm": False,
+        "exact_window": 0,
+        "ranks": "uniform",
+    }  # which do not go with all
     given = [part for name, value in settings.items() for part in option(name, value)]
     chosen = json.loads(anymla("plan", BUNDLED, "--json", *given))["recipe"]
     assert chosen == settings

@@ -26,7 +26,7 @@ from anymla.cli.options import (
     recipe_options,
 )
 from anymla.cli.progress import Report, shown
-from anymla.codec_choice import AUTO, NONE
+from anymla.codec_choice import AUTO, NONE, Choice
 from anymla.errors import RecipeError
 from anymla.methods.mla.plan import MLAPlan
 from anymla.methods.mla.settings import MLA
@@ -94,10 +94,8 @@ def plan(
     """Dry run: what every layer becomes and what it costs, from the config alone."""
     codec = NONE if output is not None and codec == AUTO else codec
     choice = pipeline.choose(model, file_recipe(recipe), codec=codec, revision=revision, **settings)
-    if choice.told is not None and not as_json:
-        out.print(choice.told, soft_wrap=True)
     if not isinstance(choice.method, MLA):
-        return _show_codes(pipeline.plan_codes(model, choice.method, revision=revision), as_json=as_json)
+        return _show_codes(pipeline.plan_codes(model, choice.method, revision=revision), choice, as_json=as_json)
     planned = pipeline.plan(model, choice.method, revision=revision)
     costs = pipeline.explain_plan(planned)
     if output is not None:
@@ -109,6 +107,7 @@ def plan(
         return print_json(costs)
     from anymla.report.tables import plan_table
 
+    _tell(choice)
     out.print(plan_table(costs))
     if output is not None:
         out.print(f"Wrote {output}. Next: anymla convert {planned.model} -o OUT --plan {output}")
@@ -195,12 +194,18 @@ def conversion_progress(report: Report) -> pipeline.Progress:
     return progress
 
 
-def _show_codes(planned: dict[str, Any], *, as_json: bool) -> None:
+def _tell(choice: Choice) -> None:
+    if choice.told is not None:
+        out.print(choice.told, soft_wrap=True)
+
+
+def _show_codes(planned: dict[str, Any], choice: Choice, *, as_json: bool) -> None:
     """What `anymla plan` shows of codes."""
     if as_json:
         return print_json(planned)
     from anymla.report.tables import codes_table
 
+    _tell(choice)
     out.print(codes_table(planned))
 
 
