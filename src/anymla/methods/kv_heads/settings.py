@@ -87,7 +87,8 @@ class KVHeads(LayerMethod):
 
     def observer(self, layer: Layer) -> Observer:
         """Sums what the heads hold; nothing where their weights say it all."""
-        from anymla.methods.kv_heads.moments import HeadSums, Unheard
+        from anymla.methods.base import Unheard
+        from anymla.methods.kv_heads.moments import HeadSums
 
         if self.variant == "mean" or self.svd == "weights":
             return Unheard()

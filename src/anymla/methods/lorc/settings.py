@@ -53,7 +53,7 @@ class LoRC(SweptMethod):
     phase: ClassVar[Phase] = Phase.ATTENTION
     summary: ClassVar[str] = "keys before rope and values of low rank, without any text"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("mla", "transform_coding", "kvquant")
+    excludes: ClassVar[tuple[str, ...]] = ("mla", "mfa", "shared_attention", "transform_coding", "kvquant")
 
     kv_cache: float = Field(0.5, gt=0, le=1, description="Share of the original KV cache's bytes to keep, 0 < x <= 1.")
     ranks: Literal["uniform", "linear", "progressive"] = Field(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from anymla.methods.base import Changed
 from anymla.methods.mfa.queries import low_rank_queries
-from anymla.model_run.stream import LayerBatch
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.modeling.mfa_attention import MfaAttention
 from anymla.modeling.mfa_spec import MfaSpec
@@ -28,13 +27,6 @@ if TYPE_CHECKING:
 
 REPLACED = ("kv_b_proj.weight", "query_rotation", "channel_weight")  # folded into queries and output
 MAP_SIZE = 0.02  # deviation of a fresh value map's numbers
-
-
-class Unheard:
-    """An observer of a layer of which nothing needs to be seen."""
-
-    def add(self, batch: LayerBatch) -> None:
-        """Takes a batch."""
 
 
 def bridge_layer(settings: MFA, layer: Layer) -> Changed:

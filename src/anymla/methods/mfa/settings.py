@@ -42,7 +42,7 @@ class MFA(LayerMethod):
     phase: ClassVar[Phase] = Phase.ATTENTION
     summary: ClassVar[str] = "one wide head of keys and values for all heads, each with large query and output matrices"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("kvquant", "transform_coding")
+    excludes: ClassVar[tuple[str, ...]] = ("shared_attention", "kvquant", "transform_coding")
 
     kv_cache: float | None = Field(
         None,
@@ -108,7 +108,7 @@ class MFA(LayerMethod):
     def observer(self, layer: Layer) -> Observer:
         """Moments and targets of the original; nothing of a latent."""
         if layer.old.latent is not None:
-            from anymla.methods.mfa.bridge import Unheard
+            from anymla.methods.base import Unheard
 
             return Unheard()
         from anymla.methods.mla.observe import AttentionObserver

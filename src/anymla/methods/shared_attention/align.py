@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
 
 
-class Unheard:
-    """Needs nothing of a layer."""
-
-    def add(self, batch: LayerBatch) -> None:
-        """Takes a batch."""
-
-
 class HeadCosts:
     """Squared errors [H,H] of the layer's output: of each of its heads by each head's map of layer ``source``."""
 

@@ -109,7 +109,8 @@ class ShareAttention(LayerMethod):
 
     def observer(self, layer: Layer) -> Observer:
         """What it costs that a head attends by the map of another one, where heads are aligned."""
-        from anymla.methods.shared_attention.align import HeadCosts, Unheard
+        from anymla.methods.base import Unheard
+        from anymla.methods.shared_attention.align import HeadCosts
 
         choice: SharedLayer = layer.choice
         if self.align_heads and choice.source_layer is not None:

@@ -19,6 +19,8 @@ def sharing_refusal(model: ModelSpec) -> str | None:
         return "its cache is coded already"
     if any(layer.shared is not None for layer in model.layers):
         return "its layers share attention maps already"
+    if any(layer.kind is not None for layer in model.layers):
+        return "its attention is no stock one any more: put shared_attention before the step that changed it"
     family = FAMILIES[model.text_model_type]
     if model.text_model_type in DROP_ARGUMENTS:
         return "layers of its family give their attention known arguments only, and a map is handed on by another one"
