@@ -21,6 +21,7 @@ GROUPS = {  # by the names of parameters; those in none come last
             "decode_cost",
             "rope_dims",
             "kv_rank",
+            "ranks",
             "first_tokens",
             "exact_window",
             "context",
