@@ -102,7 +102,8 @@ def _default(name: str, kinds: tuple[type[BaseModel], ...]) -> str:
     if len({*map(str, found.values())}) == 1:
         default = next(iter(found.values()))
         return "" if default is None else f" [default: {default}]"
-    each = (f"{default} of {getattr(kind, 'name', kind.__name__)}" for kind, default in found.items())
+    told = {kind: default for kind, default in found.items() if default is not None}  # None: its description says
+    each = (f"{default} of {getattr(kind, 'name', kind.__name__)}" for kind, default in told.items())
     return f" [default: {', '.join(each)}]"
 
 
