@@ -89,7 +89,7 @@ class MLA(LayerMethod):
         ge=0,
         le=MOST,
         description="Keep full keys and values of the last N tokens beside the latent, 2 or more: better by far, for a "
-        "constant size. For transformers only: no engine's cache has room for them. 0: none. Codes keep 16 unless told.",
+        "constant size. For transformers only: no engine has room for them. 0: none. Codes keep 16 by default.",
     )
     static_qk_norm: bool = Field(
         False,
