@@ -6,8 +6,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENGINES ?= llama vllm
-# of the tests those that a release of a library can change: not how good a conversion is, nor how much memory it takes
-ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory" --ignore tests/test_quality.py
+# of the tests those that a release of a library can change: not how good a conversion is, how much memory it takes, how a
+# killed run goes on
+ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" --ignore tests/test_quality.py
 
 .PHONY: env demo methods test lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
 
