@@ -145,6 +145,7 @@ def test_codes_are_turned_off_at_load(kind, tmp_path):
         coded_model(original, "channels", "axes", 3, exact_window=5).save_pretrained(tmp_path / "out")
     plain = load(tmp_path / "out", codec="none")
     if kind != "latent":
+        original.set_attn_implementation("eager")  # transformers 5.16's sdpa leaves the soft-cap out
         assert (logits(plain, ids) - logits(original, ids)).abs().max() < 3e-4
     cached = plain(input_ids=ids).past_key_values
     assert all(layer.keys.dtype == plain.dtype or layer.keys.shape[-1] == 24 * 8 for layer in cached.layers)
