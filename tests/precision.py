@@ -39,6 +39,8 @@ class Exact(TorchFunctionMode):
                 return first
             if func is torch.nn.functional.linear and args[1].dtype is torch.float32:  # a router kept in float32
                 args = (first, args[1].double(), *args[2:])
+            if func in PRODUCTS and args[1].dtype is torch.float32:
+                args = (first, args[1].double(), *args[2:])
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
