@@ -37,13 +37,13 @@ class Choice:
         if recipe is not None:
             if codec not in (AUTO, NONE):
                 raise RecipeError(f"codec {codec!s:.40}: a recipe or a plan of the step mla goes with codec none alone")
-            return cls(_mla(recipe, settings))
+            return cls(with_settings(recipe, settings))
         if codec == NONE:
-            return cls(_mla(None, settings))
+            return cls(with_settings(None, settings))
         if codec != AUTO:
             return cls(_coder(codec).of(settings, "settings"))
         if own := [name for name in settings if name in MLA.model_fields and name not in TransformCoding.model_fields]:
-            return cls(_mla(None, settings), f"{own[0]} is a setting of that step alone")
+            return cls(with_settings(None, settings), f"{own[0]} is a setting of that step alone")
         return cls(TransformCoding.of(settings, "settings"), "it loses least per byte; engines need codec none")
 
     def for_model(self, model: ModelSpec) -> Choice:
@@ -70,7 +70,7 @@ class Choice:
         return None if self.why is None else f"codec auto takes the step {self.method.name}: {self.why}"
 
 
-def _mla(recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> MLA:
+def with_settings(recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> MLA:
     """``recipe`` with ``settings`` in place of its own."""
     base = recipe.recipe if isinstance(recipe, MLAPlan) else recipe
     given = {} if base is None else base.model_dump(exclude_unset=True)

@@ -78,8 +78,8 @@ def _facts(attention: AttentionSpec | None) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """What a conversion did: where the model is, its plan, its layers, and held-out scores before and after.
+class ConversionReport:
+    """What every conversion tells: where the model is, and held-out scores before and after.
 
     ``spec``: what the model now is.
     ``cache_bytes_at``: bytes of the cache before and after, by the number of tokens in it.
@@ -88,9 +88,7 @@ class Conversion:
     """
 
     output: Path
-    plan: MLAPlan
     spec: ModelSpec
-    layers: tuple[LayerResult, ...]
     before: Scores
     after: Scores
     cache_bytes_at: dict[str, dict[str, int]]
@@ -100,6 +98,33 @@ class Conversion:
     seconds: float
     peak_rss_bytes: int
     anymla_version: str
+
+    def facts(self, model: str, recipe: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
+        """The report under its stable JSON names."""
+        return {
+            "output": str(self.output),
+            "model": model,
+            "commit": self.commit,
+            "notes": list(self.notes),
+            "recipe": recipe,
+            "layers": layers,
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "cache_bytes_at": self.cache_bytes_at,
+            "computing": asdict(self.computing),
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "anymla_version": self.anymla_version,
+            "versions": versions(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion(ConversionReport):
+    """What the step mla did: its plan and its layers."""
+
+    plan: MLAPlan
+    layers: tuple[LayerResult, ...]
 
     @property
     def model(self) -> str:
@@ -113,61 +138,17 @@ class Conversion:
 
     def to_dict(self) -> dict[str, Any]:
         """The report under its stable JSON names."""
-        return {
-            "output": str(self.output),
-            "model": self.plan.model,
-            "commit": self.commit,
-            "notes": list(self.notes),
-            "recipe": self.plan.recipe.model_dump(),
-            "layers": [asdict(layer) for layer in self.layers],
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-            "cache_bytes_at": self.cache_bytes_at,
-            "computing": asdict(self.computing),
-            "seconds": self.seconds,
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "anymla_version": self.anymla_version,
-            "versions": versions(),
-        }
+        return self.facts(self.model, self.method.model_dump(), [asdict(layer) for layer in self.layers])
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodedConversion:
-    """What a conversion to a cache of codes did; the fields are as those of :class:`Conversion`.
+class CodedConversion(ConversionReport):
+    """What a conversion to a cache of codes did; ``layers``: what the method says of each layer that it changed."""
 
-    ``layers``: what the method says of each layer that it changed.
-    """
-
-    output: Path
     model: str
     method: LayerMethod
-    spec: ModelSpec
     layers: tuple[dict[str, Any], ...]
-    before: Scores
-    after: Scores
-    cache_bytes_at: dict[str, dict[str, int]]
-    commit: str | None
-    notes: tuple[str, ...]
-    computing: Computing
-    seconds: float
-    peak_rss_bytes: int
-    anymla_version: str
 
     def to_dict(self) -> dict[str, Any]:
         """The report under its stable JSON names."""
-        return {
-            "output": str(self.output),
-            "model": self.model,
-            "commit": self.commit,
-            "notes": list(self.notes),
-            "recipe": {self.method.name: self.method.model_dump(mode="json")},
-            "layers": list(self.layers),
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-            "cache_bytes_at": self.cache_bytes_at,
-            "computing": asdict(self.computing),
-            "seconds": self.seconds,
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "anymla_version": self.anymla_version,
-            "versions": versions(),
-        }
+        return self.facts(self.model, {self.method.name: self.method.model_dump(mode="json")}, list(self.layers))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from anymla import __version__
 from anymla.account import Account
 from anymla.architectures.model_spec import read_config, read_model_spec, source_config
-from anymla.codec_choice import AUTO, Choice
+from anymla.codec_choice import AUTO, Choice, with_settings
 from anymla.coded_conversion import convert_coded
 from anymla.errors import RecipeError, UnsupportedModelError
 from anymla.exports.format import all_formats
@@ -110,12 +110,6 @@ def explain_plan(plan: MLAPlan) -> dict[str, Any]:
     return explain(plan, read_model_spec(source_config(source)))
 
 
-def with_settings(recipe: MLA | None, settings: dict[str, Any]) -> MLA:
-    """``recipe`` with ``settings`` in place of its own."""
-    base = {} if recipe is None else recipe.model_dump(exclude_unset=True)
-    return MLA.of(base | settings, "settings")
-
-
 def convert(
     model: str | Path,
     output: str | Path,
@@ -206,7 +200,7 @@ def _chosen_plan(model: str, model_spec: ModelSpec, recipe: MLA | MLAPlan | None
     if others := [name for name in settings if name != "device"]:  # where to compute is not part of what is planned
         raise RecipeError(f"{', '.join(others)}: a plan is final; change its recipe and plan again")
     check_plan(recipe, model, model_spec)
-    return _with_steps(recipe.model_copy(update={"recipe": with_settings(recipe.recipe, settings)}), model_spec)
+    return _with_steps(recipe.model_copy(update={"recipe": with_settings(recipe, settings)}), model_spec)
 
 
 def _with_steps(plan: MLAPlan, model_spec: ModelSpec) -> MLAPlan:

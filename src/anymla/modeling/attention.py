@@ -26,6 +26,7 @@ from .heads import (
     dropout_rates,
     multiply_pairs,
     query_temperature,
+    rope_tables,
     split_heads,
     taken,
     window_of,
@@ -153,8 +154,9 @@ class ConvertedAttention(nn.Module):
         return self.attend(hidden_states, query, places, mask, cache, kwargs)
 
     def places(self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor) -> Any:
-        """What ``attend`` needs to know of the new tokens' positions."""
-        raise NotImplementedError
+        """What ``attend`` needs to know of the new tokens' positions: cos and sin [B or 1,1,T,P] of rope."""
+        kind, pairs = self.spec.rope_table, self.rope_pairs
+        return rope_tables(kind, pairs, position_embeddings, position_ids, hidden_states, self.config)
 
     def attend(
         self,

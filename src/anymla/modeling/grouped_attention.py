@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .arguments import make_fit
 from .attention import ConvertedAttention
-from .heads import rope_tables, score_bias
+from .heads import score_bias
 from .spec import LayerSpec
 
 
@@ -43,13 +43,6 @@ class GroupedAttention(ConvertedAttention):
 
     def _make_buffers(self, spec: LayerSpec) -> None:
         """None."""
-
-    def places(
-        self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Cos and sin [B or 1,1,T,P] of the new tokens."""
-        kind, pairs = self.spec.rope_table, self.rope_pairs
-        return rope_tables(kind, pairs, position_embeddings, position_ids, hidden_states, self.config)
 
     def queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """What keys are multiplied by [B,H,T,d]."""

@@ -19,7 +19,7 @@ from .absorbed import absorbed_attention
 from .arguments import make_fit
 from .attention import ConvertedAttention, joined
 from .dense_weight import dense_weight, is_plain
-from .heads import multiply_pairs, rope_tables, score_bias
+from .heads import multiply_pairs, score_bias
 from .spec import LayerSpec
 
 
@@ -177,13 +177,6 @@ class LatentAttention(ConvertedAttention):
             return False
         keys, rank = self.num_kv_heads * self.head_dim, self.kv_lora_rank
         return new == 1 or new * self.num_heads * (rank - self.head_dim) < keys * rank
-
-    def places(
-        self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Cos and sin [B or 1,1,T,P] of the new tokens."""
-        kind, pairs = self.spec.rope_table, self.rope_pairs
-        return rope_tables(kind, pairs, position_embeddings, position_ids, hidden_states, self.config)
 
     def attend(
         self,

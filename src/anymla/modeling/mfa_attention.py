@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .absorbed import absorbed_attention
 from .attention import joined
-from .heads import multiply_pairs, query_temperature
+from .heads import query_temperature
 from .latent_attention import LatentAttention
 from .spec import KEY, LayerSpec, config_entry, layers_of
 
@@ -72,8 +72,7 @@ class MfaAttention(LatentAttention):
     def queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The query of the latent [B,H,T,C-R] and the rotated one of the rope channels [B,H,T,R]."""
         nope, channels = query.split([query.shape[-1] - self.qk_rope_head_dim, self.qk_rope_head_dim], dim=-1)
-        frequency = self.channel_frequency
-        return nope, multiply_pairs(channels, cos[..., frequency], sin[..., frequency])
+        return nope, self.rotated_channels(channels, cos, sin)
 
     def absorbs(self, new: int, mask: Tensor | None) -> bool:
         """Whether a single token reads the cache, which the heads then share without copies."""

@@ -35,9 +35,7 @@ class Rows(NamedTuple):
     values: Tensor
     places: tuple[Places, ...]
     start: int  # the column of the first new token
-    latest: tuple[Tensor, Tensor] | None = (
-        None  # coefficients [B,E,n] of the last tokens, where queries see them exactly
-    )
+    latest: tuple[Tensor, Tensor] | None = None  # coefficients [B,E,n] of the last tokens, for an exact window
 
     def before(self, stop: int) -> Rows:
         """Those in the columns before ``stop``."""

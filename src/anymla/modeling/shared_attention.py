@@ -19,7 +19,7 @@ from .absorbed import additive_mask
 from .arguments import make_fit
 from .attention import ConvertedAttention
 from .exact_window import heads_product
-from .heads import attention_weights, rope_tables
+from .heads import attention_weights
 from .shared_spec import SharedSpec
 from .spec import LayerSpec
 
@@ -94,13 +94,6 @@ class MapSourceAttention(ConvertedAttention):
 
     def _make_buffers(self, spec: LayerSpec) -> None:
         """None."""
-
-    def places(
-        self, position_embeddings: Any, position_ids: Tensor | None, hidden_states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Cos and sin [B or 1,1,T,P] of the new tokens."""
-        kind, pairs = self.spec.rope_table, self.rope_pairs
-        return rope_tables(kind, pairs, position_embeddings, position_ids, hidden_states, self.config)
 
     def attend(
         self,
