@@ -11,6 +11,16 @@ from page import table
 
 Row = dict[str, Any]
 OURS_CHEAP, OURS = "anymla, decode cost 2", "anymla"
+KNOWN = {  # systems of the README's picture, and what it calls them
+    OURS_CHEAP: "anymla, default",
+    OURS: "anymla, any decode cost",
+    "transformers QuantizedCache (HQQ)": "4-bit cache of transformers",
+    "KIVI-like": "KIVI",
+    "KVQuant": "KVQuant",
+    "KVTC-like": "KVTC",
+    "TransMLA": "TransMLA",
+    "MHA2MLA": "MHA2MLA",
+}
 MOST = {OURS_CHEAP: 1 / 2, OURS: 1 / 3}  # aims: KL over that of the best other at the same bytes
 AIMED = (0.25, 0.1875, 0.125, 0.0625)
 PERPLEXITY = {0.25: 0.005, 0.125: 0.03, 0.0625: 0.15}  # aims of the two real models: at most so much more
@@ -167,6 +177,22 @@ def plot(path: Path, rows: list[Row], systems: list[str]) -> None:
     pyplot.close(figure)
 
 
+def plot_model(path: Path, rows: list[Row], model: str) -> None:
+    """The README's picture: one model, the systems that readers know, by names that they know."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    mine = [row for row in rows if row["model"] == model]
+    figure, axes = pyplot.subplots(figsize=(9.2, 4.6), layout="constrained")
+    shown: dict[str, Any] = {}
+    _panel(axes, model, mine, list(KNOWN), shown)
+    figure.legend(shown.values(), map(KNOWN.get, shown), loc="outside right upper", frameon=False, fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def _envelope(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points without those that have another with fewer bytes and less KL."""
     return [(share, kl) for share, kl in points if not any(s < share and k < kl for s, k in points)]
@@ -179,7 +205,7 @@ def _panel(axes: Any, model: str, rows: list[Row], systems: list[str], shown: di
             percent, kls = [100 * share for share, _ in curve], [kl for _, kl in curve]
             style = {"marker": "oosv^DPX*<>hpd"[number % 14]} | _style(number, system)
             (shown[system],) = axes.plot(percent, kls, **style)
-    axes.set(xscale="log", yscale="log", title=model, xlabel="KV cache kept, % of the original's 16-bit bytes")
+    axes.set(xscale="log", yscale="log", title=model, xlabel="KV cache, % of the original's 16-bit bytes")
     axes.set_ylabel("KL to the original, nats per token")
     axes.set_xticks([3.125, 6.25, 12.5, 25, 50], ["3.1", "6.25", "12.5", "25", "50"])
     axes.minorticks_off()
@@ -190,7 +216,7 @@ def _panel(axes: Any, model: str, rows: list[Row], systems: list[str], shown: di
 def _style(number: int, system: str) -> dict[str, Any]:
     """Ours thick, 16-bit latents grey, the others thin."""
     if system in (OURS_CHEAP, OURS):
-        return {"color": "#0b6e4f", "linewidth": 3, "linestyle": "-" if system == OURS else "--", "zorder": 5}
+        return {"color": "#0b6e4f", "linewidth": 3, "linestyle": "--" if system == OURS else "-", "zorder": 5}
     grey = system.startswith(("CARE", "TransMLA", "MHA2MLA"))
     return {
         "color": "#999999" if grey else f"C{number if number < 7 else 9}",
