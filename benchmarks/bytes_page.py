@@ -28,35 +28,34 @@ REAL = ("SmolLM2", "Gemma")
 NAMES = {0.5: "50 %", 0.25: "25 %", 0.1875: "18.75 %", 0.125: "12.5 %", 0.0625: "6.25 %"}
 INTRODUCTION = """# Quality per byte
 
-Made by `python benchmarks/bytes.py`. Nothing here is trained: every system sees calibration text once, and is scored
-on held-out text that calibration has not seen. KL (nats per token) and top-1 agreement are to the original, whose cache
-of 16-bit numbers is 100 %. Of another system's cases the best at the same bytes counts, by the scores themselves.
+Made by `python benchmarks/bytes.py`. Nothing here is trained. Every system sees calibration text once, and is scored on held-out text that
+calibration has not seen. KL (nats per token) and top-1 agreement are to the original. Its cache of 16-bit numbers is 100 %. Of another
+system's cases, the best at the same bytes counts, by the scores themselves.
 
-**Bytes are counted whole**, over the tokens of a scored window: codes, scales and zero points of every token and
-group, indices, and what a sequence holds exactly (first tokens, a recent window) in 16-bit numbers. In longer contexts
-these last shrink; `per token` is what remains. Tables and bases are weights: no system's are counted here.
+**Bytes are counted whole**, over the tokens of a scored window. They include codes, indices, and the scales and zero points of every token and
+group. They also include what a sequence holds exactly in 16-bit numbers: first tokens, a recent window. In longer contexts that part shrinks,
+and `per token` is what remains. Tables and bases are weights, and are counted for no system.
 
 How each is measured:
 
-- **anymla**: the method `transform_coding` through `anymla.run`, bytes from the live cache; the first 4 tokens and a
-  window of the latest 16 exact. Keys are rebuilt when they are read, at any cost; with decode cost 2, the default,
-  decoding takes at most twice the multiply-adds of the original's attention.
-- **anymla, mla + transform coding** and **mla + kvquant**: the step `mla` to a share of the numbers, without gradient
-  steps, then codes of the latent and of the rope key; the first 4 tokens exact, no window.
-- **KVQuant**: this project's method `kvquant` (arXiv 2401.18079), likewise.
-- All others work on the original, in a simulation: keys and values are coded and decoded inside its attention, and
-  every query reads exactly the tokens that the system would still hold exactly.
-- **static NUQ tables**: Lloyd's levels per channel, keys before rope, the first 4 tokens exact.
-- **KVTC-like** (arXiv 2511.01815): principal axes, bits by least squared error over all layers, no entropy coder,
-  Lloyd's levels in place of uniform ones; the first 4 tokens exact, and a window of the latest 16
-  (the paper: 128), or none.
-- **KIVI-like** (arXiv 2402.02750): keys per channel in groups of 32 tokens, values per token in groups of 32 numbers, a
-  residual window of 32 tokens: its 128 would outweigh the codes at these lengths.
-- **Hadamard int per token**: heads rotated by a Hadamard matrix, integers with a scale and a zero point per token.
-- **transformers QuantizedCache (HQQ)**: its own cache object, groups of 64 along a token. A window runs through it
-  in chunks of 16 tokens, so later ones read what it made of the earlier ones.
-- **CARE** (arXiv 2603.17946) before partial rope, **TransMLA** (arXiv 2502.07864) and **MHA2MLA** (arXiv 2502.14837):
-  latents of 16-bit numbers; with *NUQ tables*, static levels on what they cache, the first 4 tokens exact.
+- **anymla** is the method `transform_coding` through `anymla.run`. Bytes are those of the live cache. The first 4 tokens and a window of the latest
+  16 are exact. Keys are rebuilt when they are read, at any cost. With decode cost 2, the default, decoding takes at most twice the multiply-adds of
+  the original's attention.
+- **anymla, mla + transform coding** and **mla + kvquant** first run the step `mla` to a share of the numbers, without gradient steps. The latent and
+  the rope key are then coded. The first 4 tokens are exact, and there is no window.
+- **KVQuant** is this project's method `kvquant` (arXiv 2401.18079), measured like `transform_coding`.
+- All others work on the original, in a simulation. Keys and values are coded and decoded inside its attention. Every query reads exactly the tokens
+  that the system would still hold exactly.
+- **static NUQ tables** are Lloyd's levels per channel, with keys before rope and the first 4 tokens exact.
+- **KVTC-like** (arXiv 2511.01815) has principal axes, and bits by least squared error over all layers. It has no entropy coder, and Lloyd's levels in
+  place of uniform ones. The first 4 tokens are exact. It has a window of the latest 16 (the paper: 128), or none.
+- **KIVI-like** (arXiv 2402.02750) codes keys per channel in groups of 32 tokens, and values per token in groups of 32 numbers. Its residual window is
+  32 tokens, because its 128 would outweigh the codes at these lengths.
+- **Hadamard int per token** rotates heads by a Hadamard matrix. It stores integers with a scale and a zero point per token.
+- **transformers QuantizedCache (HQQ)** is transformers' own cache object, with groups of 64 along a token. A window runs through it in chunks of 16
+  tokens, so later ones read the codes of the earlier ones.
+- **CARE** (arXiv 2603.17946) before partial rope, **TransMLA** (arXiv 2502.07864) and **MHA2MLA** (arXiv 2502.14837) are latents of 16-bit numbers.
+  With *NUQ tables*, static levels code what they cache, and the first 4 tokens are exact.
 """
 
 
@@ -140,7 +139,7 @@ def write_page(path: Path, rows: list[Row], systems: list[str]) -> None:
             lines += ["Ours beside the best other at the same bytes, between whose points KL is interpolated:", ""]
             names = ["KL", "best other's KL", "ratio", "perplexity"]
             columns = [
-                "cache kept",
+                "cache size",
                 *(f"default: {name}" for name in names),
                 *(f"decode cost any: {name}" for name in names),
             ]
@@ -153,7 +152,7 @@ def write_page(path: Path, rows: list[Row], systems: list[str]) -> None:
 
 
 def plot(path: Path, rows: list[Row], systems: list[str]) -> None:
-    """KL against the share of the bytes kept, both on a log axis: a panel per model, a curve per system."""
+    """KL against the share of the bytes, both on a log axis: a panel per model, a curve per system."""
     import matplotlib
 
     matplotlib.use("Agg")
