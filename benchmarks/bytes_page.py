@@ -28,34 +28,38 @@ REAL = ("SmolLM2", "Gemma")
 NAMES = {0.5: "50 %", 0.25: "25 %", 0.1875: "18.75 %", 0.125: "12.5 %", 0.0625: "6.25 %"}
 INTRODUCTION = """# Quality per byte
 
-Made by `python benchmarks/bytes.py`. Nothing here is trained. Every system sees calibration text once, and is scored on held-out text that
-calibration has not seen. KL (nats per token) and top-1 agreement are to the original. Its cache of 16-bit numbers is 100 %. Of another
-system's cases, the best at the same bytes counts, by the scores themselves.
+Made by `python benchmarks/bytes.py`. Nothing here is trained. Every system sees calibration text once, and is scored
+on held-out text that calibration has not seen. KL (nats per token) and top-1 agreement are to the original. Its cache
+of 16-bit numbers is 100 %. Of another system's cases, the best at the same bytes counts, by the scores themselves.
 
-**Bytes are counted whole**, over the tokens of a scored window. They include codes, indices, and the scales and zero points of every token and
-group. They also include what a sequence holds exactly in 16-bit numbers: first tokens, a recent window. In longer contexts that part shrinks,
-and `per token` is what remains. Tables and bases are weights, and are counted for no system.
+**Bytes are counted whole**, over the tokens of a scored window. They include codes, indices, and the scales and zero
+points of every token and group. They also include what a sequence holds exactly in 16-bit numbers: first tokens, a
+recent window. In longer contexts that part shrinks, and `per token` is what remains. Tables and bases are weights,
+and are counted for no system.
 
 How each is measured:
 
-- **anymla** is the method `transform_coding` through `anymla.run`. Bytes are those of the live cache. The first 4 tokens and a window of the latest
-  16 are exact. Keys are rebuilt when they are read, at any cost. With decode cost 2, the default, decoding takes at most twice the multiply-adds of
-  the original's attention.
-- **anymla, mla + transform coding** and **mla + kvquant** first run the step `mla` to a share of the numbers, without gradient steps. The latent and
-  the rope key are then coded. The first 4 tokens are exact, and there is no window.
+- **anymla** is the method `transform_coding` through `anymla.run`. Bytes are those of the live cache. The first 4
+  tokens and a window of the latest 16 are exact. Keys are rebuilt when they are read, at any cost. With decode cost
+  2, the default, decoding takes at most twice the multiply-adds of the original's attention.
+- **anymla, mla + transform coding** and **mla + kvquant** first run the step `mla` to a share of the numbers, without
+  gradient steps. The latent and the rope key are then coded. The first 4 tokens are exact, and there is no window.
 - **KVQuant** is this project's method `kvquant` (arXiv 2401.18079), measured like `transform_coding`.
-- All others work on the original, in a simulation. Keys and values are coded and decoded inside its attention. Every query reads exactly the tokens
-  that the system would still hold exactly.
+- All others work on the original, in a simulation. Keys and values are coded and decoded inside its attention. Every
+  query reads exactly the tokens that the system would still hold exactly.
 - **static NUQ tables** are Lloyd's levels per channel, with keys before rope and the first 4 tokens exact.
-- **KVTC-like** (arXiv 2511.01815) has principal axes, and bits by least squared error over all layers. It has no entropy coder, and Lloyd's levels in
-  place of uniform ones. The first 4 tokens are exact. It has a window of the latest 16 (the paper: 128), or none.
-- **KIVI-like** (arXiv 2402.02750) codes keys per channel in groups of 32 tokens, and values per token in groups of 32 numbers. Its residual window is
-  32 tokens, because its 128 would outweigh the codes at these lengths.
-- **Hadamard int per token** rotates heads by a Hadamard matrix. It stores integers with a scale and a zero point per token.
-- **transformers QuantizedCache (HQQ)** is transformers' own cache object, with groups of 64 along a token. A window runs through it in chunks of 16
-  tokens, so later ones read the codes of the earlier ones.
-- **CARE** (arXiv 2603.17946) before partial rope, **TransMLA** (arXiv 2502.07864) and **MHA2MLA** (arXiv 2502.14837) are latents of 16-bit numbers.
-  With *NUQ tables*, static levels code what they cache, and the first 4 tokens are exact.
+- **KVTC-like** (arXiv 2511.01815) has principal axes, and bits by least squared error over all layers. It has no
+  entropy coder, and Lloyd's levels in place of uniform ones. The first 4 tokens are exact. It has a window of the
+  latest 16 (the paper: 128), or none.
+- **KIVI-like** (arXiv 2402.02750) codes keys per channel in groups of 32 tokens, and values per token in groups of 32
+  numbers. Its residual window is 32 tokens, because its 128 would outweigh the codes at these lengths.
+- **Hadamard int per token** rotates heads by a Hadamard matrix. It stores integers with a scale and a zero point per
+  token.
+- **transformers QuantizedCache (HQQ)** is transformers' own cache object, with groups of 64 along a token. A window
+  runs through it in chunks of 16 tokens, so later ones read the codes of the earlier ones.
+- **CARE** (arXiv 2603.17946) before partial rope, **TransMLA** (arXiv 2502.07864) and **MHA2MLA** (arXiv 2502.14837)
+  are latents of 16-bit numbers. With *NUQ tables*, static levels code what they cache, and the first 4 tokens are
+  exact.
 """
 
 

@@ -11,18 +11,19 @@ from sensitivity import PARTS
 Row = dict[str, Any]
 INTRODUCTION = """# Fidelity
 
-Made by `python benchmarks/fidelity.py`. All conversions are training-free. anymla's own takes gradient steps, one layer at a time, against the
-original layer's output. It sees no labels, and its gradients go through one layer only.
+Made by `python benchmarks/fidelity.py`. All conversions are training-free. anymla's own takes gradient steps, one
+layer at a time, against the original layer's output. It sees no labels, and its gradients go through one layer only.
 
-- **Scores.** KL (nats per token) and top-1 agreement are to the original, on held-out text. Neither calibration nor any choice of settings has seen
-  that text. If it has several domains, windows are drawn from all of it.
-- **Bytes** per token are read from the live cache. Those of CARE without partial RoPE are counted instead, because no cache here holds them. It
-  rebuilds and rotates all keys at every step, and cannot decode from the latent.
-- **The exact window** (`--exact-window`) takes half of the bytes in contexts as long as those scored, and the latent the other half. In longer contexts
-  the window's part becomes negligible. Older rows count one token more: the newest, which the cache does not hold between steps.
+- **Scores.** KL (nats per token) and top-1 agreement are to the original, on held-out text. Neither calibration nor
+  any choice of settings has seen that text. If it has several domains, windows are drawn from all of it.
+- **Bytes** per token are read from the live cache. Those of CARE without partial RoPE are counted instead, because no
+  cache here holds them. It rebuilds and rotates all keys at every step, and cannot decode from the latent.
+- **The exact window** (`--exact-window`) takes half of the bytes in contexts as long as those scored, and the latent
+  the other half. In longer contexts the window's part becomes negligible. Older rows count one token more: the
+  newest, which the cache does not hold between steps.
 - **Settings.** A method with settings gets those that do best on calibration text that was not fitted on.
-- **Seconds** are those of the whole row: the tries, the conversion and the scoring. Peak memory is that of the row's process. Most of it is Python,
-  torch and transformers.
+- **Seconds** are those of the whole row: the tries, the conversion and the scoring. Peak memory is that of the row's
+  process. Most of it is Python, torch and transformers.
 """
 
 

@@ -1,4 +1,4 @@
-"""Commands and Python of the README and of pages that it leads to run, on the bundled model, with fewer tokens and steps."""
+"""Commands of the README and of pages that it leads to run on the bundled model, with fewer tokens and steps."""
 
 from __future__ import annotations
 

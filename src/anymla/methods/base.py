@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer, Observer
 
 
-SHARED = (  # fields that stand behind a method's own
+SHARED = (  # fields that come after a method's own
     *("calibration", "calibration_tokens", "calibration_length"),
     *("adapter", "device", "dtype", "seed"),
 )
@@ -170,16 +170,14 @@ class SweptMethod(Method):
     adapter: str | None = Field(
         None,
         min_length=1,
-        description="A peft adapter (a folder or a hub id) to merge into the original's weights first; none leaves out "
-        "one that lies beside them. Default: that one, where there is one.",
+        description="A peft adapter (a folder or a hub id) to merge into the original's weights first. Default: the "
+        "one beside the weights, if there is one. none: leave it out.",
     )
-    device: str = Field(
-        "auto", max_length=60, description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
-    )
+    device: str = Field("auto", max_length=60, description="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
     dtype: DtypeName | None = Field(
         None,
-        description="Dtype to load, compute and save in. Default: the checkpoint's, computed in float32 where this CPU "
-        "is faster in that.",
+        description="Dtype to load, compute and save in. Default: the checkpoint's. If this CPU is faster in float32, "
+        "it computes in that.",
     )
 
     @field_validator("calibration", "adapter", mode="before", check_fields=False)
@@ -222,7 +220,7 @@ class LayerMethod(SweptMethod):
         None,
         min_length=1,
         description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. "
-        "Default: bundled stories, which need no network; text like yours keeps more quality.",
+        "Default: bundled stories, which need no network. Text like yours keeps more quality.",
     )
     calibration_tokens: int = Field(
         32768, ge=256, le=MOST, description="Tokens of calibration text to use. More take longer, and gain little."
@@ -238,7 +236,7 @@ class LayerMethod(SweptMethod):
         0,
         ge=0,
         le=2**63 - 1,
-        description="Which pieces of the calibration text are drawn; the same gives the same model.",
+        description="Random seed that draws the pieces of the calibration text. The same seed gives the same model.",
     )
 
 

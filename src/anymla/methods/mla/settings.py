@@ -43,20 +43,20 @@ def _credited(choices: Mapping[str, RopeChoice | Factorization]) -> str:
 
 
 class MLA(LayerMethod):
-    """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
+    """Settings of one conversion. Only ``kv_cache`` matters to most users. All else is derived from it."""
 
     name: ClassVar[str] = "mla"
     paper: ClassVar[Paper] = DEEPSEEK
     phase: ClassVar[Phase] = Phase.ATTENTION
-    summary: ClassVar[str] = "multi-head latent attention in place of keys and values of every head"
+    summary: ClassVar[str] = "multi-head latent attention: a small latent replaces the keys and values of every head"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
 
     kv_cache: float = Field(
         0.25,
         gt=0,
         le=1,
-        description="Share of the original KV cache's bytes to keep, 0 < x <= 1. Below a quarter latents lose "
-        "much, and `anymla tune` brings only part of it back.",
+        description="Share of the original KV cache's bytes to keep, 0 < x <= 1. Below a quarter, latents lose "
+        "much, and `anymla tune` recovers only part of it.",
     )
     target: Target | None = Field(
         None,
@@ -80,21 +80,21 @@ class MLA(LayerMethod):
     )
     ranks: RankName = Field(
         "uniform",
-        description="How the budget is spread over layers: uniform; linear: from a full cache in the first layer down "
-        "a straight line; lorc: by condition numbers of the weights; energy: where it keeps most of what layers add; "
-        "fisher: by gradients, as Palu does it. With a target, which has one size for all layers: uniform.",
+        description="How the budget is spread over layers. uniform: the same for all. linear: from a full cache in the "
+        "first layer down a straight line. lorc: by condition numbers of the weights. energy: by how much each layer "
+        "adds. fisher: by gradients, as in Palu. A target has one size for all layers, so it takes uniform.",
     )
     exact_window: int = Field(
         0,
         ge=0,
         le=MOST,
-        description="Keep full keys and values of the last N tokens beside the latent, 2 or more: better by far, for a "
-        "constant size. For transformers only: no engine has room for them. 0: none. Codes keep 16 by default.",
+        description="Keep full keys and values of the last N tokens beside the latent, 2 or more. This is much better, "
+        "for a constant size. It runs in transformers only. 0: none. Codes keep 16 by default.",
     )
     static_qk_norm: bool = Field(
         False,
-        description=f"Let --target {listed(GRID_TARGETS, 'and')} take models with norms on queries and keys: a fixed "
-        "scale per head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
+        description=f"Let --target {listed(GRID_TARGETS, 'and')} take models with norms on queries and keys. A fixed "
+        "scale per head, measured on calibration text, replaces each norm. This changes the model. The loss is shown.",
     )
     factorization: FactorizationName = Field(
         "output-aware",
@@ -110,8 +110,8 @@ class MLA(LayerMethod):
         None,
         ge=0,
         le=1_000_000,
-        description="Gradient steps per layer against the original layer's output, after output-aware; 0 for none. "
-        "Default: 300; fewer for a large model, so that a conversion stays short, and at least 99.",
+        description="Gradient steps per layer against the original layer's output, after output-aware; 0: none. "
+        "Default: 300. A large model takes fewer, so that a conversion stays short, but at least 99.",
     )
 
     def papers(self) -> tuple[Paper, Paper]:

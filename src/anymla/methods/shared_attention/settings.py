@@ -41,15 +41,15 @@ class SharedLayer(BaseModel):
 class ShareAttention(LayerMethod):
     """Settings of shared attention maps.
 
-    A shared layer computes values only and weights them by the attention map of an earlier layer, its source. It has no
-    projections of queries and keys and caches no keys. This saves little: sharing 4 of 32 layers takes 6 % off the
-    cache. Other methods lose less at the same bytes, so it is never on by itself.
+    A shared layer computes only values. It weights them by the attention map of an earlier layer, its source. It has no
+    projections of queries and keys, and caches no keys. This saves little: sharing 4 of 32 layers takes 6 % off the
+    cache. Other methods lose less at the same bytes, so no default uses this one.
 
-    Deviations from the paper: spans are chosen by the KL of the whole model, one layer after the other, and not by
-    the similarity of maps. The source is named for every layer: the nearest one before it that has a map of its own and
-    the same heads, rope and window. The paper's code still projects queries in shared layers, and attends without fused
-    kernels. Here prompts run through the same kernels as always, on the source's queries and keys, and a new token
-    weights values by the source's row of probabilities. ``align_heads`` is not in the paper.
+    Deviations from the paper: spans are chosen by the KL of the whole model, layer by layer, and not by the similarity
+    of maps. Every layer names its source. That is the nearest one before it with a map of its own and the same heads,
+    rope and window. The paper's code still projects queries in shared layers, and attends without fused kernels. Here
+    prompts run through the usual kernels, on the source's queries and keys. A new token weights values by the source's
+    row of probabilities. ``align_heads`` is not in the paper.
     """
 
     name: ClassVar[str] = "shared_attention"
