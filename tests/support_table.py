@@ -66,9 +66,9 @@ def page(rows: list[Row], failed: dict[str, str]) -> str:
 Made by `make families` with transformers {transformers.__version__}: do not edit.
 
 A tiny random model of each family, with that family's features switched on, is converted at full budget. The errors
-are the largest differences between its logits and the original's, over a whole prompt, cached decoding and a left-padded
-batch. At half the budget each one runs, saves, reloads, and caches exactly the planned numbers. For float64, the float32 casts
-inside transformers' models are lifted (tests/precision.py), so only the algebra remains.
+are the largest differences between its logits and the original's, over a whole prompt, cached decoding and a
+left-padded batch. At half the budget each one runs, saves, reloads, and caches exactly the planned numbers. For
+float64, the float32 casts inside transformers' models are lifted (tests/precision.py), so only the algebra remains.
 
 {KINDS}
 
