@@ -340,7 +340,7 @@ REFUSED: dict[str, str] = {
     "mimo_v2_flash": "values are wider than keys",
     "mllama": "cross-attention layers on images between the text layers",
     "moshi": "projections of each codebook of their own",
-    "hunyuan_vl": "on images, rope turns the two dims of a pair by different angles",
+    "hunyuan_vl": "on images, rope rotates the two dims of a pair by different angles",
     "openai-gpt": "transformers runs it without a KV cache",
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), "an indexer beside the keys chooses what is attended to"),
     "recurrent_gemma": "its attention keeps a cache of its own, which transformers' caches do not hold",
