@@ -64,7 +64,7 @@ def test_a_model_that_has_no_codes_gets_the_step_mla():
         ("mla", None, {}, "codec must be"),
         ("kvquant", None, {"kv_cache": 0.5}, "kv_cache"),
         ("none", None, {"decode_cost": 2.0}, "decode_cost"),
-        ("kvquant", MLA(), {}, "goes with codec none alone"),
+        ("kvquant", MLA(), {}, "needs codec none"),
     ],
 )
 def test_what_does_not_go_together_is_named(codec, recipe, settings, message):

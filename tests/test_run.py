@@ -270,7 +270,7 @@ def test_what_was_converted_can_be_tuned(whole, source, tmp_path):
     recipe = Recipe.of({"model": str(kept), "teacher": str(source), "steps": [{"tune": TUNE}]})
     anymla.run(recipe, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
-    with pytest.raises(AnymlaError, match="latent attention already"):
+    with pytest.raises(AnymlaError, match="already has latent attention"):
         anymla.run(kept, tmp_path / "again", steps=["mla"])
 
 

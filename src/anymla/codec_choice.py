@@ -36,7 +36,7 @@ class Choice:
         """
         if recipe is not None:
             if codec not in (AUTO, NONE):
-                raise RecipeError(f"codec {codec!s:.40}: a recipe or a plan of the step mla goes with codec none alone")
+                raise RecipeError(f"codec {codec!s:.40}: a recipe or a plan of the step mla needs codec none")
             return cls(with_settings(recipe, settings))
         if codec == NONE:
             return cls(with_settings(None, settings))

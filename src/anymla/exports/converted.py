@@ -190,4 +190,4 @@ def _check_shapes(source: Converted, layer: Layer, hidden: int) -> None:
             raise CheckpointError(f"{source.folder}: {layer.module}.{name} is {found} and not {shape}")
     index = source.tensor(f"{layer.module}.channel_index")
     if index.is_floating_point() or not ((index >= 0) & (index < pairs)).all():
-        raise CheckpointError(f"{source.folder}: {layer.module}.channel_index names pairs that a head has not")
+        raise CheckpointError(f"{source.folder}: {layer.module}.channel_index names pairs that a head does not have")

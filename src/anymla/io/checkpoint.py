@@ -179,7 +179,7 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
     """Refuses an output folder that exists (without ``overwrite``), is the source, or lies in an unwritable place."""
     if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
         raise OutputError(
-            f"{output} is, or lies in, the source checkpoint, which is never written to: choose another -o"
+            f"{output} is the source checkpoint or inside it, and anymla never writes there: choose another -o"
         )
     if output.resolve() in source.resolve().parents:
         raise OutputError(f"{output} holds the source checkpoint {source}: choose another -o")

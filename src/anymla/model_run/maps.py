@@ -57,7 +57,7 @@ class WindowMaps(AttentionMaps):
             ValueError: none did.
         """
         if layer not in self.stream.maps:
-            raise ValueError(f"layer {layer} handed on no attention map")
+            raise ValueError(f"layer {layer} passed on no attention map")
         heads = self.stream.maps[layer][self.windows].unflatten(-1, (-1, self.part.head_dim)).transpose(1, 2)
         query, key = heads.split([self.part.num_heads, self.part.num_kv_heads], dim=1)
         return AttentionMap(query, key)

@@ -69,7 +69,7 @@ class AttentionMaps:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         if layer not in self.made:
-            raise ValueError(f"layer {layer} handed on no attention map")
+            raise ValueError(f"layer {layer} passed on no attention map")
         return self.made[layer]
 
 

@@ -76,7 +76,7 @@ class Layer:
         if self.old.kind is not None and self.old.module is not None:
             return self.old.module.removeprefix(f"{self.name}.")
         if (path := attention_path(self.module)) is None:
-            raise UnsupportedModelError(f"{type(self.module).__name__} has no attention where its config means one")
+            raise UnsupportedModelError(f"{type(self.module).__name__} has no attention where its config says so")
         return path
 
     @property

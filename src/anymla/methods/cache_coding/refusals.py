@@ -17,7 +17,7 @@ def coded_refusal(model: ModelSpec) -> str | None:
     if any(layer.shared is not None for layer in model.layers):
         return "its layers share attention maps: codes need keys in every layer"
     if any(layer.kind is not None and layer.latent is None for layer in model.layers):
-        return "its attention is no stock one any more: only stock attention can have codes"
+        return "its attention is not stock any more: only stock attention can have codes"
     if FAMILIES[model.text_model_type].all_layers_attend:
         return OWN_CACHE
     if (rope := model.rope) is None:

@@ -111,7 +111,7 @@ class KeyValueSums:
         self.layer.module.set_submodule(self.path, self.original)
         tokens = round(all_sum_number(self.tokens, self.layer.original.device))
         if self.rope.found is None:
-            raise ValueError(f"layer {self.layer.index} was shown no window")
+            raise ValueError(f"layer {self.layer.index} got no window")
         inv_freq, rope_scale = self.rope.found
         found: dict[str, Any] = {"tokens": tokens, "inv_freq": inv_freq, "rope_scale": rope_scale}
         for kind, sums in self.sums.items():

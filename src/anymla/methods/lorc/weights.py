@@ -61,10 +61,10 @@ def build_low_rank(layer: Layer, spec: CodedSpec, heard: Heard, axes: str) -> Ro
     """The attention of a layer as planned, in axes of what was ``heard``, "random", or of the "weights" alone.
 
     Raises:
-        ValueError: the layer was shown no window.
+        ValueError: the layer got no window.
     """
     if heard.inv_freq is None:
-        raise ValueError(f"layer {layer.index} was shown no window")
+        raise ValueError(f"layer {layer.index} got no window")
     source, sides = source_of(layer), []
     weights, means = key_and_value(source), means_of(source)
     for place, coding in enumerate((spec.keys, spec.values)):

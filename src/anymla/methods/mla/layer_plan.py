@@ -70,7 +70,7 @@ def check_settings(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
         raise RecipeError(f"--ranks {recipe.ranks} gives every layer a rank of its own: leave --kv-rank out")
     if recipe.static_qk_norm and not LIMITS[recipe.target].grid:
         targets = listed(GRID_TARGETS, "and")
-        raise RecipeError(f"--static-qk-norm is for --target {targets}: others keep the norms as they are")
+        raise RecipeError(f"--static-qk-norm is for --target {targets}: others keep the norms unchanged")
     if recipe.target is not None:
         check_target(recipe.target, model, model_spec, static_norms=recipe.static_qk_norm)
 

@@ -171,7 +171,9 @@ class AttentionObserver:
         )
         pairs = spec.rope_pairs
         if isinstance(rope, tuple) and pairs and rope[0].shape[-1] not in (pairs, 2 * pairs):
-            raise UnsupportedModelError(f"rope turns {rope[0].shape[-1]} dims of a head, config.json means {2 * pairs}")
+            raise UnsupportedModelError(
+                f"rope turns {rope[0].shape[-1]} dims of a head, but config.json says {2 * pairs}"
+            )
         cos, sin = rope_tables(spec.rope_table, pairs, rope, positions, inputs, self.layer.config)
         mask = score_bias(mask, spec, self.layer.config, inputs, inputs.shape[1], rest)
         if mask is None and not getattr(self.attention, "is_causal", True):  # PaliGemma's, which sees all of a prompt

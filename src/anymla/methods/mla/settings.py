@@ -123,11 +123,11 @@ class MLA(LayerMethod):
         from anymla.methods.mla.layer_plan import check_settings
 
         if any(layer.latent is not None for layer in model.layers):
-            return "it has latent attention already"
+            return "it already has latent attention"
         if any(layer.shared is not None for layer in model.layers):
             return "its layers share attention maps: convert the original instead"
         if any(layer.kind is not None for layer in model.layers):
-            return "its attention is no stock one any more: put mla before the step that changed it"
+            return "its attention is not stock any more: put mla before the step that changed it"
         try:
             check_settings("this model", model, self)
         except AnymlaError as error:

@@ -55,7 +55,7 @@ def check_exact_window(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
         )
     if recipe.target is not None:
         raise RecipeError(
-            f"--exact-window is for transformers only: --target {recipe.target} has no room for it, give one of them"
+            f"--exact-window is for transformers only: --target {recipe.target} cannot hold it: give one of them"
         )
     if (reason := window_refusal(model_spec)) is not None:
         raise UnsupportedModelError(f"--exact-window cannot be for {model}: {reason}")

@@ -88,7 +88,7 @@ class ShareAttention(LayerMethod):
     def refuses(self, model: ModelSpec) -> str | None:
         """Why this model cannot share attention maps, or these of its layers cannot."""
         if self.spans is None and self.layers is None and self.kv_cache is None:
-            return "it is not told which layers: give spans, layers or kv_cache"
+            return "it needs to know which layers: give spans, layers or kv_cache"
         if (reason := sharing_refusal(model)) is not None:
             return reason
         return None if self.spans is None else spans_refusal(model, self.spans)
