@@ -41,7 +41,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Turn a trained Transformer into one with multi-head latent attention: the same model, a smaller KV cache."""
+    """Make the KV cache of a trained Transformer LLM smaller: latent attention, codes of a few bits, other steps."""
     if context.invoked_subcommand is None:
         out.print(GREETING, soft_wrap=True)
 

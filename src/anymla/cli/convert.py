@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("anymla-demo"),
     bundled: Annotated[
-        bool, typer.Option("--bundled", help="Convert the tiny model that comes with anymla: nothing is fetched.")
+        bool, typer.Option("--bundled", help="Convert the tiny model that comes with anymla, and fetch nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -86,7 +86,7 @@ def plan(
     recipe: RecipeFile = None,
     codec: Codec = AUTO,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the plan to this YAML file: one of the step mla.")
+        Path | None, typer.Option("--output", "-o", help="Write the plan of the step mla to this YAML file.")
     ] = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -125,13 +125,14 @@ def convert(
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew where a stopped conversion to the same folder left work.")
+        bool,
+        typer.Option("--restart", help="Begin anew, and discard the work of a stopped conversion to the same folder."),
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="Calibration activations to hold in memory, as 8GB; the rest goes to files beside OUT. "
+            help="Most memory for calibration activations, such as 8GB. The rest goes to files beside OUT. "
             "[default: a quarter of the memory]",
             show_default=False,
         ),
@@ -180,7 +181,7 @@ def convert(
 
 
 def conversion_progress(report: Report) -> pipeline.Progress:
-    """Reports each layer, and what comes before and behind them."""
+    """Reports each layer, and what comes before and after them."""
 
     def progress(done: int, total: int, result: LayerResult | dict[str, Any] | None) -> None:
         if result is None:

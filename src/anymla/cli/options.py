@@ -42,13 +42,13 @@ Model = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(help="Branch, tag or commit of a MODEL on the hub; org/name@revision says the same."),
+    typer.Option(help="Branch, tag or commit of a MODEL on the hub. org/name@revision means the same."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
-        "--recipe", help="A YAML file with any of these settings, or a recipe with the step mla; options override it."
+        "--recipe", help="A YAML file with any of these settings, or a recipe with the step mla. Options override it."
     ),
 ]
 Codec = Annotated[str, typer.Option(help=CODEC)]
@@ -56,7 +56,7 @@ Device = Annotated[str, typer.Option(help=MLA.model_fields["device"].description
 Adapter = Annotated[str | None, typer.Option(help=MLA.model_fields["adapter"].description)]
 Dtype = Annotated[
     DtypeName | None,
-    typer.Option(help="Dtype to run in. Default: the checkpoint's, or float32 where this CPU is faster in it."),
+    typer.Option(help="Dtype to run in. Default: the checkpoint's, or float32 if this CPU is faster in it."),
 ]
 
 

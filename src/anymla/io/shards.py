@@ -95,7 +95,7 @@ def held_tensors(files: Sequence[Path], *, floats: bool = True) -> dict[str, int
 
 
 def check_index(folder: Path, held: Collection[str], tied: Collection[str]) -> None:
-    """Refuses an index that names tensors which its files do not hold, save those that are ``tied`` to others."""
+    """Refuses an index that names tensors which its files do not hold, except those that are ``tied`` to others."""
     if (index := index_of(folder)) is None:
         return
     named, ends = index_map(index), tuple(_end(name) for name in tied)

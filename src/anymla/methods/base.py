@@ -81,10 +81,10 @@ class Changed:
 
 
 class Survey(ABC):
-    """What a method gathers on calibration text before its plan is final; anymla.sweep runs it, keeps what it says.
+    """What a method gathers on calibration text before its plan is final. anymla.sweep runs it and stores its facts.
 
     ``backward``: whether it needs gradients of the final loss. Its observers then see one window at a time, with the
-    gradient with respect to the layer's output, while the layer's weights have theirs in ``grad``; None, where a window
+    gradient with respect to the layer's output. The layer's weights have theirs in ``grad``, which is None if a window
     did not reach a weight.
     """
 

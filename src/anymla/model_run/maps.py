@@ -1,7 +1,7 @@
 """Attention maps of a stream of windows, kept beside its hidden states while a decoder runs one layer at a time.
 
-A layer that shares a map runs for all windows long after the layer that made it: queries and keys after rope of every
-window lie with the stream, and are saved with it.
+A layer that shares a map runs for all windows long after the layer that made it. So queries and keys after rope of
+every window are held with the stream, and saved with it.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class AttentionSpec:
 
     @property
     def stored_numbers(self) -> int:
-        """Numbers per token that transformers' cache of the original holds: the same, save where heads are repeated."""
+        """Numbers per token that transformers' cache of the original holds: the same, except for repeated heads."""
         return 2 * (self.cached_heads or self.num_kv_heads) * self.head_dim
 
 
@@ -259,7 +259,7 @@ class LayerSpec:
 
     @property
     def encodes_keys(self) -> bool:
-        """Whether keys of a coded cache are put into their basis after the projection, for they are not linear in x."""
+        """Whether keys of a coded cache are put into their basis after the projection: they are not linear in x."""
         return self._in_basis("key_basis") and not (self.attention is None or self.attention.linear_queries)
 
     @property

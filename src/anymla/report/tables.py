@@ -64,7 +64,7 @@ def inspection_table(inspection: Inspection) -> Group:
         ("family", facts.model_type),
         *([("vision-language model", f"text model {facts.text_model_type}; vision stays as it is")] * facts.has_vision),
         ("can be converted", "yes"),
-        ("layers", f"{len(facts.layers)}{f', {kept} without softmax attention stay as they are' if kept else ''}"),
+        ("layers", f"{len(facts.layers)}{f', {kept} without softmax attention stay unchanged' if kept else ''}"),
         ("attention", f"{grouping}: {first.num_heads} heads, {first.num_kv_heads} KV heads, head_dim {first.head_dim}"),
         ("rope", _rope(facts.rope, first, rotated, len(attending))),
         ("biases", f"q, k, v: {_yes(first.qkv_bias)}; output: {_yes(first.output_bias)}"),
@@ -135,9 +135,7 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
         f"processor: {spoken(costs['estimated_seconds'])}.",
     ]
     if costs["kept_layers"]:
-        notes.append(
-            f"Kept as they are, without softmax attention: layers {', '.join(map(str, costs['kept_layers']))}."
-        )
+        notes.append(f"Unchanged, without softmax attention: layers {', '.join(map(str, costs['kept_layers']))}.")
     if any(layer["chosen_on_calibration"] for layer in costs["layers"]):
         notes.append("~ marks a typical split; conversion chooses it per layer on calibration text.")
     return Group(table(costs["model"], columns, rows), *(Text(note) for note in (*notes, *costs["notes"])))

@@ -153,7 +153,7 @@ class LoRC(SweptMethod):
         return by_condition([sum(fact["condition"]) for fact in known])
 
     def _least(self, spec: AttentionSpec, step: int) -> int:
-        """The smallest rank of keys, and of values: with partial rope there is a turned pair of every head beside."""
+        """The smallest rank of keys, and of values. With partial rope, every head has a rotated pair as well."""
         turned = 2 * spec.num_kv_heads * (spec.rope_pairs > 0) if self.rope == "partial" else 0
         return min(max(step, turned), spec.cached_numbers // 2)
 

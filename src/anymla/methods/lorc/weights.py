@@ -77,7 +77,7 @@ def build_low_rank(layer: Layer, spec: CodedSpec, heard: Heard, axes: str) -> Ro
 
 
 def means_of(source: SourceAttention) -> tuple[Tensor, Tensor]:
-    """Biases [n] of keys and of values, which cost no rank; behind a norm there are none of keys."""
+    """Biases [n] of keys and of values, which cost no rank. With a norm there are none of keys."""
     weights = source.weights
     return (weights.key_bias * (not weights.key_norm)).flatten(), weights.value_bias.flatten()
 

@@ -74,7 +74,7 @@ class MfaFit(LayerFit):
 
     @cached_property
     def _gram(self) -> Tensor:
-        """Moments [D+1,D+1] of the input with a 1 behind it, on the windows to fit on."""
+        """Moments [D+1,D+1] of the input with a 1 after it, on the windows to fit on."""
         total: Tensor | None = None
         for batch in self.measured.inputs.split(self.layer.batch, self.layer.windows.fit):
             states = pad(batch.flatten(0, 1).double(), (0, 1), value=1.0)

@@ -32,8 +32,8 @@ Rank = Annotated[int, Field(gt=0, le=MOST)]
 class LayerPlan(BaseModel):
     """One layer: cached numbers per token, and how they split into 2K rope dims and the latent rank.
 
-    ``rope_dims`` is the total over kv heads. Where it is None, conversion chooses it among ``rope_choices``; so also
-    ``rope_step``, where the recipe's target has a grid.
+    ``rope_dims`` is the total over kv heads. If it is None, conversion chooses it among ``rope_choices``. It also
+    chooses ``rope_step`` if the recipe's target has a grid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

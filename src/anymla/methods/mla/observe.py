@@ -35,7 +35,7 @@ class Measured:
     """What one layer's attention is fitted to.
 
     Args:
-        source: the attention that is converted, without what the target has no room for.
+        source: the attention that is converted, without what the target cannot hold.
         moments: of its queries, keys and values on the windows to fit on.
         inputs: what it reads once the layers below are converted [N,T,D].
         target: what it should add to the residual stream then [N,T,D]: what the original adds to its own, plus what the

@@ -1,7 +1,7 @@
 """Layer-wise reconstruction: gradient steps on a converted attention (docs/mathematics.md, 'The reconstruction').
 
-Shapes: N windows of T tokens, D hidden. No labels and no other layer take part: the attention learns to give the
-target of the refit, what the original attention adds to the residual stream plus what the layers below have lost.
+Shapes: N windows of T tokens, D hidden. No labels and no other layer take part. The attention learns the target of the
+refit: what the original attention adds to the residual stream, plus what the layers below have lost.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def refit_output(
 
     ``batches(windows)`` yields what it reads and what its output still lacks.
 
-    The converted layer then makes up, as far as a linear map can, for what it and the converted layers below it lost:
-    W_o moves by argmin ||X change - E||^2 + ridge ||change||^2, the ridge chosen on windows that were not fitted.
+    The converted layer then makes up for what it and the converted layers below it lost, as far as a linear map can.
+    W_o moves by argmin ||X change - E||^2 + ridge ||change||^2. The ridge is chosen on windows that were not fitted.
     """
     projection = attention.o_proj
     inputs, bias = projection.in_features, projection.bias is not None
