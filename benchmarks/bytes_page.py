@@ -14,10 +14,10 @@ OURS_CHEAP, OURS = "anymla, decode cost 2", "anymla"
 KNOWN = {  # systems of the README's picture, and what it calls them
     OURS_CHEAP: "anymla, default",
     OURS: "anymla, any decode cost",
-    "transformers QuantizedCache (HQQ)": "4-bit cache of transformers",
-    "KIVI-like": "KIVI",
+    "transformers QuantizedCache (HQQ)": "quantised cache of transformers",
+    "KIVI-like": "KIVI-like",
     "KVQuant": "KVQuant",
-    "KVTC-like": "KVTC",
+    "KVTC-like": "KVTC-like",
     "TransMLA": "TransMLA",
     "MHA2MLA": "MHA2MLA",
 }
