@@ -189,7 +189,7 @@ def codes_table(planned: Mapping[str, Any]) -> Group:
     cache, once = planned["cache_bytes_per_token"], planned["cache_bytes_once"]
     exact = f", and {size(once)} once for exact tokens" if once else ""
     notes = [
-        "Numbers that a token keeps, their mean bits and bytes; multiply-adds of one decoded token per cached one.",
+        "Per layer: numbers per token, their average bits, and bytes; multiply-adds of one new token per cached one.",
         f"Cache per token{_while_short(planned)}: {size(cache['before'])} -> {size(cache['after'])}{exact}"
         f"{_at_lengths(planned['cache_bytes_at'])}.",
         "Bits and axes are those of typical layers; conversion chooses them on calibration text.",
