@@ -71,7 +71,7 @@ def inspect(
 
     if targets and inspection.already_latent:
         return out.print(
-            f"{inspection.model}: {inspection.reason}. Engines that know its own layout serve it as it is; a folder "
+            f"{inspection.model}: {inspection.reason}. Engines that know its own layout serve it unchanged. A folder "
             "that anymla convert wrote goes to them with anymla export.",
             soft_wrap=True,
         )
@@ -216,13 +216,13 @@ def _notes(conversion: Conversion | CodedConversion) -> Iterator[str]:
 
     yield from conversion.notes
     if conversion.method.calibration is None:
-        yield "calibrated on the bundled children's stories; --calibration with text like yours keeps more quality"
+        yield "calibrated on the bundled children's stories; text like yours (--calibration) keeps more quality"
     if (computing := conversion.computing).dtype != computing.stored:
         yield f"computed in {computing.dtype}, saved in {computing.stored}: {computing.reason}"
     if isinstance(conversion, CodedConversion):
         return
     if lost := [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]:
         yield (
-            f"fixed scales stand in for norms on queries and keys; {static_norms_cost(lost)}; the scores hold the loss "
-            "of all"
+            f"fixed scales replace norms on queries and keys; {static_norms_cost(lost)}; the scores include the whole "
+            "loss"
         )
