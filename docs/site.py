@@ -26,6 +26,7 @@ OUTSIDE = {  # page of the site: file of the repository
 }
 LINK = re.compile(r"(?<=\]\()[^()\s]+(?=\))|(?<=\]: )\S+$", re.MULTILINE)
 MATHEMATICS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+ROLE = re.compile(r":(?:func|class|data):(?=<code>)")
 COMMANDS, PYTHON = "<!-- commands -->", "<!-- python -->"
 
 
@@ -59,7 +60,7 @@ def _commands() -> str:
     """Every command with its options, by typer's own generator."""
     command = [sys.executable, "-m", "typer", "anymla.cli", "utils", "docs", "--name", "anymla"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    return text.partition("\n")[2]  # without its title
+    return text[text.index("\n## ") :]  # without the list of all commands, which cuts their summaries
 
 
 def _python() -> str:
@@ -104,10 +105,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turns formulas into MathML, which browsers show without a script."""
+    """Turns formulas into MathML, which browsers show without a script, and drops Sphinx's roles from docstrings."""
     converter = LatexToMathML()
 
     def mathml(match: re.Match[str]) -> str:
-        return converter.convert_with_local_state(html.unescape(match[2]), displaystyle=match[1] == "div")
+        made = converter.convert_with_local_state(html.unescape(match[2]), displaystyle=match[1] == "div")
+        return made.replace("\u0332", "\u203e")  # a low line as an overline is stretched in few fonts
 
-    return MATHEMATICS.sub(mathml, content)
+    return ROLE.sub("", MATHEMATICS.sub(mathml, content))
