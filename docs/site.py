@@ -1,4 +1,4 @@
-"""What mkdocs does not do of itself for this site: pages that lie outside docs/, links to source files, mathematics, commands.
+"""What mkdocs does not do of itself here: pages outside docs/, links to source files, mathematics, commands.
 
 The Markdown stays as the forge shows it. mkdocs calls the functions at the end of this file, by their names.
 """
@@ -39,7 +39,11 @@ def _page(target: Path) -> str:
     """The page, or the picture, of the site that shows a file or folder of the repository."""
     path = target.relative_to(ROOT).as_posix()
     known = {file: page for page, file in OUTSIDE.items()}
-    return known.get(path) or path.removeprefix("docs/") if path.startswith("docs/") or path in known else f"source/{path}.md"
+    return (
+        known.get(path) or path.removeprefix("docs/")
+        if path.startswith("docs/") or path in known
+        else f"source/{path}.md"
+    )
 
 
 def _target(link: str, origin: Path) -> Path | None:
@@ -52,7 +56,9 @@ def _source(path: Path) -> str:
     """A page that shows a source file, or the names in a folder."""
     name = path.relative_to(ROOT).as_posix()
     if path.is_dir():
-        return f"# {name}/\n\n" + "".join(f"- `{each.name}`\n" for each in sorted(path.iterdir()) if each.name[0] not in "._")
+        return f"# {name}/\n\n" + "".join(
+            f"- `{each.name}`\n" for each in sorted(path.iterdir()) if each.name[0] not in "._"
+        )
     return f"# {name}\n\n````{path.suffix.lstrip('.')}\n{path.read_text(encoding='utf-8')}\n````\n"
 
 
@@ -69,7 +75,9 @@ def _python() -> str:
 
     functions = sorted(name for name in anymla.__all__ if name[0].islower())
     kinds = {"Functions": functions, "Classes": sorted(set(anymla.__all__) - {*functions})}
-    return "\n".join(f"## {kind}\n\n" + "".join(f"::: anymla.{name}\n\n" for name in names) for kind, names in kinds.items())
+    return "\n".join(
+        f"## {kind}\n\n" + "".join(f"::: anymla.{name}\n\n" for name in names) for kind, names in kinds.items()
+    )
 
 
 def on_files(files: Files, config: Any) -> Files:
