@@ -3,6 +3,7 @@
 # make test-engines  the exports in vLLM and llama.cpp; builds these once (minutes)
 # make families  converts a tiny model of every family and writes docs/families.md
 # make methods   writes docs/methods.md from the methods
+# make wheel     builds the wheel, and runs it where nothing else of the repository is
 # make docs      builds the site of docs/ into build/site
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ ENGINES ?= llama vllm
 # killed run goes on
 ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" --ignore tests/test_quality.py
 
-.PHONY: env demo methods docs test lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
+.PHONY: env demo methods docs wheel test lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
 
 env: .venv/made
 
@@ -56,6 +57,13 @@ methods: env
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: env
+	rm -rf build/wheel
+	$(BIN)/python -m hatchling build -t wheel -d build/wheel
+	$(PYTHON) -m venv build/wheel/.venv
+	build/wheel/.venv/bin/pip install --quiet --no-compile -c constraints.txt build/wheel/*.whl
+	cd build/wheel && .venv/bin/anymla demo --bundled
 
 families: env
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.support_table
