@@ -10,7 +10,7 @@ from pathlib import Path
 import anymla
 from tests.damage import BUNDLED, TRAIN, VALID, run_main
 
-CALIBRATED = {"calibration_tokens": 2048, "calibration_length": 64}
+CALIBRATED = {"calibration_tokens": 512, "calibration_length": 64}
 TRAINED = CALIBRATED | {"reconstruction_steps": 2}  # of the step mla
 SHRUNK = {
     "tune": "--tokens 256 --length 64 --eval-tokens 256",
