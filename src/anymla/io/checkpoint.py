@@ -16,9 +16,10 @@ from anymla.io.auto import auto_class
 from anymla.io.config import danger, read_object
 from anymla.io.extra import misplaced
 from anymla.io.hub_cache import in_part
+from anymla.io.locks import lock_folder, unlock
 from anymla.io.mistaken import other_config, stand_in
 from anymla.io.shards import INDEX, SINGLE, check_amount, check_index, held_tensors, index_of, shard_files
-from anymla.io.work import clear_abandoned, lock_folder, remove
+from anymla.io.work import clear_abandoned, remove
 
 ACCOUNT = "account.json"  # bytes of the weights beside it
 
@@ -240,8 +241,7 @@ def new_folder(output: Path) -> Iterator[Path]:
             f"{output} could not be written: {' '.join(str(error).split())}; nothing was left there"
         ) from error
     finally:
-        if held is not None:
-            os.close(held)
+        unlock(held)
         shutil.rmtree(part, ignore_errors=True)
         if os.path.lexists(old) and not os.path.lexists(output):
             old.rename(output)  # stopped between the two renames
