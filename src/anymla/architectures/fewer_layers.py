@@ -20,6 +20,7 @@ LISTS = (
 )
 NUMBERS = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers")  # the layers that are special
 FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")  # how many layers come before the others
+LAST = ("moe_layer_end_index",)  # the last layer that is special; -1: the model's last
 # What makes a layer's kind out of its number, and the values that make no difference between layers.
 FORMULAS: dict[str, tuple[Any, ...]] = {
     "attention_types": (None,),
@@ -27,7 +28,6 @@ FORMULAS: dict[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (None, 1),
     "expert_layer_period": (None, 1),
     "moe_layer_interval": (None, 1),
-    "moe_layer_end_index": (None, -1),
     "scale_attn_by_inverse_layer_idx": (None, False),
 }
 
@@ -46,14 +46,21 @@ def renumber(config: Any, layers: int, removed: Collection[int]) -> None:
             raise UnsupportedModelError(
                 f"no layer of '{config.model_type}' can be removed: {name} {shown(value)} says by its number what it is"
             )
-    for name in LISTS:
-        values = getattr(config, name, None)
-        if isinstance(values, list | tuple | str) and len(values) == layers:
-            left = [values[index] for index in kept]
-            setattr(config, name, "".join(left) if isinstance(values, str) else left)
-    for name in NUMBERS:
-        if (values := getattr(config, name, None)) is not None:
-            setattr(config, name, [place for place, index in enumerate(kept) if index in values])
-    for name in FIRST:
-        if (value := getattr(config, name, None)) is not None:
-            setattr(config, name, sum(index < value for index in kept))
+    for name in (*LISTS, *NUMBERS, *FIRST, *LAST):
+        value, derived = getattr(config, name, None), isinstance(getattr(type(config), name, None), property)
+        if value is not None and not derived:
+            setattr(config, name, _renumbered(name, value, layers, kept))
+
+
+def _renumbered(name: str, value: Any, layers: int, kept: list[int]) -> Any:
+    """The ``value`` of a field where only the layers ``kept`` are left of ``layers``."""
+    if name in NUMBERS:
+        return [place for place, index in enumerate(kept) if index in value]
+    if name in FIRST:
+        return sum(index < value for index in kept)
+    if name in LAST:
+        return value if value < 0 else sum(index <= value for index in kept) - 1
+    if len(value) != layers:  # a pattern that is repeated
+        return value
+    left = [value[index] for index in kept]
+    return "".join(left) if isinstance(value, str) else left

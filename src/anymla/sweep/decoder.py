@@ -79,9 +79,7 @@ class Decoder:
             windows=self.split,
             batch=batch_size(heads, self.shape[1]) if self.family.batched and heads else 1,
             config=self.source.model.config.get_text_config(),
-            new_config=config_after(
-                self.source.model.config, self.model, plan.after, plan.removed
-            ).get_text_config(),
+            new_config=config_after(self.source.model.config, self.model, plan.after, plan.removed).get_text_config(),
             family=self.family,
             saved=self.source.saved_in(module),
             original=original,

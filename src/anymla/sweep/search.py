@@ -1,7 +1,7 @@
 """Chooses what becomes of layers by the KL of the whole model, in rounds; goes on where it was stopped.
 
-Everything that may be chosen next is tried. All trials move through the decoder together, one layer at a time, so that a
-layer's weights are read once for all of them. A trial begins where its model first differs from the one so far.
+Everything that may be chosen next is tried. All trials move through the decoder together, one layer at a time, so that
+a layer's weights are read once for all of them. A trial begins where its model first differs from the one so far.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class _Trials:
         return self._final([stock], 0)[0]
 
     def lost(self, chosen: Chosen, candidates: list[Chosen], number: int) -> list[float]:
-        """The KL of the model with each of ``candidates`` beside ``chosen``, over all processes; in a numbered round."""
+        """The KL of the model with each of ``candidates`` beside ``chosen``, over all processes."""
         original = self.original
         plans = [self.search.plan(chosen), *(self.search.plan(chosen | each) for each in candidates)]
         return [self._kl(original, stream) for stream in self._final(plans, number)[1:]]

@@ -100,13 +100,13 @@ def similarities(facts: Facts, pairs: list[tuple[int, int]], kernel: str) -> dic
     """
     from anymla.methods.mka.similarity import similarity
 
-    states = {index: _states(facts, index, "after") for pair in pairs for index in pair}
+    states: dict[int, Any] = {index: _states(facts, index, "after") for pair in pairs for index in pair}
     if (windows := min(map(len, states.values()))) < LEAST_WINDOWS:
         raise TextError(
             f"{windows} calibration windows say nothing of similarities, {LEAST_WINDOWS} are needed: give more "
             "calibration_tokens or a smaller calibration_length"
         )
-    return {pair: similarity(*(states[index] for index in pair), kernel) for pair in pairs}
+    return {pair: similarity(states[pair[0]], states[pair[1]], kernel) for pair in pairs}
 
 
 def least_influence(look: Look, left: list[int]) -> list[int]:

@@ -69,7 +69,7 @@ class MKA(LayerMethod):
         128,
         ge=8,
         le=MOST,
-        description="Tokens per calibration window (at most the model's context). Outputs are compared at the last one.",
+        description="Tokens per calibration window (at most the context); outputs are compared at the last one.",
     )
 
     @model_validator(mode="after")

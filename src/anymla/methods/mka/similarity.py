@@ -37,7 +37,7 @@ def diffusion_map(points: Tensor, kernel: str = "gaussian") -> Tensor:
     density = affinity.sum(0)
     affinity = affinity / torch.outer(density, density) ** ALPHA
     degree = affinity.sum(0).sqrt()
-    axes = torch.linalg.eigh(affinity / torch.outer(degree, degree)).eigenvectors.flip(1)
+    axes: Tensor = torch.linalg.eigh(affinity / torch.outer(degree, degree)).eigenvectors.flip(1)
     return axes[:, 1:3] / axes[:, :1]
 
 
