@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor
 
 import anymla
-from anymla.model_run.stream import decoder_layers, layers_give_tuples
+from anymla.data.text import bundled_text, calibration_windows
+from anymla.demo import bundled_model
+from anymla.io.checkpoint import load_tokenizer
+from anymla.methods.mka.states import StatesSeen
+from anymla.model_run.stream import LayerBatch, decoder_layers, layers_give_tuples
 from tests.families import logits, token_ids
 
 FAST = {"calibration_tokens": 512, "calibration_length": 32, "device": "cpu"}
@@ -57,3 +62,26 @@ def logits_without(model: Any, gone: Collection[int], ids: Tensor) -> Tensor:
     """Logits where these layers do nothing."""
     with without(model, gone), torch.no_grad():
         return logits(model, ids)
+
+
+def calibration_ids(windows: int, length: int) -> Tensor:
+    """The windows [N,T] that the step calibrates on when it is told nothing else."""
+    tokenizer, tokens = load_tokenizer(bundled_model()), windows * length
+    return calibration_windows(bundled_text("train"), tokenizer, tokens=tokens, length=length, seed=0)
+
+
+def kl_without(model: Any, gone: Collection[int], ids: Tensor) -> float:
+    """KL in nats per token where these layers do nothing."""
+    expected, found = (each.log_softmax(-1) for each in (logits(model, ids), logits_without(model, gone, ids)))
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+@torch.no_grad()
+def layer_states(model: Any, ids: Tensor) -> list[Any]:
+    """What each layer makes of windows, as the search for pairs looks at it."""
+    facts = []
+    for before, after in pairwise(model(ids, output_hidden_states=True).hidden_states):
+        seen = StatesSeen()
+        seen.add(LayerBatch(windows=slice(0, len(ids)), hidden=before, output=after, attention=None))
+        facts.append(seen.facts())
+    return facts

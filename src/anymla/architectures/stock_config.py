@@ -32,7 +32,7 @@ def config_after(config: Any, before: ModelSpec, after: ModelSpec, removed: Coll
     Raises:
         UnsupportedModelError: no config of this family says it.
     """
-    changed = {name: sizes(after) for name, sizes in SIZES.items() if sizes(after) != sizes(before)}
+    changed = {name: found for name, sizes in SIZES.items() if (found := sizes(after)) not in (sizes(before), set())}
     if not changed:
         return config
     made = copy.deepcopy(config)
