@@ -22,9 +22,10 @@ from tests.families import logits, token_ids
 FAST = {"calibration_tokens": 512, "calibration_length": 32, "device": "cpu"}
 
 
-def smaller(source: Any, folder: Path, **settings: Any) -> Path:
+def smaller(source: Any, folder: Path, *, progress: Any = None, **settings: Any) -> Path:
     """Runs the step `mka` on a model; of its layers any may go."""
-    anymla.run(source, folder, steps=[{"mka": {"protect_first": 0, "protect_last": 0, **FAST, **settings}}])
+    step = {"mka": {"protect_first": 0, "protect_last": 0, **FAST, **settings}}
+    anymla.run(source, folder, steps=[step], progress=progress)
     return folder
 
 

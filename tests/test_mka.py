@@ -317,3 +317,23 @@ def test_plans_renumber_layers():
     assert [plan.place(index) for index in range(5)] == [0, None, 1, None, 2]
     assert plan.layer(3) is None and plan.layer(4) == spec.layers[4]
     assert [MKA(**way).removed_of(spec) for way in ({"layers": 4}, {"ratio": 0.25}, {"remove": 2})] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("calls", [13, 17])
+def test_a_stopped_run_goes_on_to_the_same_bytes(calls, tmp_path):
+    """In the second round of the search, and behind a layer that was removed: the source has five layers."""
+    whole, stopped, seen = tmp_path / "whole", tmp_path / "stopped", []
+    settings = MERGE | {"weight": "code", "remove": 2}
+
+    def stop(*told):
+        seen.append(told)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+
+    smaller(bundled_model(), whole, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        smaller(bundled_model(), stopped, progress=stop, **settings)
+    assert not stopped.exists()
+    smaller(bundled_model(), stopped, **settings)
+    same(weights(stopped), weights(whole))
+    assert rows(stopped) == rows(whole)

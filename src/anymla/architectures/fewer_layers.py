@@ -47,8 +47,9 @@ def renumber(config: Any, layers: int, removed: Collection[int]) -> None:
                 f"no layer of '{config.model_type}' can be removed: {name} {shown(value)} says by its number what it is"
             )
     for name in (*LISTS, *NUMBERS, *FIRST, *LAST):
-        value, derived = getattr(config, name, None), isinstance(getattr(type(config), name, None), property)
-        if value is not None and not derived:
+        other_name = name in getattr(config, "attribute_map", {})
+        derived = other_name or isinstance(getattr(type(config), name, None), property)
+        if not derived and (value := getattr(config, name, None)) is not None:
             setattr(config, name, _renumbered(name, value, layers, kept))
 
 

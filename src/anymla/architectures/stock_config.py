@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import AliasChoices
 
 from anymla.architectures.fewer_layers import renumber
 from anymla.architectures.fields import Fields
 from anymla.architectures.model_spec import spec_of
-from anymla.errors import UnsupportedModelError
+from anymla.errors import UnsupportedModelError, shown
 from anymla.modeling.spec import CONFIG_FIELDS, ModelSpec
 
 SIZES: dict[str, Callable[[ModelSpec], set[int]]] = {  # by the name in Fields: the values that the layers have
@@ -43,6 +44,11 @@ def config_after(config: Any, before: ModelSpec, after: ModelSpec, removed: Coll
         if field is None or len(values) > 1:
             raise UnsupportedModelError(f"no config of '{text.model_type}' can say {name} {sorted(values)}")
         setattr(text, field, values.pop())
+    try:
+        if hasattr(made, "validate"):
+            made.validate()
+    except StrictDataclassError as error:
+        raise UnsupportedModelError(f"no config of '{text.model_type}' can say it: {shown(str(error))}") from error
     if _facts(spec_of(made.to_dict())) != _facts(after):
         raise UnsupportedModelError(f"no config of '{text.model_type}' can say {' and '.join(changed)} of this step")
     return made

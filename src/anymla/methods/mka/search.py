@@ -55,7 +55,7 @@ class DepthSearch(Search):
     def candidates(self, chosen: Chosen, look: Look) -> list[Chosen]:
         """What may go next."""
         gone = {index for index, fact in chosen.items() if "shares" not in fact}
-        left = [index for index in self.method.free(self.model) if index not in gone]
+        left = self.method.free(self.model, gone)
         if (missing := self.wanted - len(gone)) <= 0:
             return []
         match self.method.strategy:

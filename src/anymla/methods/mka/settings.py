@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -113,9 +113,11 @@ class MKA(LayerMethod):
             )
         return wanted
 
-    def free(self, model: ModelSpec) -> list[int]:
-        """The layers that are not protected."""
-        return list(range(self.protect_first, len(model.layers) - self.protect_last))
+    def free(self, model: ModelSpec, gone: Collection[int] = ()) -> list[int]:
+        """The layers that may go next: not protected, and not the last one with softmax attention."""
+        attending = [index for index in model.attention_layers if index not in gone]
+        unprotected = range(self.protect_first, len(model.layers) - self.protect_last)
+        return [index for index in unprotected if index not in gone and attending != [index]]
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """The layers that are left; in a dry run the last ones go. ``choices``: DepthLayer."""
