@@ -31,8 +31,10 @@ TINY = {
     "device": "cpu",
 }
 FAST_RUN = {name: FAST[name] for name in ("calibration_tokens", "calibration_length")}
+UNPROTECTED = {"protect_first": 0, "protect_last": 0}
 SAMPLES = {  # one line for each method
     "kv_heads": Sample({"kv_heads": 1, "variant": "post", **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
+    "mka": Sample({"remove": 1, "strategy": "merge", **UNPROTECTED, **FAST_RUN}, {"remove": 0, **FAST_RUN}),
     "mla": Sample({"kv_cache": 0.5, **FAST}, {"kv_cache": 1.0, **FAST}),
     "lorc": Sample({"kv_cache": 0.5, "ranks": "progressive"}, {"kv_cache": 1.0}),
     "mfa": Sample({"kv_cache": 0.5, **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
