@@ -11,10 +11,12 @@ from pydantic import AliasChoices
 from anymla.architectures.fields import Fields
 from anymla.architectures.model_spec import spec_of
 from anymla.errors import UnsupportedModelError
-from anymla.modeling.spec import CONFIG_FIELDS, ModelSpec
+from anymla.modeling.spec import CONFIG_FIELDS, KEY, ModelSpec, config_entry
 
 SIZES: dict[str, Callable[[ModelSpec], set[int]]] = {  # by the name in Fields: the values that the layers have
     "num_kv_heads": lambda spec: {attention.num_kv_heads for attention in spec.attention_layers.values()},
+    "num_heads": lambda spec: {attention.num_heads for attention in spec.attention_layers.values()},
+    "intermediate_size": lambda spec: {spec.intermediate_size},
 }
 
 
@@ -32,14 +34,19 @@ def config_after(config: Any, before: ModelSpec, after: ModelSpec) -> Any:
     changed = {name: sizes(after) for name, sizes in SIZES.items() if sizes(after) != sizes(before)}
     if not changed:
         return config
+    if "num_heads" in changed:  # most configs derive it from hidden_size where they do not say it
+        changed["head_dim"] = {attention.head_dim for attention in after.attention_layers.values()}
     made = copy.deepcopy(config)
     text = made.get_text_config()
     for name, values in changed.items():
-        field = next((each for each in _names(name) if hasattr(text, each)), None)
-        if field is None or len(values) > 1:
+        known = [each for each in _names(name) if hasattr(text, each)]
+        if not (known or name == "head_dim") or len(values) > 1:
             raise UnsupportedModelError(f"no config of '{text.model_type}' can say {name} {sorted(values)}")
-        setattr(text, field, values.pop())
-    if _facts(spec_of(made.to_dict())) != _facts(after):
+        setattr(text, known[0] if known else name, values.pop())
+    if hasattr(made, KEY):
+        setattr(made, KEY, config_entry(after.layers))
+    said = spec_of(made.to_dict())
+    if _facts(said) != _facts(after) or said.intermediate_size != after.intermediate_size:
         raise UnsupportedModelError(f"no config of '{text.model_type}' can say {' and '.join(changed)} of this step")
     return made
 
