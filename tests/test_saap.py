@@ -133,9 +133,11 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
-    """The same with latent attention."""
-    folder = tmp_path_factory.mktemp("latent") / "converted"
-    anymla.run(source, folder, steps=[{"mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0}}])
+    """The same with latent attention, and a model whose latent is made of keys that have a norm."""
+    folder = tmp_path_factory.mktemp("latent")
+    normed = save_model(make_model("qwen3", torch.float32), folder / "source")
+    for family, model in (("llama", source), ("qwen3", normed)):
+        anymla.run(model, folder / family, steps=[{"mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0}}])
     return folder
 
 
@@ -157,10 +159,8 @@ def test_removing_is_zeroing(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_removing_is_zeroing_in_a_latent_attention(family, kind, source, converted, tmp_path):
-    if family == "qwen3":  # keys have a norm: the latent is made of them
-        source, converted = save_model(make_model("qwen3", torch.float32), tmp_path / "source"), tmp_path / "converted"
-        anymla.run(source, converted, steps=[{"mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0}}])
+def test_removing_is_zeroing_in_a_latent_attention(family, kind, converted, tmp_path):
+    converted = converted / family
     step, spec = WHOLE | RANDOM | TEXT | {kind: 0.5}, spec_of(read_config(converted))
     if family == "qwen3" and kind == "heads":
         with pytest.raises(AnymlaError, match="made of true keys of all heads"):
@@ -180,7 +180,7 @@ def test_removing_is_zeroing_in_a_latent_attention(family, kind, source, convert
 @pytest.mark.parametrize("kind", KINDS)
 def test_dead_structures_are_found_first(kind, source, converted, tmp_path):
     """What nothing reads is removed, and the model computes what it did."""
-    folder = converted if kind == "latent" else source
+    folder = converted / "llama" if kind == "latent" else source
     model, spec = AutoModelForCausalLM.from_pretrained(folder), spec_of(read_config(folder))
     share = {"neurons": 0.75, "heads": 0.67, "latent": 0.5}[kind]
     step = WHOLE | RANDOM | TEXT | {kind: share, "seed": 5}
