@@ -44,11 +44,13 @@ WHOLE = dict.fromkeys(KINDS, 1.0)
 RANDOM = {"multiple": 8, "importance": "random"}
 TEXT = {"calibration_tokens": 1024, "calibration_length": 64}
 SOME = ("llama", "qwen2", "gemma3_text", "phi3", "cohere", "gpt_oss", "starcoder2", "gpt2", "opt", "afmoe", "lfm3")
-OTHERS = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name, family in FAMILIES.items()
-    if not family.inside and name not in SOME
-]
+MIXTURES = ("mixtral", "gpt_oss", "ernie4_5_moe")
+
+
+def families(*fast):
+    """All families, those that are not ``fast`` marked as slow."""
+    names = [name for name, family in FAMILIES.items() if not family.inside]
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @dataclass
@@ -141,7 +143,7 @@ def converted(source, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", [*SOME, *OTHERS])
+@pytest.mark.parametrize("name", families(*SOME))
 def test_removing_is_zeroing(name):
     """For neurons and heads of every family that has a config for it; the others are refused."""
     model = tiny_model(name)
@@ -157,7 +159,46 @@ def test_removing_is_zeroing(name):
     assert ("heads" in tried) <= family.says_kv_heads
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", families(*MIXTURES))
+def test_experts_that_are_removed_are_those_that_are_never_chosen(name, monkeypatch):
+    """Their router's scores set to minus infinity, and what is added to them where they are chosen."""
+    model = tiny_model(name, torch.float32)  # as routers compute: they take their weight as it is
+    spec = read_model_spec(model.config.to_dict())
+    method = SAAP(**WHOLE | RANDOM | {"experts": 0.75})
+    if method.refuses(spec) is not None:
+        assert not spec.routed_experts
+        return
+    plan, unchosen, rows = method.plan(spec, []), copy.deepcopy(model), {}
+    for layer in layers_of(unchosen, spec, plan):
+        for member in members("experts", layer):
+            tensor, gone = layer.module.state_dict()[member.name], layer.choice.gone["experts"]
+            if tensor.dim() == 2 and member.scored:
+                rows[tensor.data_ptr()] = gone
+            elif ".experts." not in member.name and "router.bias" not in member.name:
+                tensor.index_fill_(member.dim, torch.tensor(gone), -torch.inf)
+    assert rows or name in ("flint", "nemotron_h")  # whose tiny models have no mixture
+    plain, fresh = torch.nn.functional.linear, narrowed(model, plan)
+
+    def linear(states, weight, bias=None):
+        scores = plain(states, weight, bias)
+        gone = rows.get(weight.data_ptr(), [])
+        return scores.index_fill(-1, torch.tensor(gone), -torch.inf) if gone else scores
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    assert same(fresh, unchosen)
+
+
+def test_a_mixture_with_fewer_experts_is_a_stock_model(tmp_path):
+    source = save_model(tiny_model("mixtral", torch.float32), tmp_path / "source")
+    anymla.run(source, tmp_path / "out", steps=[{"saap": WHOLE | TEXT | {"experts": 0.75}}])
+    account = json.loads((tmp_path / "out" / "account.json").read_text())
+    assert account["weight_bytes"] == account["measured"]["weight_bytes"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (type(model).__name__, model.config.num_local_experts) == ("MixtralForCausalLM", 3)
+    assert logits_of(model, token_ids()).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["neurons", "heads", "latent"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_removing_is_zeroing_in_a_latent_attention(family, kind, converted, tmp_path):
     converted = converted / family
@@ -177,7 +218,7 @@ def test_removing_is_zeroing_in_a_latent_attention(family, kind, converted, tmp_
     assert (costs[1] < costs[0]) == (kind == "latent")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["neurons", "heads", "latent"])
 def test_dead_structures_are_found_first(kind, source, converted, tmp_path):
     """What nothing reads is removed, and the model computes what it did."""
     folder = converted / "llama" if kind == "latent" else source

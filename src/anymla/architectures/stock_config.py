@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import AliasChoices
 
+from anymla.architectures.block import EXPERTS
 from anymla.architectures.fields import Fields
 from anymla.architectures.model_spec import spec_of
 from anymla.errors import UnsupportedModelError
@@ -17,6 +18,7 @@ SIZES: dict[str, Callable[[ModelSpec], set[int]]] = {  # by the name in Fields: 
     "num_kv_heads": lambda spec: {attention.num_kv_heads for attention in spec.attention_layers.values()},
     "num_heads": lambda spec: {attention.num_heads for attention in spec.attention_layers.values()},
     "intermediate_size": lambda spec: {spec.intermediate_size},
+    "routed_experts": lambda spec: {spec.routed_experts},
 }
 
 
@@ -45,18 +47,20 @@ def config_after(config: Any, before: ModelSpec, after: ModelSpec) -> Any:
         setattr(text, known[0] if known else name, values.pop())
     if hasattr(made, KEY):
         setattr(made, KEY, config_entry(after.layers))
-    said = spec_of(made.to_dict())
-    if _facts(said) != _facts(after) or said.intermediate_size != after.intermediate_size:
+    if _facts(spec_of(made.to_dict())) != _facts(after):
         raise UnsupportedModelError(f"no config of '{text.model_type}' can say {' and '.join(changed)} of this step")
     return made
 
 
 def _names(name: str) -> list[str]:
-    """What families call a field of Fields, at the top of their configs."""
+    """What families call a field of Fields, or their number of experts, at the top of their configs."""
+    if name == "routed_experts":
+        return [*EXPERTS]
     alias = Fields.model_fields[name].validation_alias
     return [each for each in alias.choices if isinstance(each, str)] if isinstance(alias, AliasChoices) else [name]
 
 
-def _facts(spec: ModelSpec) -> list[list[Any]]:
-    """What a config says of every layer's attention."""
-    return [[getattr(layer.attention, name, None) for name in CONFIG_FIELDS] for layer in spec.layers]
+def _facts(spec: ModelSpec) -> list[Any]:
+    """What a config says of widths, and of every layer's attention."""
+    layers = [[getattr(layer.attention, name, None) for name in CONFIG_FIELDS] for layer in spec.layers]
+    return [spec.intermediate_size, spec.routed_experts, *layers]

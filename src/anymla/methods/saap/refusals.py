@@ -10,7 +10,7 @@ def neurons_refusal(model: ModelSpec) -> str | None:
     """Why FFN neurons of ``model`` cannot be removed, or None."""
     leave = "leave them (neurons: 1.0)"
     if model.experts:
-        return f"neurons: its FFNs are mixtures of experts, whose neurons are not removed: {leave}"
+        return f"neurons: its FFNs are mixtures of experts, whose neurons stay: {leave}, and remove experts"
     if not FAMILIES[model.text_model_type].fewer_neurons:
         return f"neurons: no config of its family says another width, or a norm reads all of them: {leave}"
     return None
@@ -44,4 +44,11 @@ def latent_refusal(model: ModelSpec) -> str | None:
     return None
 
 
-REFUSALS = {"neurons": neurons_refusal, "heads": heads_refusal, "latent": latent_refusal}
+def experts_refusal(model: ModelSpec) -> str | None:
+    """Why experts of ``model`` cannot be removed, or None."""
+    if model.routed_experts:
+        return None
+    return "experts: it has none that its router chooses one by one, by a number in its config: experts: 1.0"
+
+
+REFUSALS = {"experts": experts_refusal, "neurons": neurons_refusal, "heads": heads_refusal, "latent": latent_refusal}

@@ -18,7 +18,7 @@ from anymla.modeling.spec import LayerSpec, ModelSpec
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer, Observer
 
-KINDS = ("neurons", "heads", "latent")
+KINDS = ("neurons", "heads", "experts", "latent")
 ROUNDED = ("neurons", "latent")  # to multiples
 
 
@@ -34,10 +34,11 @@ class LayerWidth(BaseModel):
 class SAAP(LayerMethod):
     """Settings of a narrower model.
 
-    Structures that the loss needs least are removed: FFN neurons, KV groups with all of their query heads, and latent
-    channels of a model that the step mla made. What remains keeps its numbers. So removing a structure is the same as
-    setting its weights to zero. Every layer keeps as many, which stock configs can say. A model in anymla's own format
-    stays one, and its fewer latent channels make its cache smaller.
+    Structures that the loss needs least are removed: FFN neurons, KV groups with all of their query heads, experts with
+    their rows of the router, and latent channels of a model that the step mla made. What remains keeps its numbers. So
+    removing a structure is the same as setting its weights to zero, and an expert is one that is never chosen. Every
+    layer keeps as many, which stock configs can say. A model in anymla's own format stays one, and its fewer latent
+    channels make its cache smaller.
 
     Importance is summed over the rows and columns w of a structure. Gradients g are of the mean loss on calibration
     text, F is the mean of the squared gradients of single windows.
@@ -64,6 +65,7 @@ class SAAP(LayerMethod):
     heads: float = Field(
         1.0, gt=0, le=1, description="Share of the KV heads to keep, each with all query heads that read it."
     )
+    experts: float = Field(1.0, gt=0, le=1, description="Share of the experts of every mixture of experts to keep.")
     latent: float = Field(
         1.0, gt=0, le=1, description="Share of the latent's channels to keep, in a model that the step mla made."
     )
@@ -94,9 +96,12 @@ class SAAP(LayerMethod):
         kept = [self._kept(model, layer) for layer in model.layers]
         if not any(kept):
             return Plan(after=model, choices=(None,) * len(kept))
-        neurons = next((each["neurons"] for each in kept if "neurons" in each), model.intermediate_size)
+        neurons, experts = (
+            next((each[kind] for each in kept if kind in each), whole)
+            for kind, whole in (("neurons", model.intermediate_size), ("experts", model.routed_experts))
+        )
         layers = tuple(_narrower(layer, each) for layer, each in zip(model.layers, kept, strict=True))
-        after = replace(model, intermediate_size=neurons, layers=layers)
+        after = replace(model, intermediate_size=neurons, routed_experts=experts, layers=layers)
         gone = [dict[str, list[int]]() for _ in kept] if facts is None else self._gone(model, kept, facts)
         widths = (LayerWidth(kept=each, gone=least) if each else None for each, least in zip(kept, gone, strict=True))
         return Plan(after=after, choices=tuple(widths))
@@ -118,8 +123,8 @@ class SAAP(LayerMethod):
         """Takes the structures out of the layer."""
         from anymla.methods.saap.build import shrink
 
-        shrink(layer, layer.choice.gone)
-        return Changed(spec=layer.planned, result={"layer": layer.index, **layer.choice.kept})
+        result = {kind: layer.choice.kept[kind] for kind in shrink(layer, layer.choice.gone)}
+        return Changed(spec=layer.planned, result={"layer": layer.index, **result})
 
     def _asked(self) -> list[str]:
         """The kinds of structures of which some are to be removed."""
@@ -133,7 +138,8 @@ class SAAP(LayerMethod):
     def _nearest(self, kind: str, whole: int, model: ModelSpec, layer: LayerSpec) -> int:
         share: float = getattr(self, kind)
         step = self.multiple if kind in ROUNDED else 1
-        possible = [count for count in range(step, whole, step) if kind != "heads" or _sayable(count, model, layer)]
+        least = max(step, model.experts_per_token if kind == "experts" else 1)
+        possible = [count for count in range(least, whole, step) if kind != "heads" or _sayable(count, model, layer)]
         if not possible:
             hint = f": choose another multiple than {step}" if kind in ROUNDED else ""
             raise InfeasibleError(f"{kind} {share:g}: no fewer than its {whole} can be kept{hint}, or {kind} 1.0")
@@ -168,6 +174,8 @@ def structures(model: ModelSpec, layer: LayerSpec, kind: str) -> int:
     """How many structures of a kind a layer has."""
     if kind == "neurons":
         return model.intermediate_size
+    if kind == "experts":
+        return model.routed_experts
     if kind == "latent":
         return 0 if layer.latent is None else layer.latent.kv_lora_rank
     return 0 if layer.attention is None else layer.attention.num_kv_heads
@@ -182,7 +190,7 @@ def _sayable(groups: int, model: ModelSpec, layer: LayerSpec) -> bool:
 
 def _narrower(layer: LayerSpec, kept: dict[str, int]) -> LayerSpec:
     """The layer as it will be."""
-    if "neurons" in kept:
+    if "neurons" in kept or "experts" in kept:
         layer = replace(layer, other_bytes=None)
     if (attention := layer.attention) is not None and (groups := kept.get("heads")) is not None:
         fewer = replace(

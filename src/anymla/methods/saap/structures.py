@@ -59,6 +59,8 @@ def members(kind: str, layer: Layer) -> tuple[Member, ...]:
     """
     if kind == "neurons":
         return tuple(_of_neurons(layer.module))
+    if kind == "experts":
+        return tuple(_of_experts(layer.module))
     if layer.old.attention is None:
         return ()
     own = layer.attention.state_dict()
@@ -78,6 +80,26 @@ def _of_neurons(module: nn.Module) -> Iterable[Member]:
         yield Member(f"{name}.weight", dim, places)
         if linear.bias is not None and not column:
             yield Member(f"{name}.bias", 0, places, scored=False)
+
+
+def mixture(module: nn.Module) -> str | None:
+    """Where in a layer its experts and their router are; None where it has no mixture of experts."""
+    found = (name for name, _ in module.named_modules() if name.rpartition(".")[2] == "experts")
+    return next((name.rpartition(".")[0] for name in found), None)
+
+
+def _of_experts(module: nn.Module) -> Iterable[Member]:
+    """An expert's own matrices, its row of the router, and what else the router knows of it."""
+    if (path := mixture(module)) is None:
+        return
+    tensors = {name: each for name, each in module.get_submodule(path).state_dict().items() if "shared" not in name}
+    number = next(len(each) for name, each in tensors.items() if name.startswith("experts."))
+    for name, tensor in tensors.items():
+        if number not in (len(tensor), tensor.shape[-1]):
+            raise UnsupportedModelError(f"nobody knows which experts own '{path}.{name}': leave them (experts: 1.0)")
+        dim = 0 if len(tensor) == number else tensor.dim() - 1
+        matrix = tensor.dim() > 1 and not name.endswith("bias")
+        yield Member(f"{path}.{name}", dim, torch.arange(number)[:, None], scored=matrix)
 
 
 def _of_groups(tensors: dict[str, Tensor], layer: Layer) -> Iterable[Member]:
