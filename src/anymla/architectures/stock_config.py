@@ -9,15 +9,19 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import AliasChoices
 
+from anymla.architectures.block import EXPERTS
 from anymla.architectures.fewer_layers import renumber
 from anymla.architectures.fields import Fields
 from anymla.architectures.model_spec import spec_of
 from anymla.errors import UnsupportedModelError, shown
-from anymla.modeling.spec import CONFIG_FIELDS, ModelSpec
+from anymla.modeling.spec import CONFIG_FIELDS, KEY, ModelSpec, config_entry
 
 SIZES: dict[str, Callable[[ModelSpec], set[int]]] = {  # by the name in Fields: the values that the layers have
     "num_layers": lambda spec: {len(spec.layers)},
     "num_kv_heads": lambda spec: {attention.num_kv_heads for attention in spec.attention_layers.values()},
+    "num_heads": lambda spec: {attention.num_heads for attention in spec.attention_layers.values()},
+    "intermediate_size": lambda spec: {spec.intermediate_size},
+    "routed_experts": lambda spec: {spec.routed_experts},
 }
 
 
@@ -36,14 +40,18 @@ def config_after(config: Any, before: ModelSpec, after: ModelSpec, removed: Coll
     changed = {name: found for name, sizes in SIZES.items() if (found := sizes(after)) not in (sizes(before), set())}
     if not changed:
         return config
+    if "num_heads" in changed:  # most configs derive it from hidden_size where they do not say it
+        changed["head_dim"] = {attention.head_dim for attention in after.attention_layers.values()}
     made = copy.deepcopy(config)
     text = made.get_text_config()
     renumber(text, len(before.layers), removed)
     for name, values in changed.items():
-        field = next((each for each in _names(name) if hasattr(text, each)), None)
-        if field is None or len(values) > 1:
+        known = [each for each in _names(name) if hasattr(text, each)]
+        if not (known or name == "head_dim") or len(values) > 1:
             raise UnsupportedModelError(f"no config of '{text.model_type}' can say {name} {sorted(values)}")
-        setattr(text, field, values.pop())
+        setattr(text, known[0] if known else name, values.pop())
+    if hasattr(made, KEY):
+        setattr(made, KEY, config_entry(after.layers))
     try:
         if hasattr(made, "validate"):
             made.validate()
@@ -55,11 +63,14 @@ def config_after(config: Any, before: ModelSpec, after: ModelSpec, removed: Coll
 
 
 def _names(name: str) -> list[str]:
-    """What families call a field of Fields, at the top of their configs."""
+    """What families call a field of Fields, or their number of experts, at the top of their configs."""
+    if name == "routed_experts":
+        return [*EXPERTS]
     alias = Fields.model_fields[name].validation_alias
     return [each for each in alias.choices if isinstance(each, str)] if isinstance(alias, AliasChoices) else [name]
 
 
-def _facts(spec: ModelSpec) -> list[list[Any]]:
-    """What a config says of every layer's attention."""
-    return [[getattr(layer.attention, name, None) for name in CONFIG_FIELDS] for layer in spec.layers]
+def _facts(spec: ModelSpec) -> list[Any]:
+    """What a config says of widths, and of every layer's attention."""
+    layers = [[getattr(layer.attention, name, None) for name in CONFIG_FIELDS] for layer in spec.layers]
+    return [spec.intermediate_size, spec.routed_experts, *layers]

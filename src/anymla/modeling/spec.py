@@ -329,8 +329,9 @@ class ModelSpec:
 
     ``text_model_type``: whose attention it has, another one than ``model_type`` in a vision-language model.
     ``other_block``: what outside attention is not as in Llama; ``beyond``: what of its attention no engine's latent
-    attention does. ``experts``: whether some MLP is a mixture of experts. ``outside_bytes``: of all weights outside the
-    layers; None where only the config was read.
+    attention does. ``experts``: whether some MLP is a mixture of experts; ``routed_experts``: how many a router chooses
+    among, ``experts_per_token`` of them, 0 where it chooses none or whole groups. ``outside_bytes``: of all weights
+    outside the layers; None where only the config was read.
     """
 
     model_type: str
@@ -348,6 +349,8 @@ class ModelSpec:
     has_vision: bool
     layers: tuple[LayerSpec, ...]
     outside_bytes: int | None = None
+    routed_experts: int = 0
+    experts_per_token: int = 0
     version: int = field(default=VERSION)
 
     @property

@@ -18,11 +18,11 @@ from anymla.register import converted_class, register
 from anymla.sweep.shards import name_shards, pack, write_outside
 
 
-def converted_config(model: Any, layers: tuple[LayerSpec, ...]) -> Any:
-    """The config of the converted ``model``: the original's fields, the spec of every layer, of latents DeepSeek's."""
+def converted_config(model: Any, config: Any, layers: tuple[LayerSpec, ...]) -> Any:
+    """The config of the converted ``model``: the fields of ``config``, every layer's spec, of latents DeepSeek's."""
     register()
     made: Any = converted_class(type(model).__name__.removeprefix(modeling_anymla.PREFIX))
-    fields = model.config.to_dict()
+    fields = config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", OLD_KEY):
         fields.pop(name, None)
     fields |= {"architectures": [made.__name__], **_latent_sizes(layers), KEY: config_entry(layers)}
@@ -61,7 +61,10 @@ def write_checkpoint(
     copy_companions(source.folder, work.model)
     config = config_after(source.model.config, before, after, done.removed)
     if any(layer.replaced is not None for layer in after.layers):
-        config, module = converted_config(source.model, after.layers), modeling_anymla.__name__.rsplit(".", 1)[-1]
+        config, module = (
+            converted_config(source.model, config, after.layers),
+            modeling_anymla.__name__.rsplit(".", 1)[-1],
+        )
         config.auto_map = {
             "AutoConfig": f"{module}.{type(config).__name__}",
             auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",

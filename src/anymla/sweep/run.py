@@ -173,7 +173,7 @@ def _swept(sequence: Sequence, plan: Plan, computing: Computing) -> Swept:
         source=sequence.source,
         plan=plan,
         records=records,
-        spec=replace(sequence.model, dtype=computing.stored, layers=layers),
+        spec=replace(plan.after, dtype=computing.stored, layers=layers),
         windows=sequence.decoder.windows[held_out],
         original=sequence.streams.original.split(1, held_out),
         converted=sequence.streams.converted.split(1, held_out),

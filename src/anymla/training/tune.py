@@ -121,7 +121,7 @@ def check_pair(student: Path, teacher: Path) -> None:
     """
     ours, theirs = read_config(student), read_config(teacher)
     stock = not str(ours.get("model_type")).startswith("anymla_") or not {KEY, OLD_KEY} & ours.keys()
-    if stock and (ours.get("model_type") != theirs.get("model_type") or spec_of(ours).layers == spec_of(theirs).layers):
+    if stock and (ours.get("model_type") != theirs.get("model_type") or _sizes(ours) == _sizes(theirs)):
         raise CheckpointError(f"{student} was not converted by anymla: first anymla convert {student} -o CONVERTED")
     family = str(ours["model_type"]).removeprefix("anymla_")
     if theirs.get("model_type") != family:
@@ -135,6 +135,12 @@ def check_pair(student: Path, teacher: Path) -> None:
                 f"--teacher {teacher} has a {name} of {theirs[name]!s:.20} and {student} one of {ours[name]!s:.20}: "
                 "give the model it was converted from"
             )
+
+
+def _sizes(config: dict[str, Any]) -> tuple[Any, int]:
+    """What a step may change of a stock model."""
+    spec = spec_of(config)
+    return spec.layers, spec.intermediate_size
 
 
 @dataclass(frozen=True)
