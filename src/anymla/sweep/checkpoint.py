@@ -49,7 +49,7 @@ def write_checkpoint(
 ) -> None:
     """Completes ``work.model``: the last weights, config, tokenizer and generation settings.
 
-    Where some layer of ``after`` has another module than the stock one the config is a converted one and modelling
+    Where some layer of ``after`` has other modules than stock ones the config is a converted one and modelling
     files come with it; else it is stock, with the fields that differ ``before`` and after.
     """
     modules = decoder_layers(source.model)
@@ -58,7 +58,7 @@ def write_checkpoint(
     shards = name_shards(work)
     copy_companions(source.folder, work.model)
     config = config_after(source.model.config, before, after)
-    if any(layer.replaced is not None for layer in after.layers):
+    if not all(layer.stock for layer in after.layers):
         config, module = converted_config(source.model, after.layers), modeling_anymla.__name__.rsplit(".", 1)[-1]
         config.auto_map = {
             "AutoConfig": f"{module}.{type(config).__name__}",
