@@ -14,7 +14,7 @@ from torch import Tensor
 from anymla.modeling.packed_linear import SALIENT, SECOND, levels_of
 
 if TYPE_CHECKING:
-    from anymla.methods.billm.settings import BiLLM
+    from anymla.methods.billm.settings import BiLLM, Levels
 
 DAMPING = 0.01  # of the Hessian's mean diagonal
 THRESHOLDS = torch.linspace(0.1, 0.9, 81, dtype=torch.float64)  # quantiles of magnitudes that may part the groups
@@ -67,46 +67,61 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 def _block(weight: Tensor, spread: Tensor, settings: BiLLM, dtype: torch.dtype) -> Binarised:
     """One block [O,b]; ``spread`` [b]: the diagonal of the inverse's factor."""
     saliency = (weight / spread).square()
+    saliency = saliency / saliency.mean().clamp_min(1e-300)
     searched = saliency if settings.search_on == "saliency" else weight
     salient = salient_columns(searched, saliency, settings)
     far = torch.zeros_like(weight, dtype=torch.bool)
     if settings.split and not salient.all():
-        far[:, ~salient] = searched[:, ~salient].abs() >= threshold(searched[:, ~salient], means=settings.means)
+        others = searched[:, ~salient]
+        far[:, ~salient] = others.abs() >= threshold(others, settings.levels)
     means, sizes = [], []
     signs, second = torch.zeros_like(far), far.clone()
     for group in (~far & ~salient, far & ~salient, salient.expand_as(far)):
-        mean, size, above = _binary(weight, group, means=settings.means)
+        mean, size, above = _binary(weight, group, settings.levels)
         signs |= above & group
         means.append(mean)
         sizes.append(size)
     rest = weight - means[-1] - sizes[-1] * torch.where(signs, 1.0, -1.0)
-    mean, size, above = _binary(rest, salient.expand_as(far), means=settings.means)
+    mean, size, above = _binary(rest, salient.expand_as(far), settings.levels)
     second |= above & salient
     means[-1] = means[-1] + mean
-    numbers = [*sizes, size, *(means if settings.means else [])]
+    numbers = [*sizes, size, *(means if settings.levels != "symmetric" else [])]
     scales = torch.stack(numbers).squeeze(-1).to(dtype)
     codes = signs.long() + SECOND * second + SALIENT * salient
     return Binarised(signs, second, salient, scales, levels_of(scales.double()).gather(-1, codes))
 
 
-def _binary(values: Tensor, group: Tensor, *, means: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and size [O,1] of each row's values [O,b] in a group, and which values are above the mean."""
-    count = group.sum(1, keepdim=True).clamp_min(1)
-    mean = (values * group).sum(1, keepdim=True) / count * means
+def _binary(values: Tensor, group: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and size [O,1] of each row's values [O,b] in a group, and which values are above the mean.
+
+    ``group`` [O,b]: None for all. The second moment of what is left is least for the levels that are the means of the
+    values above the group's mean and of those below: "own".
+    """
+
+    def total(each: Tensor) -> Tensor:
+        return (each if group is None else each * group).sum(1, keepdim=True)
+
+    count = total(torch.ones_like(values)).clamp_min(1)
+    mean = total(values) / count * (levels != "symmetric")
     centred = values - mean
-    return mean, (centred.abs() * group).sum(1, keepdim=True) / count, centred >= 0
+    above, distance = centred >= 0, total(centred.abs())
+    if levels != "own":
+        return mean, distance / count, above
+    upper = total(above.to(values.dtype))
+    up, down = distance / 2 / upper.clamp_min(1), distance / 2 / (count - upper).clamp_min(1)
+    return mean + (up - down) / 2, (up + down) / 2, above
 
 
 def salient_columns(searched: Tensor, saliency: Tensor, settings: BiLLM) -> Tensor:
     """Which columns [b] are salient: as many of the first by ``saliency`` [O,b] as lose least of ``searched`` [O,b].
 
     In this search the other columns have two orders as well, as in the authors' code: with one the loss would fall with
-    every further column.
+    every further column. It is in float32, for it only compares.
     """
     order = saliency.sum(0).argsort(descending=True, stable=True)
-    columns, most = searched[:, order], min(settings.most_salient, len(order))
+    columns, most = searched[:, order].float(), min(settings.most_salient, len(order))
     losses = [
-        sum(_lost_twice(part, means=settings.means) for part in (columns[:, :count], columns[:, count:]))
+        sum(_lost_twice(part, settings.levels) for part in (columns[:, :count], columns[:, count:]))
         for count in range(1, most + 1)
     ]
     salient = torch.zeros(len(order), dtype=torch.bool, device=order.device)
@@ -115,19 +130,20 @@ def salient_columns(searched: Tensor, saliency: Tensor, settings: BiLLM) -> Tens
     return salient
 
 
-def _lost_twice(values: Tensor, *, means: bool) -> float:
+def _lost_twice(values: Tensor, levels: Levels) -> float:
     """What is left of values [O,k], squared, once each row was binarised twice."""
     for _ in range(2 if values.shape[1] else 0):
-        centred = values - values.mean(1, keepdim=True) if means else values
-        values = centred - centred.abs().mean(1, keepdim=True).copysign(centred)
+        mean, size, above = _binary(values, None, levels)
+        values = values - torch.where(above, mean + size, mean - size)
     return values.square().sum().item()
 
 
-def threshold(values: Tensor, *, means: bool) -> Tensor:
+def threshold(values: Tensor, levels: Levels) -> Tensor:
     """The magnitude that parts values [O,b] into two groups, so that the least is lost when each row is binarised.
 
-    A group of n values with mean m and mean distance a from it loses their squares less n (m^2 + a^2). With a row in
-    order, a group is one range of it or two, and the sums are differences of running ones.
+    Of the squares of n values with mean m and distances a n from it in sum, n (m^2 + a^2) are kept. With levels of their
+    own for the k values above m, a^2 n^2 / (4 k (n - k)) stands in the place of a^2. With a row in order, a group is one
+    range of it or two, and the sums are differences of running ones.
     """
     candidates = magnitudes(values)
     row, zero = values.sort(1).values, values.new_zeros(len(values), 1)
@@ -136,8 +152,8 @@ def threshold(values: Tensor, *, means: bool) -> Tensor:
     first = torch.searchsorted(row, -bounds, right=True)  # values up to -p
     last = torch.searchsorted(row, bounds)  # and those below p
     start, end = torch.zeros_like(first), torch.full_like(last, row.shape[1])
-    gain = _explained(row, running, ((first, last),), means=means)
-    gain += _explained(row, running, ((start, first), (last, end)), means=means)
+    gain = _explained(row, running, ((first, last),), levels)
+    gain += _explained(row, running, ((start, first), (last, end)), levels)
     return candidates[gain.sum(0).argmax()]
 
 
@@ -147,16 +163,23 @@ def magnitudes(values: Tensor) -> Tensor:
     return ordered[((len(ordered) - 1) * THRESHOLDS.to(ordered.device)).round().long()]
 
 
-def _explained(row: Tensor, running: Tensor, ranges: tuple[tuple[Tensor, Tensor], ...], *, means: bool) -> Tensor:
-    """n (m^2 + a^2) [O,K] of the group that ``ranges`` [O,K] of each ordered ``row`` [O,b] are together."""
+def _explained(row: Tensor, running: Tensor, ranges: tuple[tuple[Tensor, Tensor], ...], levels: Levels) -> Tensor:
+    """The squares [O,K] that are kept of the group that ``ranges`` [O,K] of each ordered ``row`` [O,b] are together."""
 
     def total(start: Tensor, end: Tensor) -> Tensor:
         return running.gather(1, end) - running.gather(1, start)
 
-    count = sum(end - start for start, end in ranges).clamp_min(1)  # type: ignore[union-attr]
-    mean = sum(total(*bounds) for bounds in ranges) / count * means
-    middle, distance = torch.searchsorted(row, mean), torch.zeros_like(mean)
+    count, mean = torch.zeros_like(ranges[0][0]), torch.zeros_like(row[:, :1]).expand_as(ranges[0][0])
+    for start, end in ranges:
+        count, mean = count + end - start, mean + total(start, end)
+    mean = mean / count.clamp_min(1) * (levels != "symmetric")
+    middle, distance, above = torch.searchsorted(row, mean), torch.zeros_like(mean), torch.zeros_like(count)
     for start, end in ranges:
         at = middle.clamp(start, end)
-        distance += (start + end - 2 * at).neg() * mean + total(at, end) - total(start, at)
-    return count * mean.square() + distance.square() / count
+        distance += total(at, end) - total(start, at) - (start + end - 2 * at) * mean
+        above += end - at
+    kept = count * mean.square()
+    if levels == "own":
+        half = (distance / 2).square()
+        return kept + half / above.clamp_min(1) + half / (count - above).clamp_min(1)
+    return kept + distance.square() / count.clamp_min(1)

@@ -32,23 +32,24 @@ NOT_CACHED = ("q_proj", "q_b_proj", "gate_proj", "o_proj")  # of a converted att
 def pack_layer(layer: Layer, settings: BiLLM) -> Changed:
     """Packs the linears of a layer that ``settings`` do not keep; the layer is as it was where none is left."""
     linears = packable(layer, settings)
-    hessians, shapes = Hessians(linears), {}
+    hessians, shapes = Hessians(linears), dict[str, tuple[int, int]]()
     hessians.gather(layer)
+    if (planned := layer.planned.packed) is None:
+        raise ValueError(f"layer {layer.index} is planned without packed linears")
     lost, power = 0.0, 0.0
     for name, module in linears.items():
         if (hessian := hessians.of(name)) is None:  # no token came here
             continue
         weight, _ = linear_weights(module)
         found = binarised(weight, hessian, settings, layer.saved)
-        spec = PackedSpec(block_size=settings.block_size, means=settings.means)
-        layer.module.set_submodule(name, packed_linear(found, spec, module))
+        layer.module.set_submodule(name, packed_linear(found, planned, module))
         shapes[name] = (weight.shape[0], weight.shape[1])
         lost += _power(found.values - weight, hessian)
         power += _power(weight, hessian)
     result: dict[str, Any] = {"layer": layer.index, "linears": len(shapes)}
-    if not shapes or layer.planned.packed is None:
+    if not shapes:
         return Changed(spec=layer.old, result=result)
-    packed = replace(layer.planned.packed, layer=layer.name, linears=shapes)
+    packed = replace(planned, layer=layer.name, linears=shapes)
     bits = 8 * packed.size(layer.saved.itemsize) / packed.weights
     spec_after = replace(layer.old, packed=packed, attention_bytes=None, other_bytes=None)
     return Changed(spec=spec_after, result=result | {"bits_per_weight": bits, "error": lost / max(power, 1e-300)})

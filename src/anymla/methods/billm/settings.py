@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
 
 
+Levels = Literal["own", "centred", "symmetric"]
+
+
 class BiLLM(LayerMethod):
     """Settings of weights that are binarised after training.
 
@@ -53,7 +56,11 @@ class BiLLM(LayerMethod):
     )
     most_salient: int = Field(49, ge=0, le=4096, description="Most salient columns of a block; 0: none.")
     split: bool = Field(True, description="Two groups of other weights; false: one, which loses much more.")
-    means: bool = Field(True, description="Means beside sizes, 0.375 bits more in blocks of 128; false: as the paper.")
+    levels: Levels = Field(
+        "own",
+        description="The two levels of a group: own: the means of what is above its mean and below; centred: mean ± "
+        "mean distance, as the authors' code; symmetric: ± mean size, as the paper, 0.375 bits less in blocks of 128.",
+    )
     compensation: Literal["blocks", "columns", "none"] = Field(
         "blocks",
         description="How later columns make up for a block: jointly for its columns; one by one; not at all.",
@@ -79,7 +86,7 @@ class BiLLM(LayerMethod):
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """Every layer with packed linears; which they are, and of what sizes, is known once the layer is there."""
-        packed = PackedSpec(block_size=self.block_size, means=self.means, attention=self.attention)
+        packed = PackedSpec(block_size=self.block_size, means=self.levels != "symmetric", attention=self.attention)
         layers = tuple(replace(layer, packed=packed, attention_bytes=None, other_bytes=None) for layer in model.layers)
         return Plan(after=replace(model, layers=layers), choices=(packed.block_size,) * len(layers))
 
