@@ -16,6 +16,7 @@ from anymla.modeling.packed_linear import SALIENT, SECOND, levels_of
 if TYPE_CHECKING:
     from anymla.methods.billm.settings import BiLLM, Levels
 
+ROWS = 256  # of a block, evenly spaced, on which its columns and its threshold are searched
 DAMPING = 0.01  # of the Hessian's mean diagonal
 THRESHOLDS = torch.linspace(0.1, 0.9, 81, dtype=torch.float64)  # quantiles of magnitudes that may part the groups
 
@@ -69,11 +70,12 @@ def _block(weight: Tensor, spread: Tensor, settings: BiLLM, dtype: torch.dtype) 
     saliency = (weight / spread).square()
     saliency = saliency / saliency.mean().clamp_min(1e-300)
     searched = saliency if settings.search_on == "saliency" else weight
-    salient = salient_columns(searched, saliency, settings)
+    sample = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device).long()
+    salient = salient_columns(searched[sample], saliency.sum(0), settings)
     far = torch.zeros_like(weight, dtype=torch.bool)
     if settings.split and not salient.all():
-        others = searched[:, ~salient]
-        far[:, ~salient] = others.abs() >= threshold(others, settings.levels)
+        others = searched[:, ~salient].abs()
+        far[:, ~salient] = others >= threshold(searched[sample][:, ~salient], settings.levels)
     means, sizes = [], []
     signs, second = torch.zeros_like(far), far.clone()
     for group in (~far & ~salient, far & ~salient, salient.expand_as(far)):
@@ -113,12 +115,12 @@ def _binary(values: Tensor, group: Tensor | None, levels: Levels) -> tuple[Tenso
 
 
 def salient_columns(searched: Tensor, saliency: Tensor, settings: BiLLM) -> Tensor:
-    """Which columns [b] are salient: as many of the first by ``saliency`` [O,b] as lose least of ``searched`` [O,b].
+    """Which columns [b] are salient: as many of the first by ``saliency`` [b] as lose least of ``searched`` [O,b].
 
     In this search the other columns have two orders as well, as in the authors' code: with one the loss would fall with
     every further column. It is in float32, for it only compares.
     """
-    order = saliency.sum(0).argsort(descending=True, stable=True)
+    order = saliency.argsort(descending=True, stable=True)
     columns, most = searched[:, order].float(), min(settings.most_salient, len(order))
     losses = [
         sum(_lost_twice(part, settings.levels) for part in (columns[:, :count], columns[:, count:]))
