@@ -26,6 +26,7 @@ from anymla.evaluation.evaluate import evaluate
 from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.io.real_models import real_model
 from anymla.model_run.stream import decoder_layers
+from anymla.run_outcome import packed_bits
 
 BILLM: dict[str, dict[str, Any]] = {
     "billm": {},
@@ -79,14 +80,6 @@ def write_rounded(model: str, output: Path, bits: int, group: int) -> float:
     return stored / weights
 
 
-def packed_bits(folder: Path) -> float:
-    """Bits per packed weight of a checkpoint."""
-    spec = spec_of(read_config(folder))
-    packed = [layer.packed for layer in spec.layers if layer.packed is not None]
-    width = {"float32": 4, "float64": 8}.get(spec.dtype, 2)
-    return 8 * sum(each.size(width) for each in packed) / sum(each.weights for each in packed)
-
-
 def main() -> None:
     """Prints a table in Markdown, a row as soon as it is there."""
     given = arguments()
@@ -102,7 +95,7 @@ def main() -> None:
             output, began = Path(scratch) / "out", time.monotonic()
             if name in BILLM:
                 anymla.run(model, output, steps=[{"billm": BILLM[name] | text}])
-                bits = packed_bits(output)
+                bits = packed_bits(spec_of(read_config(output))) or 16
             else:
                 bits = write_rounded(model, output, *RTN[name])
             minutes = (time.monotonic() - began) / 60
