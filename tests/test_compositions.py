@@ -16,6 +16,7 @@ from tests.test_methods import FAST_RUN, SAMPLES, TINY
 SETTINGS = {name: sample.settings for name, sample in SAMPLES.items()} | {
     "kv_heads": {"kv_heads": 1, **FAST_RUN},  # a stock model, which every method can have for its own
     "saap": {"neurons": 0.5, "multiple": 8, **FAST_RUN},  # which a single KV head has, too
+    "billm": {"block_size": 16, "attention": False, **FAST_RUN},  # stock attention, for codes
     "mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0},
     "mfa": {"key_reuse": True, **FAST_RUN},
     "tune": TINY | {"tokens": 512},

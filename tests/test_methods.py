@@ -41,6 +41,7 @@ SAMPLES = {  # one line for each method
     "mfa": Sample({"kv_cache": 0.5, **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
     "transform_coding": Sample({"kv_cache": 0.5, "decode_cost": 2.0, **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
     "kvquant": Sample({"bits": 3, **FAST_RUN}, {"bits": 16, **FAST_RUN}),
+    "billm": Sample({"block_size": 16, **FAST_RUN}, {"keep": ["*"], **FAST_RUN}),
     "shared_attention": Sample({"spans": [[1, 1]], **FAST_RUN}, {"spans": [], **FAST_RUN}),
     "tune": Sample(TINY, TINY | {"learning_rate": 1e-30}, before=(HALF,)),
 }

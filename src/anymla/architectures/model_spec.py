@@ -93,6 +93,8 @@ def _already(config: Mapping[str, Any]) -> str:
         return "its cache is coded already"
     if any(layer.shared is not None for layer in layers):
         return "its layers share attention maps already"
+    if any(layer.packed is not None for layer in layers):
+        return "its weights are packed already"
     return "its KV heads are shared already" if any(layer.grouped is not None for layer in layers) else ALREADY
 
 

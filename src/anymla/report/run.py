@@ -34,6 +34,8 @@ def outcome_line(number: int, outcome: StepOutcome) -> str:
     """What the model costs after a step, and how good it is, in one line."""
     cost, quality = outcome.account, outcome.quality
     weights, token, once, at = _costs(cost)
+    if cost.bits_per_weight is not None:
+        weights += f" ({cost.bits_per_weight:.2f} bits per packed weight)"
     line = f"{f'after step {number}, ' if number else ''}{outcome.name}: weights {weights}, cache {token} per token"
     line += f"{f' and {once} once' if cost.cache_bytes_once else ''}, {at} at {cost.context:,} tokens"
     if quality is None:

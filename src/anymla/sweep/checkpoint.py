@@ -50,7 +50,7 @@ def write_checkpoint(
 ) -> None:
     """Completes ``work.model``: the last weights, config, tokenizer and generation settings.
 
-    Where some layer that is ``done`` has another module than the stock one the config is a converted one and modelling
+    Where some layer that is ``done`` has other modules than stock ones the config is a converted one and modelling
     files come with it; else it is stock, with the fields that differ ``before`` and after.
     """
     after = done.after
@@ -60,11 +60,9 @@ def write_checkpoint(
     shards = name_shards(work)
     copy_companions(source.folder, work.model)
     config = config_after(source.model.config, before, after, done.removed)
-    if any(layer.replaced is not None for layer in after.layers):
-        config, module = (
-            converted_config(source.model, config, after.layers),
-            modeling_anymla.__name__.rsplit(".", 1)[-1],
-        )
+    if not all(layer.stock for layer in after.layers):
+        config = converted_config(source.model, config, after.layers)
+        module = modeling_anymla.__name__.rsplit(".", 1)[-1]
         config.auto_map = {
             "AutoConfig": f"{module}.{type(config).__name__}",
             auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",

@@ -28,7 +28,7 @@ from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
 from anymla.io.work import WorkFolder
 from anymla.methods.tune import Tune
-from anymla.modeling.spec import KEY, OLD_KEY
+from anymla.modeling.spec import KEY, OLD_KEY, layers_of
 from anymla.settings import DtypeName
 from anymla.stored_bytes import write_account
 from anymla.sweep.progress import claim, decide_computing
@@ -124,6 +124,8 @@ def check_pair(student: Path, teacher: Path) -> None:
     if stock and (ours.get("model_type") != theirs.get("model_type") or _sizes(ours) == _sizes(theirs)):
         raise CheckpointError(f"{student} was not converted by anymla: first anymla convert {student} -o CONVERTED")
     family = str(ours["model_type"]).removeprefix("anymla_")
+    if any(layer.packed is not None for layer in layers_of(ours) or ()):
+        raise CheckpointError(f"{student} has packed weights, which do not learn: tune the model of before that step")
     if theirs.get("model_type") != family:
         raise CheckpointError(
             f"--teacher {teacher} is a {theirs.get('model_type')!s:.40} and {student} was a {family}: "
