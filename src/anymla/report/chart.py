@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 WIDTH, HEIGHT = 640, 340  # of the drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 88, 24, 20, 62
+LEFT, RIGHT, TOP, BOTTOM = 88, 40, 20, 62
 MOST_TICKS = 6
 MARKS = ("circle", "square", "triangle", "diamond")
 COLOURS = 6  # that the template has
@@ -18,12 +18,11 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points (x, y) under one name, joined by a line; ``marked``: whether each is drawn, with its ``labels``."""
+    """Points (x, y) under one name, joined by a line; ``marked``: whether each is drawn as well."""
 
     name: str
     points: tuple[Point, ...]
     marked: bool = True
-    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,12 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point on the drawing, its kind of mark, what it says when it is pointed at, and the label beside it."""
+    """A point on the drawing, its kind of mark, and what it says when it is pointed at."""
 
     x: float
     y: float
     kind: str
     says: str
-    label: str
-    anchor: str  # which end of the label stands at the point
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Chart:
     """Series against two axes.
 
     ``level``: a value of y to compare with, and its name. ``log``: whether y is on a logarithmic scale; then all of y
-    is above 0. ``joined``: whether lines join the points of a series.
+    is above 0. ``from_zero``: whether the axis of x begins at 0 at the latest.
     """
 
     title: str
@@ -70,7 +67,7 @@ class Chart:
     series: tuple[Series, ...]
     level: tuple[str, float] | None = None
     log: bool = False
-    joined: bool = True
+    from_zero: bool = False
 
     width, height = WIDTH, HEIGHT
     left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
@@ -108,24 +105,16 @@ class Chart:
 
     def _line(self, number: int, series: Series) -> Line:
         places = [(self._x(x), self._y(y)) for x, y in series.points]
-        path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        labels = series.labels or [""] * len(places)
+        path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places) if len(places) > 1 else ""
         marks = [
-            Mark(
-                *place,
-                MARKS[number % len(MARKS)],
-                f"{label or series.name}: {shown(point[0])}, {shown(point[1])}",
-                label,
-                "end" if place[0] > 0.6 * self.width else "start",
-            )
-            for place, point, label in zip(places, series.points, labels, strict=True)
+            Mark(*place, MARKS[number % len(MARKS)], f"{series.name}: {shown(x)}, {shown(y)}")
+            for place, (x, y) in zip(places, series.points, strict=True)
         ]
-        kept = tuple(marks) if series.marked else ()
-        return Line(series.name, number % COLOURS, path if self.joined else "", kept)
+        return Line(series.name, number % COLOURS, path, tuple(marks) if series.marked else ())
 
     @cached_property
     def _x_values(self) -> list[float]:
-        return _even(self._all_x, least=None)
+        return _even(self._all_x, least=0.0 if self.from_zero else None)
 
     @cached_property
     def _y_values(self) -> list[float]:
@@ -156,7 +145,7 @@ def shown(value: float) -> str:
 
 
 def _share(value: float, values: Sequence[float], ticks: Sequence[float]) -> float:
-    """How far ``value`` is along an axis that holds all values and ticks."""
+    """How far ``value`` is along an axis that holds all values and ticks, from 0 to 1."""
     low, high = min(*values, *ticks), max(*values, *ticks)
     return 0.5 if high == low else (value - low) / (high - low)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from anymla.cards import public_name
 from anymla.report.costs import outcomes_table, quality_charts, tiles
 from anymla.report.page import Command, Page, Section, record
 from anymla.report.results import RESULTS
-from anymla.report.tables import table
+from anymla.report.run import costs_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 
 def comparison_table(comparison: ModelComparison) -> Table:
     """What every model costs and how good it is."""
-    shown = outcomes_table(_named(comparison), "model")
-    rows = [[cell.text for cell in row] for row in shown.rows]
-    return table(f"On {comparison.settings['text']}", shown.columns, rows)
+    return costs_table(f"On {comparison.settings['text']}", "model", _named(comparison))
 
 
 def comparison_page(comparison: ModelComparison, content: Mapping[str, Any]) -> Page:
@@ -32,17 +31,14 @@ def comparison_page(comparison: ModelComparison, content: Mapping[str, Any]) -> 
     return Page(
         title=f"{len(outcomes)} models on the same text",
         lead=(
-            f"Measured by anymla {comparison.versions['anymla']} on {tokens:,} tokens of {text}. KL and agreement are "
-            f"to {settings['teacher']}. Bytes of weights are those stored, bytes of the cache those of its tensors."
+            f"Measured by anymla {comparison.versions['anymla']} on {tokens:,} tokens of {public_name(text)}. KL and "
+            f"agreement are to {public_name(settings['teacher'])}. Bytes of weights are those stored, bytes of the cache "
+            "are those of its tensors."
         ),
         tiles=tiles(first, others[0], sum(each.seconds for each in comparison.models)) if len(others) == 1 else (),
         sections=(
-            Section(
-                heading="Side by side",
-                text=notes,
-                tables=(outcomes_table(outcomes, "model"),),
-                charts=tuple(quality_charts(outcomes)),
-            ),
+            Section(heading="Side by side", text=notes, tables=(outcomes_table(outcomes, "model"),)),
+            Section(heading="Quality against bytes", charts=tuple(quality_charts(outcomes))),
             Section(heading="The command", commands=(Command("Measures it again", content["command"]),)),
             record(RESULTS, content),
         ),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from anymla.run_outcome import Cost, Quality
 
 NOTICEABLE = 0.01  # of the bytes; weights that change by less are the same
+FAR = 20  # times; losses that are further apart are drawn on a logarithmic scale
 
 
 class Outcome(Protocol):
@@ -86,36 +87,33 @@ def _bytes(value: int | None) -> Cell:
 
 
 def quality_charts(outcomes: Mapping[str, Outcome]) -> Iterator[Chart]:
-    """KL against bytes of the cache, and of weights and cache where steps change both."""
-    scored = {name: each for name, each in outcomes.items() if each.quality is not None and each.quality.kl is not None}
+    """KL against bytes of the cache, and of weights and cache where both change."""
+    context = next(iter(outcomes.values())).account.context
+    caches = {name: each.account.cache_bytes_at_context for name, each in outcomes.items()}
+    weights = {name: each.account.weight_bytes or 0 for name, each in outcomes.items()}
+    scored = {name: each.quality.kl or 0.0 for name, each in outcomes.items() if each.quality is not None}
     if not scored:
         return
-    context = next(iter(scored.values())).account.context
-    caches = {name: each.account.cache_bytes_at_context for name, each in outcomes.items()}
-    weights = [each.account.weight_bytes for each in outcomes.values()]
     if len({*caches.values()}) > 1:
-        yield _kl_chart(outcomes, caches, f"Cache at {context:,} tokens")
-    known = [each for each in weights if each is not None]
-    if len(known) == len(weights) and max(known) - min(known) > NOTICEABLE * max(known):
-        both = {name: caches[name] + held for name, held in zip(caches, known, strict=True)}
-        yield _kl_chart(outcomes, both, f"Weights and cache at {context:,} tokens")
+        yield _kl_chart(scored, caches, f"cache at {context:,} tokens")
+    if all(weights.values()) and max(weights.values()) > (1 + NOTICEABLE) * min(weights.values()):
+        both = {name: held + weights[name] for name, held in caches.items()}
+        yield _kl_chart(scored, both, f"weights and cache at {context:,} tokens")
 
 
-def _kl_chart(outcomes: Mapping[str, Outcome], held: Mapping[str, int], what: str) -> Chart:
+def _kl_chart(scored: Mapping[str, float], held: Mapping[str, int], what: str) -> Chart:
+    """A series per model; on a logarithmic scale, which has no place for 0, where they are far apart."""
     unit, each = unit_of(held.values())
-    points = {
-        name: (held[name] / each, outcome.quality.kl or 0.0)
-        for name, outcome in outcomes.items()
-        if outcome.quality is not None
-    }
-    series = Series(name="KL", points=tuple(points.values()), labels=tuple(points))
-    label = f"{what} ({unit})"
+    losses = [kl for kl in scored.values() if kl > 0]
+    log = len(losses) > 1 and max(losses) > FAR * min(losses)
+    drawn = {name: kl for name, kl in scored.items() if kl > 0 or not log}
     return Chart(
-        title=f"KL against bytes: {what[0].lower()}{what[1:]}",
-        x_label=label,
-        y_label="KL to the original (nats per token)",
-        series=(series,),
-        joined=False,
+        title=f"KL against bytes of {what}",
+        x_label=f"{what} ({unit})",
+        y_label="KL, log scale" if log else "KL (nats per token)",
+        series=tuple(Series(name=name, points=((held[name] / each, kl),)) for name, kl in drawn.items()),
+        log=log,
+        from_zero=True,
     )
 
 

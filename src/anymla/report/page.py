@@ -49,6 +49,11 @@ class Table:
     caption: str = ""
     texts: bool = False
 
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Which columns hold numbers."""
+        return tuple(any(cell.value is not None for cell in column) for column in zip(*self.rows, strict=True))
+
 
 @dataclass(frozen=True)
 class Tile:

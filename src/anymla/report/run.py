@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
@@ -10,6 +11,7 @@ from anymla import __version__
 from anymla.cards import public_name
 from anymla.methods.mla.settings import MLA
 from anymla.report.costs import (
+    Outcome,
     layers_section,
     outcomes_table,
     papers_section,
@@ -25,29 +27,27 @@ from anymla.run_outcome import Cost, Quality, RunReport, StepOutcome
 
 def run_table(report: RunReport) -> Table:
     """What the original and every step's model cost, and how good they are where a text was given."""
-    outcomes = (report.original, *report.steps)
+    return costs_table(str(report.output), "after step", _named(report))
+
+
+def costs_table(title: str, first: str, outcomes: Mapping[str, Outcome]) -> Table:
+    """A row per model, for the terminal; ``first``: what the names are."""
     rows = []
-    for number, outcome in enumerate(outcomes):
-        cost, quality = outcome.account, outcome.quality
-        scores = ("-",) * 3 if quality is None else _scores(quality)
-        rows.append((f"{number} {outcome.name}" if number else outcome.name, *_costs(cost), *scores))
-    context = report.original.account.context
-    columns = (
-        "after step",
-        "weights",
-        "cache per token",
-        "+ once",
-        f"at {context:,} tokens",
-        "perplexity",
-        "KL",
-        "top-1",
-    )
-    return table(str(report.output), columns, rows)
+    for name, outcome in outcomes.items():
+        scores = ("-",) * 3 if outcome.quality is None else _scores(outcome.quality)
+        rows.append((name, *_costs(outcome.account), *scores))
+    context = next(iter(outcomes.values())).account.context
+    sizes = ("weights", "cache per token", "+ once", f"at {context:,} tokens")
+    return table(title, (first, *sizes, "perplexity", "KL", "top-1"), rows)
+
+
+def _named(report: RunReport) -> dict[str, StepOutcome]:
+    return {"original": report.original} | {f"{at} {step.name}": step for at, step in enumerate(report.steps, 1)}
 
 
 def run_page(report: RunReport, folder: Path) -> Page:
     """The page of a run; ``folder`` holds what lies beside it: the last step's checkpoint and its account."""
-    outcomes = {"original": report.original} | {f"{at} {step.name}": step for at, step in enumerate(report.steps, 1)}
+    outcomes = _named(report)
     recipe, last = report.recipe, report.steps[-1]
     original = str(recipe.teacher or recipe.model)
     names = ", then ".join(step.name for step in recipe.steps)
@@ -57,11 +57,8 @@ def run_page(report: RunReport, folder: Path) -> Page:
         lead=_lead(report),
         tiles=tiles(report.original, last, report.seconds),
         sections=(
-            Section(
-                heading="After each step",
-                tables=(outcomes_table(outcomes, "after step"),),
-                charts=tuple(quality_charts(outcomes)),
-            ),
+            Section(heading="After each step", tables=(outcomes_table(outcomes, "after step"),)),
+            Section(heading="Quality against bytes", charts=tuple(quality_charts(outcomes))),
             layers_section(folder, before=report.original.account.cache_bytes_per_token),
             use_section(folder, report.output, original, target),
             papers_section(recipe.steps),
