@@ -174,7 +174,7 @@ def _powers(values: Sequence[float]) -> list[float]:
     for times in ((1, 2, 5), (1, 3), (1,)):
         every = [time * 10.0**power for power in powers for time in times]
         below = max((tick for tick in every if tick <= low), default=every[0])
-        above = min((tick for tick in every if tick >= high), default=every[-1])
+        above = min((tick for tick in every if tick >= high and tick > below), default=every[-1])
         kept = [tick for tick in every if below <= tick <= above]
         if len(kept) <= MOST_TICKS + 1:
             break

@@ -32,8 +32,8 @@ def comparison_page(comparison: ModelComparison, content: Mapping[str, Any]) -> 
         title=f"{len(outcomes)} models on the same text",
         lead=(
             f"Measured by anymla {comparison.versions['anymla']} on {tokens:,} tokens of {public_name(text)}. KL and "
-            f"agreement are to {public_name(settings['teacher'])}. Bytes of weights are those stored, bytes of the cache "
-            "are those of its tensors."
+            f"agreement are to {public_name(settings['teacher'])}. Bytes of weights are those stored, bytes of the "
+            "cache are those of its tensors."
         ),
         tiles=tiles(first, others[0], sum(each.seconds for each in comparison.models)) if len(others) == 1 else (),
         sections=(

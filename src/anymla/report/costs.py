@@ -11,13 +11,14 @@ from anymla.architectures.model_spec import read_config, spec_of
 from anymla.io.checkpoint import ACCOUNT
 from anymla.io.config import read_object
 from anymla.layouts import TARGETS, target_refusal
+from anymla.methods.mla.settings import MLA
 from anymla.modeling.spec import ModelSpec
 from anymla.report.chart import Chart, Series
 from anymla.report.page import Cell, Command, Section, Table, Tile, number
 from anymla.report.units import duration, share, size, unit_of
 
 if TYPE_CHECKING:
-    from anymla.methods.base import Method
+    from anymla.methods.base import Method, Paper
     from anymla.run_outcome import Cost, Quality
 
 NOTICEABLE = 0.01  # of the bytes; weights that change by less are the same
@@ -154,10 +155,22 @@ def _error(value: float | None) -> Cell:
 
 def papers_section(methods: Sequence[Method]) -> Section:
     """What each step does, and where it comes from."""
-    rows = tuple(
-        (Cell(step.name), Cell(step.summary), Cell(step.paper.title, link=step.paper.link)) for step in methods
+    rows = [
+        (Cell(step.name), Cell(does), Cell(paper.title, link=paper.link))
+        for step in methods
+        for does, paper in {step.summary: step.paper, **_chosen(step)}.items()
+    ]
+    table = Table(columns=("step", "what it does", "paper"), rows=tuple(rows))
+    return Section(heading="Methods and papers", tables=(table,))
+
+
+def _chosen(step: Method) -> dict[str, Paper]:
+    """Whose the choices of the step mla are."""
+    if not isinstance(step, MLA):
+        return {}
+    return dict(
+        zip((f"rope channels: {step.rope}", f"factorisation: {step.factorization}"), step.papers(), strict=True)
     )
-    return Section(heading="Methods and papers", tables=(Table(columns=("step", "what it does", "paper"), rows=rows),))
 
 
 def use_section(folder: Path, place: Path, original: str, target: str | None = None) -> Section:
