@@ -29,7 +29,7 @@ def conversion_page(report: Conversion | CodedConversion, folder: Path) -> Page:
     kept = share(after.cache_bytes_per_token, before.cache_bytes_per_token)
     target = getattr(report.method, "target", None)
     return Page(
-        title=f"{public_name(report.model)} with {kept} of its KV cache",
+        title=f"{public_name(report.model)} with {kept} of its KV cache per token",
         lead=(
             f"Made by anymla {report.anymla_version} with the step {report.method.name}. Scores are on "
             f"{after.tokens:,} tokens of calibration text that was held out; KL and agreement are to the original. "

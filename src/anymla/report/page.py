@@ -129,7 +129,7 @@ def record(name: str, content: Mapping[str, Any]) -> Section:
         if isinstance(value, list):
             lists.append(_list_table(place, value))
         else:
-            single.append((Cell(place), _exact(value)))
+            single.append((Cell(place), Cell(_exact(value).text)))
     tables = (Table(columns=("name", "value"), rows=tuple(single)), *lists)
     return Section(heading=f"All of {name}", tables=tables, folded=True)
 
