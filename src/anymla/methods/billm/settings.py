@@ -52,7 +52,8 @@ class BiLLM(LayerMethod):
         128, ge=8, le=4096, multiple_of=8, description="Columns that share scales: fewer lose less and take more bits."
     )
     search_on: Literal["weight", "saliency"] = Field(
-        "weight", description="What the searches for salient columns and groups look at; saliency: as the authors' code."
+        "weight",
+        description="What the searches for salient columns and groups look at; saliency: as the authors' code.",
     )
     most_salient: int = Field(49, ge=0, le=4096, description="Most salient columns of a block; 0: none.")
     split: bool = Field(True, description="Two groups of other weights; false: one, which loses much more.")
