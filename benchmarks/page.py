@@ -11,17 +11,19 @@ from sensitivity import PARTS
 Row = dict[str, Any]
 INTRODUCTION = """# Fidelity
 
-Made by `python benchmarks/fidelity.py`. All conversions are training-free: anymla's own takes gradient steps,
-one layer at a time against the original layer's output, but sees no labels and goes through no more than that
-layer. KL (nats per token) and top-1 agreement are to the original, on held-out text that neither calibration
-nor any choice of settings has seen; where it has several domains, on windows drawn from all over it. Bytes per
-token are read from the live cache; only those of CARE without partial RoPE are counted, as no cache here holds
-them: it rebuilds and rotates all keys at every step and cannot decode from the latent. The exact window
-(`--exact-window`) takes half of the bytes in contexts as long as those scored, and the latent the other half;
-in longer ones the window's part vanishes. Rows made before its newest token was left out of the count, which the
-cache does not hold between steps, say that one token more. A method with settings gets those that do best on
-calibration text that was not fitted on. Seconds are those of the whole row, the tries, the conversion and the
-scoring; peak memory is that of its process, most of which is Python, torch and transformers.
+Made by `python benchmarks/fidelity.py`. All conversions are training-free. anymla's own takes gradient steps, one
+layer at a time, against the original layer's output. It sees no labels, and its gradients go through one layer only.
+
+- **Scores.** KL (nats per token) and top-1 agreement are to the original, on held-out text. Neither calibration nor
+  any choice of settings has seen that text. If it has several domains, windows are drawn from all of it.
+- **Bytes** per token are read from the live cache. Those of CARE without partial RoPE are counted instead, because no
+  cache here holds them. It rebuilds and rotates all keys at every step, and cannot decode from the latent.
+- **The exact window** (`--exact-window`) takes half of the bytes in contexts as long as those scored, and the latent
+  the other half. In longer contexts the window's part becomes negligible. Older rows count one token more: the
+  newest, which the cache does not hold between steps.
+- **Settings.** A method with settings gets those that do best on calibration text that was not fitted on.
+- **Seconds** are those of the whole row: the tries, the conversion and the scoring. Peak memory is that of the row's
+  process. Most of it is Python, torch and transformers.
 """
 
 
@@ -104,9 +106,9 @@ def _more(row: Row) -> str:
 def _variations(rows: list[Row], ours: list[Row]) -> list[str]:
     """The default method varied: its scores, or where it was probed what both models find again."""
     if "probe" in rows[0]:
-        columns = ["cache kept", "probe", "chance", "original", "converted", "standard error of the difference"]
+        columns = ["cache size", "probe", "chance", "original", "converted", "standard error of the difference"]
         return table(columns, [line for row in rows for line in _probed(row)])
-    columns = ["cache kept", "case", "bytes", "perplexity", "KL", "top-1", "original's perplexity"]
+    columns = ["cache size", "case", "bytes", "perplexity", "KL", "top-1", "original's perplexity"]
     budgets = dict.fromkeys(row["budget"] for row in rows)
     whole = ours if rows[0]["group"] == PARTS else []
     shown = [row for budget in budgets for row in (*whole, *rows) if row["budget"] == budget]
@@ -144,7 +146,7 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
     """Writes all rows as tables, a section per model."""
     lines, methods = [INTRODUCTION], list(methods)
     if any(not row.get("case") for row in rows):
-        lines += ["![KL and perplexity against the cache kept](images/fidelity.png)", ""]
+        lines += ["![KL and perplexity against the size of the cache](images/fidelity.png)", ""]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         compared = sorted(
@@ -154,7 +156,7 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
         if scored := [row for row in compared if "original" in row]:
             lines += [_protocol(scored[0]), ""]
             columns = [
-                "cache kept",
+                "cache size",
                 "method",
                 "bytes",
                 "perplexity",
@@ -171,7 +173,7 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
                     for row in compared
                 ],
             )
-            columns = ["cache kept", "KL", "best peer that absorbs", "ratio", "CARE without partial RoPE", "perplexity"]
+            columns = ["cache size", "KL", "best peer that absorbs", "ratio", "CARE without partial RoPE", "perplexity"]
             columns += ["exact window: KL", "ratio", "perplexity"]
             lines += ["Against the best of them:", "", *table(columns, _against_peers(scored))]
         ours = [row for row in scored if row["method"] == "anymla"]
@@ -181,7 +183,7 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
 
 
 def plot(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
-    """KL and perplexity against the share of the bytes kept, a row of axes per model, a curve per method."""
+    """KL and perplexity against the share of the bytes, a row of axes per model, a curve per method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,7 +209,7 @@ def plot(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
                 if points:
                     style = {"color": "#0b6e4f", "linewidth": 2.4, "linestyle": "-:"[number]} if number < 2 else THIN
                     axes.plot(*zip(*points, strict=True), marker="os^DvPX*"[number % 8], label=method, **style)
-            axes.set(xscale="log", yscale="log", xlabel="KV cache kept, % of the original's bytes", title=model)
+            axes.set(xscale="log", yscale="log", xlabel="KV cache, % of the original's bytes", title=model)
             axes.set_ylabel("KL to the original, nats per token" if name == "kl" else "perplexity")
             axes.set_xticks(shares, [f"{share:.3g}" for share in shares])
             axes.minorticks_off()

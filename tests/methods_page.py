@@ -25,7 +25,7 @@ steps:
 ```
 
 `anymla run recipe.yaml -o OUT` runs it. So does `anymla run MODEL -o OUT --step 'mla: {kv_cache: 0.25}'`, with one
-`--step` for each. Between the steps lie ordinary checkpoints. `anymla methods` lists the methods in the terminal. This
+`--step` for each. Every step leaves an ordinary checkpoint. `anymla methods` lists the methods in the terminal. This
 page is made from the methods themselves (`make methods`). [CONTRIBUTING](../CONTRIBUTING.md) says how to add one.
 """
 
@@ -39,7 +39,7 @@ def methods_page() -> str:
         for each in known
     ]
     table = ["| step | phase | saves | paper |", "|---|---|---|---|", *rows]
-    phases = f"Steps stand in the order of their phases: {order}. Healing may be repeated before weights are packed."
+    phases = f"Steps are in the order of their phases: {order}. HEAL may be repeated before WEIGHTS."
     return "\n".join([HEAD, phases, "", *table, "", *(_section(each, known) for each in known)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,17 @@ from tests.family_check import TOLERANCE, Row, check_family
 from tests.family_models import VARIANTS
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
+KINDS = """\
+| what a family does | for example |
+|---|---|
+| MHA, GQA, MQA; fused or separate projections, biases | Llama, Mistral, Qwen2, Phi-3, GPT-2, GPT-NeoX, Falcon, StarCoder2 |
+| norms on queries, keys, values (per head, over the width, after rope) | Qwen3, OLMo 2, Cohere, Gemma 3, Hunyuan, Llama 4 |
+| partial, interleaved, scaled rope, or none in some layers | GLM-4, Phi, GPT-J, SmolLM3, Cohere 2, EXAONE 4 |
+| ALiBi, learned positions | BLOOM, MPT, Falcon-RW, OPT, GPT-2 |
+| soft-caps, sinks, clipped QKV, gates, query temperature | Gemma 2, gpt-oss, OLMo, DBRX, Qwen3-Next, Llama 4, Ministral 3 |
+| mixtures of experts | Mixtral, Qwen3-MoE, gpt-oss, OLMoE, GLM-4.5, DBRX |
+| hybrids: softmax attention is converted, the other layers are kept | Jamba, Bamba, Qwen3-Next, Granite 4, Falcon-H1, LFM2, Nemotron-H |
+| [vision-language models](vision.md), M-RoPE included | LLaVA, Qwen2.5-VL, Qwen3-VL, Gemma 3, Idefics 3, InternVL, PaliGemma |"""  # noqa: E501
 
 
 def aliases() -> dict[str, str]:
@@ -53,10 +65,14 @@ def page(rows: list[Row], failed: dict[str, str]) -> str:
 
 Made by `make families` with transformers {transformers.__version__}: do not edit.
 
-A tiny random model of each family, with that family's features switched on, is converted at full budget; the errors are
-the largest differences between its logits and the original's, over a whole prompt, cached decoding and a left-padded
-batch. At half the budget each one runs, saves, reloads, and caches exactly the planned numbers. float64 is measured
-with the float32 casts inside transformers' models lifted (tests/precision.py): what remains is the algebra.
+A tiny random model of each family, with that family's features switched on, is converted at full budget. The errors
+are the largest differences between its logits and the original's, over a whole prompt, cached decoding and a
+left-padded batch. At half the budget each one runs, saves, reloads, and caches exactly the planned numbers. For
+float64, the float32 casts inside transformers' models are lifted (tests/precision.py), so only the algebra remains.
+
+{KINDS}
+
+Rope is of type default, linear, dynamic, yarn, llama3 or longrope. Dtypes are float32, bfloat16, float16 and float64.
 
 {len({*FAMILIES} - TEXT_ONLY_INSIDE - {*failed})} families are converted exactly, {len(REFUSED)} are refused by name.
 Layers without softmax attention (state space, linear attention, convolutions) are kept as they are.
@@ -65,8 +81,14 @@ Layers without softmax attention (state space, linear attention, convolutions) a
 |---|---|---|---:|---:|
 {families}
 
-Also: {others}; and {len(VISION)} vision-language models, whose text model is converted inside the whole one
-([vision.md](vision.md), tests/test_vision.py): {", ".join(sorted(VISION))}.
+Other names: {others}.
+
+The text model of {len(VISION)} vision-language models is converted inside the whole one ([vision.md](vision.md),
+tests/test_vision.py):
+
+```
+{textwrap.fill(", ".join(sorted(VISION)), 110)}
+```
 
 ## Refused
 

@@ -22,6 +22,7 @@ COMMANDS = (
     "inspect",
     "plan",
     "convert",
+    "compare",
     "tune",
     "eval",
     "generate",
@@ -190,7 +191,7 @@ def test_plan_of_codes(anymla, wide):
     own = json.loads(anymla("plan", BUNDLED, "--json", "--codec", "kvquant"))["layers"][0]
     assert own["keys"]["basis"] == "own" and own["multiply_adds"] == {"before": 128, "after": 128}
     table = anymla("plan", BUNDLED)
-    for part in ("codec auto takes the step transform_coding", "multiply-adds", f"-> {BYTES // 16} B"):
+    for part in ("--codec auto chose transform_coding", "multiply-adds", f"-> {BYTES // 16} B"):
         assert part in table
 
 

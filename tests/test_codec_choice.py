@@ -44,7 +44,7 @@ def test_what_is_chosen_and_why(codec, recipe, settings, step, why):
     choice = Choice.of(codec, recipe, settings).for_model(spec_of())
     assert choice.method.name == step
     assert settings.items() <= choice.method.model_dump().items()
-    assert choice.told is None if why is None else f"takes the step {step}: " in choice.told and why in choice.told
+    assert choice.told is None if why is None else f"chose {step}: " in choice.told and why in choice.told
 
 
 def test_a_model_that_has_no_codes_gets_the_step_mla():
@@ -64,7 +64,7 @@ def test_a_model_that_has_no_codes_gets_the_step_mla():
         ("mla", None, {}, "codec must be"),
         ("kvquant", None, {"kv_cache": 0.5}, "kv_cache"),
         ("none", None, {"decode_cost": 2.0}, "decode_cost"),
-        ("kvquant", MLA(), {}, "goes with codec none alone"),
+        ("kvquant", MLA(), {}, "needs codec none"),
     ],
 )
 def test_what_does_not_go_together_is_named(codec, recipe, settings, message):
@@ -76,7 +76,7 @@ def test_convert_writes_codes_and_says_so(tmp_path, monkeypatch, capfd):
     arguments = ["convert", str(bundled_model()), "-o", str(tmp_path / "out"), *FEW.split(), "--kv-cache", "0.25"]
     run = run_main([*arguments, "--max-shard-size", "50KB"], monkeypatch, capfd)
     assert run.code == 0, run.err
-    assert run.out.startswith("codec auto takes the step transform_coding: it loses least per byte")
+    assert run.out.startswith("--codec auto chose transform_coding: it loses least per byte")
     assert "multi" in run.out and "anymla eval" in run.out
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert report["after"]["cache_bytes_per_token"] == 160 and report["after"]["kl"] < 0.02

@@ -11,6 +11,7 @@ import yaml
 
 from anymla.cli import app
 from tests.markdown import PAGES, ROOT, anchors, commands, links, paths, undefined
+from tests.prose import complaints
 
 HOMES = (ROOT, ROOT / "src" / "anymla", ROOT / "benchmarks")
 FORGE = ROOT / ".github"
@@ -56,6 +57,25 @@ def test_commands_have_options_that_exist(page, words):
 def test_a_wrong_option_is_noticed():
     with pytest.raises(Exception, match="--kv-cash"):
         parse(["convert", "MODEL", "-o", "OUT", "--kv-cash", "0.25"])
+
+
+def test_prose_linter_reads_sentences_and_words():
+    long = "One " + "word " * 25 + "more."
+    text = f"""# Title
+
+A short one. {long}
+
+| cell | `behind` $behind$ |
+|---|---|
+| It comes behind that | a [link behind](page.md) |
+
+```
+behind {long}
+```
+"""
+    found = list(complaints(text))
+    assert [line for line, _ in found] == [3, 7, 7]
+    assert found[0][1].startswith("27 words") and all("write after" in message for _, message in found[1:])
 
 
 @pytest.mark.parametrize("file", sorted(FORGE.rglob("*.yml")), ids=lambda file: file.name)

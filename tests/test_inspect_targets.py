@@ -33,7 +33,7 @@ def test_inspect_targets_of_latent_attention(stories, monkeypatch, capfd):
         done = run_main(["inspect", str(folder), "--targets"], monkeypatch, capfd)
         assert done.code == 0
         assert "already multi-head latent attention" in done.out and words in done.out
-        assert "serve it as it is" in done.out and "anymla export" in done.out
+        assert "serve it unchanged" in done.out and "anymla export" in done.out
 
 
 def test_inspect_targets_of_experts(tmp_path):

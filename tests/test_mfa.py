@@ -332,7 +332,7 @@ def test_what_it_cannot_have_is_refused_from_the_config(latent):
 @pytest.mark.parametrize(("later", "settings"), [("mla", {}), ("kvquant", {}), ("transform_coding", {}), ("mfa", {})])
 def test_what_cannot_follow_it_says_so(later, settings):
     after = method_of("mfa", {"kv_cache": 0.5}).plan(read_model_spec(LlamaConfig(**BASE).to_dict())).after
-    said = "converted already" if later == "mfa" else "no stock one any more"
+    said = "converted already" if later == "mfa" else "not stock any more"
     assert said in method_of(later, settings).refuses(after)
 
 

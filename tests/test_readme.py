@@ -1,4 +1,4 @@
-"""The README's commands and Python run as they stand there, on the bundled model, with fewer tokens and steps."""
+"""Commands of the README and of pages that it leads to run on the bundled model, with fewer tokens and steps."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.page_commands import anymla_commands, make_folder, run_commands, run_
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft's doing
 README = ROOT / "README.md"
 SHELL = [text for language, text in blocks(README) if language == "sh"]
+USE, STEPS = (next(block for block in SHELL if command in block) for command in ("anymla chat", "anymla methods"))
 PYTHON = [text for language, text in blocks(README) if language == "python"]
 FROM_THE_HUB = "Qwen/"  # tests have no network: tests/test_docs.py parses these
 
@@ -46,38 +47,38 @@ def run(block, monkeypatch, capfd):
     return run_commands(own, monkeypatch, capfd)
 
 
+def first_block(page: str) -> str:
+    """The commands that a page of docs/ begins with."""
+    return next(text for language, text in blocks(ROOT / "docs" / page) if language in ("", "sh"))
+
+
 def test_your_own_model_and_what_loads_it(folder, monkeypatch, capfd):
-    own = next(block for block in SHELL if "anymla chat" in block)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n"))
-    assert run(own, monkeypatch, capfd) == 7
+    assert run(USE, monkeypatch, capfd) == 4
     names = run_python(PYTHON, monkeypatch)
     assert names["model"].config.model_type == "anymla_llama" and names["tokenizer"]("Once")["input_ids"]
     assert names["report"].output.name == "OUT" and names["scores"].perplexity > 1
 
 
+def test_steps(folder, monkeypatch, capfd):
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    assert run(STEPS, monkeypatch, capfd) == 4
+
+
 def test_sources(folder, monkeypatch, capfd):
     add_sources(folder)
-    assert run(next(block for block in SHELL if "--adapter" in block), monkeypatch, capfd) == 2
+    assert run(first_block("sources.md"), monkeypatch, capfd) == 2
 
 
-def test_serving(folder, monkeypatch, capfd):
-    assert run(next(block for block in SHELL if "anymla export" in block), monkeypatch, capfd) == 3
-
-
-def test_recipes(folder, monkeypatch, capfd):
-    shutil.copytree(ROOT / "examples", folder / "examples")
-    assert run(next(block for block in SHELL if "anymla methods" in block), monkeypatch, capfd) == 3
-
-
-def test_coded_caches(folder, monkeypatch, capfd):
-    assert run(next(block for block in SHELL if "kvquant" in block), monkeypatch, capfd) == 3
+@pytest.mark.parametrize("page", ["exporting.md", "tuning.md"])
+def test_pages_of_steps_that_follow(page, folder, monkeypatch, capfd):
+    assert run(first_block(page), monkeypatch, capfd) == 3
 
 
 def test_no_block_is_left_out():
     assert len(PYTHON) == 2
-    assert (
-        sum("anymla " in line.partition("#")[0] for block in SHELL for line in block.splitlines()) == 7 + 3 + 3 + 3 + 3
-    )
+    ran = [line for block in (USE, STEPS) for line in block.splitlines()]
+    assert [line for block in SHELL for line in block.splitlines() if line.startswith("anymla ")] == ran
 
 
 def test_targets_of_make_and_extras_exist():

@@ -179,7 +179,7 @@ def test_maps_belong_to_one_forward_pass(bundled):
     assert len({id(maps) for maps in seen}) == 2
     held = [vars(layer.self_attn).values() for layer in bundled.model.layers]
     assert not [value for values in held for value in values if isinstance(value, AttentionMap | AttentionMaps)]
-    with pytest.raises(ValueError, match="layer 1 handed on no attention map"):
+    with pytest.raises(ValueError, match="layer 1 passed on no attention map"):
         AttentionMaps().take(1)
 
 

@@ -24,7 +24,7 @@ def test_static_norms_are_another_model_and_say_so(tmp_path, monkeypatch, capfd)
     arguments = ["convert", str(source), "-o", str(tmp_path / "converted"), *options.split()]
     done = run_main([*arguments, "--reconstruction-steps", "2"], monkeypatch, capfd)
     assert done.code == 0
-    assert "fixed scales stand in for norms" in done.err
+    assert "fixed scales replace norms" in done.err
     lost = [layer["norms_lost"] for layer in json.loads((tmp_path / "converted/conversion.json").read_text())["layers"]]
     assert all(0.001 < each < 0.5 for each in lost)
     assert anymla.export(tmp_path / "converted", tmp_path / "export").parity.difference < 1e-4

@@ -57,7 +57,7 @@ Calibration text: {text}.{_from(repo, commit)}
 
 {shell([command(source, recipe)])}
 
-{_method(recipe)} All settings are in `recipe.yaml`, every layer's sizes in `plan.yaml`, all that was measured in
+{_method(recipe)} All settings are in `recipe.yaml`, every layer's sizes in `plan.yaml`, and all measurements in
 `conversion.json`. Made with {versions_named(report["versions"])}.
 
 ## {USE}
@@ -69,7 +69,7 @@ Calibration text: {text}.{_from(repo, commit)}
 ## Limits
 
 - The original's licence and limits apply.
-- Quality was measured on text like the calibration text; on other text it may be lower.
+- Quality was measured on text like the calibration text. On other text it may be lower.
 - Dropped rotations are right for distances within a calibration window, at most {recipe["calibration_length"]} tokens.
 {"".join(f"- Of the original, {note}.{chr(10)}" for note in report["notes"])}"""
 
@@ -90,21 +90,21 @@ def _slides(report: Mapping[str, Any]) -> str:
     each = report["before"]["cache_bytes_per_token"]
     if all(sizes["before"] >= int(length) * each for length, sizes in report["cache_bytes_at"].items()):
         return ""
-    return " Layers with a sliding window hold no more than their window, so long texts take less than that per token."
+    return " Layers with a sliding window hold only their window, so long texts take less than that per token."
 
 
 def _window(recipe: Mapping[str, Any]) -> str:
     if not recipe["exact_window"]:
         return ""
     return (
-        f" The last {recipe['exact_window']} tokens have full keys and values too: bytes that are there once, however "
-        "long the context is."
+        f" The last {recipe['exact_window']} tokens have full keys and values too. Their bytes do not grow with the "
+        "context."
     )
 
 
 def _serving(recipe: Mapping[str, Any]) -> str:
     if recipe["exact_window"]:
-        return "It runs in transformers, with a DynamicCache: engines' latent attention has no room for exact tokens."
+        return "It runs in transformers, with a DynamicCache. The latent attention of engines cannot hold exact tokens."
     engines = listed(dict.fromkeys(engine for layout in LAYOUTS.values() for engine in layout.engines), "and")
     first, *others = TARGETS
     further = ", ".join(f"`{name}`" for name in others)
@@ -124,7 +124,7 @@ def command(source: str, recipe: Mapping[str, Any]) -> str:
 
 
 def public_name(source: str | Path) -> str:
-    """What a card calls ``source``: a hub id as it is, of a local path only the last name, for cards are published."""
+    """What a card calls ``source``: a hub id unchanged, of a local path only the last name. Cards are published."""
     text = str(source)
     repo = text.partition("@")[0]  # a revision may hold slashes
     return text if repo.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
@@ -135,17 +135,20 @@ def _method(recipe: Mapping[str, Any]) -> str:
     rope, latent = (f" ({paper.title})" if paper.link else "" for paper in used)
     papers = ", ".join(f"[{paper.title}]({paper.link})" for paper in dict.fromkeys([MLA.paper, *used]) if paper.link)
     return (
-        f"Rope channels by `{recipe['rope']}`{rope}, latent by `{recipe['factorization']}`{latent}; where no system is "
+        f"Rope channels by `{recipe['rope']}`{rope}, latent by `{recipe['factorization']}`{latent}. If no system is "
         f"named, the method is anymla's own. Papers: {papers}."
     )
 
 
-def step_card(method: Method, source: str | Path, card: str | None) -> str:
-    """README.md after a step without a report of its own: ``card``, the one of the step before, with what it did."""
+def step_card(method: Method, source: str | Path, card: str | None, told: str = "") -> str:
+    """README.md after a step without a report of its own: ``card``, the one of the step before, with what it did.
+
+    ``told``: what the method says of its plan, in Markdown.
+    """
     rows = "".join(f"| `{name}` | {shown} |\n" for name, shown in method.model_dump(mode="json").items())
     title, link = method.paper.title, method.paper.link
     paper = f"[{title}]({link})" if link else title
-    text = f"{method.summary}\n\nPaper: {paper}.\n\n| setting | value |\n|---|---|\n{rows}"
+    text = f"{method.summary}\n\nPaper: {paper}.\n\n| setting | value |\n|---|---|\n{rows}\n{told}"
     if card is None:
         card = f"---\n{LIBRARY}\ntags: [anymla]\n---\n\n# {public_name(source)} after {method.name}\n"
     return with_section(card, f"The step `{method.name}`", text)
@@ -154,7 +157,7 @@ def step_card(method: Method, source: str | Path, card: str | None) -> str:
 def static_norms_cost(lost: Sequence[float]) -> str:
     """What ``norms_lost`` of the layers says, in words."""
     return (
-        f"at full budget that alone would lose {sum(lost) / len(lost):.2%} of the hidden states behind attention, "
+        f"at full budget that alone would lose {sum(lost) / len(lost):.2%} of the hidden states after attention, "
         f"{max(lost):.2%} in the worst layer"
     )
 

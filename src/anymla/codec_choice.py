@@ -36,7 +36,7 @@ class Choice:
         """
         if recipe is not None:
             if codec not in (AUTO, NONE):
-                raise RecipeError(f"codec {codec!s:.40}: a recipe or a plan of the step mla goes with codec none alone")
+                raise RecipeError(f"codec {codec!s:.40}: a recipe or a plan of the step mla needs codec none")
             return cls(with_settings(recipe, settings))
         if codec == NONE:
             return cls(with_settings(None, settings))
@@ -44,7 +44,7 @@ class Choice:
             return cls(_coder(codec).of(settings, "settings"))
         if own := [name for name in settings if name in MLA.model_fields and name not in TransformCoding.model_fields]:
             return cls(with_settings(None, settings), f"{own[0]} is a setting of that step alone")
-        return cls(TransformCoding.of(settings, "settings"), "it loses least per byte; engines need codec none")
+        return cls(TransformCoding.of(settings, "settings"), "it loses least per byte (engines need --codec none)")
 
     def for_model(self, model: ModelSpec) -> Choice:
         """The same, or the step mla where nobody asked for codes and the model cannot have them.
@@ -67,7 +67,7 @@ class Choice:
     @property
     def told(self) -> str | None:
         """The choice in one line; None where somebody made it."""
-        return None if self.why is None else f"codec auto takes the step {self.method.name}: {self.why}"
+        return None if self.why is None else f"--codec auto chose {self.method.name}: {self.why}"
 
 
 def with_settings(recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> MLA:

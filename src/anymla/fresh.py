@@ -52,7 +52,7 @@ def fresh_config(
     from anymla.sweep.checkpoint import converted_config
 
     if config.hidden_size % (heads or 1):
-        raise InfeasibleError(f"heads must divide hidden_size {config.hidden_size}, as configs ask for it, got {heads}")
+        raise InfeasibleError(f"heads must divide hidden_size {config.hidden_size}, got {heads}")
     mfa = _sizes(cached_numbers, key_reuse, query_rank, rope_dims)
     stock = copy.deepcopy(config)
     stock.num_attention_heads, stock.num_key_value_heads = heads or config.num_attention_heads, 1
@@ -69,7 +69,7 @@ def fresh_config(
         check_parts(attention)
         spec = module_spec(attention, model_spec.attention_layers[index], FAMILIES[stock.model_type], stock, None)
         layers.append(LayerSpec(attention=spec, mfa=mfa, module=f"{names[module]}.{path}"))
-    return converted_config(model, tuple(layers))
+    return converted_config(model, model.config, tuple(layers))
 
 
 def _sizes(cached: int, key_reuse: bool, query_rank: int | None, rope_dims: int | None) -> MfaSpec:
@@ -77,9 +77,9 @@ def _sizes(cached: int, key_reuse: bool, query_rank: int | None, rope_dims: int 
     width = cached if key_reuse else cached // 2
     if width < 2 or width % 2 or (not key_reuse and cached % 4):
         needed = "an even number" if key_reuse else "a multiple of 4"
-        raise InfeasibleError(f"cached_numbers must be {needed}, got {cached}: rope turns pairs")
+        raise InfeasibleError(f"cached_numbers must be {needed}, got {cached}: rope rotates pairs")
     if not key_reuse and rope_dims not in (None, width):
-        raise InfeasibleError(f"rope_dims is for key_reuse: without it rope turns all {width} numbers of a key")
+        raise InfeasibleError(f"rope_dims is for key_reuse: without it rope rotates all {width} numbers of a key")
     rotated = width if not key_reuse else 2 * max(1, width // (2 * ROPE_SHARE)) if rope_dims is None else rope_dims
     if rotated % 2 or not 0 <= rotated <= width - 1 + (not key_reuse):
         raise InfeasibleError(f"rope_dims must be an even number below {width}, got {rotated}")

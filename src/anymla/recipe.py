@@ -23,12 +23,15 @@ class Recipe(Settings):
 
     model: str | None = Field(None, min_length=1, description="The model that the first step takes.")
     teacher: str | None = Field(
-        None, min_length=1, description="The original, which tuning and scores go by. Default: the model."
+        None, min_length=1, description="The original, for tuning and scores. Default: the model."
     )
     text: str | None = Field(None, min_length=1, description="Text to score the model on after every step.")
-    text_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens of it.")
+    text_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens of that text.")
     context: int | None = Field(
-        None, ge=1, le=MOST, description="Tokens at which the cache's size is told. Default: the model's context."
+        None,
+        ge=1,
+        le=MOST,
+        description="Length in tokens at which the cache's size is shown. Default: the model's context.",
     )
     steps: tuple[InstanceOf[Method], ...] = Field(min_length=1, strict=False)
 
@@ -70,6 +73,8 @@ class Recipe(Settings):
         found, original = [], model
         for number, step in enumerate(self.steps, 1):
             reason = step.refuses(model)
+            if step.phase < Phase.WEIGHTS and any(layer.packed is not None for layer in model.layers):
+                reason = f"its weights are packed: put {step.name} before the step that packs them"
             if step.phase == Phase.HEAL and self.teacher is None and model == original and not _converted(model):
                 reason = "nothing in it was converted, so there is nothing to recover: put the step mla before it"
             if reason is not None:

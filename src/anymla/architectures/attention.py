@@ -34,11 +34,11 @@ from anymla.modeling.spec import AttentionSpec, Temperature
 class AttentionWeights:
     """Float64 weights of one attention layer: H query heads, G kv heads of d dims, P rope pairs, D hidden.
 
-    query [H,d,D]; key, value [G,d,D]; their biases [H or G,d] (zeros where the model has none); output [D,H,d],
-    output_bias [D]. Where ``key_norm`` is set, something not linear (a norm, a clip) stands between projection and key;
-    ``key_gain`` [G,d] is that norm's weight (else ones). ``query_gain`` [d] is put on queries after rope. ``gate``
-    [gate,D], ``gate_bias`` and ``sinks`` [H]: None where the model has none. Where ``centred`` is False, a constant of
-    keys or values does not cancel (a soft-cap, a sink, a gate), and the latent must carry it.
+    query [H,d,D]; key, value [G,d,D]; their biases [H or G,d], zeros if the model has none; output [D,H,d],
+    output_bias [D]. ``key_norm``: something not linear (a norm, a clip) comes between projection and key. ``key_gain``
+    [G,d] is that norm's weight, or ones. ``query_gain`` [d] is put on queries after rope. ``gate`` [gate,D],
+    ``gate_bias`` and ``sinks`` [H] are None if the model has none. ``centred`` False: a constant of keys or values does
+    not cancel (a soft-cap, a sink, a gate), and the latent must carry it.
     """
 
     query: Tensor
@@ -217,7 +217,7 @@ def _norms(attention: Any, spec: AttentionSpec, order: Tensor) -> tuple[dict[str
 
 
 def _take_gains(norms: dict[str, nn.Module]) -> Tensor | None:
-    """Where norms come after rope, their gains do not commute with it: the product [d] of both, which become ones."""
+    """The product [d] of both norms' gains, which become ones. Gains of norms after rope do not commute with it."""
     gain = None
     for norm in norms.values():
         if (weight := getattr(norm, "weight", None)) is not None:

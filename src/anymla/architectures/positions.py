@@ -55,7 +55,7 @@ def _pairs(part: Any, name: str, head_dim: int) -> int:
     turned = int(part if name == "rotary_dim" else head_dim * part)
     if turned < 2 or turned % 2:
         raise UnsupportedModelError(
-            f"config.json: {name} {shown(part)} turns {turned} of {head_dim} dims of a head: not a number of pairs"
+            f"config.json: {name} {shown(part)} rotates {turned} of {head_dim} dims of a head: not a number of pairs"
         )
     return turned // 2
 

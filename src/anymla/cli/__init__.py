@@ -10,11 +10,24 @@ from typing import Annotated, NoReturn
 import typer
 
 from anymla import __version__
-from anymla.cli import convert, doctor, evaluate, export, generate, push, refresh, run, tune
+from anymla.cli import compare, convert, doctor, evaluate, export, generate, push, refresh, run, tune
 from anymla.cli.options import app, out
 from anymla.errors import AnymlaError
 
-__all__ = ["app", "convert", "doctor", "evaluate", "export", "generate", "main", "push", "refresh", "run", "tune"]
+__all__ = [
+    "app",
+    "compare",
+    "convert",
+    "doctor",
+    "evaluate",
+    "export",
+    "generate",
+    "main",
+    "push",
+    "refresh",
+    "run",
+    "tune",
+]
 
 
 def _version(wanted: bool) -> None:
@@ -41,7 +54,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Turn a trained Transformer into one with multi-head latent attention: the same model, a smaller KV cache."""
+    """Make the KV cache of a trained Transformer LLM smaller: latent attention, codes of a few bits, other steps."""
     if context.invoked_subcommand is None:
         out.print(GREETING, soft_wrap=True)
 

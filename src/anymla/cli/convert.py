@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("anymla-demo"),
     bundled: Annotated[
-        bool, typer.Option("--bundled", help="Convert the tiny model that comes with anymla: nothing is fetched.")
+        bool, typer.Option("--bundled", help="Convert the tiny model that comes with anymla, and fetch nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +71,7 @@ def inspect(
 
     if targets and inspection.already_latent:
         return out.print(
-            f"{inspection.model}: {inspection.reason}. Engines that know its own layout serve it as it is; a folder "
+            f"{inspection.model}: {inspection.reason}. Engines that know its own layout serve it unchanged. A folder "
             "that anymla convert wrote goes to them with anymla export.",
             soft_wrap=True,
         )
@@ -86,7 +86,7 @@ def plan(
     recipe: RecipeFile = None,
     codec: Codec = AUTO,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the plan to this YAML file: one of the step mla.")
+        Path | None, typer.Option("--output", "-o", help="Write the plan of the step mla to this YAML file.")
     ] = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -125,13 +125,14 @@ def convert(
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew where a stopped conversion to the same folder left work.")
+        bool,
+        typer.Option("--restart", help="Begin anew, and discard the work of a stopped conversion to the same folder."),
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="Calibration activations to hold in memory, as 8GB; the rest goes to files beside OUT. "
+            help="Most memory for calibration activations, such as 8GB. The rest goes to files beside OUT. "
             "[default: a quarter of the memory]",
             show_default=False,
         ),
@@ -180,7 +181,7 @@ def convert(
 
 
 def conversion_progress(report: Report) -> pipeline.Progress:
-    """Reports each layer, and what comes before and behind them."""
+    """Reports each layer, and what comes before and after them."""
 
     def progress(done: int, total: int, result: LayerResult | dict[str, Any] | None) -> None:
         if result is None:
@@ -215,13 +216,13 @@ def _notes(conversion: Conversion | CodedConversion) -> Iterator[str]:
 
     yield from conversion.notes
     if conversion.method.calibration is None:
-        yield "calibrated on the bundled children's stories; --calibration with text like yours keeps more quality"
+        yield "calibrated on the bundled children's stories; text like yours (--calibration) keeps more quality"
     if (computing := conversion.computing).dtype != computing.stored:
         yield f"computed in {computing.dtype}, saved in {computing.stored}: {computing.reason}"
     if isinstance(conversion, CodedConversion):
         return
     if lost := [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]:
         yield (
-            f"fixed scales stand in for norms on queries and keys; {static_norms_cost(lost)}; the scores hold the loss "
-            "of all"
+            f"fixed scales replace norms on queries and keys; {static_norms_cost(lost)}; the scores include the whole "
+            "loss"
         )

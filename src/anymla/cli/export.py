@@ -24,20 +24,20 @@ def export(
     to: Annotated[Target, typer.Option("--to", help="Which layout to write.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the weights. Default: the converted model's: nothing is rounded.")
+        str | None, typer.Option(help="Dtype of the weights. Default: the converted model's, without rounding.")
     ] = None,
     pad: Annotated[
         str | None,
         typer.Option(
-            help="Fill up with zeros to sizes that kernels need: none, cpu, cuda or full (docs/exporting.md). "
+            help="Pad with zeros to the sizes that kernels need: none, cpu, cuda or full (docs/exporting.md). "
             f"Default: {', '.join(f'{pad} for {name}' for pad, name in _default_pads())}."
         ),
     ] = None,
     cache_type: Annotated[
         str | None,
         typer.Option(
-            help="Rotate the latent, exactly, so that this quantised cache loses least, and measure what it loses: "
-            "q8_0 or q4_0 with --to gguf, fp8 else. Default: a cache of 16 bits."
+            help="Rotate the latent, exactly, so that this quantised cache loses least, and measure its loss: "
+            "q8_0 or q4_0 with --to gguf, otherwise fp8. Default: a cache of 16 bits."
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,

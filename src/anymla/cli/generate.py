@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LEAVE = "/exit"
 
 NewTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to add at most, in one answer.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")]
 
 
@@ -57,7 +57,7 @@ def generate(
 def chat(
     model: Model,
     against: Annotated[
-        str | None, typer.Option(help="The original model, which answers as well; also org/name@revision.")
+        str | None, typer.Option(help="The original model, which answers too; also org/name@revision.")
     ] = None,
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
@@ -110,7 +110,7 @@ def _lines() -> Iterator[str]:
 def _take_turn(line: str, talks: dict[str, Talk], max_new_tokens: int) -> None:
     """Lets each model answer, and shows what its cache holds by now."""
     from anymla.evaluation.generation import blaming, streamer_of
-    from anymla.report.tables import size
+    from anymla.report.units import size
 
     if not sys.stdin.isatty():
         out.print(f"> {line}", soft_wrap=True)

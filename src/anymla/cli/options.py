@@ -42,13 +42,13 @@ Model = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(help="Branch, tag or commit of a MODEL on the hub; org/name@revision says the same."),
+    typer.Option(help="Branch, tag or commit of a MODEL on the hub. org/name@revision means the same."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
-        "--recipe", help="A YAML file with any of these settings, or a recipe with the step mla; options override it."
+        "--recipe", help="A YAML file with any of these settings, or a recipe with the step mla. Options override it."
     ),
 ]
 Codec = Annotated[str, typer.Option(help=CODEC)]
@@ -56,7 +56,7 @@ Device = Annotated[str, typer.Option(help=MLA.model_fields["device"].description
 Adapter = Annotated[str | None, typer.Option(help=MLA.model_fields["adapter"].description)]
 Dtype = Annotated[
     DtypeName | None,
-    typer.Option(help="Dtype to run in. Default: the checkpoint's, or float32 where this CPU is faster in it."),
+    typer.Option(help="Dtype to run in. Default: the checkpoint's, or float32 if this CPU is faster in it."),
 ]
 
 
@@ -128,9 +128,18 @@ def print_note(text: str) -> None:
 def print_next(output: Path, original: str, seconds: float) -> None:
     """Ends a command that wrote a model to ``output``: what to do with it now, beside the ``original``."""
     folder, other = shlex.quote(str(output)), shlex.quote(str(original))
-    out.print(f"Wrote {output} in {seconds:.0f} s. Next:", soft_wrap=True)
+    out.print(f"Wrote {output} in {seconds:.0f} s.", soft_wrap=True)
+    print_page(output)
+    out.print("Next:")
     out.print(f"  anymla chat {folder} --against {other}", soft_wrap=True)
     out.print(f"  anymla eval {folder} --against {other} --text YOUR.txt", soft_wrap=True)
+
+
+def print_page(output: Path) -> None:
+    """Says where the page is that lies in ``output``."""
+    from anymla.report.page import PAGE
+
+    out.print(f"Report: {output / PAGE}", soft_wrap=True)
 
 
 def first_process() -> bool:

@@ -32,13 +32,13 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the last step's model to.")],
     step: Annotated[
         list[str] | None,
-        typer.Option(help="A step in YAML, as 'mla: {kv_cache: 0.25}' or tune; again for the next one."),
+        typer.Option(help="A step in YAML, such as 'mla: {kv_cache: 0.25}' or tune. Repeat it for the next step."),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting in place of the recipe's, as tune.data=TEXT; may be given again."),
+        typer.Option("--set", help="A setting that replaces the recipe's, such as tune.data=TEXT. Repeat it for more."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model, in place of the recipe's.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model. It replaces the recipe's.")] = None,
     teacher: Annotated[str | None, typer.Option(help=Recipe.model_fields["teacher"].description)] = None,
     text: Annotated[str | None, typer.Option(help=Recipe.model_fields["text"].description)] = None,
     context: Annotated[
@@ -46,7 +46,7 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew where a stopped run to the same folder left work.")
+        bool, typer.Option("--restart", help="Begin anew, and discard the work of a stopped run to the same folder.")
     ] = False,
     keep_steps: Annotated[
         bool, typer.Option("--keep-steps", help="Keep the checkpoints between the steps, in OUT-steps.")

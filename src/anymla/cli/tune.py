@@ -37,7 +37,7 @@ def tuning_progress(report: Report) -> Progress:
     def progress(now: TuneProgress) -> None:
         nonlocal begun
         if now.loss is None:
-            err.print(f"going on behind step {now.step} of {now.steps}; --restart begins anew")
+            err.print(f"going on after step {now.step} of {now.steps}; --restart begins anew")
             begun = (now.tokens, time.monotonic())
             return report(now.step, now.steps, "step")
         rate = (now.tokens - begun[0]) / max(time.monotonic() - begun[1], 1e-9)
@@ -65,15 +65,15 @@ def tune(
         typer.Option(
             "--recipe",
             help="A YAML file with any of these settings, or the name of a recipe that comes with "
-            "anymla, as paper; options override it.",
+            "anymla, such as paper. Options override it.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew where a stopped tuning to the same folder left work.")
+        bool, typer.Option("--restart", help="Begin anew, and discard the work of a stopped tuning to the same folder.")
     ] = False,
     report_to: Annotated[
-        list[str] | None, typer.Option(help="tensorboard or trackio, beside metrics.jsonl; may be given twice.")
+        list[str] | None, typer.Option(help="tensorboard or trackio, beside metrics.jsonl. Repeat it for both.")
     ] = None,
     revision: Revision = None,
     adapter: Adapter = None,

@@ -44,7 +44,7 @@ class Source:
         except ValueError:
             return cls(text, 1.0)
         if not 0 < value < float("inf") or not name:
-            raise RecipeError(f"--data {text}: behind the @ must stand a share above 0")
+            raise RecipeError(f"--data {text}: after the @ give a share above 0")
         return cls(name, value)
 
     def documents(self, length: int) -> Any:

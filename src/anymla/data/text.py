@@ -108,13 +108,13 @@ def _read_dataset(name: str) -> list[str]:
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """The BOS token, with which text begins; nothing where the tokenizer has none, or says no to it."""
+    """The BOS token, with which text begins. Nothing if the tokenizer has none, or does not add it."""
     refused = tokenizer.init_kwargs.get("add_bos_token") is False  # as its own config says; the attribute has a default
     return [] if refused or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
-    """Token ids of all documents in a row, each begun by the BOS token, but not where the tokenizer says no to it."""
+    """Token ids of all documents in a row. Each begins with the BOS token, if the tokenizer adds it."""
     bos = first_tokens(tokenizer)
     for document in documents:
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]

@@ -22,7 +22,7 @@ class Benchmarks(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tasks: tuple[str, ...] = Field(default=(), description="Names or patterns of lm-eval's tasks.")
-    include_path: Path | None = Field(default=None, description="A folder with task files of one's own, for lm-eval.")
+    include_path: Path | None = Field(default=None, description="A folder with your own task files for lm-eval.")
     num_fewshot: int | None = Field(
         default=None, ge=0, description="Examples before each question. Default: the task's own."
     )

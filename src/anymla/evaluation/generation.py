@@ -122,7 +122,7 @@ class Talk:
         return ids if self.ids is None else torch.cat([self.ids[None], ids], dim=1)
 
     def _put(self, question: str) -> str:
-        """What the chat template puts behind the last answer, or at the beginning, up to where the next one begins."""
+        """What the chat template puts after the last answer, or at the beginning, up to the start of the next one."""
         turn = [{"role": "user", "content": question}]
         if self.ids is None:
             return self._rendered(turn)
@@ -140,7 +140,7 @@ class Talk:
 
 
 def sampling(temperature: float) -> dict[str, Any]:
-    """Generate's options for ``temperature``; 0 takes the likeliest token.
+    """Generate's options for ``temperature``; 0 takes the most likely token.
 
     Raises:
         RecipeError: it is too small to divide by.

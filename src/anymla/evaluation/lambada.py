@@ -17,7 +17,7 @@ from anymla.evaluation.scores import LARGEST_LOSS
 
 
 def lambada_questions(source: Path, tokenizer: Any, limit: int | None) -> Questions:
-    """The last word of each of the first ``limit`` passages; it begins behind the last white space.
+    """The last word of each of the first ``limit`` passages; it begins after the last white space.
 
     Raises:
         TextError: not a readable .jsonl file, or a passage of one word only.
@@ -38,7 +38,7 @@ def _query(passage: str, source: Path, tokenizer: Any) -> Query:
 
 
 def _measures(found: list[Answer]) -> list[Measure]:
-    """Accuracy (all tokens of the word are the likeliest) and perplexity per word."""
+    """Accuracy (all tokens of the word are the most likely) and perplexity per word."""
     losses = [-float(answer.log_probs.sum()) for answer in found]
     perplexity = math.exp(min(sum(losses) / len(losses), LARGEST_LOSS))
     error = mean_error(losses)

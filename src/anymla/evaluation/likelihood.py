@@ -37,7 +37,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Answer:
-    """For each token asked for: its log-probability in nats [n], and whether it was the likeliest [n]."""
+    """For each token asked for: its log-probability in nats [n], and whether it was the most likely [n]."""
 
     log_probs: Tensor
     likeliest: Tensor

@@ -47,9 +47,9 @@ def logits_of_pass(model: Any, inputs: Mapping[str, Tensor]) -> Logits:
 def at_head(run: Any, model: Any, inputs: Mapping[str, Tensor], use: Callable[[Logits], Any]) -> Any:
     """Calls ``run``, which is ``model`` or wraps it, and gives what ``use`` makes of the logits, or the model's output.
 
-    The last hidden states are made once. For each part the model's own forward pass is called again, with its body
-    giving that part of them: so whatever the family does behind them is done. All logits are made at once where the
-    body cannot be told from the head, and of sharded weights, which are gathered once for each pass.
+    The last hidden states are made once. For each part of them, the model's own forward pass is called again, and its
+    body returns that part. So the family's own steps after the body run too. All logits are made at once in two cases:
+    the body cannot be distinguished from the head, or weights are sharded and gathered once for each pass.
     """
     bodies = [] if any(isinstance(part, FSDPModule) for part in model.modules()) else list(_bodies(model))
     entered: list[nn.Module] = []  # the body: what the model calls first
@@ -59,7 +59,7 @@ def at_head(run: Any, model: Any, inputs: Mapping[str, Tensor], use: Callable[[L
         if not entered:
             entered.append(module)
 
-    def behind(module: nn.Module, args: Any, output: Any) -> Any:
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
         if module is not entered[0] or seen or not _is_sequence(output, inputs["input_ids"]):
             return None
         seen.append(output)
@@ -71,7 +71,7 @@ def at_head(run: Any, model: Any, inputs: Mapping[str, Tensor], use: Callable[[L
     with ExitStack() as hooks:
         for body in bodies:
             hooks.callback(body.register_forward_pre_hook(before).remove)
-            hooks.callback(body.register_forward_hook(behind).remove)
+            hooks.callback(body.register_forward_hook(after).remove)
         hooks.callback(model.register_forward_hook(give, prepend=True).remove)
         return run(**inputs, use_cache=False)
 

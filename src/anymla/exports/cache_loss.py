@@ -22,7 +22,7 @@ FP8_ENGINE = "a reference of its arithmetic in torch"
 class CacheLoss:
     """The same weights with two caches, the one of ``cache`` and one in float, on ``tokens`` held-out tokens.
 
-    ``kl``: of the next token, nats. ``top1``: the share of equal likeliest tokens. ``engine``: what ran both.
+    ``kl``: of the next token, nats. ``top1``: the share of equal most likely tokens. ``engine``: what ran both.
     """
 
     cache: str
@@ -36,7 +36,7 @@ class CacheLoss:
         """The figures in words."""
         return (
             f"a {self.cache} cache has KL {self.kl:.2g} to a cache of floats in {self.engine}, and {self.top1:.1%} of "
-            f"likeliest tokens stay ({self.tokens} held-out tokens)"
+            f"most likely tokens stay ({self.tokens} held-out tokens)"
         )
 
 

@@ -1,7 +1,7 @@
 """The gauge of the cache: maps of the latent and factors of rope channels, which fold into the weights exactly.
 
-Whatever invertible map the encoder of the latent gets, the decoder undoes it: the model is the same, and what a
-quantised cache loses of it is not. A rope channel takes a factor only: nothing else commutes with its rotation.
+The encoder of the latent may get any invertible map, because the decoder undoes it. The model stays the same, but the
+loss of a quantised cache changes. A rope channel takes only a factor: nothing else commutes with its rotation.
 gauge_choice.py chooses them.
 
 Shapes as in converted.py; r' >= r is the width of the latent as it is cached.

@@ -1,10 +1,10 @@
 """Chooses the gauge with which a cache of 8 or 4 bits loses least.
 
 Engines quantise with one scale per block of numbers (q8_0, q4_0) or in floating point (fp8). The error of token t is
-then proportional to the size of its row T c_t, and falls evenly on all numbers once an orthogonal map has spread it.
-What this costs, to second order, is |T c_t|^2 |T^-T g_t|^2, g the gradient of the loss by the latent. Over tokens that
-is least where the second moments of T c and T^-T g are equal, each token's weighted by the size of the other: what
-control theory calls a balanced realisation (Moore 1981), here found by iteration.
+then proportional to the size of its row T c_t. Once an orthogonal map has spread it, all numbers get an equal part.
+To second order this costs |T c_t|^2 |T^-T g_t|^2, with g the gradient of the loss by the latent. The best T makes the
+second moments of T c and T^-T g equal, each token's weighted by the size of the other. Control theory calls this a
+balanced realisation (Moore 1981). It is found by iteration.
 
 Shapes: N tokens, r latent, r' as cached, K channels.
 """

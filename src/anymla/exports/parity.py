@@ -125,7 +125,7 @@ def planned_numbers(folder: Path) -> int:
 
 
 def new_tokens(prompts: Sequence[Tensor], sequences: Sequence[Tensor]) -> int:
-    """How many tokens behind the prompts are compared."""
+    """How many tokens after the prompts are compared."""
     return sequences[0].shape[1] - prompts[0].shape[1]
 
 
@@ -221,7 +221,7 @@ def _log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _continued(model: Any, ids: Tensor, count: int) -> Tensor:
-    """``ids`` [1,T] and the ``count`` likeliest tokens behind it, decoded one by one with a cache."""
+    """``ids`` [1,T] and the ``count`` most likely tokens after it, decoded one by one with a cache."""
     new, cache = ids, None
     for _ in range(count):
         output = model(input_ids=new, use_cache=True, **{cache_argument(model): cache})

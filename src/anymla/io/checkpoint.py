@@ -180,7 +180,7 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
     """Refuses an output folder that exists (without ``overwrite``), is the source, or lies in an unwritable place."""
     if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
         raise OutputError(
-            f"{output} is, or lies in, the source checkpoint, which is never written to: choose another -o"
+            f"{output} is the source checkpoint or inside it, and anymla never writes there: choose another -o"
         )
     if output.resolve() in source.resolve().parents:
         raise OutputError(f"{output} holds the source checkpoint {source}: choose another -o")
@@ -263,12 +263,12 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation settings, licences: all files but weights, their account, config and model card."""
+    """Copies tokenizer, generation settings, licences: all but weights, their account and report, config and card."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
     for file in source.iterdir():
         skip = (
             file.suffix in weights
-            or file.name in ("config.json", "README.md", "adapter_config.json", ACCOUNT, INDEX)
+            or file.name in ("config.json", "README.md", "adapter_config.json", "report.html", ACCOUNT, INDEX)
             or file.name.endswith(".index.json")
         )
         if file.is_file() and not skip and not file.name.startswith("."):

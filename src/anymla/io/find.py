@@ -67,7 +67,7 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
         raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
     except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{name} is not a local folder, and the hub did not give it: {reason:.160}") from error
+        raise CheckpointError(f"{name} is not a local folder, and the hub did not return it: {reason:.160}") from error
 
 
 def _other_shards(folder: Path) -> list[str] | None:

@@ -95,7 +95,7 @@ def held_tensors(files: Sequence[Path], *, floats: bool = True) -> dict[str, int
 
 
 def check_index(folder: Path, held: Collection[str], tied: Collection[str]) -> None:
-    """Refuses an index that names tensors which its files do not hold, save those that are ``tied`` to others."""
+    """Refuses an index that names tensors which its files do not hold, except those that are ``tied`` to others."""
     if (index := index_of(folder)) is None:
         return
     named, ends = index_map(index), tuple(_end(name) for name in tied)
@@ -123,6 +123,6 @@ def check_amount(folder: Path, config: Any, held: Mapping[str, int]) -> None:
     if meant > 2 * have + 10**7:
         largest = max(model.named_parameters(), key=lambda item: item[1].numel())
         raise CheckpointError(
-            f"{folder}: config.json means {meant:.3g} numbers and the weights hold {have:.3g}; the largest tensor, "
+            f"{folder}: config.json describes {meant:.3g} numbers and the weights hold {have:.3g}; the largest tensor, "
             f"{largest[0]}, would have the shape {list(largest[1].shape)}"
         )

@@ -247,7 +247,7 @@ class StreamedModel:
         try:
             tensors = {name: self.stored[name].read() for name in names}
         except OSError as error:
-            raise CheckpointError(f"{error.filename or self.folder} cannot be read any more: {error}") from error
+            raise CheckpointError(f"{error.filename or self.folder} can no longer be read: {error}") from error
         self.model._load_pretrained_model(self.model, tensors, None, self._loading)
 
     def _to_device(self, module: nn.Module, *, recurse: bool = True) -> None:

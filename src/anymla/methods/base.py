@@ -10,7 +10,7 @@ import importlib
 import os
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer, Observer
 
 
-SHARED = (  # fields that stand behind a method's own
+SHARED = (  # fields that come after a method's own
     *("calibration", "calibration_tokens", "calibration_length"),
     *("adapter", "device", "dtype", "seed"),
 )
@@ -65,11 +65,21 @@ class Paper:
 class Plan:
     """What a step will make: the model after it, and what the method chose for each layer.
 
-    ``choices``: of a layer method, one per layer; None for a layer that stays as it is.
+    ``choices``: of a layer method, one per layer of the model before; None for a layer that stays as it is.
+    ``removed``: the layers, by their numbers before, that ``after`` does not have.
     """
 
     after: ModelSpec
     choices: tuple[Any, ...] = ()
+    removed: frozenset[int] = frozenset()
+
+    def place(self, index: int) -> int | None:
+        """The number after the step of the layer that had ``index``; None where it is removed."""
+        return None if index in self.removed else index - sum(gone < index for gone in self.removed)
+
+    def layer(self, index: int) -> LayerSpec | None:
+        """What becomes of the layer that had ``index``; None where it is removed."""
+        return None if (place := self.place(index)) is None else self.after.layers[place]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +91,10 @@ class Changed:
 
 
 class Survey(ABC):
-    """What a method gathers on calibration text before its plan is final; anymla.sweep runs it, keeps what it says.
+    """What a method gathers on calibration text before its plan is final. anymla.sweep runs it and stores its facts.
 
     ``backward``: whether it needs gradients of the final loss. Its observers then see one window at a time, with the
-    gradient with respect to the layer's output, while the layer's weights have theirs in ``grad``; None, where a window
+    gradient with respect to the layer's output. The layer's weights have theirs in ``grad``, which is None if a window
     did not reach a weight.
     """
 
@@ -106,20 +116,27 @@ class Survey(ABC):
         """
 
 
-class Search(ABC):
-    """Layers that a method chooses by the KL of the whole model; anymla.sweep tries them and keeps what it finds.
+Chosen = dict[int, dict[str, Any]]  # what a search says of layers, by their numbers, ready for JSON
+Look = Callable[[Survey], Facts]  # what a survey says of the model as a search has made it so far
 
-    ``count``: how many layers it will choose, as far as is known before.
+
+class Search(ABC):
+    """Changes that a method chooses by the KL of the whole model, in rounds; anymla.sweep tries them.
+
+    ``count``: how many rounds there will be, as far as is known before.
     """
 
     count: int
 
     @abstractmethod
-    def candidates(self, chosen: tuple[int, ...]) -> list[int]:
-        """The layers of which one is to be added to ``chosen``; none where these are enough."""
+    def candidates(self, chosen: Chosen, look: Look) -> list[Chosen]:
+        """What may be said beside ``chosen``, or in place of its entries, in this round; none where that is enough.
+
+        Of those that lose as much the last one is taken. ``look`` runs the calibration text through all layers.
+        """
 
     @abstractmethod
-    def plan(self, chosen: tuple[int, ...]) -> Plan:
+    def plan(self, chosen: Chosen) -> Plan:
         """What the model is with ``chosen``."""
 
 
@@ -170,16 +187,14 @@ class SweptMethod(Method):
     adapter: str | None = Field(
         None,
         min_length=1,
-        description="A peft adapter (a folder or a hub id) to merge into the original's weights first; none leaves out "
-        "one that lies beside them. Default: that one, where there is one.",
+        description="A peft adapter (a folder or a hub id) to merge into the original's weights first. Default: the "
+        "one beside the weights, if there is one. none: leave it out.",
     )
-    device: str = Field(
-        "auto", max_length=60, description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
-    )
+    device: str = Field("auto", max_length=60, description="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
     dtype: DtypeName | None = Field(
         None,
-        description="Dtype to load, compute and save in. Default: the checkpoint's, computed in float32 where this CPU "
-        "is faster in that.",
+        description="Dtype to load, compute and save in. Default: the checkpoint's. If this CPU is faster in float32, "
+        "it computes in that.",
     )
 
     @field_validator("calibration", "adapter", mode="before", check_fields=False)
@@ -202,9 +217,18 @@ class SweptMethod(Method):
     def search(self, model: ModelSpec) -> Search | None:
         """Which layers to try on calibration text before the plan is final; None where they are known.
 
-        The facts of a layer that was chosen hold its ``kl``. Trials call :meth:`apply` with nothing observed.
+        What was chosen of a layer is its facts, and the ``kl`` of that round. Trials call :meth:`apply` with nothing
+        observed.
         """
         return None
+
+    def possible(self, model: ModelSpec) -> Iterable[Plan]:
+        """Plans of which the model's config must be able to say each; one that it cannot is refused before weights."""
+        return ()
+
+    def told(self, plan: Plan) -> str:
+        """What the card says of a final plan, in Markdown."""
+        return ""
 
     @abstractmethod
     def observer(self, layer: Layer) -> Observer:
@@ -222,7 +246,7 @@ class LayerMethod(SweptMethod):
         None,
         min_length=1,
         description="Text file, .jsonl (field 'text') or hub data set name[:config[:split]]. "
-        "Default: bundled stories, which need no network; text like yours keeps more quality.",
+        "Default: bundled stories, which need no network. Text like yours keeps more quality.",
     )
     calibration_tokens: int = Field(
         32768, ge=256, le=MOST, description="Tokens of calibration text to use. More take longer, and gain little."
@@ -238,7 +262,7 @@ class LayerMethod(SweptMethod):
         0,
         ge=0,
         le=2**63 - 1,
-        description="Which pieces of the calibration text are drawn; the same gives the same model.",
+        description="Random seed that draws the pieces of the calibration text. The same seed gives the same model.",
     )
 
 

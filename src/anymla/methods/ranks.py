@@ -68,7 +68,7 @@ def greedy(energies: Sequence[Sequence[float]], rooms: Sequence[Room], budget: f
     """As many numbers as keep the largest energies of all layers; beyond ``least`` of each, which it has anyway.
 
     Args:
-        energies: of a layer what each number beyond its least keeps, by falling energy; numbers behind keep nothing.
+        energies: of a layer what each number beyond its least keeps, by falling energy; later numbers keep nothing.
         rooms: of each layer.
         budget: numbers of all layers.
     """

@@ -19,28 +19,28 @@ Parallel = Literal["ddp", "fsdp"]
 
 
 class Tune(Method):
-    """Settings of one recovery training. ``data`` and ``tokens`` matter to most users; all else has its default.
+    """Settings of one recovery training. ``data`` and ``tokens`` matter to most users. All else has a default.
 
-    Deviations from the paper: the original teaches, first layer by layer and then by its logits; the paper trains on
-    text alone (``cross_entropy: 1``), all weights, for 0.3 to 1 % of the pre-training data.
+    Deviations from the paper: the original is the teacher, first layer by layer and then by its logits. The paper
+    trains all weights on text alone (``cross_entropy: 1``), for 0.3 to 1 % of the pre-training data.
     """
 
     name: ClassVar[str] = "tune"
     paper: ClassVar[Paper] = Paper(title="MHA2MLA: data-efficient fine-tuning", arxiv="2502.14837")
     phase: ClassVar[Phase] = Phase.HEAL
-    summary: ClassVar[str] = "recovery training, until the model gives what the original gave"
+    summary: ClassVar[str] = "recovery training: the original teaches the smaller model"
     saves: ClassVar[tuple[str, ...]] = ()
 
     data: list[str] | None = Field(
         None,
         min_length=1,
-        description="Text to learn from, again for a mixture: text file, .jsonl (field 'text'), folder of data files "
-        "or hub data set name[:config[:split]]; behind an @ its share of the tokens, as file.jsonl@0.3.",
+        description="Text to learn from; repeat it for a mixture. A text file, .jsonl (field 'text'), folder of data "
+        "files or hub data set name[:config[:split]]. file.jsonl@0.3 gives it that share of the tokens.",
     )
     eval_data: str | None = Field(
         None, min_length=1, description="Text to score on while tuning. Default: some documents of the data."
     )
-    eval_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens to score on; of --eval-data the first.")
+    eval_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens to score on, from the start of --eval-data.")
     tokens: int = Field(200_000, ge=256, le=MOST, description="Tokens to learn from, over all stages and processes.")
     layerwise: float = Field(
         0.1,
@@ -50,14 +50,14 @@ class Tune(Method):
     )
     temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions in the second stage's KL.")
     top_k: int | None = Field(
-        None, ge=1, le=MOST, description="KL on the original's k likeliest tokens, all others as one. Default: all."
+        None, ge=1, le=MOST, description="KL on the original's k most likely tokens, all others as one. Default: all."
     )
     cross_entropy: float = Field(
-        0.0, ge=0, le=1, description="Weight of plain next-token loss in the second stage; KL has the rest."
+        0.0, ge=0, le=1, description="Weight of the plain next-token loss in the second stage. KL has the rest."
     )
     train: Train = Field(
         "attention",
-        description="What learns: converted attention, that and all norms, all weights, or LoRA on attention. Only "
+        description="What learns: the converted attention, that and all norms, all weights, or LoRA on attention. Only "
         "attention was changed, so by default only attention learns.",
     )
     lora_rank: int = Field(16, ge=1, le=MOST, description="Rank of --train lora.")
@@ -65,7 +65,7 @@ class Tune(Method):
     warmup: float = Field(0.05, ge=0, le=1, description="Share of a stage's steps over which the learning rate rises.")
     decay: Decay = Field("cosine", description="How the learning rate falls to 0 at a stage's end.")
     decay_share: float = Field(
-        1.0, ge=0, le=1, description="Share of a stage's steps over which it falls; 1: all the rest."
+        1.0, ge=0, le=1, description="Share of a stage's steps over which it falls. 1: all the remaining steps."
     )
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second decay rate; the first is 0.9.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay.")
@@ -74,26 +74,33 @@ class Tune(Method):
     batch: int | None = Field(
         None, ge=1, le=MOST, description="Rows per step, over all processes. Default: what makes about 400 steps."
     )
-    micro_batch: int = Field(8, ge=1, le=MOST, description="Rows at once on one device, at most: fewer save memory.")
-    packing: bool = Field(True, description="Fill rows with several documents, none of which sees another.")
+    micro_batch: int = Field(8, ge=1, le=MOST, description="Most rows at once on one device. Fewer save memory.")
+    packing: bool = Field(True, description="Fill rows with several documents. None sees another.")
     precision: Precision | None = Field(
         None,
-        description="float32; mixed: weights in float32, sums in bfloat16; bfloat16: weights too. "
-        "Default: mixed on a GPU, else float32.",
+        description="float32. mixed: weights in float32, sums in bfloat16. bfloat16: weights too. "
+        "Default: mixed on a GPU, otherwise float32.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Compute activations twice instead of holding them: less memory, more time."
+        False, description="Compute activations twice instead of keeping them: less memory, more time."
     )
-    parallel: Parallel = Field("ddp", description="Several processes: each holds all weights, or its part of them.")
+    parallel: Parallel = Field(
+        "ddp", description="With several processes, each holds all weights (ddp) or a part of them (fsdp)."
+    )
     eval_every: int | None = Field(None, ge=1, le=MOST, description="Steps between scores. Default: a stage / 10.")
     save_every: int | None = Field(
-        None, ge=1, le=MOST, description="Steps between checkpoints to go on from. Default: a tenth of a stage."
+        None,
+        ge=1,
+        le=MOST,
+        description="Steps between checkpoints. A stopped run goes on from the last. Default: a tenth of a stage.",
     )
     early_stop: int | None = Field(
-        None, ge=1, le=MOST, description="End a stage after so many scores without a better one, and take the best."
+        None, ge=1, le=MOST, description="End a stage after this many scores without a better one, and take the best."
     )
-    device: str = Field("auto", max_length=60, description="cpu, cuda, ...; auto takes a GPU where there is one.")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of the order of documents, of LoRA's start and of dropout.")
+    device: str = Field("auto", max_length=60, description="cpu, cuda, ...; auto takes a GPU if there is one.")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Random seed of the order of documents, of LoRA's start and of dropout."
+    )
 
     @field_validator("data", mode="before")
     @classmethod

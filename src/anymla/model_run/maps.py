@@ -1,7 +1,7 @@
 """Attention maps of a stream of windows, kept beside its hidden states while a decoder runs one layer at a time.
 
-A layer that shares a map runs for all windows long after the layer that made it: queries and keys after rope of every
-window lie with the stream, and are saved with it.
+A layer that shares a map runs for all windows long after the layer that made it. So queries and keys after rope of
+every window are held with the stream, and saved with it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class WindowMaps(AttentionMaps):
             ValueError: none did.
         """
         if layer not in self.stream.maps:
-            raise ValueError(f"layer {layer} handed on no attention map")
+            raise ValueError(f"layer {layer} passed on no attention map")
         heads = self.stream.maps[layer][self.windows].unflatten(-1, (-1, self.part.head_dim)).transpose(1, 2)
         query, key = heads.split([self.part.num_heads, self.part.num_kv_heads], dim=1)
         return AttentionMap(query, key)

@@ -85,7 +85,7 @@ def _words_of_bytes(bits: int, device: torch.device) -> Tensor:
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """The parts, one behind the other; a single one as it is."""
+    """The parts, one after the other. A single one is unchanged."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

@@ -1,6 +1,6 @@
-"""Attention whose cache holds codes: a row of bytes for the keys of a token, taken before rope, and one for its values.
+"""Attention whose cache holds codes: a row of bytes for a token's keys, before rope, and one for its values.
 
-One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only. What
+One of the modelling files that travel with every converted checkpoint. It needs only torch and transformers. What
 methods build (shapes as in torch.nn.Linear, weight [out,in]; n = G d):
 
     q_proj [H d,D], k_proj [n,D], v_proj [n,D], o_proj [D,H d], each with a bias; gate_proj, sinks, norms, query_gain as
@@ -8,12 +8,12 @@ methods build (shapes as in torch.nn.Linear, weight [out,in]; n = G d):
     Coefficients z = (k - mean) E, of values likewise. In the basis "own" they are k itself: no encoder, no decoder.
     E is block diagonal: a block is b key/value heads (``key_block``, ``value_block``), w = b d coefficients. One block
     of all heads, in the basis "axes", may have fewer than n; m are all coefficients, n otherwise.
-    Where keys are linear in x, E and the mean are folded into k_proj [m,D]; elsewhere (LayerSpec.encodes_keys) norm and
-    clip follow k_proj [n,D], then key_encoder [n,w]: the blocks of E^T under each other, or [w,n] where there is one;
-    bias -mean E. value_encoder (LayerSpec.encodes_values) likewise.
-    key_decoder, value_decoder [n,w]: the blocks of (E^-1)^T, or what stands in for it; bias the mean; absent in "own".
+    If keys are linear in x, E and the mean are folded into k_proj [m,D]. Otherwise (LayerSpec.encodes_keys), norm and
+    clip follow k_proj [n,D], and then key_encoder [n,w]: the blocks of E^T under each other, or [w,n] if there is one.
+    Its bias is -mean E. value_encoder (LayerSpec.encodes_values) is the same for values.
+    key_decoder, value_decoder [n,w]: the blocks of (E^-1)^T, or its substitute. The bias is the mean. Absent in "own".
     key_codec, value_codec, inv_freq: as in RowsAttention.
-    channel_index [G P], int64, in the basis "channels" only: the rope pair with which a channel turns. The
+    channel_index [G P], int64, in the basis "channels" only: the rope pair with which a channel rotates. The
     coefficients of a block are [b P real parts | b P imaginary parts | b (d - 2 P) of dims without rope].
 
 Shapes: B batch, T new tokens, S cached tokens, H query heads, G key/value heads, d head_dim, P rope pairs, c tokens of
@@ -71,7 +71,7 @@ class CodedAttention(RowsAttention):
     def framed(self, query: Tensor, positions: Tensor | None, start: int) -> Tensor:
         """The query [B,H,T,d], with what rope and the family put on it, or on it and keys, after rope.
 
-        A gain of the turned query is one of it in the frame of its own position, whatever its column.
+        A gain of the rotated query is a gain in the frame of its own position, whatever its column.
         """
         if self.coded.rope_scale != 1 and self.rope_pairs:
             scale = query.new_ones(self.head_dim)
@@ -100,7 +100,7 @@ class CodedAttention(RowsAttention):
     def rebuilt(
         self, query: Tensor, states: tuple[Tensor, Tensor], start: int, column: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turned queries [B,H,T,d], turned keys and values [B,G,S,d] of coefficients [B,S,G d] from a column on."""
+        """Rotated queries [B,H,T,d], rotated keys and values [B,G,S,d] of coefficients [B,S,G d] from a column on."""
         columns = torch.arange(column, column + states[0].shape[1], device=query.device)
         key = self._rebuilt(states[0], self.key_decoder, self.key_width)
         value = self._rebuilt(states[1], self.value_decoder, self.value_width)
@@ -189,7 +189,7 @@ class CodedAttention(RowsAttention):
 
 
 def _made(hidden: int, size: int, coefficients: int, width: int, encodes: bool) -> tuple[nn.Linear, nn.Linear | None]:
-    """What makes ``coefficients``, in blocks of ``width``, of x: a projection, and an encoder behind it."""
+    """What makes ``coefficients``, in blocks of ``width``, of x: a projection, and an encoder after it."""
     if not encodes:
         return nn.Linear(hidden, coefficients), None
     encoder = nn.Linear(size, width) if width == coefficients else nn.Linear(width, size)

@@ -58,7 +58,7 @@ class Places(NamedTuple):
     row: Tensor
     column: Tensor
     begin: int  # the first column
-    stop: int  # behind the last column
+    stop: int  # after the last column
 
     def put(self, states: Tensor, start: int, *, values: bool) -> Tensor:
         """``states`` [B,c,n], keys or ``values`` of columns from ``start`` on, with those of these tokens in place."""
@@ -109,7 +109,7 @@ class CodedLayer:
     _layer_type = None  # not for the register of transformers
     first_tokens: int
     first: PlacedTokens | None = None
-    room: tuple[Tensor, Tensor] | None = None  # rows that keys and values begin, and more behind
+    room: tuple[Tensor, Tensor] | None = None  # rows that keys and values begin, and more after them
     latest: ExactTokens | None = None  # room for the last tokens as they were before coding; None: they are not kept
     blank: NewTokens | None = None  # one token of zeros: how large an exact one is
     keys: Tensor
@@ -151,7 +151,7 @@ class CodedLayer:
         return length
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts new rows behind the others, where there is room without a copy."""
+        """Puts new rows after the others, in place if there is room."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         rooms = self.room or (self.keys, self.values)
@@ -240,7 +240,7 @@ class CodedLayer:
 
 
 def _fill(held: Tensor, room: Tensor, new: Tensor) -> Tensor:
-    """``room`` with ``new`` behind the rows of ``held``; a larger one where it is full or does not begin with them."""
+    """``room`` with ``new`` after the rows of ``held``. It is a larger one if it is full or begins with others."""
     batch, heads, length, width = held.shape
     total = length + new.shape[2]
     begins = room.data_ptr() == held.data_ptr() and room.shape[0] == batch and room.stride() == held.stride()

@@ -37,7 +37,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
     def framed(self, query: Tensor, positions: Tensor | None, start: int) -> Tensor:
         """Position-free query and channel query before rope, as one [B,H,T,d+R].
 
-        A gain of the turned query is one of it in the frame of its own position, whatever its column.
+        A gain of the rotated query is a gain in the frame of its own position, whatever its column.
         """
         columns = torch.arange(start, start + query.shape[2], device=query.device)[None]
         if self.query_gain is None:

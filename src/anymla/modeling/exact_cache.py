@@ -18,7 +18,7 @@ class ExactTokens(DynamicSlidingWindowLayer):
     values: Tensor
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds new tokens [B,G,T,d]; returns them behind all that the first of them sees."""
+        """Adds new tokens [B,G,T,d]; returns them after all that the first of them sees."""
         full: tuple[Tensor, Tensor] = super().update(key, value)
         if not self.record_past:  # its slices would hold the memory of a whole prompt
             self.keys, self.values = self.keys.clone(), self.values.clone()

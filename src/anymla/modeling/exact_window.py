@@ -1,8 +1,8 @@
 """A window of exact tokens: full keys and values of the latest ones, the latent for all older ones, in one softmax.
 
-One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only. Each query
-sees the last w tokens, itself among them, through keys and values of their own, as the original does, and everything
-before through the latent. That costs w tokens of the original's cache, however long the context is.
+One of the modelling files that travel with every converted checkpoint. It needs only torch and transformers. Each query
+sees the last w tokens, itself included, through full keys and values, as the original does. It sees everything before
+through the latent. That costs w tokens of the original's cache, however long the context is.
 
 Shapes: B batch, T new tokens, S cached tokens, E = T + w - 1 (at most S) exact tokens, H query heads, G key/value
 heads, d head_dim, R rope dims, r latent rank.
@@ -78,8 +78,8 @@ class Exact(NamedTuple):
 class ExactWindowAttention(LatentAttention):
     """Latent attention beside a window of tokens with keys and values of their own.
 
-    The arguments are those of LatentAttention. ``key_mean`` [G,d] is what keys by the latent lack: a constant of
-    all keys would cancel in the softmax, one of the old keys alone does not, so exact scores go without it as well.
+    The arguments are those of LatentAttention. ``key_mean`` [G,d] is what keys by the latent lack. A constant of
+    all keys would cancel in the softmax. One of the old keys alone does not, so exact scores leave it out too.
     """
 
     def __init__(self, original: Any, config: Any, spec: LayerSpec) -> None:
@@ -144,7 +144,7 @@ class ExactWindowAttention(LatentAttention):
         outputs = []
         for start in range(0, new, BLOCK):
             rows = slice(start, min(new, start + BLOCK))
-            first, last = length - new + rows.start, length - new + rows.stop  # the first row's place, behind the last
+            first, last = length - new + rows.start, length - new + rows.stop  # the first row's place, after the last
             old, late = slice(0, max(0, last - self.exact_window)), slice(max(0, first - self.exact_window + 1), last)
             held = slice(late.start - gone, late.stop - gone)
             far = heads_product(query[:, :, rows], key[:, :, old])

@@ -1,9 +1,13 @@
 """Multi-head latent attention in the one form that vLLM's transformers backend turns into its own MLA attention.
 
-One of the modelling files that travel with a vLLM export; it needs torch and transformers only. vLLM reads the source
-of ``FusedAttention.forward`` (vllm/model_executor/models/transformers/fusers/mla.py): one chain norm(linear(input)),
-another linear of an input for the query, keys and values made in one method with two arguments that names kv_b_proj,
-the attention looked up in ALL_ATTENTION_FUNCTIONS. What families do around it stands in FamilyAttention.
+One of the modelling files that travel with a vLLM export. It needs only torch and transformers. vLLM reads the source
+of ``FusedAttention.forward`` (vllm/model_executor/models/transformers/fusers/mla.py). It looks for:
+
+- one chain norm(linear(input)), and another linear of an input for the query
+- keys and values made in one method with two arguments that names kv_b_proj
+- the attention taken from ALL_ATTENTION_FUNCTIONS
+
+FamilyAttention has what families do around it.
 
 Shapes: B batch, T new tokens, S cached tokens, D hidden, H query heads, G key/value heads, d head_dim of the family,
 P rope pairs, N and V width of a head's position-free key and of its value, K rope channels (R = 2K), r latent rank.
@@ -26,8 +30,8 @@ from .spec import LayerSpec
 class LatentRMSNorm(nn.Module):
     """An RMSNorm that changes nothing: every engine has one here, and a converted latent has none.
 
-    x (mean(x^2) + e)^{-1/2} w with e = 4^k and w = 2^k is x itself, bit by bit, as long as mean(x^2) vanishes beside
-    4^k in the precision at hand.
+    With e = 4^k and w = 2^k, x (mean(x^2) + e)^{-1/2} w is x itself, bit by bit. That holds as long as mean(x^2) is
+    negligible beside 4^k in the precision at hand.
     """
 
     def __init__(self, size: int, exponent: int) -> None:
@@ -45,7 +49,7 @@ class LatentRMSNorm(nn.Module):
 class QueryHeads(nn.Module):
     """The projected query [B,T,..] as heads [B,H,T,N+R]; ``norm`` and ``clip`` come first, then ``maps`` [H,N+R,d].
 
-    Where a family has neither norm nor clip, the maps are part of the projection.
+    If a family has neither norm nor clip, the maps are part of the projection.
     """
 
     def __init__(self, width: int, norm: Any, options: dict[str, Any], maps: tuple[int, int, int] | None) -> None:

@@ -138,7 +138,7 @@ class LatentAttention(ConvertedAttention):
         mask: Tensor | None,
         up: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """W_uk moves to the query and W_uv behind the attention (``up``: both); returns [B,T,H,d]."""
+        """W_uk moves to the query and W_uv after the attention (``up``: both); returns [B,T,H,d]."""
         cached = (latent, rope_key, mask, self.scaling)
         query_latent = self.into_latent(query_nope, up[0])
         context, _ = absorbed_attention(query_latent, query_rope, *cached, softcap=self.spec.softcap, sinks=self.sinks)

@@ -1,9 +1,10 @@
 """What every attention does whose cache holds rows of bytes: codes of what is cached, read a chunk at a time.
 
-One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only.
+One of the modelling files that travel with every converted checkpoint. It needs only torch and transformers.
 
-A layer caches two vectors of coefficients per token, each as a row of bytes: keys before rope and values, or a latent
-and a rope key before rope. A cached token's position is its column, for scores see differences of positions only.
+A layer caches two vectors of coefficients per token, each as a row of bytes. They are keys before rope and values, or a
+latent and a rope key before rope. A cached token's position is its column, because
+scores depend only on differences of positions.
 
 Shapes: B batch, T new tokens, S cached tokens, H query heads, d head_dim, P rope pairs, n coefficients of a token, c
 tokens of a chunk.
@@ -120,7 +121,7 @@ class RowsAttention(ConvertedAttention):
         start, length = (0, query.shape[2]) if rows is None else (rows.start, rows.keys.shape[1])
         mask = score_bias(mask, self.spec, self.config, hidden_states, length, kwargs)
         if rows is not None and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
-            stop = start + query.shape[2]  # a static cache has empty rows behind
+            stop = start + query.shape[2]  # a static cache has empty rows after them
             rows, mask = rows.before(stop), mask if mask is None else mask[..., :stop]
         query = self.framed(query, places, start)
         if rows is not None and self.reads_chunks(query.shape[2], mask):
@@ -179,7 +180,7 @@ class RowsAttention(ConvertedAttention):
         return self.attend_in_chunks(query, rows, self.shown(mask, query.shape[2], rows.keys.shape[1], query.device))
 
     def chunks(self, rows: Rows) -> list[tuple[int, int]]:
-        """First column of every chunk, and the one behind its last."""
+        """First column of every chunk, and the one after its last."""
         batch, length = rows.keys.shape[:2]
         size = max(1, CHUNK // (batch * max(self.key_codec.width, self.value_codec.width)))
         return [(start, min(length, start + size)) for start in range(0, length, size)]

@@ -1,9 +1,9 @@
-"""Attention by the attention map of an earlier layer (arXiv 2407.12866), and the attention that hands its map on.
+"""Attention by the attention map of an earlier layer (arXiv 2407.12866), and the attention that passes its map on.
 
-One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only. A layer
-that uses another's map has no queries and no keys: v_proj [G d,D], o_proj [D,H d], and what its family puts on values
-and outputs. Its cache holds values alone, in the first of the two tensors of a layer of transformers' cache: the length
-of that one is the length of the cache.
+One of the modelling files that travel with every converted checkpoint. It needs only torch and transformers. A layer
+that uses another's map has no queries and no keys. It has v_proj [G d,D], o_proj [D,H d], and what its family puts on
+values and outputs. Its cache holds only values, in the first of the two tensors of a layer of transformers' cache. The
+length of that tensor is the length of the cache.
 
 Shapes: B batch, T new tokens, S cached tokens, D hidden, H query heads, G key/value heads, d head_dim.
 """
@@ -23,14 +23,14 @@ from .heads import attention_weights
 from .shared_spec import SharedSpec
 from .spec import LayerSpec
 
-MAPS = "attention_maps"  # the argument by which layers are handed the maps of their forward pass
+MAPS = "attention_maps"  # the argument by which layers get the maps of their forward pass
 
 
 class AttentionMap(NamedTuple):
     """How much each new token attends to each cached one.
 
-    Said by queries [B,H,T,d] and keys [B,G,S,d] after rope, for fused kernels; of one new token by its ``weights``
-    [B,H,1,S], so that no layer forms its scores again.
+    For fused kernels it is given by queries [B,H,T,d] and keys [B,G,S,d] after rope. For one new token it is given by
+    ``weights`` [B,H,1,S], so that no layer forms its scores again.
     """
 
     query: Tensor
@@ -69,7 +69,7 @@ class AttentionMaps:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         if layer not in self.made:
-            raise ValueError(f"layer {layer} handed on no attention map")
+            raise ValueError(f"layer {layer} passed on no attention map")
         return self.made[layer]
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from anymla.account import account, reduced_bytes, told_lengths
 from anymla.methods.cache_coding.explain import coded_layers
 from anymla.methods.mla.duration import spoken
+from anymla.report.units import size
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
@@ -29,16 +30,6 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     for row in rows:
         result.add_row(*(str(cell) for cell in row))
     return result
-
-
-def size(value: float) -> str:
-    """Bytes in the unit that reads best."""
-    unit = "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
 
 
 def _rope(rope: RopeSpec | None, first: AttentionSpec, rotated: int, layers: int) -> str:
@@ -64,7 +55,7 @@ def inspection_table(inspection: Inspection) -> Group:
         ("family", facts.model_type),
         *([("vision-language model", f"text model {facts.text_model_type}; vision stays as it is")] * facts.has_vision),
         ("can be converted", "yes"),
-        ("layers", f"{len(facts.layers)}{f', {kept} without softmax attention stay as they are' if kept else ''}"),
+        ("layers", f"{len(facts.layers)}{f', {kept} without softmax attention stay unchanged' if kept else ''}"),
         ("attention", f"{grouping}: {first.num_heads} heads, {first.num_kv_heads} KV heads, head_dim {first.head_dim}"),
         ("rope", _rope(facts.rope, first, rotated, len(attending))),
         ("biases", f"q, k, v: {_yes(first.qkv_bias)}; output: {_yes(first.output_bias)}"),
@@ -135,9 +126,7 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
         f"processor: {spoken(costs['estimated_seconds'])}.",
     ]
     if costs["kept_layers"]:
-        notes.append(
-            f"Kept as they are, without softmax attention: layers {', '.join(map(str, costs['kept_layers']))}."
-        )
+        notes.append(f"Unchanged, without softmax attention: layers {', '.join(map(str, costs['kept_layers']))}.")
     if any(layer["chosen_on_calibration"] for layer in costs["layers"]):
         notes.append("~ marks a typical split; conversion chooses it per layer on calibration text.")
     return Group(table(costs["model"], columns, rows), *(Text(note) for note in (*notes, *costs["notes"])))
@@ -191,7 +180,7 @@ def codes_table(planned: Mapping[str, Any]) -> Group:
     cache, once = planned["cache_bytes_per_token"], planned["cache_bytes_once"]
     exact = f", and {size(once)} once for exact tokens" if once else ""
     notes = [
-        "Numbers that a token keeps, their mean bits and bytes; multiply-adds of one decoded token per cached one.",
+        "Per layer: numbers per token, their average bits, and bytes; multiply-adds of one new token per cached one.",
         f"Cache per token{_while_short(planned)}: {size(cache['before'])} -> {size(cache['after'])}{exact}"
         f"{_at_lengths(planned['cache_bytes_at'])}.",
         "Bits and axes are those of typical layers; conversion chooses them on calibration text.",

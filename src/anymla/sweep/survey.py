@@ -1,8 +1,8 @@
 """Gathers on calibration text what a method asks of the original's layers; goes on where it was stopped.
 
-Forwards, the stream of hidden states moves on layer by layer, as in a conversion. Backwards, it moves through all
-layers first, and what it was before each is kept in a file; then each layer is run again, from the last to the first,
-and the gradient of the final loss moves the other way. One layer's weights and activations are held, no more.
+Forwards, the stream of hidden states moves on layer by layer, as in a conversion. Backwards, it first moves through all
+layers, and its state before each goes to a file. Then each layer is run again, from the last to the first, and the
+gradient of the final loss moves the other way. Only one layer's weights and activations are in memory.
 """
 
 from __future__ import annotations

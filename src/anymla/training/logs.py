@@ -68,7 +68,7 @@ class Keep(TrainerCallback):  # type: ignore[misc]
         self.work, self.stage = work, stage
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks for scores behind the last step."""
+        """Asks for scores after the last step."""
         control.should_evaluate |= state.global_step >= state.max_steps
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -94,6 +94,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def rewind_metrics(folder: Path, step: int) -> None:
-    """Removes the lines behind ``step``, from where a stopped run goes on."""
+    """Removes the lines after ``step``, where a stopped run goes on."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
     (folder / METRICS).write_text("".join(kept), encoding="utf-8")

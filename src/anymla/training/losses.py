@@ -1,6 +1,6 @@
-"""What a tuned model is to come near: the original's attention outputs, its logits, or the text itself.
+"""The targets of tuning: the original's attention outputs, its logits, or the text itself.
 
-Every loss is a mean over rows of means over a row's tokens, so that it does not depend on how rows are shared out among
+Every loss is a mean over rows of means over a row's tokens. So it does not depend on how rows are divided among
 processes and parts of a batch. Shapes: B rows, T tokens, D hidden, V vocabulary.
 """
 
@@ -31,7 +31,7 @@ def token_kl(logits: Tensor, reference: Tensor, temperature: float, top_k: int |
     """KL divergence [B,T] of ``logits`` [B,T,V] from the ``reference``'s, times temperature squared, in nats.
 
     The square keeps gradients of one size whatever the temperature (Hinton et al., arXiv 1503.02531). With ``top_k``,
-    the reference's k likeliest tokens count one by one and all others as one: a lower bound of the whole.
+    the reference's k most likely tokens count one by one and all others as one: a lower bound of the whole.
     """
     log_q = (reference.float() / temperature).log_softmax(-1)
     log_p = (logits.float() / temperature).log_softmax(-1)
@@ -54,7 +54,7 @@ def token_loss(logits: Tensor, following: Tensor) -> Tensor:
 
 
 def shares(weight: Tensor) -> Tensor:
-    """What each token's loss counts [B,T] in the mean over rows of means weighted by ``weight`` [B,T]."""
+    """Each token's weight [B,T], if the loss is a mean over rows of means weighted by ``weight`` [B,T]."""
     return weight / weight.sum(-1, keepdim=True).clamp_min(1) / len(weight)
 
 

@@ -63,7 +63,7 @@ class AttentionPairs:
     def _keep_output(self, name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             self.outputs[name] = first(output) - residual_of(args)
-            detached = first(output).detach()  # what comes behind it learns nothing here, and need not be held
+            detached = first(output).detach()  # what comes after it learns nothing here, and need not be held
             return (detached, *output[1:]) if isinstance(output, tuple) else detached
 
         return keep

@@ -9,7 +9,7 @@ HEADING = "\n## Tuned\n"
 
 
 def tuned_card(card: str, report: Recovery) -> str:
-    """The converted model's README.md, extended by what tuning did; that of an earlier tuning stays."""
+    """The converted model's README.md with a section on this tuning. The section of an earlier tuning stays."""
     tuning = report.tuning
     rows = "\n".join(
         f"| {name} | {quality.perplexity:.4g} | {quality.kl:.4g} |"
@@ -19,7 +19,7 @@ def tuned_card(card: str, report: Recovery) -> str:
     return f"""{card.rstrip()}
 {HEADING}
 By anymla {report.anymla_version}, on {report.tokens:,} tokens of {texts},
-`--train {tuning.train}`. All settings are in `tuning.yaml`, the course of it in `metrics.jsonl` and `loss.png`.
+`--train {tuning.train}`. All settings are in `tuning.yaml`. Its progress is in `metrics.jsonl` and `report.html`.
 On held-out text, where the original has a perplexity of {report.original_perplexity:.4g}:
 
 | | perplexity | KL to the original |

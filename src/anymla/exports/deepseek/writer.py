@@ -109,7 +109,9 @@ def _check_model(source: Converted) -> None:
 def _check_layer(source: Converted, layer: Layer) -> None:
     place = f"{source.folder}: layer {layer.index}"
     if others := [name for name in BEYOND if getattr(layer.spec, name)]:
-        raise UnsupportedModelError(f"{place} has {others[0]}, which DeepSeek's attention has not: export --to vllm")
+        raise UnsupportedModelError(
+            f"{place} has {others[0]}, which DeepSeek's attention does not have: export --to vllm"
+        )
     if layer.spec.rope_table not in ("halves", "repeated", "either"):
         raise UnsupportedModelError(f"{place} has no rope that DeepSeek's attention has: export --to vllm")
     for name, what in (("q_proj", "queries"), ("kv_a_proj_with_mqa", "keys or the latent"), ("o_proj", "output")):

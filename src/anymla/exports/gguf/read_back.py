@@ -43,7 +43,7 @@ def _read(deepseek: Path, config: Mapping[str, Any], file: Path) -> dict[str, Te
     stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     weights = file_weights(deepseek, config)
     if others := stored.keys() ^ {weight.name for weight in weights}:
-        raise ParityError(f"{file.name} lacks, or has too much, the tensor {min(others)}; nothing was written")
+        raise ParityError(f"{file.name} has a missing or an extra tensor: {min(others)}; nothing was written")
     found = {}
     for weight in weights:
         tensor, expected = stored[weight.name], weight.read().float()

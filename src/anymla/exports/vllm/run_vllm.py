@@ -1,4 +1,4 @@
-"""vLLM on one model folder, by any Python that has it: a JSON object on stdin, one on stdout behind a marker.
+"""vLLM on one model folder, by any Python that has it: a JSON object on stdin, one on stdout after a marker.
 
 In:  model (a folder), dtype, trust (whether its code may run), length (most tokens of a sequence), prompts (lists of
      ids), new (how many tokens to add to each, greedily).

@@ -135,10 +135,10 @@ def check_model(source: Converted, config: Any) -> None:
 def _check_layer(where: str, layer: Layer, config: Any, model: Any) -> None:
     for feature, what in REFUSED.items():
         if getattr(layer.spec, feature):
-            raise UnsupportedModelError(f"{where} {what}, which vLLM's latent attention has not")
+            raise UnsupportedModelError(f"{where} {what}, which vLLM's latent attention does not have")
     window = model.get_submodule(layer.module).sliding_window
     if window is not None and window < getattr(config, "max_position_embeddings", window + 1):
-        raise UnsupportedModelError(f"{where} a window of {window} tokens, which vLLM's latent attention has not")
+        raise UnsupportedModelError(f"{where} a window of {window} tokens, which vLLM's latent attention does not have")
     if (heads := layer.spec.num_heads) != config.num_attention_heads:
         raise UnsupportedModelError(
             f"{where} {heads} query heads and not {config.num_attention_heads}; vLLM wants one number"

@@ -118,7 +118,7 @@ def _merged(
     whole: Mapping[str, Stored],
     extra: Mapping[str, str],
 ) -> Iterator[tuple[str, Tensor]]:
-    """The source's tensors with their changes; a tensor that was tied comes behind the one it was tied to."""
+    """The source's tensors with their changes; a tensor that was tied comes after the one it was tied to."""
 
     def changed(name: str, tensor: Tensor) -> Tensor:
         if (new := whole.get(name)) is not None:

@@ -49,7 +49,9 @@ def plain_source(source: Located, *, beside: Path | None = None) -> Iterator[Pla
         except OSError as error:
             if isinstance(error, AnymlaError):
                 raise
-            raise OutputError(f"{source.name} could not be made plain: {' '.join(str(error).split())}") from error
+            raise OutputError(
+                f"{source.name} could not be converted to plain weights: {' '.join(str(error).split())}"
+            ) from error
         try:
             yield Plain(folder=folder, commit=commit_of(source.base), notes=notes)
         except AnymlaError as error:  # names what the user gave, not what is gone by now

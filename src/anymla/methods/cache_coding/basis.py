@@ -104,8 +104,8 @@ def in_blocks(moments: Moments, blocks: int, basis: Callable[[Moments], Basis]) 
 def axes(moments: Moments) -> Basis:
     """Principal axes in the Fisher metric, by falling energy.
 
-    With R = F^(1/2) and R C R = U L U^T the encoder is R U: errors of z cost their squares, and L is what the
-    coefficients carry, uncorrelated: the Karhunen-Loeve transform of x R.
+    With R = F^(1/2) and R C R = U L U^T, the encoder is R U, the Karhunen-Loeve transform of x R. Coefficients are
+    uncorrelated, L is their energy, and errors of z cost their squares.
     """
     root, inverse = _roots(moments.fisher)
     axes = torch.linalg.eigh(root @ moments.covariance @ root)[1].flip(1)
@@ -113,10 +113,10 @@ def axes(moments: Moments) -> Basis:
 
 
 def channels(moments: Moments, pairs: int, kv_heads: int) -> Basis:
-    """The same within each rope frequency, by complex axes across heads, which commute with rope.
+    """Axes in the Fisher metric within each rope frequency: complex ones across heads, which commute with rope.
 
     F and C of a frequency's pairs are replaced by the parts that commute with rope, hermitian matrices [G,G]. Then
-    every channel is turned by the phase that makes the product of its two parts' energies least. Dims without rope have
+    every channel is rotated by the phase with the least product of its two parts' energies. Dims without rope have
     axes of their own. Coefficients are [real parts of the channels | imaginary parts | axes of the rest].
     """
     width = len(moments.mean)

@@ -51,7 +51,7 @@ class EnergySurvey(KeyValueSurvey):
 
 
 def latent_bases(facts: dict[str, Any]) -> tuple[Basis, Basis]:
-    """Axes of a layer's latent, about zero, for a mean stays in it; and the channels of its rope key as they are."""
+    """Axes of a layer's latent, about zero, because a mean stays in it, and the channels of its rope key unchanged."""
     latent, rope_key = (_moments(facts, kind).about_zero() for kind in ("key", "value"))
     return axes(latent), single_channels(rope_key)
 

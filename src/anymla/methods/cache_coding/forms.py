@@ -55,7 +55,7 @@ class Form:
 
 
 def forms(attention: AttentionSpec, decode_cost: float | Literal["any"]) -> tuple[list[Form], list[Form]]:
-    """Forms of keys, and of values, that are worth a try."""
+    """Forms of keys, and of values, that are to be tried."""
     heads, size = attention.num_kv_heads, attention.num_kv_heads * attention.head_dim
     if decode_cost == "any":
         return [Form(AXES if attention.rope_pairs else CHANNELS, heads)], [Form(AXES, heads)]

@@ -28,40 +28,43 @@ class Surveyed(BaseModel):
 class KVQuant(LayerMethod):
     """Settings of a cache that is quantised as KVQuant does it.
 
-    Keys are coded before rope, with a static range per channel; values with a range per token. All channels of a layer
-    share one table of levels for keys and one for values, by k-means that the Fisher information weights. The numbers
-    outside the ranges and the first tokens are kept apart. After the step mla the latent and the rope key, before rope,
-    are coded instead, both as keys are.
+    Keys are coded before rope, with a static range per channel. Values have a range per token. All channels of a layer
+    share one table of levels for keys and one for values. The levels come from k-means, weighted by the Fisher
+    information. Outliers and the first tokens are stored exactly. After the step mla, the latent and the rope key
+    before rope are coded instead, both like keys.
 
-    Deviations from the paper: every token has the same number of outliers, those farthest from their levels, so that
-    all rows of the cache are equally long; the paper's are those outside the range. With ``q_norm`` codes are chosen by
-    the changed levels. Batches, padding and grouped-query attention work, which the paper's code refuses.
+    Deviations from the paper: every token has the same number of outliers, so that all rows of the cache are equally
+    long. They are the numbers farthest from their levels. The paper's are those outside the range. With ``q_norm``,
+    codes are chosen by the changed levels. Batches, padding and grouped-query attention work. The paper's code refuses
+    them.
     """
 
     name: ClassVar[str] = "kvquant"
     paper: ClassVar[Paper] = KVQUANT
     phase: ClassVar[Phase] = Phase.CACHE
-    summary: ClassVar[str] = "keys before rope and values in 2 to 8 bits: non-uniform levels, outliers kept apart"
+    summary: ClassVar[str] = "keys before rope and values in 2 to 8 bits: non-uniform levels, exact outliers"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
     excludes: ClassVar[tuple[str, ...]] = ("transform_coding",)
 
     bits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(
-        4, description="Bits of every key and value; 16 keeps them as they are, in the model's own dtype."
+        4, description="Bits of every key and value. 16 leaves them in the model's own dtype."
     )
     codec: Literal["nuq", "int", "fp8"] = Field(
         "nuq",
-        description="nuq: levels fitted to the text, outliers apart. int (4 or 8 bits) and fp8 (8 bits): the grids "
-        "that engines have, with a scale per token and block and nothing else.",
+        description="nuq: levels fitted to the text, and exact outliers. int (4 or 8 bits) and fp8 (8 bits): the grids "
+        "of engines, with a scale per token and block and nothing else.",
     )
-    block: int = Field(32, ge=1, le=MOST, description="Numbers that share a scale, of int and fp8.")
+    block: int = Field(32, ge=1, le=MOST, description="Numbers that share a scale, for int and fp8.")
     sparse: float = Field(
-        0.01, ge=0, le=0.25, description="Share of a token's numbers that are kept in 16 bits, each with its index."
+        0.01, ge=0, le=0.25, description="Share of a token's numbers that stay in 16 bits, each with its index."
     )
     first_tokens: int = Field(
-        4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
+        4, ge=0, le=1024, description="Tokens at the start of every text that stay exact, for a constant size."
     )
     q_norm: bool | None = Field(
-        None, description="Move the levels so that mean and deviation stay. Default: as in the paper, at 2 bits."
+        None,
+        description="Move the levels so that mean and deviation stay the same. Default: only at 2 bits, as in the "
+        "paper.",
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
 

@@ -34,17 +34,20 @@ SAMPLE = 8192  # tokens to fit tables on
 class KeyValueSurvey(Survey):
     """Moments of keys and of values, and of the loss's gradients with respect to them, per layer.
 
-    The facts of a layer, for "key" and for "value": "key_mean" [Gd], "key_covariance" and "key_fisher" [Gd,Gd],
-    float64, "key_sample" and "key_gradients" [N,Gd] of the same tokens, float32; "tokens", how many were summed; and of
-    the layer's rope "inv_freq" [P] and "rope_scale" (rope.py).
+    The facts of a layer, for "key" and for "value":
 
-    The Fisher matrix is E[g g^T] of one token's gradient g of the window's whole negative log-likelihood, in nats: an
-    error of covariance D in every key costs about tr(F D) / 2 nats of KL per token. That holds for errors that are
-    small and independent, and for text that is like the model's own; it compares keys, values and layers.
+    - "key_mean" [Gd], "key_covariance" and "key_fisher" [Gd,Gd], float64
+    - "key_sample" and "key_gradients" [N,Gd] of the same tokens, float32
+    - "tokens", how many were summed
+    - of the layer's rope "inv_freq" [P] and "rope_scale" (rope.py)
+
+    The Fisher matrix is E[g g^T]. Here g is one token's gradient of the window's whole negative log-likelihood, in
+    nats. An error of covariance D in every key costs about tr(F D) / 2 nats of KL per token. That holds for errors that
+    are small and independent, and for text that is like the model's own. It compares keys, values and layers.
 
     Args:
-        first_tokens: how many of every window are left out: those that are kept exactly.
-        exact_window: latest tokens that each query sees exactly: what it makes of these counts in no gradient.
+        first_tokens: how many of every window are left out, because they stay exact.
+        exact_window: latest tokens that each query sees exactly. Their part counts in no gradient.
         sample: most tokens in the samples, of all processes.
     """
 
@@ -65,10 +68,10 @@ class KeyValueSurvey(Survey):
 class KeyValueSums:
     """Sums of keys, values and their gradients while a layer runs forwards and back.
 
-    Every family's keys are made in its own way. So the layer runs with our attention at full budget, which is exact:
-    what it would cache are the keys and values themselves, in another order. With an exact window near keys and values
-    come from beside the cache, so the gradients with respect to what is cached are of far queries alone. A layer with
-    latent attention runs as it is: its "keys" are the latent, its "values" the rope key.
+    Every family's keys are made in its own way. So the layer runs with our attention at full budget, which is exact.
+    Its cache would hold the keys and values themselves, in another order. With an exact window, near keys and values do
+    not come from the cache. So gradients with respect to the cache come from far queries alone. A layer with latent
+    attention runs unchanged: its "keys" are the latent, its "values" the rope key.
     """
 
     def __init__(self, layer: Layer, first_tokens: int, exact_window: int, sample: int) -> None:
@@ -111,7 +114,7 @@ class KeyValueSums:
         self.layer.module.set_submodule(self.path, self.original)
         tokens = round(all_sum_number(self.tokens, self.layer.original.device))
         if self.rope.found is None:
-            raise ValueError(f"layer {self.layer.index} was shown no window")
+            raise ValueError(f"layer {self.layer.index} got no window")
         inv_freq, rope_scale = self.rope.found
         found: dict[str, Any] = {"tokens": tokens, "inv_freq": inv_freq, "rope_scale": rope_scale}
         for kind, sums in self.sums.items():

@@ -22,16 +22,16 @@ WINDOW = 16  # latest tokens that are seen exactly, unless the settings say so
 
 
 class TransformCoding(LayerMethod):
-    """Settings of a cache of codes whose bases and bits come from one rate-distortion problem over all layers.
+    """Settings of a cache of codes. One rate-distortion problem over all layers gives the bases and bits.
 
-    After the step mla the latent is coded in its principal axes, the rope key, before rope, in its channels. What
-    decoding then costs was decided there: ``decode_cost`` says nothing.
+    After the step mla, the latent is coded in its principal axes. The rope key is coded before rope, in its channels.
+    That step has then decided the cost of decoding, and ``decode_cost`` has no effect.
     """
 
     name: ClassVar[str] = "transform_coding"
     paper: ClassVar[Paper] = TRANSFORM_CODING
     phase: ClassVar[Phase] = Phase.CACHE
-    summary: ClassVar[str] = "keys and values in axes that a few bits hold well, bits by what an error costs the model"
+    summary: ClassVar[str] = "keys and values in a few bits each: more bits for the axes whose errors cost more"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
     excludes: ClassVar[tuple[str, ...]] = ("kvquant",)
 
@@ -39,22 +39,22 @@ class TransformCoding(LayerMethod):
         0.125,
         gt=0,
         le=1,
-        description="Share of the bytes that the original's KV cache has in 16 bits, 0 < x <= 1; 1 codes nothing.",
+        description="Share of the bytes that the original's KV cache has in 16 bits, 0 < x <= 1. 1 codes nothing.",
     )
     decode_cost: float | Literal["any"] = Field(
         2.0,
-        description="Most multiply-adds per cached token and layer at decode, over those of the original attention; "
-        "bases then mix few heads. any: no limit, so that keys are rebuilt from the best axes of all heads.",
+        description="Most multiply-adds per cached token and layer at decode, as a multiple of the original "
+        "attention's. Bases then mix few heads. any: no limit, and keys are rebuilt from the best axes of all heads.",
     )
     first_tokens: int = Field(
-        4, ge=0, le=1024, description="Tokens at the start of every text that are kept exactly, for a constant size."
+        4, ge=0, le=1024, description="Tokens at the start of every text that stay exact, for a constant size."
     )
     exact_window: int | None = Field(
         None,
         ge=0,
         le=MOST,
-        description="Latest tokens that each query sees exactly, 2 or more, at a constant size; 0: none. Default: 16, "
-        "after mla none.",
+        description="Latest tokens that each query sees exactly, 2 or more, at a constant size. 0: none. Default: 16, "
+        "or none after mla.",
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(

@@ -81,7 +81,7 @@ def share(layer: Layer, method: KVHeads, observed: Any) -> Changed:
     source = read_attention(original, old, layer.family, layer.config)
     if not source.spec.linear_values or source.spec.gate or source.spec.output_norm is not None:
         raise UnsupportedModelError(
-            f"layer {layer.index}: a norm, clip or gate stands between its values and its output projection"
+            f"layer {layer.index}: a norm, clip or gate comes between its values and its output projection"
         )
     moments = observed.moments() if isinstance(observed, HeadSums) else weight_moments(source)
     group, pairs = old.num_kv_heads // kept, 0 if method.variant == "post" else old.rope_pairs

@@ -11,7 +11,7 @@ OWN = "take variant: post or values, which have an attention of their own"
 def kv_heads_refusal(model: ModelSpec, variant: str, grouping: str) -> str | None:
     """Why heads of ``model`` cannot be shared as ``variant`` says, or None."""
     if any(layer.kind is not None for layer in model.layers):
-        return "its attention is no stock one any more: put kv_heads before the step that changed it"
+        return "its attention is not stock any more: put kv_heads before the step that changed it"
     family, attention = FAMILIES[model.text_model_type], [*model.attention_layers.values()]
     if len({each.num_kv_heads for each in attention}) > 1:
         return "its layers have different numbers of KV heads"

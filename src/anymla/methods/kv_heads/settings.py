@@ -24,29 +24,28 @@ STOCK = ("freq", "mean")  # variants whose checkpoints are stock ones
 class KVHeads(LayerMethod):
     """Settings of a model with fewer KV heads.
 
-    The KV heads of a group share one: keys and values are put into the principal components of what the group's heads
-    hold on calibration text, as many numbers as one head has. Query projections and the output projection of all of
-    the group's query heads take in what brings them back, so scores and outputs are what they were but for the
-    components that are left out. Biases are in what is analysed, and no mean is taken off. A model that has fewer KV
-    heads than query heads already can be given fewer still.
+    The KV heads of a group share one. Its keys and values are principal components of those of the group on calibration
+    text, as many numbers as one head has. The query projections and the output projection of the group absorb the map
+    back. So scores and outputs lose only the components that are left out. Biases take part in the analysis, and it is
+    not centred. A model that already has fewer KV heads than query heads can get fewer still.
 
-    - ``freq``: keys are mixed within one rope frequency only, as complex numbers, which commutes with rope. The result
-      is a stock checkpoint: another ``num_key_value_heads``, and nothing of anymla's.
-    - ``post``: keys are compressed after rope, as in the paper. The attention is anymla's own, the cache as small.
-    - ``values``: values alone, for models whose keys have a norm. The attention is anymla's own; keys stay whole.
-    - ``mean``: means of the group's key and value weights, without compensation (Ainslie et al., arXiv 2305.13245). It
-      is the baseline, a stock checkpoint too, and needs training.
+    - ``freq`` mixes keys within one rope frequency only, as complex numbers, which commutes with rope. The result is a
+      stock checkpoint: only its ``num_key_value_heads`` is new.
+    - ``post`` compresses keys after rope, as in the paper. The attention is anymla's own, and the cache is as small.
+    - ``values`` changes values alone, for models whose keys have a norm. The attention is anymla's own.
+    - ``mean`` takes means of the group's key and value weights, without compensation (Ainslie et al., arXiv
+      2305.13245). It is the baseline, a stock checkpoint too, and needs training.
 
-    Deviations from the paper: ``freq`` is anymla's own and the default, for it is stock and loses less than the paper's
-    ``post`` on a small model. Errors are weighed by the queries and output weights that read them (``weighting: none``:
-    the paper's plain components). Groups may be of heads that are alike (``grouping: overlap``). The paper trains the
-    result with LoRA: the step ``tune`` can follow.
+    Deviations from the paper: ``freq`` is anymla's own. It is the default, because it is stock and loses less than the
+    paper's ``post`` on a small model. Errors are weighted by the queries and output weights that read them. With
+    ``weighting: none`` components are the paper's plain ones. ``grouping: overlap`` groups heads that are alike. The
+    paper trains the result with LoRA. Here the step ``tune`` can follow.
     """
 
     name: ClassVar[str] = "kv_heads"
     paper: ClassVar[Paper] = Paper(title="Effectively Compress KV Heads for LLM", arxiv="2406.07056")
     phase: ClassVar[Phase] = Phase.WIDTH
-    summary: ClassVar[str] = "fewer KV heads, in a stock checkpoint: one for each group of them"
+    summary: ClassVar[str] = "fewer KV heads in a stock checkpoint: every group of heads shares one"
     saves: ClassVar[tuple[str, ...]] = ("cache", "weights")
 
     kv_heads: int | None = Field(
@@ -55,16 +54,16 @@ class KVHeads(LayerMethod):
     kv_cache: float | None = Field(
         None, gt=0, le=1, description="Share of the KV cache's bytes to keep, 0 < x <= 1. Default: 0.5."
     )
-    variant: Variant = Field("freq", description="What is shared: freq, post, values or mean, as said above.")
+    variant: Variant = Field("freq", description="What is shared: freq, post, values or mean, as described above.")
     svd: Literal["activations", "weights"] = Field(
         "activations", description="Components of keys and values on calibration text, or of the weights alone."
     )
     weighting: Literal["energy", "none"] = Field(
         "energy",
-        description="Weigh errors by the queries and output weights that read them; none: all alike, as in the paper.",
+        description="Weight errors by the queries and output weights that read them; none: all equal, as in the paper.",
     )
     grouping: Literal["adjacent", "overlap"] = Field(
-        "adjacent", description="Groups of neighbours, or of heads that hold the most in common."
+        "adjacent", description="Groups of neighbours, or of heads that have the most in common."
     )
 
     @model_validator(mode="after")

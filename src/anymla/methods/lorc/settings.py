@@ -35,17 +35,23 @@ class LayerRank(BaseModel):
 class LoRC(SweptMethod):
     """Settings of a cache of low rank that is made without any text, and without training.
 
-    W_k = U S V^T of all heads, and W_v, are cut after r_l numbers. The cache holds these of keys before rope and of
-    values. Keys are rebuilt and turned when they are read; the second factor of values is applied behind attention.
+    W_k = U S V^T of all heads, and W_v, are cut after r_l numbers. The cache holds these numbers of values, and of keys
+    before rope. Keys are rebuilt and rotated when they are read. The second factor of values is applied after
+    attention.
 
-    Deviations from the paper: ranks are by default the same in all layers, which loses less than the paper's
-    ``progressive`` ones where the model stays of use (docs/benchmarks.md). Those fall from the first layer to the last
-    by cumulative condition numbers: nearly a straight line in depth. A condition number is the largest singular value
-    over that at which 99.9 % of the energy is reached, for the smallest one of a trained matrix is noise. A byte budget
-    takes the place of r_max and r_min. The paper does not say how rope is treated; with ``rope: partial`` pairs evenly
-    spaced over the frequencies stay turned, in 0.3 of the cache. Keys that are normalised are encoded behind their
-    norm, in axes of the weights times its gain. Axes are by default those of keys and values on random tokens, for
-    singular vectors of weights overlook how large the inputs are (docs/benchmarks.md); ``axes: weights`` takes these.
+    Deviations from the paper:
+
+    - Ranks are by default the same in all layers. As long as the model stays useful, that loses less than the paper's
+      ``progressive`` ranks (docs/benchmarks.md). Those fall from the first layer to the last by cumulative condition
+      numbers, nearly in a straight line.
+    - The condition number is the largest singular value over the one at which 99.9 % of the energy is reached. The
+      smallest one of a trained matrix is noise.
+    - A byte budget replaces r_max and r_min.
+    - The paper does not say how rope is treated. With ``rope: partial``, pairs evenly spaced over the frequencies stay
+      rotated, in 0.3 of the cache.
+    - Keys that are normalised are encoded after their norm, in axes of the weights times its gain.
+    - Axes are by default those of keys and values on random tokens, because singular vectors of weights overlook how
+      large the inputs are (docs/benchmarks.md). ``axes: weights`` takes the singular vectors.
     """
 
     name: ClassVar[str] = "lorc"
@@ -58,21 +64,21 @@ class LoRC(SweptMethod):
     kv_cache: float = Field(0.5, gt=0, le=1, description="Share of the original KV cache's bytes to keep, 0 < x <= 1.")
     ranks: Literal["uniform", "linear", "progressive"] = Field(
         "uniform",
-        description="Ranks over depth: uniform; linear: from the full one down a straight line; progressive: the "
-        "paper's.",
+        description="Ranks over depth. uniform: all equal. linear: from the full rank down a straight line. "
+        "progressive: the paper's.",
     )
     key_share: float = Field(
         0.5, gt=0, lt=1, description="Share of a layer's numbers that its keys get; values get the others."
     )
     axes: Literal["random", "weights"] = Field(
         "random",
-        description="With rope: reconstruct, the axes that are kept: principal ones of keys and values on random "
-        "tokens, or singular vectors of the weights, as in the paper.",
+        description="Axes of the cache, with rope: reconstruct. random: principal axes of keys and values on random "
+        "tokens. weights: singular vectors of the weights, as in the paper.",
     )
     rope: Literal["reconstruct", "partial"] = Field(
         "reconstruct",
-        description="reconstruct: the latent of keys is cached before rope, keys are rebuilt and turned when they are "
-        "read; partial: some pairs of every head stay turned, and the latent of the others is read as it is.",
+        description="reconstruct: the latent of keys is cached before rope. Keys are rebuilt and rotated when they are "
+        "read. partial: some pairs of every head stay rotated, and the latent of the others is read directly.",
     )
 
     def refuses(self, model: ModelSpec) -> str | None:
@@ -147,7 +153,7 @@ class LoRC(SweptMethod):
         return by_condition([sum(fact["condition"]) for fact in known])
 
     def _least(self, spec: AttentionSpec, step: int) -> int:
-        """The smallest rank of keys, and of values: with partial rope there is a turned pair of every head beside."""
+        """The smallest rank of keys, and of values. With partial rope, every head has a rotated pair as well."""
         turned = 2 * spec.num_kv_heads * (spec.rope_pairs > 0) if self.rope == "partial" else 0
         return min(max(step, turned), spec.cached_numbers // 2)
 

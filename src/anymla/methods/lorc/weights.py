@@ -61,10 +61,10 @@ def build_low_rank(layer: Layer, spec: CodedSpec, heard: Heard, axes: str) -> Ro
     """The attention of a layer as planned, in axes of what was ``heard``, "random", or of the "weights" alone.
 
     Raises:
-        ValueError: the layer was shown no window.
+        ValueError: the layer got no window.
     """
     if heard.inv_freq is None:
-        raise ValueError(f"layer {layer.index} was shown no window")
+        raise ValueError(f"layer {layer.index} got no window")
     source, sides = source_of(layer), []
     weights, means = key_and_value(source), means_of(source)
     for place, coding in enumerate((spec.keys, spec.values)):
@@ -77,7 +77,7 @@ def build_low_rank(layer: Layer, spec: CodedSpec, heard: Heard, axes: str) -> Ro
 
 
 def means_of(source: SourceAttention) -> tuple[Tensor, Tensor]:
-    """Biases [n] of keys and of values, which cost no rank; behind a norm there are none of keys."""
+    """Biases [n] of keys and of values, which cost no rank. With a norm there are none of keys."""
     weights = source.weights
     return (weights.key_bias * (not weights.key_norm)).flatten(), weights.value_bias.flatten()
 

@@ -46,7 +46,7 @@ def bridged(
 ) -> MfaAttention:
     """Factorised attention that computes what ``latent`` does, exactly where ``mfa`` names no query rank.
 
-    ``gram`` [D+1,D+1]: moments of its input with a 1 behind it, by which queries of low rank are chosen. Where
+    ``gram`` [D+1,D+1]: moments of its input with a 1 after it, by which queries of low rank are chosen. Where
     values have numbers of their own, the latent's first r - V must make keys alone, and the last V values alone.
     """
     like = next(latent.parameters())

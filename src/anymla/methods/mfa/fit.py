@@ -29,9 +29,9 @@ def fit_layer(settings: MFA, layer: Layer, observed: AttentionObserver) -> Chang
     """Puts the factorised attention that loses least in the place of the layer's own."""
     measured = observed.measured()
     fit = MfaFit(settings, layer, measured)
-    attention = fit.best()
-    changed = Changed(spec=fit.spec(attention), result=asdict(fit.result(attention)))
-    layer.module.set_submodule(layer.attention_path, attention)
+    best = fit.best()
+    changed = Changed(spec=fit.spec(best.attention), result=asdict(fit.result(best)))
+    layer.module.set_submodule(layer.attention_path, best.attention)
     measured.close()
     return changed
 
@@ -74,7 +74,7 @@ class MfaFit(LayerFit):
 
     @cached_property
     def _gram(self) -> Tensor:
-        """Moments [D+1,D+1] of the input with a 1 behind it, on the windows to fit on."""
+        """Moments [D+1,D+1] of the input with a 1 after it, on the windows to fit on."""
         total: Tensor | None = None
         for batch in self.measured.inputs.split(self.layer.batch, self.layer.windows.fit):
             states = pad(batch.flatten(0, 1).double(), (0, 1), value=1.0)

@@ -17,7 +17,7 @@ def low_rank_queries(
     """Factors of all heads' queries: S_q [Cq,D], its bias [Cq], and Q [H C,Cq], the best of rank ``rank``.
 
     ``query`` [H C,H d] reads what ``projection``, a Linear with a bias, makes of x. ``gram`` [D+1,D+1]: moments of x
-    with a 1 behind it, under which the error is least; None: the identity. Exact from rank min(D + 1, H d) on.
+    with a 1 after it, under which the error is least; None: the identity. Exact from rank min(D + 1, H d) on.
     """
     weight = projection.weight
     bias = weight.new_zeros(len(weight)) if projection.bias is None else projection.bias

@@ -25,16 +25,17 @@ SHARE = 0.25  # of the cache, where nothing is said
 class MFA(LayerMethod):
     """Settings of attention with one wide head of keys and values for all heads of queries.
 
-    After the step `mla`, with ``key_reuse``, it rewrites latent attention as MFA-KR: exactly, with the same cache.
+    After the step `mla`, with ``key_reuse``, it rewrites latent attention as MFA-KR, exactly and with the same cache.
     Every head then has large query and output matrices of its own, which `tune` can train. Without `mla` before it, it
     converts the original. The weights grow: the queries' matrices are H C by H d, for C cached numbers.
 
-    At the same bytes MFA is MFA-KR with zeros in its queries and outputs, so that ``key_reuse`` loses less.
+    At the same bytes, MFA is MFA-KR with zeros in its queries and outputs. So ``key_reuse`` loses less.
 
-    Deviations from the paper, which trains from scratch: only the channels that rope needs most are rotated, and values
-    read the others, so that the cache holds each number once; the original's scale of scores stays; no norm stands in
-    the queries unless the original has one there; the value map of key reuse is folded into the output projection, and
-    ``value_gate`` starts a new one.
+    Deviations from the paper, which trains from scratch:
+
+    - Only the channels that rope needs most are rotated. Values read the others, so the cache holds each number once.
+    - The original's scale of scores stays. Queries have a norm only if the original has one there.
+    - The value map of key reuse is folded into the output projection. ``value_gate`` starts a new one.
     """
 
     name: ClassVar[str] = "mfa"
@@ -51,14 +52,14 @@ class MFA(LayerMethod):
         description=f"Share of the original KV cache's bytes to keep, 0 < x <= 1. Default: {SHARE}; after mla its own.",
     )
     key_reuse: bool = Field(
-        False, description="MFA-KR: the keys without rope are the values too. Else values have numbers of their own."
+        False, description="MFA-KR: the keys without rope are the values too. Otherwise values have their own numbers."
     )
     query_rank: int | None = Field(
         None,
         ge=1,
         le=MOST,
-        description="Numbers of which the queries of all heads are made (the paper's Cq). Default: exact, as many as "
-        "the original's queries have.",
+        description="How many numbers the queries of all heads are made of (the paper's Cq). Default: as many as the "
+        "original's queries have, which is exact.",
     )
     value_gate: bool = Field(
         False,

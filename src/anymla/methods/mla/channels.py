@@ -1,9 +1,9 @@
 """Rope channels: which complex numbers of the keys keep their rotation (docs/mathematics.md, 'Rope channels').
 
 Shapes: G kv heads of d dims, P rope pairs in each (the rest of a head is not rotated), K channels, H query heads.
-With z_f(t) in C^G the pair of frequency f of every kv head, channel j is s_j = sum_g encode[j,g] z_{f_j,g}, rotates
+z_f(t) in C^G is the pair of frequency f of every kv head. Channel j is s_j = sum_g encode[j,g] z_{f_j,g}. It rotates
 with theta_{f_j}, and gives kv head g back the part decode[j,g] s_j of its pair f_j. A channel may be folded over m
-frequencies that are taken for equal (TransMLA): it then has m entries, j, j + K, .., and rotates with the first one's.
+frequencies that are treated as equal (TransMLA). It then has m entries, j, j + K, .., and rotates with the first one's.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ RUNTIME_BYTES = 500 << 20  # Python, torch and transformers themselves
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Attention weights of one layer, and floating point operations of one decoded token behind 4096 others.
+    """Attention weights of one layer, and floating point operations of one decoded token after 4096 others.
 
     A layer with a sliding window or chunks looks at no more of them than it sees.
     """

@@ -38,7 +38,7 @@ class LatentProblem:
 
     @cached_property
     def bias(self) -> Tensor:
-        """The constant part of y [2Gd] that the projections' biases make; behind a key norm there is none for keys.
+        """The constant part of y [2Gd] that the projections' biases make; with a key norm there is none for keys.
 
         Zero where constants do not cancel (``centred``), as is ``weighted_mean``: the latent then carries them.
         """

@@ -32,8 +32,8 @@ Rank = Annotated[int, Field(gt=0, le=MOST)]
 class LayerPlan(BaseModel):
     """One layer: cached numbers per token, and how they split into 2K rope dims and the latent rank.
 
-    ``rope_dims`` is the total over kv heads. Where it is None, conversion chooses it among ``rope_choices``; so also
-    ``rope_step``, where the recipe's target has a grid.
+    ``rope_dims`` is the total over kv heads. If it is None, conversion chooses it among ``rope_choices``. It also
+    chooses ``rope_step`` if the recipe's target has a grid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -70,7 +70,7 @@ def check_settings(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
         raise RecipeError(f"--ranks {recipe.ranks} gives every layer a rank of its own: leave --kv-rank out")
     if recipe.static_qk_norm and not LIMITS[recipe.target].grid:
         targets = listed(GRID_TARGETS, "and")
-        raise RecipeError(f"--static-qk-norm is for --target {targets}: others keep the norms as they are")
+        raise RecipeError(f"--static-qk-norm is for --target {targets}: others keep the norms unchanged")
     if recipe.target is not None:
         check_target(recipe.target, model, model_spec, static_norms=recipe.static_qk_norm)
 

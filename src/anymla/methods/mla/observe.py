@@ -35,7 +35,7 @@ class Measured:
     """What one layer's attention is fitted to.
 
     Args:
-        source: the attention that is converted, without what the target has no room for.
+        source: the attention that is converted, without what the target cannot hold.
         moments: of its queries, keys and values on the windows to fit on.
         inputs: what it reads once the layers below are converted [N,T,D].
         target: what it should add to the residual stream then [N,T,D]: what the original adds to its own, plus what the
@@ -171,7 +171,9 @@ class AttentionObserver:
         )
         pairs = spec.rope_pairs
         if isinstance(rope, tuple) and pairs and rope[0].shape[-1] not in (pairs, 2 * pairs):
-            raise UnsupportedModelError(f"rope turns {rope[0].shape[-1]} dims of a head, config.json means {2 * pairs}")
+            raise UnsupportedModelError(
+                f"rope turns {rope[0].shape[-1]} dims of a head, but config.json says {2 * pairs}"
+            )
         cos, sin = rope_tables(spec.rope_table, pairs, rope, positions, inputs, self.layer.config)
         mask = score_bias(mask, spec, self.layer.config, inputs, inputs.shape[1], rest)
         if mask is None and not getattr(self.attention, "is_causal", True):  # PaliGemma's, which sees all of a prompt

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from anymla.errors import AnymlaError
 from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from anymla.methods.mla.observe import AttentionObserver
     from anymla.sweep.layer import Layer
 
+Effort = Literal["quick", "default", "best"]
 if TYPE_CHECKING:
     Rope: TypeAlias = str
     FactorizationName: TypeAlias = str
@@ -42,21 +43,33 @@ def _credited(choices: Mapping[str, RopeChoice | Factorization]) -> str:
     return "; ".join(f"{', '.join(names)} of {title}" for title, names in by.items())
 
 
+EFFORTS: dict[str, dict[str, int]] = {  # docs/choices.md, 'Effort'
+    "quick": {"calibration_tokens": 8192, "reconstruction_steps": 20},
+    "default": {},
+    "best": {"calibration_tokens": 65536, "reconstruction_steps": 300},
+}
+
+
+def _spent(effort: str) -> str:
+    """What an effort sets, in words."""
+    return "{calibration_tokens:,} tokens and {reconstruction_steps} steps".format(**EFFORTS[effort])
+
+
 class MLA(LayerMethod):
-    """Settings of one conversion. Only ``kv_cache`` matters to most users; all else is derived from it."""
+    """Settings of one conversion. Only ``kv_cache`` matters to most users. All else is derived from it."""
 
     name: ClassVar[str] = "mla"
     paper: ClassVar[Paper] = DEEPSEEK
     phase: ClassVar[Phase] = Phase.ATTENTION
-    summary: ClassVar[str] = "multi-head latent attention in place of keys and values of every head"
+    summary: ClassVar[str] = "multi-head latent attention: a small latent replaces the keys and values of every head"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
 
     kv_cache: float = Field(
         0.25,
         gt=0,
         le=1,
-        description="Share of the original KV cache's bytes to keep, 0 < x <= 1. Below a quarter latents lose "
-        "much, and `anymla tune` brings only part of it back.",
+        description="Share of the original KV cache's bytes to keep, 0 < x <= 1. Below a quarter, latents lose "
+        "much, and `anymla tune` recovers only part of it.",
     )
     target: Target | None = Field(
         None,
@@ -80,21 +93,21 @@ class MLA(LayerMethod):
     )
     ranks: RankName = Field(
         "uniform",
-        description="How the budget is spread over layers: uniform; linear: from a full cache in the first layer down "
-        "a straight line; lorc: by condition numbers of the weights; energy: where it keeps most of what layers add; "
-        "fisher: by gradients, as Palu does it. With a target, which has one size for all layers: uniform.",
+        description="How the budget is spread over layers. uniform: the same for all. linear: from a full cache in the "
+        "first layer down a straight line. lorc: by condition numbers of the weights. energy: by how much each layer "
+        "adds. fisher: by gradients, as in Palu. A target has one size for all layers, so it takes uniform.",
     )
     exact_window: int = Field(
         0,
         ge=0,
         le=MOST,
-        description="Keep full keys and values of the last N tokens beside the latent, 2 or more: better by far, for a "
-        "constant size. For transformers only: no engine has room for them. 0: none. Codes keep 16 by default.",
+        description="Keep full keys and values of the last N tokens beside the latent, 2 or more. This is much better, "
+        "for a constant size. It runs in transformers only. 0: none. Codes keep 16 by default.",
     )
     static_qk_norm: bool = Field(
         False,
-        description=f"Let --target {listed(GRID_TARGETS, 'and')} take models with norms on queries and keys: a fixed "
-        "scale per head, measured on calibration text, stands in for each. This changes the model; the loss is shown.",
+        description=f"Let --target {listed(GRID_TARGETS, 'and')} take models with norms on queries and keys. A fixed "
+        "scale per head, measured on calibration text, replaces each norm. This changes the model. The loss is shown.",
     )
     factorization: FactorizationName = Field(
         "output-aware",
@@ -110,9 +123,21 @@ class MLA(LayerMethod):
         None,
         ge=0,
         le=1_000_000,
-        description="Gradient steps per layer against the original layer's output, after output-aware; 0 for none. "
-        "Default: 300; fewer for a large model, so that a conversion stays short, and at least 99.",
+        description="Gradient steps per layer against the original layer's output, after output-aware; 0: none. "
+        "Default: 300. A large model takes fewer, so that a conversion stays short, but at least 99.",
     )
+    effort: Effort = Field(
+        "default",
+        description="How long a conversion may take: sets calibration_tokens and reconstruction_steps where they are "
+        f"not given. quick: {_spent('quick')}; best: {_spent('best')}, which also try other channels and splits.",
+    )
+
+    @model_validator(mode="after")
+    def _by_effort(self) -> Self:
+        for name, value in EFFORTS[self.effort].items():
+            if name not in self.model_fields_set:
+                self.__dict__[name] = value  # not as if it had been given: another effort may still change it
+        return self
 
     def papers(self) -> tuple[Paper, Paper]:
         """Whose the rope choice and the factorisation are."""
@@ -123,11 +148,11 @@ class MLA(LayerMethod):
         from anymla.methods.mla.layer_plan import check_settings
 
         if any(layer.latent is not None for layer in model.layers):
-            return "it has latent attention already"
+            return "it already has latent attention"
         if any(layer.shared is not None for layer in model.layers):
             return "its layers share attention maps: convert the original instead"
         if any(layer.kind is not None for layer in model.layers):
-            return "its attention is no stock one any more: put mla before the step that changed it"
+            return "its attention is not stock any more: put mla before the step that changed it"
         try:
             check_settings("this model", model, self)
         except AnymlaError as error:
@@ -169,8 +194,8 @@ class MLA(LayerMethod):
 
         measured = observed.measured()
         fit = LayerFit(self, layer, measured)
-        attention = fit.best()
-        changed = Changed(spec=fit.spec(attention), result=asdict(fit.result(attention)))
-        layer.module.set_submodule(layer.attention_path, attention)
+        best = fit.best()
+        changed = Changed(spec=fit.spec(best.attention), result=asdict(fit.result(best)))
+        layer.module.set_submodule(layer.attention_path, best.attention)
         measured.close()
         return changed

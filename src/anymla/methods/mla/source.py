@@ -31,7 +31,7 @@ def without_biases(source: SourceAttention) -> SourceAttention:
 def with_exact_window(source: SourceAttention, tokens: int) -> SourceAttention:
     """``source`` for a layer that keeps the keys and values of its last ``tokens`` beside the latent.
 
-    Where values are no linear map of x, the latent carries their mean, for exact ones cannot be centred.
+    If values are no linear map of x, the latent carries their mean, because exact ones cannot be centred.
     """
     centred = source.weights.centred and source.spec.linear_values
     return replace(source, weights=replace(source.weights, centred=centred), exact_window=tokens)

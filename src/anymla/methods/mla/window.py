@@ -11,7 +11,7 @@ from anymla.modeling.spec import AttentionSpec, ModelSpec
 if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA
 
-HINT = "For transformers alone, --exact-window 64 loses far less: it keeps the last 64 tokens as they are."
+HINT = "For transformers alone, --exact-window 64 loses far less: it keeps the last 64 tokens exactly."
 
 
 def exact_window_of(spec: AttentionSpec, recipe: MLA) -> int:
@@ -43,7 +43,7 @@ def check_exact_window(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
     """Refuses a window where none can be, or where calibration would see nothing beyond it.
 
     Raises:
-        RecipeError: the recipe's target has no room for it.
+        RecipeError: the recipe's target cannot hold it.
         UnsupportedModelError: the model cannot have one.
         InfeasibleError: it is too large for the calibration windows.
     """
@@ -55,7 +55,7 @@ def check_exact_window(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
         )
     if recipe.target is not None:
         raise RecipeError(
-            f"--exact-window is for transformers only: --target {recipe.target} has no room for it, give one of them"
+            f"--exact-window is for transformers only: --target {recipe.target} cannot hold it: give one of them"
         )
     if (reason := window_refusal(model_spec)) is not None:
         raise UnsupportedModelError(f"--exact-window cannot be for {model}: {reason}")

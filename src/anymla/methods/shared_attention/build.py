@@ -92,7 +92,7 @@ def _reordered(source: SourceAttention, order: list[int]) -> SourceAttention:
     """The same layer with its heads in another order; heads of a group stay together.
 
     Raises:
-        UnsupportedModelError: a norm over all heads stands behind them.
+        UnsupportedModelError: a norm over all heads follows them.
     """
     if source.spec.output_norm is not None:
         raise UnsupportedModelError("align_heads: a norm over all heads' outputs knows their order; leave it off")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Search
+from anymla.methods.base import Changed, Chosen, Facts, LayerMethod, Look, Paper, Phase, Plan, Search
 from anymla.methods.shared_attention.spans import (
     can_be_shared,
     is_met,
@@ -41,15 +41,15 @@ class SharedLayer(BaseModel):
 class ShareAttention(LayerMethod):
     """Settings of shared attention maps.
 
-    A shared layer computes values only and weights them by the attention map of an earlier layer, its source. It has no
-    projections of queries and keys and caches no keys. This saves little: sharing 4 of 32 layers takes 6 % off the
-    cache. Other methods lose less at the same bytes, so it is never on by itself.
+    A shared layer computes only values. It weights them by the attention map of an earlier layer, its source. It has no
+    projections of queries and keys, and caches no keys. This saves little: sharing 4 of 32 layers takes 6 % off the
+    cache. Other methods lose less at the same bytes, so no default uses this one.
 
-    Deviations from the paper: spans are chosen by the KL of the whole model, one layer after the other, and not by
-    the similarity of maps. The source is named for every layer: the nearest one before it that has a map of its own and
-    the same heads, rope and window. The paper's code still projects queries in shared layers, and attends without fused
-    kernels. Here prompts run through the same kernels as always, on the source's queries and keys, and a new token
-    weights values by the source's row of probabilities. ``align_heads`` is not in the paper.
+    Deviations from the paper: spans are chosen by the KL of the whole model, layer by layer, and not by the similarity
+    of maps. Every layer names its source. That is the nearest one before it with a map of its own and the same heads,
+    rope and window. The paper's code still projects queries in shared layers, and attends without fused kernels. Here
+    prompts run through the usual kernels, on the source's queries and keys. A new token weights values by the source's
+    row of probabilities. ``align_heads`` is not in the paper.
     """
 
     name: ClassVar[str] = "shared_attention"
@@ -88,7 +88,7 @@ class ShareAttention(LayerMethod):
     def refuses(self, model: ModelSpec) -> str | None:
         """Why this model cannot share attention maps, or these of its layers cannot."""
         if self.spans is None and self.layers is None and self.kv_cache is None:
-            return "it is not told which layers: give spans, layers or kv_cache"
+            return "it needs to know which layers: give spans, layers or kv_cache"
         if (reason := sharing_refusal(model)) is not None:
             return reason
         return None if self.spans is None else spans_refusal(model, self.spans)
@@ -136,13 +136,13 @@ class SpanSearch(Search):
         self.method, self.model = method, model
         self.count = len(latest(model, method.layers, method.kv_cache))
 
-    def candidates(self, chosen: tuple[int, ...]) -> list[int]:
+    def candidates(self, chosen: Chosen, look: Look) -> list[Chosen]:
         """The layers that may be added to ``chosen``; none where these are enough."""
         given = self.method.layers
         done = len(chosen) >= given if given is not None else is_met(self.model, chosen, self.method.kv_cache)
-        return [] if done else [layer for layer in can_be_shared(self.model) if layer not in chosen]
+        return [] if done else [{layer: {}} for layer in can_be_shared(self.model) if layer not in chosen]
 
-    def plan(self, chosen: tuple[int, ...]) -> Plan:
+    def plan(self, chosen: Chosen) -> Plan:
         """What the model is where these are shared."""
         return sharing_plan(self.model, dict.fromkeys(chosen))
 

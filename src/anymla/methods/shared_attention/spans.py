@@ -14,13 +14,13 @@ PROTECTED = (2, 2)  # first and last layers that a search leaves alone
 def sharing_refusal(model: ModelSpec) -> str | None:
     """Why layers of ``model`` cannot share attention maps, or None."""
     if any(layer.latent is not None for layer in model.layers):
-        return "it has latent attention already: put shared_attention before mla"
+        return "it already has latent attention: put shared_attention before mla"
     if any(layer.coded is not None for layer in model.layers):
         return "its cache is coded already"
     if any(layer.shared is not None for layer in model.layers):
         return "its layers share attention maps already"
     if any(layer.kind is not None for layer in model.layers):
-        return "its attention is no stock one any more: put shared_attention before the step that changed it"
+        return "its attention is not stock any more: put shared_attention before the step that changed it"
     family = FAMILIES[model.text_model_type]
     if model.text_model_type in DROP_ARGUMENTS:
         return "layers of its family give their attention known arguments only, and a map is handed on by another one"
@@ -89,7 +89,7 @@ def latest(model: ModelSpec, layers: int | None, kv_cache: float | None) -> list
         whole = sum(attention.cached_numbers for attention in model.attention_layers.values())
         least = 1 - keys_of(model, possible) / whole
         raise InfeasibleError(
-            f"kv_cache {kv_cache:g} cannot be met, for keys alone are shared: the smallest possible is "
+            f"kv_cache {kv_cache:g} cannot be met, because only keys are shared: the smallest possible is "
             f"kv_cache {-(-least * 10000 // 1) / 10000:g}"
         )
     return possible[:count]

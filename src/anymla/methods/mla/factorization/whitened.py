@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Whitened(Factorization):
     """SVD of W C^{1/2}, C = E[x x^T], truncated, times C^{-1/2}.
 
-    Its left vectors are the eigenvectors of W C W^T, the moments of y less its bias, and the result is U_r U_r^T W: no
+    Its left vectors are the eigenvectors of W C W^T, the moments of y minus its bias. The result is U_r U_r^T W, so no
     inverse is needed. Biases stay outside, exact.
     """
 

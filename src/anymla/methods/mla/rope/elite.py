@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Elite(RopeChoice):
     """RoPElite: of every kv head, k times the pair whose rotation, put back, leaves the least mean |score error|.
 
-    Scores are those before the softmax, of all query heads of the group, on ``Moments.sample``: up to 128 queries of
-    up to four windows against all keys that they may look at. A pair that is not kept stays at its position 0, as in
-    the paper, or turns by its expected rotation.
+    Scores are those before the softmax, of all query heads of the group, on ``Moments.sample``. That is up to 128
+    queries of up to four windows, against all keys that they may look at. A pair that is not kept stays at its position
+    0, as in the paper, or rotates by its expected rotation.
     """
 
     name: ClassVar[str] = "elite"

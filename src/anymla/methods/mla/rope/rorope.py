@@ -22,10 +22,10 @@ class RoRoPE(RopeChoice):
     """Real principal components of the keys across kv heads, the same for real and imaginary parts.
 
     K channels rotate with a regular grid of the P frequencies, floor(i P / K): TransMLA's collapse to 2K dims. ``fold``
-    adjacent frequencies are taken for equal (FreqFold): the components then are of fold G pairs, and those of one fold
-    go, the largest first, to the grid's frequencies in it. A fold that does not divide P becomes the largest part of it
-    that does. More channels than one head has (K > P) are beyond TransMLA: further components within each frequency,
-    nothing folded, all of them exact.
+    adjacent frequencies are treated as equal (FreqFold). The components are then of fold G pairs. Those of one fold go
+    to the grid's frequencies in it, the largest first. A fold that does not divide P becomes its largest divisor that
+    does. TransMLA has no more channels than one head has. More (K > P) are further components within each frequency,
+    without folds. All of them together are exact.
     """
 
     name: ClassVar[str] = "rorope"
