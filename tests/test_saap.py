@@ -27,6 +27,7 @@ from anymla.data.text import bundled_text, calibration_windows
 from anymla.demo import bundled_model
 from anymla.errors import AnymlaError
 from anymla.io.checkpoint import load_tokenizer
+from anymla.methods.base import method_of
 from anymla.methods.saap import SAAP
 from anymla.methods.saap.build import shrink
 from anymla.methods.saap.scores import MagnitudeSurvey, TaylorSurvey, fused, total
@@ -216,6 +217,15 @@ def test_removing_is_zeroing_in_a_latent_attention(family, kind, converted, tmp_
         for folder in (converted, tmp_path / "out")
     ]
     assert (costs[1] < costs[0]) == (kind == "latent")
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"), [("lorc", "its cache is coded"), ("shared_attention", "share attention maps")]
+)
+def test_what_no_gradient_passes_is_refused(step, reason):
+    settings = {"shared_attention": {"spans": [[1, 1]]}}.get(step, {})
+    spec = method_of(step, settings).plan(read_model_spec(make_model("llama").config.to_dict())).after
+    assert reason in (SAAP(multiple=8).refuses(spec) or "")
 
 
 @pytest.mark.parametrize("kind", ["neurons", "heads", "latent"])

@@ -6,6 +6,17 @@ from anymla.architectures.families import FAMILIES, OUTPUT_NORM
 from anymla.modeling.spec import ModelSpec
 
 
+def attention_refusal(model: ModelSpec) -> str | None:
+    """Why no gradient tells what matters in ``model``, or None."""
+    if any(layer.shared is not None for layer in model.layers):
+        return (
+            "its layers share attention maps, which a gradient does not pass layer by layer: put saap before that step"
+        )
+    if any(layer.coded is not None for layer in model.layers):
+        return "its cache is coded, which no gradient passes: put saap before that step"
+    return None
+
+
 def neurons_refusal(model: ModelSpec) -> str | None:
     """Why FFN neurons of ``model`` cannot be removed, or None."""
     leave = "leave them (neurons: 1.0)"
@@ -27,7 +38,7 @@ def heads_refusal(model: ModelSpec) -> str | None:
     if not family.says_kv_heads or family.fewer_heads == "none" or family.beyond == OUTPUT_NORM:
         return f"heads: no config of its family says fewer of the same size, or a norm reads all of them: {leave}"
     for layer in model.layers:
-        if layer.kind is not None and (layer.latent is None or layer.coded is not None):
+        if layer.kind is not None and layer.latent is None:
             return f"heads: its attention is neither stock nor a latent one: {leave}"
         if layer.latent is not None and (layer.latent.exact_window or not layer.parts[0].linear_keys):
             return f"heads: its latent is made of true keys of all heads: {leave}"
@@ -39,8 +50,6 @@ def latent_refusal(model: ModelSpec) -> str | None:
     leave = "leave them (latent: 1.0)"
     if not any(layer.latent is not None for layer in model.layers):
         return f"latent: it has no latent attention, which the step mla makes; saap then takes its checkpoint: {leave}"
-    if any(layer.latent is not None and layer.coded is not None for layer in model.layers):
-        return f"latent: its latent is coded: {leave}, or take the checkpoint before the codes"
     return None
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from anymla.architectures.families import FAMILIES
 from anymla.errors import InfeasibleError
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey, Unheard
-from anymla.methods.saap.refusals import REFUSALS
+from anymla.methods.saap.refusals import REFUSALS, attention_refusal
 from anymla.modeling.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class SAAP(LayerMethod):
 
     def refuses(self, model: ModelSpec) -> str | None:
         """Why structures of this model cannot be removed."""
-        reasons = (REFUSALS[kind](model) for kind in self._asked())
+        reasons = (attention_refusal(model), *(REFUSALS[kind](model) for kind in self._asked()))
         return next((reason for reason in reasons if reason is not None), None)
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
