@@ -48,7 +48,8 @@ class SAAP(LayerMethod):
     - ``fused``: both, as outputs with noise of their own, which leaves each over its mean.
     - ``magnitude``: sum_k w_k^2, without text. ``random``: by ``seed``. Both are baselines.
 
-    Deviations from the paper: only its overview could be read, so this is our own form of it. The noise of the two
+    Deviations from the paper: only its overview could be read, so this is our own form of it. The default is ``element``
+    and not the paper's ``fused``, for it loses less on every model that was measured (docs/benchmarks.md). The noise of the two
     scores is found in closed form, over the structures of one kind in all layers. All layers are given the same width:
     the paper's search for a width per layer, and with it layers that are left alone, would need a config of its own.
     Latent channels are anymla's own addition. The paper trains quantised groups afterwards: here the step ``tune`` can
@@ -70,7 +71,7 @@ class SAAP(LayerMethod):
         1.0, gt=0, le=1, description="Share of the latent's channels to keep, in a model that the step mla made."
     )
     importance: Literal["fused", "vector", "element", "magnitude", "random"] = Field(
-        "fused", description="What tells how much a structure matters: fused, vector, element, magnitude or random."
+        "element", description="What tells how much a structure matters: fused, vector, element, magnitude or random."
     )
     multiple: int = Field(
         64,
