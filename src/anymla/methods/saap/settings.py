@@ -48,12 +48,12 @@ class SAAP(LayerMethod):
     - ``fused``: both, as outputs with noise of their own, which leaves each over its mean.
     - ``magnitude``: sum_k w_k^2, without text. ``random``: by ``seed``. Both are baselines.
 
-    Deviations from the paper: only its overview could be read, so this is our own form of it. The default is ``element``
-    and not the paper's ``fused``, for it loses less on every model that was measured (docs/benchmarks.md). The noise of the two
-    scores is found in closed form, over the structures of one kind in all layers. All layers are given the same width:
-    the paper's search for a width per layer, and with it layers that are left alone, would need a config of its own.
-    Latent channels are anymla's own addition. The paper trains quantised groups afterwards: here the step ``tune`` can
-    follow.
+    Deviations from the paper: only its overview could be read, so this is our own form of it. The default is
+    ``element``, for it loses less than the paper's ``fused`` on every model that was measured (docs/benchmarks.md). The
+    noise of the two scores is found in closed form, over the structures of one kind in all layers. All layers are given
+    the same width: the paper's search for a width per layer, and with it layers that are left alone, would need a
+    config of its own. Latent channels are anymla's own addition. The paper trains quantised groups afterwards: here the
+    step ``tune`` can follow.
     """
 
     name: ClassVar[str] = "saap"
