@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anymla.architectures.families import FAMILIES, OUTPUT_NORM
+from anymla.architectures.vision import TEXT_WIDTH_OUTSIDE
 from anymla.modeling.spec import ModelSpec
 
 
@@ -24,6 +25,8 @@ def neurons_refusal(model: ModelSpec) -> str | None:
         return f"neurons: its FFNs are mixtures of experts, whose neurons stay: {leave}, and remove experts"
     if not FAMILIES[model.text_model_type].fewer_neurons:
         return f"neurons: no config of its family says another width, or a norm reads all of them: {leave}"
+    if model.model_type in TEXT_WIDTH_OUTSIDE:
+        return f"neurons: what connects its vision tower is as wide as its FFNs, by the same field: {leave}"
     return None
 
 
