@@ -41,7 +41,8 @@ BILLM: dict[str, dict[str, Any]] = {
     "billm, no compensation": {"compensation": "none"},
     "block signs alone": {"split": False, "most_salient": 0, "compensation": "none"},
 }
-RTN = {f"RTN {bits} bit, groups of {group}": (bits, group) for bits in (2, 3, 4) for group in (64, 128)}
+GROUPS = ((2, 32), *((bits, group) for bits in (2, 3, 4) for group in (64, 128)))
+RTN = {f"RTN {bits} bit, groups of {group}": (bits, group) for bits, group in GROUPS}
 
 
 def arguments() -> argparse.Namespace:
