@@ -50,7 +50,9 @@ def binarised(weight: Tensor, hessian: Tensor, settings: BiLLM, dtype: torch.dty
             steps = torch.linalg.solve_triangular(corner, lost, upper=True, left=False)
             weight[:, behind] -= steps @ factor[part, behind]
     return Binarised(
-        *(torch.cat([getattr(block, name) for block in blocks], -1) for name in ("signs", "second", "salient")),
+        signs=torch.cat([block.signs for block in blocks], -1),
+        second=torch.cat([block.second for block in blocks], -1),
+        salient=torch.cat([block.salient for block in blocks]),
         scales=torch.stack([block.scales for block in blocks], -1),
         values=torch.cat([block.values for block in blocks], -1),
     )
@@ -143,9 +145,9 @@ def _lost_twice(values: Tensor, levels: Levels) -> float:
 def threshold(values: Tensor, levels: Levels) -> Tensor:
     """The magnitude that parts values [O,b] into two groups, so that the least is lost when each row is binarised.
 
-    Of the squares of n values with mean m and distances a n from it in sum, n (m^2 + a^2) are kept. With levels of their
-    own for the k values above m, a^2 n^2 / (4 k (n - k)) stands in the place of a^2. With a row in order, a group is one
-    range of it or two, and the sums are differences of running ones.
+    Of the squares of n values with mean m and distances from it of n a in sum, n (m^2 + a^2) are kept. With levels of
+    their own for the k values above m, n^2 a^2 / (4 k (n - k)) stands in the place of a^2. In an ordered row a group is
+    one range or two, and its sums are differences of running ones.
     """
     candidates = magnitudes(values)
     row, zero = values.sort(1).values, values.new_zeros(len(values), 1)

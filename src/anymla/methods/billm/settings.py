@@ -29,17 +29,17 @@ class BiLLM(LayerMethod):
     below make them.
 
     The paper says 1.08 bits per weight, which counts signs alone. With the second bit and the scales a weight takes
-    2.9 bits in blocks of 128, without means 2.5; that is what is stored, counted and printed. Small models are
-    destroyed by it, as docs/benchmarks.md shows: 4-bit weights are the sane choice.
+    2.9 bits in blocks of 128, with symmetric levels 2.5; that is what is stored, counted and printed. Small models
+    are destroyed by it, as docs/benchmarks.md shows: 4-bit weights are the sane choice.
 
     Embeddings, norms, biases and the output head stay as they are. So do, in an attention of anymla's own, the
     projections that make the cache or read it, as kv_a_proj_with_mqa and kv_b_proj.
 
     Deviations from the paper: the searches look at the weights (``search_on: saliency``: at their saliency, as the
-    authors' code does). What a block loses is compensated jointly (``compensation: columns``: column by column, as in
-    the authors' code, which fixes a block at once all the same). Both orders of a salient column share one mean, which
-    is the same and stored once. Columns that calibration text never reaches keep their weights. The authors store
-    dense weights; here they are packed.
+    authors' code does), of 256 rows at most. A group's levels are the means of its two sides (``levels``). What a block
+    loses is compensated jointly (``compensation: columns``: column by column, as in the authors' code, which fixes a
+    block at once all the same). Both orders of a salient column have one mean in common. Columns that calibration text
+    never reaches are binarised as all others. The authors store dense weights; here they are packed.
     """
 
     name: ClassVar[str] = "billm"
