@@ -57,13 +57,12 @@ class Reconstruction:
             tensor.requires_grad_(True)
         groups = [{"params": [tensor], "size": _size(tensor)} for tensor in self.tensors.values()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        windows = self._batches(fit, seed)
-        for step in range(steps):
+        for step, windows in zip(range(steps), self._batches(fit, seed), strict=False):
             rate = _rate(step, steps, self.inputs.shape[2])
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["size"]
             optimizer.zero_grad(set_to_none=False)
-            self._add_gradients(next(windows))
+            self._add_gradients(windows)
             optimizer.step()
             if (step + 1) % max(1, steps // CHECKS) == 0 and (error := self._error(choice)) < least:
                 least = error
@@ -124,13 +123,8 @@ def _learned(attention: Any) -> dict[str, Tensor]:
 
 def _rate(step: int, steps: int, width: int) -> float:
     """Share of a tensor's size that it moves in ``step``: warmed up, then a cosine to zero."""
-    return (
-        STEP_SIZE
-        / math.sqrt(width)
-        * min(1.0, (step + 1) / min(WARMUP, steps / 4))
-        * (1 + math.cos(math.pi * step / steps))
-        / 2
-    )
+    warmed = min(1.0, (step + 1) / min(WARMUP, steps / 4))
+    return STEP_SIZE / math.sqrt(width) * warmed * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _size(tensor: Tensor) -> float:
