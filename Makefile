@@ -3,6 +3,8 @@
 # make test-engines  the exports in vLLM and llama.cpp; builds these once (minutes)
 # make families  converts a tiny model of every family and writes docs/families.md
 # make methods   writes docs/methods.md from the methods
+# make wheel     builds the wheel, and runs it where nothing else of the repository is
+# make docs      builds the site of docs/ into build/site
 PYTHON ?= python3
 BIN := .venv/bin
 ENGINES ?= llama vllm
@@ -10,19 +12,23 @@ ENGINES ?= llama vllm
 # killed run goes on
 ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" --ignore tests/test_quality.py
 
-.PHONY: env demo methods test lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
+.PHONY: env demo methods docs wheel test lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
 
 env: .venv/made
 
-.venv/made: pyproject.toml constraints.txt
+# What the demo needs, and no more. Python compiles the modules that it loads: pip would compile all of them.
+.venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anymla needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e .[data,eval,gguf,tune] --group dev
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch -e .[gguf]
 	touch $@
 
-demo: env
+.venv/made: .venv/demo
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e .[data,eval,gguf,tune] --group dev --group docs
+	touch $@
+
+demo: .venv/demo
 	$(BIN)/anymla demo
 
 test: lint types imports pytest
@@ -49,6 +55,16 @@ test-engines: env
 
 methods: env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.methods_page
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: env
+	rm -rf build/wheel
+	$(BIN)/python -m hatchling build -t wheel -d build/wheel
+	$(PYTHON) -m venv build/wheel/.venv
+	build/wheel/.venv/bin/pip install --quiet --no-compile -c constraints.txt build/wheel/*.whl
+	cd build/wheel && .venv/bin/anymla demo --bundled
 
 families: env
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.support_table
@@ -81,4 +97,4 @@ benchmarks: env
 	$(BIN)/python benchmarks/streaming.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest anymla-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest anymla-demo build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

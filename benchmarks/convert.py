@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from anymla.demo import bundled_model
 from anymla.pipeline import explain_plan, plan
-from anymla.report.tables import size, table
+from anymla.report.tables import table
+from anymla.report.units import size
 
 BASELINE = """
 import resource, torch, transformers

@@ -31,7 +31,8 @@ from anymla.modeling.absorbed import absorbed_attention
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.modeling_anymla import AnymlaLlamaConfig, AnymlaLlamaForCausalLM
 from anymla.modeling.spec import KEY, AttentionSpec, LatentSpec, LayerSpec, config_entry
-from anymla.report.tables import size, table
+from anymla.report.tables import table
+from anymla.report.units import size
 
 HEADS, HEAD_DIM, LAYERS, HIDDEN = 16, 64, 8, 1024
 ROPE_SHARE = 0.25  # of the cached numbers

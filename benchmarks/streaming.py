@@ -21,7 +21,8 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from anymla.demo import bundled_model
-from anymla.report.tables import size, table
+from anymla.report.tables import table
+from anymla.report.units import size
 
 SHAPE = {
     "vocab_size": 512,

@@ -41,7 +41,9 @@ ON_TEXT = f"convert {{model}} -o {{out}} {FAST} --calibration {{tmp}}/text"
 ON_PLAN = "convert {model} -o {out} --plan {tmp}/plan.yaml"
 ON_RECIPE = "convert {model} -o {out} --recipe {tmp}/recipe.yaml"
 EVAL = "eval {model} --tokens 512 --length 64 --text"
-PROGRESS = re.compile(r"(chat|convert|demo|eval|export|generate|push|run|tune): .*\d s( so far)?(, about \d+ s left)?$")
+PROGRESS = re.compile(
+    r"(chat|compare|convert|demo|eval|export|generate|push|run|tune): .*\d s( so far)?(, about \d+ s left)?$"
+)
 GENERATE = "generate {model} --max-new-tokens 2 --prompt"
 
 

@@ -74,7 +74,9 @@ def in_child(model: str, output: Path, kill_at: int | None = None) -> dict:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "conversion.json"}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("conversion.json", "report.html")
+    }
 
 
 def main() -> None:

@@ -181,7 +181,7 @@ def what_cannot_be_is_refused_before_weights(case: Case, folder: Path) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     """All files that hold no times."""
-    timed = {"conversion.json", "tuning.json", "run.json", "metrics.jsonl", "loss.png", "README.md"}
+    timed = {"conversion.json", "tuning.json", "run.json", "metrics.jsonl", "report.html", "README.md"}
     return {
         path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name not in timed
     }

@@ -20,7 +20,7 @@ import anymla.sweep.checkpoint
 import anymla.sweep.sequence
 from tests.kill_points import Points, forked
 
-TIMED = {"conversion.json", "tuning.json", "run.json", "loss.png", "metrics.jsonl"}
+TIMED = {"conversion.json", "tuning.json", "run.json", "report.html", "metrics.jsonl"}
 
 
 def in_child(model: str, output: Path, steps: list, kill_at: int | None = None) -> dict:

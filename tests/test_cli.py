@@ -22,6 +22,7 @@ COMMANDS = (
     "inspect",
     "plan",
     "convert",
+    "compare",
     "tune",
     "eval",
     "generate",

@@ -15,6 +15,7 @@ from anymla.evaluation.measures import Comparison, Measure
 from anymla.evaluation.probe import DEPTHS, TRIALS, probe_lengths, probe_questions
 from anymla.io.checkpoint import load_model, load_tokenizer
 from tests.damage import BUNDLED, TRAIN, VALID, run_main
+from tests.pages import check_page
 
 GOOD, BAD = "Once upon a time, there was a little girl named Lily.", "Time a upon girl Lily once was there little, a."
 PASSAGES = ["Once upon a time", "Once upon a zebra", "there was a little girl named Lily"]  # the second is news
@@ -202,8 +203,8 @@ def test_results_are_written_whole(cli, same, blimp, lambada, tmp_path):
     assert (done.code, done.err) == (0, "")
     written = json.loads((tmp_path / "results" / "results.json").read_text())
     assert json.loads(done.out) == written
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {"results.json", "results.png"}
-    assert (tmp_path / "results" / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"results.json", "report.html"}
+    check_page(tmp_path / "results" / "report.html", written)
     assert written["tokens"] == 512 and written["kl"] < 1e-4
     assert {"probe", "blimp", "lambada", "settings", "versions", "command", "perplexity"} <= set(written)
     assert "tasks" not in written
@@ -242,7 +243,7 @@ def test_text_alone_is_written_as_it_was(cli, tmp_path):
     assert json.loads(alone.out) == json.loads(written.out)
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results.items() >= json.loads(alone.out).items()
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["results.json"]
+    check_page(tmp_path / "results" / "report.html", results)
 
 
 def bad_zip(tmp):

@@ -16,8 +16,12 @@ from tests.markdown import ROOT
 from tests.test_docs import parse
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+CALIBRATION = {"calibration_tokens": 2048, "calibration_length": 128}
 SMALLER = {
-    "mla": {"calibration_tokens": 2048, "calibration_length": 128, "reconstruction_steps": 0},
+    "mla": CALIBRATION | {"reconstruction_steps": 0},
+    "transform_coding": CALIBRATION,
+    "kv_heads": CALIBRATION,
+    "lorc": {},
     "tune": {"data": ["my-text.jsonl"], "tokens": 256, "length": 64, "eval_tokens": 256, "device": "cpu"},
 }
 each = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)

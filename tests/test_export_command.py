@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import anymla
-from anymla.io.work import lock_folder
+from anymla.io.locks import lock_folder
 from tests.damage import run_main
 
 

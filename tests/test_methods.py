@@ -31,13 +31,17 @@ TINY = {
     "device": "cpu",
 }
 FAST_RUN = {name: FAST[name] for name in ("calibration_tokens", "calibration_length")}
+UNPROTECTED = {"protect_first": 0, "protect_last": 0}
 SAMPLES = {  # one line for each method
     "kv_heads": Sample({"kv_heads": 1, "variant": "post", **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
+    "mka": Sample({"remove": 1, "strategy": "merge", **UNPROTECTED, **FAST_RUN}, {"remove": 0, **FAST_RUN}),
+    "saap": Sample({"neurons": 0.5, "heads": 0.7, "multiple": 8, **FAST_RUN}, {"neurons": 1.0, **FAST_RUN}),
     "mla": Sample({"kv_cache": 0.5, **FAST}, {"kv_cache": 1.0, **FAST}),
     "lorc": Sample({"kv_cache": 0.5, "ranks": "progressive"}, {"kv_cache": 1.0}),
     "mfa": Sample({"kv_cache": 0.5, **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
     "transform_coding": Sample({"kv_cache": 0.5, "decode_cost": 2.0, **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
     "kvquant": Sample({"bits": 3, **FAST_RUN}, {"bits": 16, **FAST_RUN}),
+    "billm": Sample({"block_size": 16, **FAST_RUN}, {"keep": ["*"], **FAST_RUN}),
     "shared_attention": Sample({"spans": [[1, 1]], **FAST_RUN}, {"spans": [], **FAST_RUN}),
     "tune": Sample(TINY, TINY | {"learning_rate": 1e-30}, before=(HALF,)),
 }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import re
-import shlex
 import shutil
 import sys
 import tomllib
@@ -16,45 +14,24 @@ from gguf import GGMLQuantizationType
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import anymla
-from tests.damage import BUNDLED, TRAIN, VALID, run_main
+from tests.damage import BUNDLED
 from tests.gguf_files import write_gguf_model
 from tests.markdown import ROOT, blocks
+from tests.page_commands import anymla_commands, make_folder, run_commands, run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft's doing
 README = ROOT / "README.md"
 SHELL = [text for language, text in blocks(README) if language == "sh"]
 USE, STEPS = (next(block for block in SHELL if command in block) for command in ("anymla chat", "anymla methods"))
 PYTHON = [text for language, text in blocks(README) if language == "python"]
-SMALL = {"calibration_tokens": 2048, "calibration_length": 64, "reconstruction_steps": 2}
-SHRUNK = {
-    "convert": "--calibration-tokens 2048 --calibration-length 64 --reconstruction-steps 2 --overwrite",
-    "tune": "--tokens 256 --length 64 --eval-tokens 256",
-    "eval": "--tokens 256 --length 64 --limit 1",
-    "generate": "--max-new-tokens 4",
-    "chat": "--max-new-tokens 4",
-    "run": "--overwrite",
-}
-OF_STEPS = {
-    "mla": {"calibration_tokens": 2048, "calibration_length": 64, "reconstruction_steps": 2},
-    "tune": {"tokens": 256, "length": 64, "eval_tokens": 256},
-    "transform_coding": {"calibration_tokens": 2048, "calibration_length": 64},
-    "kvquant": {"calibration_tokens": 2048, "calibration_length": 64},
-}
 FROM_THE_HUB = "Qwen/"  # tests have no network: tests/test_docs.py parses these
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the README's names are: a model, an adapter, a GGUF file, texts."""
-    for name in ("MODEL", "BASE"):
-        shutil.copytree(BUNDLED, tmp_path / name)
-    shutil.copy(TRAIN, tmp_path / "my-text.txt")
-    shutil.copy(VALID, tmp_path / "held-out.txt")
-    lines = [f'{{"text": "Once upon a time there was cat number {number} on a mat."}}' for number in range(400)]
-    (tmp_path / "my-text.jsonl").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return make_folder(tmp_path)
 
 
 def add_sources(folder: Path) -> None:
@@ -65,35 +42,9 @@ def add_sources(folder: Path) -> None:
 
 
 def run(block, monkeypatch, capfd):
-    """Runs every `anymla` command of ``block`` in order, as it stands there and with fewer tokens."""
-    ran = 0
-    for line in block.splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:1] != ["anymla"] or any(word.startswith(FROM_THE_HUB) for word in words):
-            continue
-        done = run_main([*words[1:], *SHRUNK.get(words[1], "").split(), *shrunk_steps(words)], monkeypatch, capfd)
-        assert done.code == 0, f"{line}\n{done.err}"
-        assert done.out, line
-        ran += 1
-    return ran
-
-
-def shrunk_steps(words):
-    """Options of `anymla run` that make its steps quick; a recipe of a file has mla and tune."""
-    if words[1] != "run":
-        return []
-    steps = [words[place + 1].partition(":")[0] for place, word in enumerate(words) if word == "--step"]
-    changes = {f"{step}.{name}": value for step in steps or ["mla", "tune"] for name, value in OF_STEPS[step].items()}
-    return [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
-
-
-def run_python(monkeypatch):
-    """Runs the blocks of Python, one after the other, with the settings of a quick conversion; returns all names."""
-    monkeypatch.setattr(anymla, "convert", functools.partial(anymla.convert, **SMALL, overwrite=True), raising=False)
-    monkeypatch.setattr(anymla, "evaluate", functools.partial(anymla.evaluate, tokens=256, length=64), raising=False)
-    names: dict[str, object] = {}
-    exec("\n".join(PYTHON), names)
-    return names
+    """Runs every command of ``block`` that needs no hub."""
+    own = [words for words in anymla_commands(block) if not any(word.startswith(FROM_THE_HUB) for word in words)]
+    return run_commands(own, monkeypatch, capfd)
 
 
 def first_block(page: str) -> str:
@@ -104,7 +55,7 @@ def first_block(page: str) -> str:
 def test_your_own_model_and_what_loads_it(folder, monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n"))
     assert run(USE, monkeypatch, capfd) == 4
-    names = run_python(monkeypatch)
+    names = run_python(PYTHON, monkeypatch)
     assert names["model"].config.model_type == "anymla_llama" and names["tokenizer"]("Once")["input_ids"]
     assert names["report"].output.name == "OUT" and names["scores"].perplexity > 1
 

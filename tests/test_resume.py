@@ -37,7 +37,9 @@ class Stop(Exception):
 
 
 def weights(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "conversion.json"}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("conversion.json", "report.html")
+    }
 
 
 def after(layers, error):

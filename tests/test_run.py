@@ -46,7 +46,7 @@ MODELS = {  # of each shipped recipe's config.json: family, vocabulary, context,
     "Qwen/Qwen3-0.6B-Base": ("qwen3", 151936, 32768, 1024, 3072, 28, 16, 8, 128),
     "Qwen/Qwen3-8B-Base": ("qwen3", 151936, 32768, 4096, 12288, 36, 32, 8, 128),
 }
-TIMED = {"conversion.json", "tuning.json", "run.json", "loss.png", "metrics.jsonl"}
+TIMED = {"conversion.json", "tuning.json", "run.json", "report.html", "metrics.jsonl"}
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 

@@ -24,6 +24,7 @@ from anymla.training.stages import make_stages, save_tuned
 from tests.damage import BUNDLED, TRAIN, VALID, Case, run_main
 from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
+from tests.pages import check_page
 
 TINY = {"data": [str(TRAIN)], "length": 64, "eval_data": str(VALID), "eval_tokens": 256, "device": "cpu"}
 
@@ -61,13 +62,13 @@ def test_the_gap_closes_on_the_bundled_model(converted_folder, tmp_path):
         "tuning.json",
         "tuning.yaml",
         "metrics.jsonl",
-        "loss.png",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     before, after = (
         json.loads((folder / "config.json").read_text()) for folder in (converted_folder, tmp_path / "out")
     )
     assert before == after
+    check_page(tmp_path / "out" / "report.html", report.to_dict())
     assert "## Tuned" in (tmp_path / "out" / "README.md").read_text()
     assert Tune.of(read_tune(tmp_path / "out" / "tuning.yaml")) == report.tuning
     old, new = (load_file(folder / "model.safetensors") for folder in (converted_folder, tmp_path / "out"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from anymla.comparison import ModelComparison, compare
     from anymla.evaluation.benchmarks import Benchmarks, Evaluation
     from anymla.evaluation.evaluate import evaluate
     from anymla.evaluation.measures import Comparison, Measure
@@ -43,12 +44,14 @@ __all__ = [
     "Inspection",
     "MLAPlan",
     "Measure",
+    "ModelComparison",
     "Push",
     "Recipe",
     "Recovery",
     "RunReport",
     "Scores",
     "Tune",
+    "compare",
     "convert",
     "evaluate",
     "explain_plan",
@@ -71,6 +74,8 @@ _HOMES = {
     "Export": "anymla.exports.export_report",
     "Inspection": "anymla.outcomes",
     "Measure": "anymla.evaluation.measures",
+    "ModelComparison": "anymla.comparison",
+    "compare": "anymla.comparison",
     "MLAPlan": "anymla.methods.mla.plan",
     "Push": "anymla.hub",
     "MLA": "anymla.methods.mla.settings",

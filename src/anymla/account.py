@@ -155,7 +155,15 @@ def _layer_bytes(layer: LayerSpec, spec: ModelSpec) -> int | None:
         return None if layer.attention_bytes is None else layer.attention_bytes + layer.other_bytes
     if not layer.attention.scaling:  # only its config was read, which says nothing of norms
         return None
-    return layer.other_bytes + attention_bytes(layer, spec.hidden_size, spec.dtype)
+    return layer.other_bytes + attention_bytes(layer, spec.hidden_size, spec.dtype) - _packed_away(layer, spec.dtype)
+
+
+def _packed_away(layer: LayerSpec, dtype: str) -> int:
+    """Bytes that packing took off the converted attention of a layer; what is beside it was counted as stored."""
+    if (packed := layer.packed) is None:
+        return 0
+    inside, width = f"{layer.module}.".removeprefix(f"{packed.layer}."), DTYPE_BYTES[dtype]
+    return packed.dense_size(width, inside) - packed.size(width, inside)
 
 
 def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:

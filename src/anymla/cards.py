@@ -140,12 +140,15 @@ def _method(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def step_card(method: Method, source: str | Path, card: str | None) -> str:
-    """README.md after a step without a report of its own: ``card``, the one of the step before, with what it did."""
+def step_card(method: Method, source: str | Path, card: str | None, told: str = "") -> str:
+    """README.md after a step without a report of its own: ``card``, the one of the step before, with what it did.
+
+    ``told``: what the method says of its plan, in Markdown.
+    """
     rows = "".join(f"| `{name}` | {shown} |\n" for name, shown in method.model_dump(mode="json").items())
     title, link = method.paper.title, method.paper.link
     paper = f"[{title}]({link})" if link else title
-    text = f"{method.summary}\n\nPaper: {paper}.\n\n| setting | value |\n|---|---|\n{rows}"
+    text = f"{method.summary}\n\nPaper: {paper}.\n\n| setting | value |\n|---|---|\n{rows}\n{told}"
     if card is None:
         card = f"---\n{LIBRARY}\ntags: [anymla]\n---\n\n# {public_name(source)} after {method.name}\n"
     return with_section(card, f"The step `{method.name}`", text)

@@ -85,7 +85,10 @@ def convert_coded(
 
 
 def _write_report(folder: Path, report: CodedConversion) -> None:
+    from anymla.report.conversion import conversion_page
+
     recipe = Recipe.of({"model": report.model, "steps": [report.method]})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(step_card(report.method, report.model, None), encoding="utf-8")
+    conversion_page(report, folder).write(folder)

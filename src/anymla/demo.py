@@ -10,20 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from anymla.account import measure
 from anymla.data.text import bundled_text, read_documents, token_windows, tokenize
 from anymla.errors import AnymlaError, InfeasibleError, OutputError
 from anymla.evaluation.generation import Talk, continuation
-from anymla.evaluation.logits import Logits, logits_of_pass
-from anymla.evaluation.scores import Scores, ScoreSums
+from anymla.evaluation.reference import Reference
+from anymla.evaluation.scores import Scores
 from anymla.io.checkpoint import copy_companions, load_model, load_tokenizer, new_folder
 from anymla.io.computing import load_to_compute
 from anymla.io.real_models import real_model
 from anymla.report.demo import demo_page
-from anymla.report.quality_plot import quality_plot
+from anymla.report.results import RESULTS
 from anymla.runner import run
 
 Report = Callable[[int, int | None, str], None]  # (done, of how many, what)
@@ -40,7 +37,6 @@ FEW_TOKENS = {"calibration_tokens": 512, "calibration_length": 64}  # for the pa
 WINDOW, BATCH = 256, 4  # tokens of a window, windows at once
 REAL_WINDOWS, BUNDLED_WINDOWS = 8, 64
 ANSWER_TOKENS = 96
-MARK = "results.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOutcome:
-    """What the demo found; ``output`` holds the conversion, the page, the plot and these results."""
+    """What the demo found; ``output`` holds the conversion, the page and these results."""
 
     model: str
     output: Path
@@ -102,7 +98,7 @@ def bundled_model() -> Path:
 
 
 def run_demo(output: Path, *, bundled: bool = False, report: Report, note: Note) -> DemoOutcome:
-    """Converts, scores, asks, and writes ``output``: model/, index.html, quality.png and results.json.
+    """Converts, scores, asks, and writes ``output``: model/, report.html and results.json.
 
     Args:
         output: the folder; an earlier demo's is replaced.
@@ -113,7 +109,7 @@ def run_demo(output: Path, *, bundled: bool = False, report: Report, note: Note)
     Raises:
         OutputError: ``output`` exists and is not an earlier demo's.
     """
-    if output.exists() and not (output / MARK).is_file():
+    if output.exists() and not (output / RESULTS).is_file():
         raise OutputError(f"{output} exists and is not an earlier demo's folder: choose another -o")
     started = time.monotonic()
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as made:
@@ -122,7 +118,8 @@ def run_demo(output: Path, *, bundled: bool = False, report: Report, note: Note)
         report(0, None, "running the original")
         original, tokenizer = load_to_compute(subject.folder), load_tokenizer(subject.folder)
         ids = tokenize(read_documents(bundled_text("valid")), tokenizer)
-        text = HeldOut.of(original, token_windows(ids, WINDOW, "bundled text")[: subject.windows])
+        windows = token_windows(ids, WINDOW, "bundled text")[: subject.windows]
+        text = Reference.of(original, windows, batch=BATCH)
         scored = []
         for number, contender in enumerate(subject.contenders, 1):
             kept = (contender.method, contender.budget) == (OURS, KEPT)
@@ -133,7 +130,7 @@ def run_demo(output: Path, *, bundled: bool = False, report: Report, note: Note)
         outcome = DemoOutcome(
             model=subject.name,
             output=output,
-            original=text.scores(original, text.logits),
+            original=text.scores(original, measure(original)),
             contenders=tuple(scored),
             answers=_answers(original, converted, tokenizer),
             seconds=time.monotonic() - started,
@@ -183,7 +180,7 @@ def _numbered(report: Report, number: int, subject: Subject) -> Report:
     return lambda done, total, what: report(done, total, f"{name}: {what}")
 
 
-def _scored(contender: Contender, source: Path, target: Path, text: HeldOut, report: Report) -> Contender:
+def _scored(contender: Contender, source: Path, target: Path, text: Reference, report: Report) -> Contender:
     """The contender with its scores; what it makes of ``source`` goes to ``target``."""
     report(0, None, "reading")
 
@@ -196,30 +193,8 @@ def _scored(contender: Contender, source: Path, target: Path, text: HeldOut, rep
     except InfeasibleError as error:
         return replace(contender, infeasible=str(error))
     report(0, None, "scoring")
-    return replace(contender, scores=text.scores(load_to_compute(target)))
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Text that calibration did not see: windows [B,T] of tokens, and the original's logits there."""
-
-    windows: tuple[Tensor, ...]
-    logits: tuple[Logits, ...]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, original: Any, windows: Tensor) -> HeldOut:
-        """Runs the original over ``windows`` [N,T]; what is kept are hidden states."""
-        batches = windows.split(BATCH)
-        return cls(batches, tuple(logits_of_pass(original, {"input_ids": ids}) for ids in batches))
-
-    @torch.no_grad()
-    def scores(self, model: Any, logits: tuple[Logits, ...] | None = None) -> Scores:
-        """Scores of a model against the original; ``logits``: of the model, where they are known."""
-        sums = ScoreSums()
-        for number, (ids, reference) in enumerate(zip(self.windows, self.logits, strict=True)):
-            sums.add(logits[number] if logits else logits_of_pass(model, {"input_ids": ids}), ids, reference)
-        return sums.scores(measure(model))
+    model = load_to_compute(target)
+    return replace(contender, scores=text.scores(model, measure(model)))
 
 
 def _answers(original: Any, converted: Any, tokenizer: Any) -> tuple[Answer, ...]:
@@ -236,12 +211,6 @@ def _answers(original: Any, converted: Any, tokenizer: Any) -> tuple[Answer, ...
 
 
 def _write(outcome: DemoOutcome, folder: Path) -> None:
-    """Writes the results, the plot and the page."""
-    (folder / MARK).write_text(json.dumps(outcome.to_dict(), indent=2) + "\n", encoding="utf-8")
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for contender in outcome.contenders:
-        if (scores := contender.scores) is not None:
-            curves.setdefault(contender.method, []).append((scores.cache_bytes_per_token, scores.perplexity))
-    point = outcome.original.cache_bytes_per_token, outcome.original.perplexity
-    quality_plot(folder / "quality.png", curves, point, (OURS,))
-    (folder / "index.html").write_text(demo_page(outcome), encoding="utf-8")
+    """Writes the results and the page."""
+    (folder / RESULTS).write_text(json.dumps(outcome.to_dict(), indent=2) + "\n", encoding="utf-8")
+    demo_page(outcome).write(folder)

@@ -69,7 +69,7 @@ def fresh_config(
         check_parts(attention)
         spec = module_spec(attention, model_spec.attention_layers[index], FAMILIES[stock.model_type], stock, None)
         layers.append(LayerSpec(attention=spec, mfa=mfa, module=f"{names[module]}.{path}"))
-    return converted_config(model, tuple(layers))
+    return converted_config(model, model.config, tuple(layers))
 
 
 def _sizes(cached: int, key_reuse: bool, query_rank: int | None, rope_dims: int | None) -> MfaSpec:

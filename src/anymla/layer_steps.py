@@ -59,4 +59,5 @@ def apply(
             if rank() == 0:
                 before = plain.folder / CARD if (plain.folder / ACCOUNT).is_file() else None
                 card = before.read_text(encoding="utf-8") if before is not None and before.is_file() else None
-                (done.folder / CARD).write_text(step_card(method, source, card), encoding="utf-8")
+                told = method.told(done.plan)
+                (done.folder / CARD).write_text(step_card(method, source, card, told), encoding="utf-8")

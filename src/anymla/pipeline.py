@@ -283,9 +283,11 @@ def _final_plan(plan: MLAPlan, results: list[LayerResult | None]) -> MLAPlan:
 
 def _write_report(folder: Path, report: Conversion) -> None:
     from anymla.cards import model_card
+    from anymla.report.conversion import conversion_page
 
     auto = auto_class(read_config(folder)["model_type"]).__name__
     (folder / "recipe.yaml").write_text(report.plan.recipe.to_yaml(), encoding="utf-8")
     (folder / "plan.yaml").write_text(report.plan.to_yaml(), encoding="utf-8")
     (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(report.to_dict(), auto), encoding="utf-8")
+    conversion_page(report, folder).write(folder)

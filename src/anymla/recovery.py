@@ -1,4 +1,4 @@
-"""The corridor of `anymla tune`: the step, then the picture of what it did."""
+"""The corridor of `anymla tune`: the step, then the page of what it did."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import wraps
 from typing import ParamSpec
 
 from anymla.distributed import rank
-from anymla.report.loss_plot import loss_plot
+from anymla.report.tuning import tuning_page
 from anymla.training import tune as step
 from anymla.training.logs import read_metrics
 from anymla.training.outcome import Recovery
@@ -15,17 +15,18 @@ from anymla.training.outcome import Recovery
 Arguments = ParamSpec("Arguments")
 
 
-def _with_picture(train: Callable[Arguments, Recovery]) -> Callable[Arguments, Recovery]:
-    """``train``, after which the first process draws loss.png beside the tuned weights."""
+def _with_page(train: Callable[Arguments, Recovery]) -> Callable[Arguments, Recovery]:
+    """``train``, after which the first process writes report.html beside the tuned weights."""
 
     @wraps(train)
-    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Recovery:
+    def told(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Recovery:
         report = train(*args, **kwargs)
         if rank() == 0:
-            loss_plot(report.output / "loss.png", read_metrics(report.output))
+            page = tuning_page(report, str(kwargs["teacher"]), read_metrics(report.output))
+            page.write(report.output)
         return report
 
-    return drawn
+    return told
 
 
-tune = _with_picture(step.tune)
+tune = _with_page(step.tune)

@@ -14,7 +14,7 @@ from anymla.architectures.model_spec import read_config, source_config, spec_of
 from anymla.io.checkpoint import ACCOUNT, check_weights
 from anymla.io.sources.locate import Located
 from anymla.io.sources.plain import notes_of
-from anymla.modeling.spec import ModelSpec
+from anymla.modeling.spec import DTYPE_BYTES, ModelSpec
 from anymla.recipe import Recipe
 from anymla.stored_bytes import sized, stored_bytes
 
@@ -24,7 +24,8 @@ class Cost:
     """Bytes of a model; ``weight_bytes`` is None where they are not known without making its files plain.
 
     ``cache_bytes_per_token``, ``cache_bytes_once``: see :class:`anymla.account.LayerAccount`.
-    ``cache_bytes_at_context``: of the whole cache, once it holds ``context`` tokens.
+    ``cache_bytes_at_context``: of the whole cache, once it holds ``context`` tokens. ``bits_per_weight``: of the weights
+    that are packed, all that stands for them counted; None where none are.
     """
 
     weight_bytes: int | None
@@ -32,6 +33,7 @@ class Cost:
     cache_bytes_once: int
     context: int
     cache_bytes_at_context: int
+    bits_per_weight: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,4 +122,13 @@ def step_cost(folder: Path, context: int | None) -> Cost:
     context = context or spec.max_position_embeddings
     names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")
     at = account(spec, (context,)).cache_bytes_at[str(context)]
-    return Cost(**{name: told[name] for name in names}, context=context, cache_bytes_at_context=at)
+    sizes = {name: told[name] for name in names}
+    return Cost(**sizes, context=context, cache_bytes_at_context=at, bits_per_weight=packed_bits(spec))
+
+
+def packed_bits(spec: ModelSpec) -> float | None:
+    """Bits per packed weight: planes, salient columns and scales; None where no weights are packed."""
+    packed = [layer.packed for layer in spec.layers if layer.packed is not None]
+    if not (weights := sum(each.weights for each in packed)):
+        return None
+    return 8 * sum(each.size(DTYPE_BYTES[spec.dtype]) for each in packed) / weights

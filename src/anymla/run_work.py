@@ -10,6 +10,7 @@ from anymla.errors import AnymlaError, OutputError
 from anymla.io.config import read_object
 from anymla.io.work import WorkFolder, remove, write_json
 from anymla.recipe import Recipe
+from anymla.report.run import run_page
 from anymla.run_outcome import RunReport
 
 STEP_REPORTS = ("conversion.json", "tuning.json")
@@ -67,4 +68,5 @@ def finish(work: WorkFolder, report: RunReport, steps_to: Path | None) -> None:
             write_json(path, read_object(path) | {"output": str(report.output)})
     write_json(work.model / "run.json", report.to_dict())
     (work.model / "recipe.yaml").write_text(report.recipe.to_yaml(), encoding="utf-8")
+    run_page(report, work.model).write(work.model)
     work.finish()

@@ -30,6 +30,16 @@ def has_experts(config: Mapping[str, Any]) -> bool:
     return any(isinstance(count, int) and count > 1 for count in counts)
 
 
+def routed_experts(config: Mapping[str, Any]) -> tuple[int, int]:
+    """How many experts a router chooses among one by one, and how many for each token; 0 where it does not."""
+    found, chosen = (
+        next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+        for names in (EXPERTS, ("num_experts_per_tok", "moe_k", "moe_topk"))
+    )
+    grouped = (config.get("n_group") or 1) != 1
+    return (0, 0) if grouped or found < 2 else (found, chosen)
+
+
 def beyond_latent(model_type: str, config: Mapping[str, Any], *, rope: bool) -> str | None:
     """What of its attention no engine's latent attention does; None for nothing."""
     family = FAMILIES[model_type]

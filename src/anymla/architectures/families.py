@@ -43,6 +43,10 @@ class Family:
     unserved: str | None = None  # what else keeps vLLM's transformers backend from running it
     plain_block: bool = False  # outside attention, Llama's: RMSNorms and a gated MLP (or its factors are config fields)
     says_kv_heads: bool = True  # a field of the config is the number of key/value heads, whatever it is
+    # numbers of heads of the same size that its config can say: 'any', those that 'divide' hidden_size, or 'none', as
+    # where a norm reads all heads at once or its other layers have as many
+    fewer_heads: str = "any"
+    fewer_neurons: bool = True  # a field of the config is the number of FFN neurons, and no norm reads them
     plain_residual: bool = True  # the attention's output is added to the stream as it is: no norm or factor between
 
 
@@ -67,12 +71,14 @@ FAMILIES: dict[str, Family] = {
     "afmoe": Family(beyond=GATE, qk_norm=True, rope_layers="sliding", plain_residual=False),
     "apertus": Family(qk_norm=True),
     "apertus1p5_text": Family(qk_norm=True),
-    "arcee": Family(),
-    "aria_text": Family(),
+    "arcee": Family(fewer_heads="divide"),
+    "aria_text": Family(fewer_heads="divide"),
     "bamba": replace(_PARTIAL, defaults=_HALF_ROPE),
     "biogpt": replace(_GPT, unserved="its head is not called lm_head, the only one that vLLM looks for"),
-    "bitnet": Family(beyond=OUTPUT_NORM),
-    "bloom": replace(_GPT, fused="grouped", position_bias="alibi", batched=False, adds_residual=True),
+    "bitnet": Family(beyond=OUTPUT_NORM, fewer_neurons=False),
+    "bloom": replace(
+        _GPT, fused="grouped", position_bias="alibi", batched=False, adds_residual=True, fewer_neurons=False
+    ),
     "codegen": Family(
         says_kv_heads=False,
         defaults={"rotary_dim": 64},
@@ -87,14 +93,14 @@ FAMILIES: dict[str, Family] = {
     "cohere2": replace(_COHERE, defaults={"sliding_window_pattern": 4}, rope_layers="sliding"),
     "cohere2_moe": replace(_COHERE, rope_layers="sliding-or-dense"),
     "cohere_compass_text": Family(defaults=_ALL_FULL),
-    "cwm": Family(plain_block=True, defaults=_FIRST_OF_FOUR),
+    "cwm": Family(plain_block=True, defaults=_FIRST_OF_FOUR, fewer_heads="divide"),
     "dbrx": Family(says_kv_heads=False, clip=True, qkv_bias=False, output_bias=False),
     "dots1": Family(
         qk_norm=True, defaults={"use_sliding_window": True, "max_window_layers": 62}, optional_sliding_window=True
     ),
     "ernie4_5": Family(plain_block=True, rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
     "ernie4_5_moe": Family(rope="interleaved", qkv_bias="use_bias", output_bias="use_bias"),
-    "exaone": Family(),
+    "exaone": Family(fewer_heads="divide"),
     "exaone4": Family(
         defaults={"sliding_window_pattern": 4}, qk_norm=True, rope_layers="sliding-or-all", plain_residual=False
     ),
@@ -110,11 +116,13 @@ FAMILIES: dict[str, Family] = {
         output_bias="bias",
     ),
     "falcon_h1": Family(all_layers_attend=True, plain_residual=False),
-    "flex_olmo": Family(qk_norm=True, plain_residual=False),
+    "flex_olmo": Family(qk_norm=True, plain_residual=False, fewer_heads="none"),
     "flint": Family(beyond=SINKS, qk_norm=True, rope_layers="sliding"),
     "gemma": Family(),
-    "gemma2": replace(_POST_NORM, softcap=True, defaults=_EVERY_SECOND),
-    "gemma3_text": Family(defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False),
+    "gemma2": replace(_POST_NORM, softcap=True, defaults=_EVERY_SECOND, fewer_heads="divide"),
+    "gemma3_text": Family(
+        defaults={"sliding_window_pattern": 6}, qk_norm=True, plain_residual=False, fewer_heads="divide"
+    ),
     "glm": replace(_PARTIAL, plain_block=True, defaults=_HALF_ROPE, rope="interleaved"),
     "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_HALF_ROPE | {"attention_bias": True}, output_bias=False),
     "glm4v_text": replace(_HALF_ROPE_VL, qkv_bias=True),
@@ -149,21 +157,23 @@ FAMILIES: dict[str, Family] = {
     "granitemoe_swa": replace(_POST_NORM, beyond=SINKS, defaults=_FIRST_OF_FOUR),
     "granitemoehybrid": replace(_POST_NORM, defaults={"position_embedding_type": None}),
     "granitemoeshared": _POST_NORM,
-    "helium": Family(plain_block=True, rope="interleaved"),
+    "helium": Family(plain_block=True, rope="interleaved", fewer_heads="none"),
     "hunyuan_v1_dense": Family(beyond=_GAIN, qk_norm=True, norm_after_rope=True),
     "hunyuan_v1_moe": Family(beyond=_GAIN, qk_norm=True, norm_after_rope=True),
     "hy_v3": Family(qk_norm=True),
-    "hyperclovax": _POST_NORM,
-    "internlm3": Family(),
-    "iquestcoder": Family(),
-    "jais2": Family(),
+    "hyperclovax": replace(_POST_NORM, fewer_heads="divide"),
+    "internlm3": Family(fewer_heads="divide"),
+    "iquestcoder": Family(fewer_heads="divide"),
+    "jais2": Family(fewer_heads="divide"),
     "jamba": Family(defaults={"attn_layer_period": 8, "attn_layer_offset": 4}, rope=None),
     "kolibri1": Family(qk_norm=True),
-    "laguna": replace(_PARTIAL, defaults=_ALL_FULL, beyond=GATE, qk_norm=True, gate_activation="softplus"),
-    "lfm2": Family(qk_norm=True),
+    "laguna": replace(
+        _PARTIAL, defaults=_ALL_FULL, beyond=GATE, qk_norm=True, gate_activation="softplus", fewer_heads="none"
+    ),
+    "lfm2": Family(qk_norm=True, fewer_neurons=False),
     "lfm2_moe": Family(qk_norm=True),
     "lfm3": Family(beyond=GATE, qk_norm=True),
-    "llama": Family(plain_block=True),
+    "llama": Family(plain_block=True, fewer_heads="divide"),
     "lara_mini": Family(qk_norm=True, rope_layers="sliding"),
     "llama4_text": Family(
         defaults={"use_qk_norm": True, "attention_chunk_size": 8192},
@@ -175,23 +185,23 @@ FAMILIES: dict[str, Family] = {
         attends_in_chunks=True,
     ),
     "mellum": Family(qk_norm=True, defaults=_ALL_FULL),
-    "minimax": _POST_NORM,
-    "minimax_m2": replace(_PARTIAL, qk_norm=True),
+    "minimax": replace(_POST_NORM, fewer_heads="none"),
+    "minimax_m2": replace(_PARTIAL, qk_norm=True, fewer_heads="none"),
     "minimax_m3_vl_text": Family(qk_norm=True),
     "ministral": Family(plain_block=True),
     "ministral3": Family(temperature="ministral3"),
     "mistral": Family(plain_block=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family(),
     "modernbert-decoder": Family(says_kv_heads=False, defaults={"sliding_window": 64, "full_attention_first_of": 3}),
-    "mpt": Family(says_kv_heads=False, rope=None, clip=True, batched=False, position_bias="mpt"),
+    "mpt": Family(says_kv_heads=False, rope=None, clip=True, batched=False, position_bias="mpt", fewer_neurons=False),
     "nanochat": Family(qk_norm=True, norm_after_rope=True, rope_table="backwards"),
     "nemotron": replace(_PARTIAL, defaults=_HALF_ROPE),
     "nemotron_h": Family(rope=None),
     "olmo": Family(clip=True),
-    "olmo2": Family(qk_norm=True, plain_residual=False),
-    "olmo3": Family(qk_norm=True, plain_residual=False),
-    "olmo_hybrid": Family(qk_norm=True, plain_residual=False),
-    "olmoe": Family(qk_norm=True, clip=True),
+    "olmo2": Family(qk_norm=True, plain_residual=False, fewer_heads="none"),
+    "olmo3": Family(qk_norm=True, plain_residual=False, fewer_heads="none"),
+    "olmo_hybrid": Family(qk_norm=True, plain_residual=False, fewer_heads="none"),
+    "olmoe": Family(qk_norm=True, clip=True, fewer_heads="none"),
     "opt": replace(_GPT, qkv_bias="enable_bias", output_bias="enable_bias"),
     "paddleocr_vl_text": Family(inside=True, qkv_bias="use_bias", output_bias="use_bias"),
     "persimmon": replace(
@@ -203,7 +213,9 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=True,
         output_bias=True,
     ),
-    "phi": replace(_PARTIAL, defaults=_HALF_ROPE, qk_norm="qk_layernorm", qkv_bias=True, output_bias=True),
+    "phi": replace(
+        _PARTIAL, defaults=_HALF_ROPE, qk_norm="qk_layernorm", qkv_bias=True, output_bias=True, fewer_heads="none"
+    ),
     "phi3": replace(_PARTIAL, plain_block=True, qkv_bias=False, output_bias=False),
     "phimoe": Family(),
     "qwen2": Family(plain_block=True, defaults=_QWEN, qkv_bias=True, output_bias=False, optional_sliding_window=True),
@@ -221,9 +233,9 @@ FAMILIES: dict[str, Family] = {
     "sarvam_moe": replace(_PARTIAL, qk_norm="use_qk_norm"),
     "smollm3": Family(plain_block=True, rope_layers="no_rope_layers"),
     "solar_open": _PARTIAL,
-    "stablelm": replace(_PARTIAL, defaults={"partial_rotary_factor": 0.25}, qk_norm="qk_layernorm"),
+    "stablelm": replace(_PARTIAL, defaults={"partial_rotary_factor": 0.25}, qk_norm="qk_layernorm", fewer_heads="none"),
     "starcoder2": Family(qkv_bias="use_bias", output_bias="use_bias"),
-    "vaultgemma": replace(_POST_NORM, softcap=True, defaults=_EVERY_SECOND),
+    "vaultgemma": replace(_POST_NORM, softcap=True, defaults=_EVERY_SECOND, fewer_heads="divide"),
     "xglm": replace(_GPT, batched=False),
 }
 

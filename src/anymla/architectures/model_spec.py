@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymla.architectures.block import beyond_latent, has_experts, other_block
+from anymla.architectures.block import beyond_latent, has_experts, other_block, routed_experts
 from anymla.architectures.families import FAMILIES, REFUSED, TEXT_ONLY_INSIDE, Family
 from anymla.architectures.fields import Fields, read_fields
 from anymla.architectures.layers import attends, cache_window_of, has_rope, heads_of, layer_type, window_of
@@ -93,6 +93,8 @@ def _already(config: Mapping[str, Any]) -> str:
         return "its cache is coded already"
     if any(layer.shared is not None for layer in layers):
         return "its layers share attention maps already"
+    if any(layer.packed is not None for layer in layers):
+        return "its weights are packed already"
     return "its KV heads are shared already" if any(layer.grouped is not None for layer in layers) else ALREADY
 
 
@@ -127,6 +129,7 @@ def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
     specs = [layer.attention for layer in layers if layer.attention is not None]
     if not specs:
         raise UnsupportedModelError("no layer of this model has softmax attention: there is no KV cache to shrink")
+    experts, per_token = routed_experts(config)
     rope = read_rope(config) if any(spec.rope_pairs for spec in specs) else None
     return ModelSpec(
         model_type=model_type,
@@ -141,6 +144,8 @@ def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
         other_block=other_block(fields.model_type, config),
         beyond=beyond_latent(fields.model_type, config, rope=rope is not None),
         experts=has_experts(config),
+        routed_experts=experts,
+        experts_per_token=per_token,
         has_vision=model_type in VISION,
         layers=layers,
     )

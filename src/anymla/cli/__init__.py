@@ -10,11 +10,24 @@ from typing import Annotated, NoReturn
 import typer
 
 from anymla import __version__
-from anymla.cli import convert, doctor, evaluate, export, generate, push, refresh, run, tune
+from anymla.cli import compare, convert, doctor, evaluate, export, generate, push, refresh, run, tune
 from anymla.cli.options import app, out
 from anymla.errors import AnymlaError
 
-__all__ = ["app", "convert", "doctor", "evaluate", "export", "generate", "main", "push", "refresh", "run", "tune"]
+__all__ = [
+    "app",
+    "compare",
+    "convert",
+    "doctor",
+    "evaluate",
+    "export",
+    "generate",
+    "main",
+    "push",
+    "refresh",
+    "run",
+    "tune",
+]
 
 
 def _version(wanted: bool) -> None:

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from anymla.cli.options import Adapter, Device, Dtype, Json, Model, Revision, app, out, print_json, print_note
+from anymla.cli.options import (
+    Adapter,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Revision,
+    app,
+    out,
+    print_json,
+    print_note,
+    print_page,
+)
 from anymla.cli.progress import shown, tracked
 from anymla.evaluation.benchmarks import Benchmarks, Evaluation
 from anymla.evaluation.evaluate import evaluate as run_evaluation
@@ -48,7 +60,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help=Benchmarks.model_fields["limit"].description)] = None,
     batch_size: Annotated[int, typer.Option(min=1, help=Benchmarks.model_fields["batch_size"].description)] = 16,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for results.json and results.png.")
+        Path | None, typer.Option("--output", "-o", help="Folder for results.json and report.html.")
     ] = None,
     adapter: Adapter = None,
     device: Device = "auto",
@@ -57,7 +69,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL to the original and cache bytes on a text; lm-eval tasks; probes of the context."""
-    from anymla.report.evaluation import check_folder, evaluation_tables, write_evaluation
+    from anymla.report.evaluation import evaluation_tables
+    from anymla.report.evaluation_page import evaluation_page
+    from anymla.report.results import check_folder, write_results
 
     if output is not None:
         check_folder(output)
@@ -88,7 +102,8 @@ def evaluate(
         )
     command = shlex.join(["anymla", *sys.argv[1:]])
     if output is not None:
-        write_evaluation(output, evaluation, command)
+        content = evaluation.to_dict() | {"command": command}
+        write_results(output, content, evaluation_page(evaluation, content))
     if as_json:
         return print_json(_printed(evaluation, command))
     if (used := evaluation.settings)["dtype"] != used["checkpoint_dtype"]:
@@ -97,7 +112,7 @@ def evaluate(
     for each in evaluation_tables(evaluation):
         out.print(each)
     if output is not None:
-        out.print(f"Wrote {output}/: {', '.join(sorted(path.name for path in output.iterdir()))}", soft_wrap=True)
+        print_page(output)
 
 
 def _printed(evaluation: Evaluation, command: str) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _lines() -> Iterator[str]:
 def _take_turn(line: str, talks: dict[str, Talk], max_new_tokens: int) -> None:
     """Lets each model answer, and shows what its cache holds by now."""
     from anymla.evaluation.generation import blaming, streamer_of
-    from anymla.report.tables import size
+    from anymla.report.units import size
 
     if not sys.stdin.isatty():
         out.print(f"> {line}", soft_wrap=True)

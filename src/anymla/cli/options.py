@@ -128,9 +128,18 @@ def print_note(text: str) -> None:
 def print_next(output: Path, original: str, seconds: float) -> None:
     """Ends a command that wrote a model to ``output``: what to do with it now, beside the ``original``."""
     folder, other = shlex.quote(str(output)), shlex.quote(str(original))
-    out.print(f"Wrote {output} in {seconds:.0f} s. Next:", soft_wrap=True)
+    out.print(f"Wrote {output} in {seconds:.0f} s.", soft_wrap=True)
+    print_page(output)
+    out.print("Next:")
     out.print(f"  anymla chat {folder} --against {other}", soft_wrap=True)
     out.print(f"  anymla eval {folder} --against {other} --text YOUR.txt", soft_wrap=True)
+
+
+def print_page(output: Path) -> None:
+    """Says where the page is that lies in ``output``."""
+    from anymla.report.page import PAGE
+
+    out.print(f"Report: {output / PAGE}", soft_wrap=True)
 
 
 def first_process() -> bool:

@@ -38,7 +38,7 @@ class Report(Protocol):
 @contextmanager
 def shown(command: str) -> Iterator[Report]:
     """Shows on stderr how far ``command`` and its downloads are. Of several processes the first one speaks."""
-    from anymla.report.tables import size
+    from anymla.report.units import size
 
     if not first_process():
         yield lambda *_, **__: None

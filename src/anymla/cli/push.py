@@ -30,7 +30,8 @@ def push(
         done = hub.push(folder, repo, private=private, dry_run=dry_run)
     if as_json:
         return print_json(done.to_dict())
-    from anymla.report.tables import size, table
+    from anymla.report.tables import table
+    from anymla.report.units import size
 
     total = size(sum(done.files.values()))
     out.print(table(f"{total} for {repo}", ["file", "size"], ((name, size(each)) for name, each in done.files.items())))

@@ -16,9 +16,10 @@ from anymla.io.auto import auto_class
 from anymla.io.config import danger, read_object
 from anymla.io.extra import misplaced
 from anymla.io.hub_cache import in_part
+from anymla.io.locks import lock_folder, unlock
 from anymla.io.mistaken import other_config, stand_in
 from anymla.io.shards import INDEX, SINGLE, check_amount, check_index, held_tensors, index_of, shard_files
-from anymla.io.work import clear_abandoned, lock_folder, remove
+from anymla.io.work import clear_abandoned, remove
 
 ACCOUNT = "account.json"  # bytes of the weights beside it
 
@@ -240,8 +241,7 @@ def new_folder(output: Path) -> Iterator[Path]:
             f"{output} could not be written: {' '.join(str(error).split())}; nothing was left there"
         ) from error
     finally:
-        if held is not None:
-            os.close(held)
+        unlock(held)
         shutil.rmtree(part, ignore_errors=True)
         if os.path.lexists(old) and not os.path.lexists(output):
             old.rename(output)  # stopped between the two renames
@@ -263,12 +263,12 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation settings, licences: all files but weights, their account, config and model card."""
+    """Copies tokenizer, generation settings, licences: all but weights, their account and report, config and card."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
     for file in source.iterdir():
         skip = (
             file.suffix in weights
-            or file.name in ("config.json", "README.md", "adapter_config.json", ACCOUNT, INDEX)
+            or file.name in ("config.json", "README.md", "adapter_config.json", "report.html", ACCOUNT, INDEX)
             or file.name.endswith(".index.json")
         )
         if file.is_file() and not skip and not file.name.startswith("."):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
-import resource
 import sys
 import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from anymla.errors import RecipeError
 
@@ -55,12 +55,12 @@ def matmul_speed(device: str = "cpu") -> float:
 
 def machine_memory() -> int:
     """Bytes of memory in this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().total)
 
 
 def give_back_memory() -> None:
     """Hands freed memory back to the system, where the C library (glibc) would keep it in pieces."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
@@ -75,5 +75,9 @@ def peak_rss() -> int:
     with suppress(OSError):  # Linux; getrusage there begins with what the parent process held
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024

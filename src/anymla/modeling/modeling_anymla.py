@@ -1,4 +1,4 @@
-"""Models of transformers whose attention was converted to multi-head latent attention by anymla.
+"""Models of transformers whose attention was converted to multi-head latent attention by anymla, or weights packed.
 
 ``AnymlaLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with a ConvertedAttention in the layers that its
 config names, and so for every other class: they are made when they are first asked for. With the files that it imports,
@@ -25,6 +25,7 @@ from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention
 from .mfa_spec import MfaSpec
 from .model_classes import ReplacedAttention, made_class
+from .packed_linear import PackedLinear
 from .rows_attention import RowsAttention
 from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
 from .shared_spec import SharedSpec
@@ -57,6 +58,7 @@ class LatentModelMixin(ReplacedAttention):
         for layer in layers:
             if layer.replaced is not None:
                 replace_attention(self, layer)
+            pack_linears(self, layer)
         if (sharing := next((str(layer.module) for layer in layers if layer.shared is not None), None)) is not None:
             hand_maps(self.get_submodule(decoder_path(sharing)))  # type: ignore[attr-defined]
 
@@ -106,6 +108,16 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
     original = model.get_submodule(layer.module)
     attention = attention_class(layer)(original, model.config.get_text_config(), layer)
     model.set_submodule(layer.module, attention.apply(model._init_weights))
+
+
+def pack_linears(model: Any, layer: LayerSpec) -> None:
+    """Makes room for packed weights in the linears of ``layer`` in ``model`` that have them."""
+    if (packed := layer.packed) is None:
+        return
+    for name, (out, into) in packed.linears.items():
+        path = f"{packed.layer}.{name}"
+        bias = model.get_submodule(path).bias is not None
+        model.set_submodule(path, PackedLinear(packed, out, into, bias=bias))
 
 
 def decoder_path(attention: str) -> str:

@@ -14,6 +14,7 @@ from .coding_spec import CodedSpec
 from .described import checked, names, shortened
 from .grouped_spec import GroupedSpec
 from .mfa_spec import MfaSpec
+from .packed_spec import PackedSpec
 from .shared_spec import SharedSpec
 from .slot_spec import Slot, exact_slots
 
@@ -192,6 +193,7 @@ class LayerSpec:
     """One decoder layer: its attention, and one of ``KINDS``, or a latent and its codes, that holds its cache.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
+    ``packed``: which of its linears, whatever its attention is, hold packed weights.
     ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
     where only the config was read.
     """
@@ -202,6 +204,7 @@ class LayerSpec:
     grouped: GroupedSpec | None = None
     mfa: MfaSpec | None = None
     shared: SharedSpec | None = None
+    packed: PackedSpec | None = None
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
@@ -253,6 +256,11 @@ class LayerSpec:
         return size, size
 
     @property
+    def stock(self) -> bool:
+        """Whether all modules of the layer are those of the original's class."""
+        return self.kind is None and self.packed is None
+
+    @property
     def replaced(self) -> AttentionSpec | None:
         """The attention of a layer that has another module than the original; None in others."""
         return None if self.kind is None else self.attention
@@ -299,6 +307,7 @@ class LayerSpec:
             "module": self.module,
             "attention": shortened(self.attention),
             **{name: kind.to_dict() for name in KINDS if (kind := getattr(self, name)) is not None},
+            "packed": None if self.packed is None else self.packed.to_dict(),
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -315,7 +324,8 @@ class LayerSpec:
             raise ValueError(f"LayerSpec: a layer has {' or '.join(given)}, not both")
         attention = None if (found := described.get("attention")) is None else _attention(found)
         kinds = {name: KINDS[name].of(kind, attention) for name, kind in given.items()}
-        layer = cls(attention=attention, module=described.get("module"), **kinds)
+        packed = None if (found := described.get("packed")) is None else PackedSpec.of(found)
+        layer = cls(attention=attention, module=described.get("module"), packed=packed, **kinds)
         if layer.coded is not None:
             layer.coded.check(*layer.coded_sizes, gauge=layer.latent is None)
         if layer.latent is not None and layer.coded is not None and layer.latent.exact_window:
@@ -329,8 +339,9 @@ class ModelSpec:
 
     ``text_model_type``: whose attention it has, another one than ``model_type`` in a vision-language model.
     ``other_block``: what outside attention is not as in Llama; ``beyond``: what of its attention no engine's latent
-    attention does. ``experts``: whether some MLP is a mixture of experts. ``outside_bytes``: of all weights outside the
-    layers; None where only the config was read.
+    attention does. ``experts``: whether some MLP is a mixture of experts; ``routed_experts``: how many a router chooses
+    among, ``experts_per_token`` of them, 0 where it chooses none or whole groups. ``outside_bytes``: of all weights
+    outside the layers; None where only the config was read.
     """
 
     model_type: str
@@ -348,6 +359,8 @@ class ModelSpec:
     has_vision: bool
     layers: tuple[LayerSpec, ...]
     outside_bytes: int | None = None
+    routed_experts: int = 0
+    experts_per_token: int = 0
     version: int = field(default=VERSION)
 
     @property

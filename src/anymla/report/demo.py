@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
-from importlib import resources
 from shlex import quote
-from string import Template
 from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.text import Text
 
-from anymla.report.tables import size, table
+from anymla.report.chart import Chart, Series
+from anymla.report.page import PAGE, Cell, Command, Page, Section, Table, record
+from anymla.report.results import RESULTS
+from anymla.report.tables import table
+from anymla.report.units import size
 
 if TYPE_CHECKING:
     from anymla.demo import Contender, DemoOutcome
@@ -30,32 +30,68 @@ def demo_shown(outcome: DemoOutcome) -> Group:
             ("asked", "original", outcome.converted), (answer.prompt, answer.original, answer.converted), strict=True
         )
     ]
-    wrote = f"Wrote {outcome.output / 'index.html'} and {outcome.output / 'model'} in {outcome.seconds:.0f} s."
+    wrote = f"Wrote {outcome.output / PAGE} and {outcome.output / 'model'} in {outcome.seconds:.0f} s."
     ahead = f"Next: anymla chat {quote(str(outcome.output / 'model'))}. On your own model: anymla inspect MODEL"
     return Group(
         table(_title(outcome), COLUMNS, _rows(outcome)), Text(_how(outcome)), *said, Text(f"\n{wrote}\n{ahead}")
     )
 
 
-def demo_page(outcome: DemoOutcome) -> str:
-    """The page: the plot, which lies beside it as quality.png, the table, the answers side by side."""
-    template = (resources.files("anymla") / "report" / "demo.html").read_text(encoding="utf-8")
-    own = ["own" if contender.method == outcome.own else "" for contender in outcome.contenders]
-    answers = ((answer.prompt, answer.original, answer.converted) for answer in outcome.answers)
-    return Template(template).substitute(
-        title=escape(_title(outcome)),
-        columns=_cells(COLUMNS, "th"),
-        rows="\n".join(
-            f'<tr class="{kind}">{_cells(row)}</tr>' for kind, row in zip(["", *own], _rows(outcome), strict=True)
+def demo_page(outcome: DemoOutcome) -> Page:
+    """The page: the chart, the table, and the answers side by side."""
+    answers = [tuple(map(Cell, (each.prompt, each.original, each.converted))) for each in outcome.answers]
+    folder = quote(str(outcome.output / "model"))
+    return Page(
+        title=_title(outcome),
+        lead=_how(outcome),
+        sections=(
+            Section(heading="Quality against bytes", charts=(_chart(outcome),), tables=(_page_table(outcome),)),
+            Section(
+                heading="The same questions to both",
+                tables=(Table(columns=("asked", "original", outcome.converted), rows=tuple(answers), texts=True),),
+            ),
+            Section(
+                heading="Use it",
+                text="The conversion is an ordinary checkpoint, in the folder model beside this page.",
+                commands=(Command("Talk with it", f"anymla chat {folder}"),),
+            ),
+            record(RESULTS, outcome.to_dict()),
         ),
-        how=escape(_how(outcome)),
-        converted=escape(outcome.converted),
-        answers="\n".join(f"<tr>{_cells(row)}</tr>" for row in answers),
     )
 
 
-def _cells(texts: Iterable[str], kind: str = "td") -> str:
-    return "".join(f"<{kind}>{escape(text)}</{kind}>" for text in texts)
+def _chart(outcome: DemoOutcome) -> Chart:
+    """Perplexity against bytes of the cache, a series per method."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for each in outcome.contenders:
+        if each.scores is not None:
+            place = (float(each.scores.cache_bytes_per_token), each.scores.perplexity)
+            points.setdefault(each.method, []).append(place)
+    return Chart(
+        title="Perplexity against the bytes of the KV cache",
+        x_label="KV cache, measured bytes per token",
+        y_label="perplexity (log scale)",
+        series=tuple(Series(name=name, points=tuple(sorted(found))) for name, found in points.items()),
+        level=("original", outcome.original.perplexity),
+        log=True,
+    )
+
+
+def _page_table(outcome: DemoOutcome) -> Table:
+    values = [_values(outcome.original), *(_values(each.scores) for each in outcome.contenders)]
+    rows = [
+        (Cell(name), *(Cell(text, value) for text, value in zip(texts, found, strict=True)))
+        for (name, *texts), found in zip(_rows(outcome), values, strict=True)
+    ]
+    return Table(columns=COLUMNS, rows=tuple(rows))
+
+
+def _values(scores: Scores | None) -> tuple[float | None, ...]:
+    """The numbers by which a row sorts."""
+    if scores is None:
+        return (None,) * (len(COLUMNS) - 1)
+    cache = scores.cache_bytes_per_token
+    return (cache, cache, scores.cache_window_bytes, scores.perplexity, scores.kl, scores.top1_agreement)
 
 
 def _title(outcome: DemoOutcome) -> str:

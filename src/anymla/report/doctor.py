@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from anymla.report.tables import size
+from anymla.report.units import size
 
 if TYPE_CHECKING:
     from anymla.doctor import DeviceFound, Examination

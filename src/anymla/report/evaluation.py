@@ -1,15 +1,10 @@
-"""What `anymla eval` shows and writes."""
+"""What `anymla eval` shows on the terminal."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anymla.errors import OutputError
-from anymla.io.checkpoint import check_place, new_folder
-from anymla.report.evaluation_plot import evaluation_plot
 from anymla.report.tables import scores_table, table
 
 if TYPE_CHECKING:
@@ -18,33 +13,8 @@ if TYPE_CHECKING:
     from anymla.evaluation.benchmarks import Evaluation
     from anymla.evaluation.measures import Comparison, Measure
 
-RESULTS, PLOT = "results.json", "results.png"
 TITLES = {"tasks": "lm-eval tasks", "blimp": "BLiMP", "lambada": "LAMBADA"}
 SHOWN = {("copy", "probability"), ("recall", "gain (nats per token)"), ("needle", "probability")}  # the most sensitive
-
-
-def check_folder(output: Path) -> None:
-    """Refuses a folder that cannot be made, or that holds anything but an earlier evaluation.
-
-    Raises:
-        OutputError: as the message says.
-    """
-    check_place(output)
-    if output.is_dir() and {path.name for path in output.iterdir()} - {RESULTS, PLOT}:
-        raise OutputError(f"{output} exists and holds more than an earlier evaluation: choose another -o")
-
-
-def write_evaluation(output: Path, evaluation: Evaluation, command: str) -> None:
-    """Writes results.json, and results.png where there were benchmarks, in the place of an earlier evaluation.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written.
-    """
-    content = json.dumps(evaluation.to_dict() | {"command": command}, indent=2, allow_nan=False)
-    with new_folder(output) as folder:
-        (folder / RESULTS).write_text(content + "\n", encoding="utf-8")
-        bars = [row for kind in TITLES for row in evaluation.benchmarks.get(kind, ())]
-        evaluation_plot(folder / PLOT, bars, probe_grids(evaluation.benchmarks.get("probe", ())))
 
 
 def probe_grids(rows: Sequence[Comparison]) -> dict[str, list[Comparison]]:

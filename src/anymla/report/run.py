@@ -1,39 +1,87 @@
-"""What a run tells: bytes and quality after every step."""
+"""What a run tells: bytes and quality after every step, on the terminal and as a page."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from rich.table import Table
 
-from anymla.report.tables import size, table
+from anymla import __version__
+from anymla.cards import public_name
+from anymla.methods.mla.settings import MLA
+from anymla.report.costs import (
+    Outcome,
+    layers_section,
+    outcomes_table,
+    papers_section,
+    quality_charts,
+    tiles,
+    use_section,
+)
+from anymla.report.page import Page, Section, record
+from anymla.report.tables import table
+from anymla.report.units import size
 from anymla.run_outcome import Cost, Quality, RunReport, StepOutcome
 
 
 def run_table(report: RunReport) -> Table:
     """What the original and every step's model cost, and how good they are where a text was given."""
-    outcomes = (report.original, *report.steps)
+    return costs_table(str(report.output), "after step", _named(report))
+
+
+def costs_table(title: str, first: str, outcomes: Mapping[str, Outcome]) -> Table:
+    """A row per model, for the terminal; ``first``: what the names are."""
     rows = []
-    for number, outcome in enumerate(outcomes):
-        cost, quality = outcome.account, outcome.quality
-        scores = ("-",) * 3 if quality is None else _scores(quality)
-        rows.append((f"{number} {outcome.name}" if number else outcome.name, *_costs(cost), *scores))
-    context = report.original.account.context
-    columns = (
-        "after step",
-        "weights",
-        "cache per token",
-        "+ once",
-        f"at {context:,} tokens",
-        "perplexity",
-        "KL",
-        "top-1",
+    for name, outcome in outcomes.items():
+        scores = ("-",) * 3 if outcome.quality is None else _scores(outcome.quality)
+        rows.append((name, *_costs(outcome.account), *scores))
+    context = next(iter(outcomes.values())).account.context
+    sizes = ("weights", "cache per token", "+ once", f"at {context:,} tokens")
+    return table(title, (first, *sizes, "perplexity", "KL", "top-1"), rows)
+
+
+def _named(report: RunReport) -> dict[str, StepOutcome]:
+    return {"original": report.original} | {f"{at} {step.name}": step for at, step in enumerate(report.steps, 1)}
+
+
+def run_page(report: RunReport, folder: Path) -> Page:
+    """The page of a run; ``folder`` holds what lies beside it: the last step's checkpoint and its account."""
+    outcomes = _named(report)
+    recipe, last = report.recipe, report.steps[-1]
+    original = str(recipe.teacher or recipe.model)
+    names = ", then ".join(step.name for step in recipe.steps)
+    target = next((step.target for step in recipe.steps if isinstance(step, MLA)), None)
+    return Page(
+        title=f"{public_name(str(recipe.model))} after {names}",
+        lead=_lead(report),
+        tiles=tiles(report.original, last, report.seconds),
+        sections=(
+            Section(heading="After each step", tables=(outcomes_table(outcomes, "after step"),)),
+            Section(heading="Quality against bytes", charts=tuple(quality_charts(outcomes))),
+            layers_section(folder, before=report.original.account.cache_bytes_per_token),
+            use_section(folder, report.output, original, target),
+            papers_section(recipe.steps),
+            record("run.json", report.to_dict()),
+        ),
     )
-    return table(str(report.output), columns, rows)
+
+
+def _lead(report: RunReport) -> str:
+    made = f"Made by anymla {__version__}. Bytes are those of tensors."
+    quality = report.steps[-1].quality
+    if quality is None or report.recipe.text is None:
+        return f"{made} No text was given, so quality was not measured: give --text."
+    text = public_name(report.recipe.text)
+    return f"{made} Quality was measured on {quality.tokens:,} tokens of {text}; KL and agreement are to the original."
 
 
 def outcome_line(number: int, outcome: StepOutcome) -> str:
     """What the model costs after a step, and how good it is, in one line."""
     cost, quality = outcome.account, outcome.quality
     weights, token, once, at = _costs(cost)
+    if cost.bits_per_weight is not None:
+        weights += f" ({cost.bits_per_weight:.2f} bits per packed weight)"
     line = f"{f'after step {number}, ' if number else ''}{outcome.name}: weights {weights}, cache {token} per token"
     line += f"{f' and {once} once' if cost.cache_bytes_once else ''}, {at} at {cost.context:,} tokens"
     if quality is None:

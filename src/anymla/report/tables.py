@@ -13,6 +13,7 @@ from rich.text import Text
 from anymla.account import account, reduced_bytes, told_lengths
 from anymla.methods.cache_coding.explain import coded_layers
 from anymla.methods.mla.duration import spoken
+from anymla.report.units import size
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
@@ -29,16 +30,6 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     for row in rows:
         result.add_row(*(str(cell) for cell in row))
     return result
-
-
-def size(value: float) -> str:
-    """Bytes in the unit that reads best."""
-    unit = "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
 
 
 def _rope(rope: RopeSpec | None, first: AttentionSpec, rotated: int, layers: int) -> str:

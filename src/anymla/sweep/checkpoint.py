@@ -10,6 +10,7 @@ from anymla.io.auto import auto_class
 from anymla.io.checkpoint import copy_companions
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
+from anymla.methods.base import Plan
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling import modeling_anymla
 from anymla.modeling.spec import KEY, OLD_KEY, LayerSpec, ModelSpec, config_entry
@@ -17,11 +18,11 @@ from anymla.register import converted_class, register
 from anymla.sweep.shards import name_shards, pack, write_outside
 
 
-def converted_config(model: Any, layers: tuple[LayerSpec, ...]) -> Any:
-    """The config of the converted ``model``: the original's fields, the spec of every layer, of latents DeepSeek's."""
+def converted_config(model: Any, config: Any, layers: tuple[LayerSpec, ...]) -> Any:
+    """The config of the converted ``model``: the fields of ``config``, every layer's spec, of latents DeepSeek's."""
     register()
     made: Any = converted_class(type(model).__name__.removeprefix(modeling_anymla.PREFIX))
-    fields = model.config.to_dict()
+    fields = config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", OLD_KEY):
         fields.pop(name, None)
     fields |= {"architectures": [made.__name__], **_latent_sizes(layers), KEY: config_entry(layers)}
@@ -45,21 +46,23 @@ def _latent_sizes(layers: tuple[LayerSpec, ...]) -> dict[str, int]:
 
 
 def write_checkpoint(
-    source: StreamedModel, work: WorkFolder, before: ModelSpec, after: ModelSpec, *, shard_size: int
+    source: StreamedModel, work: WorkFolder, before: ModelSpec, done: Plan, *, shard_size: int
 ) -> None:
     """Completes ``work.model``: the last weights, config, tokenizer and generation settings.
 
-    Where some layer of ``after`` has another module than the stock one the config is a converted one and modelling
+    Where some layer that is ``done`` has other modules than stock ones the config is a converted one and modelling
     files come with it; else it is stock, with the fields that differ ``before`` and after.
     """
+    after = done.after
     modules = decoder_layers(source.model)
     write_outside(source, work, modules, after=True)
     pack(work, len(modules) + 2, shard_size, last=True)
     shards = name_shards(work)
     copy_companions(source.folder, work.model)
-    config = config_after(source.model.config, before, after)
-    if any(layer.replaced is not None for layer in after.layers):
-        config, module = converted_config(source.model, after.layers), modeling_anymla.__name__.rsplit(".", 1)[-1]
+    config = config_after(source.model.config, before, after, done.removed)
+    if not all(layer.stock for layer in after.layers):
+        config = converted_config(source.model, config, after.layers)
+        module = modeling_anymla.__name__.rsplit(".", 1)[-1]
         config.auto_map = {
             "AutoConfig": f"{module}.{type(config).__name__}",
             auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",

@@ -65,23 +65,30 @@ class Decoder:
         below: tuple[dict[str, Any] | None, ...] = (),
     ) -> Layer:
         """One layer, whose weights are there."""
-        module, old = self.modules[index], self.model.layers[index]
+        module, old, planned = self.modules[index], self.model.layers[index], plan.layer(index)
         heads = 0 if old.attention is None else old.attention.num_heads
         return Layer(
             index=index,
             module=module,
             name=self.source.name_of(module),
             old=old,
-            planned=plan.after.layers[index],
+            planned=old if planned is None else planned,
             choice=plan.choices[index],
             below=below,
             arguments=self.arguments[index],
             windows=self.split,
             batch=batch_size(heads, self.shape[1]) if self.family.batched and heads else 1,
             config=self.source.model.config.get_text_config(),
-            new_config=config_after(self.source.model.config, self.model, plan.after).get_text_config(),
+            new_config=config_after(self.source.model.config, self.model, plan.after, plan.removed).get_text_config(),
             family=self.family,
             saved=self.source.saved_in(module),
             original=original,
             converted=converted,
+            weights_of=self.weights_of,
         )
+
+    def weights_of(self, index: int) -> dict[str, Tensor]:
+        """The weights of a layer that is not in use."""
+        with self.source.layer(self.modules[index]):
+            weights: dict[str, Tensor] = self.modules[index].state_dict()
+        return weights

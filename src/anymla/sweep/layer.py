@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anymla.architectures.families import Family
 from anymla.architectures.parts import attention_path
@@ -38,7 +39,7 @@ class Layer:
 
     Args:
         index, module, name: its number, the module itself, and its dotted name in the model.
-        old, planned: what it is and what the plan makes of it.
+        old, planned: what it is and what the plan makes of it; the same where it is removed.
         choice: what the plan chose for it; below: the results of the layers before it, None for those left as they are.
         arguments: what the module is called with beside hidden states.
         windows: which windows of both streams serve what.
@@ -47,6 +48,7 @@ class Layer:
         saved: the dtype of its new weights in the checkpoint.
         original: the original's hidden states [N,T,D] before this layer; after it, once the original layer has run.
         converted: those of the converted model before this layer.
+        weights_of: reads the weights of another layer of the original, by its number.
     """
 
     index: int
@@ -65,6 +67,7 @@ class Layer:
     saved: torch.dtype
     original: Activations
     converted: Activations
+    weights_of: Callable[[int], dict[str, Tensor]]
 
     @property
     def attention_path(self) -> str:

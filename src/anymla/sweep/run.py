@@ -15,10 +15,11 @@ from torch import Tensor
 
 from anymla import __version__
 from anymla.account import no_cache, told_lengths
+from anymla.architectures.stock_config import config_after
 from anymla.data.text import bundled_text, calibration_windows, random_windows
 from anymla.distributed import join_processes, rank, wait_for_all, world
 from anymla.errors import TextError
-from anymla.io.checkpoint import load_tokenizer
+from anymla.io.checkpoint import load_tokenizer, safe_config
 from anymla.io.computing import Computing
 from anymla.io.device import pick_device
 from anymla.io.streamed import StreamedModel
@@ -61,7 +62,7 @@ class Swept:
     Args:
         folder: the new checkpoint, which is not yet at the output's place; reports are added to it.
         source: the original; its weights are in its files.
-        plan: the final one; records: what became of the layers; spec: what the model now is.
+        plan: the final one; records: what became of the layers that are left; spec: what the model now is.
         windows: this process's windows to score on [N,T]; original, converted: their final hidden states [N,T,D].
         tuples: whether layers of this family return tuples.
         computing: what was computed in.
@@ -97,6 +98,7 @@ def swept(
     Raises:
         AnymlaError: one of its kinds, each one clear line.
     """
+    _check_config(method, source, model)
     plan, windows = method.plan(model, None, choices), _calibration(method, source, model)
     device = join_processes(pick_device(method.device))
     streamed, work = StreamedModel(source, dtype=method.dtype, device=device), WorkFolder(run.output)
@@ -118,13 +120,25 @@ def swept(
         sequence.convert(method, plan, shard_size=run.shard_size, progress=run.progress)
         done = _swept(sequence, plan, computing)
         if rank() == 0:
-            write_checkpoint(streamed, work, model, done.spec, shard_size=run.shard_size)
+            write_checkpoint(streamed, work, model, replace(plan, after=done.spec), shard_size=run.shard_size)
             nothing = no_cache(told_lengths(model))
             write_account(work.model, done.spec, (record.after or nothing for record in done.records))
         yield done
         if rank() == 0:
             work.finish()
         wait_for_all()
+
+
+def _check_config(method: SweptMethod, source: Path, model: ModelSpec) -> None:
+    """Refuses a model whose config cannot say what the method may make of it.
+
+    Raises:
+        UnsupportedModelError: it cannot; the message names what.
+    """
+    config = None
+    for plan in method.possible(model):
+        config = config or safe_config(source)
+        config_after(config, model, plan.after, plan.removed)
 
 
 def _computing(method: SweptMethod, decided: Computing) -> Computing:
@@ -151,13 +165,15 @@ def _calibration(method: SweptMethod, source: Path, model: ModelSpec) -> Tensor:
 
 
 def _swept(sequence: Sequence, plan: Plan, computing: Computing) -> Swept:
-    held_out, layers = sequence.decoder.split.held_out, tuple(record.spec for record in sequence.records)
+    held_out = sequence.decoder.split.held_out
+    records = tuple(record for record in sequence.records if not record.removed)
+    layers = tuple(record.spec for record in records)
     return Swept(
         folder=sequence.work.model,
         source=sequence.source,
         plan=plan,
-        records=tuple(sequence.records),
-        spec=replace(sequence.model, dtype=computing.stored, layers=layers),
+        records=records,
+        spec=replace(plan.after, dtype=computing.stored, layers=layers),
         windows=sequence.decoder.windows[held_out],
         original=sequence.streams.original.split(1, held_out),
         converted=sequence.streams.converted.split(1, held_out),

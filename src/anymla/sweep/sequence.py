@@ -40,12 +40,14 @@ class LayerRecord:
     """A layer that is done: what it is now, the method's result, and its cache before and after.
 
     ``result``: None for a layer that stays as it is; ``before`` and ``after``: of one without softmax attention.
+    ``removed``: whether the new model does not have it.
     """
 
     spec: LayerSpec
     result: dict[str, Any] | None = None
     before: LayerAccount | None = None
     after: LayerAccount | None = None
+    removed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The record, ready for JSON."""
@@ -56,7 +58,7 @@ class LayerRecord:
         """The record that ``to_dict`` took apart."""
         spec, result = LayerSpec.of(fields["spec"]), fields["result"]
         before, after = (None if fields[name] is None else LayerAccount(**fields[name]) for name in ("before", "after"))
-        return cls(spec=spec, result=result, before=before, after=after)
+        return cls(spec=spec, result=result, before=before, after=after, removed=fields["removed"])
 
 
 class Sequence:
@@ -98,9 +100,10 @@ class Sequence:
             progress(len(self.records), len(self.modules), result)
         for index in range(len(self.records), len(self.modules)):
             with self.source.layer(self.modules[index]):
-                record = self._changed(method, self._layer(index, plan))
-                if rank() == 0:
-                    write_layer(self.source, self.work, self.modules[index], index)
+                place, layer = plan.place(index), self._layer(index, plan)
+                record = self._removed(layer) if place is None else self._changed(method, layer)
+                if rank() == 0 and place is not None:
+                    write_layer(self.source, self.work, self.modules[index], index, place)
             self.streams.save(index + 1)
             self.records.append(record)
             self._commit(layers=[each.to_dict() for each in self.records])
@@ -117,6 +120,11 @@ class Sequence:
         below = tuple(record.result for record in self.records)
         streams = self.streams
         return self.decoder.layer(index, plan, original=streams.original, converted=streams.converted, below=below)
+
+    def _removed(self, layer: Layer) -> LayerRecord:
+        """Moves the original's stream on."""
+        pass_through(layer.module, layer.original, layer.arguments, layer.batch)
+        return LayerRecord(spec=layer.old, removed=True)
 
     def _changed(self, method: SweptMethod, layer: Layer) -> LayerRecord:
         """Lets the method change a layer, and moves both streams on."""

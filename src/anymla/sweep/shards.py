@@ -13,11 +13,12 @@ from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder, write_json
 
 
-def write_layer(source: StreamedModel, work: WorkFolder, layer: nn.Module, index: int) -> None:
-    """Writes all weights of ``layer``, the model's ``index``-th."""
+def write_layer(source: StreamedModel, work: WorkFolder, layer: nn.Module, index: int, place: int) -> None:
+    """Writes all weights of ``layer``, the model's ``index``-th, as those of the layer ``place``."""
     prefix = source.name_of(layer)
-    named = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
-    write_tensors(_part(work, index + 1), {name: source.as_saved(name, tensor) for name, tensor in named.items()})
+    named = {name: source.as_saved(f"{prefix}.{name}", tensor) for name, tensor in layer.state_dict().items()}
+    placed = prefix.removesuffix(str(index)) + str(place)
+    write_tensors(_part(work, index + 1), {f"{placed}.{name}": tensor for name, tensor in named.items()})
 
 
 def write_outside(source: StreamedModel, work: WorkFolder, layers: nn.ModuleList, *, after: bool) -> None:

@@ -28,7 +28,7 @@ from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
 from anymla.io.work import WorkFolder
 from anymla.methods.tune import Tune
-from anymla.modeling.spec import KEY, OLD_KEY
+from anymla.modeling.spec import KEY, OLD_KEY, layers_of
 from anymla.settings import DtypeName
 from anymla.stored_bytes import write_account
 from anymla.sweep.progress import claim, decide_computing
@@ -121,9 +121,11 @@ def check_pair(student: Path, teacher: Path) -> None:
     """
     ours, theirs = read_config(student), read_config(teacher)
     stock = not str(ours.get("model_type")).startswith("anymla_") or not {KEY, OLD_KEY} & ours.keys()
-    if stock and (ours.get("model_type") != theirs.get("model_type") or spec_of(ours).layers == spec_of(theirs).layers):
+    if stock and (ours.get("model_type") != theirs.get("model_type") or _sizes(ours) == _sizes(theirs)):
         raise CheckpointError(f"{student} was not converted by anymla: first anymla convert {student} -o CONVERTED")
     family = str(ours["model_type"]).removeprefix("anymla_")
+    if any(layer.packed is not None for layer in layers_of(ours) or ()):
+        raise CheckpointError(f"{student} has packed weights, which do not learn: tune the model of before that step")
     if theirs.get("model_type") != family:
         raise CheckpointError(
             f"--teacher {teacher} is a {theirs.get('model_type')!s:.40} and {student} was a {family}: "
@@ -135,6 +137,12 @@ def check_pair(student: Path, teacher: Path) -> None:
                 f"--teacher {teacher} has a {name} of {theirs[name]!s:.20} and {student} one of {ours[name]!s:.20}: "
                 "give the model it was converted from"
             )
+
+
+def _sizes(config: dict[str, Any]) -> tuple[Any, int]:
+    """What a step may change of a stock model."""
+    spec = spec_of(config)
+    return spec.layers, spec.intermediate_size
 
 
 @dataclass(frozen=True)

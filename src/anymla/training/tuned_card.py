@@ -19,7 +19,7 @@ def tuned_card(card: str, report: Recovery) -> str:
     return f"""{card.rstrip()}
 {HEADING}
 By anymla {report.anymla_version}, on {report.tokens:,} tokens of {texts},
-`--train {tuning.train}`. All settings are in `tuning.yaml`. Its progress is in `metrics.jsonl` and `loss.png`.
+`--train {tuning.train}`. All settings are in `tuning.yaml`. Its progress is in `metrics.jsonl` and `report.html`.
 On held-out text, where the original has a perplexity of {report.original_perplexity:.4g}:
 
 | | perplexity | KL to the original |

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from anymla.errors import AnymlaError, OutputError
 from anymla.io.hub_cache import commit_of
+from anymla.io.locks import lock_folder, unlock
 from anymla.io.sources.adapter_kinds import check_adapter
 from anymla.io.sources.locate import Located
-from anymla.io.work import clear_abandoned, lock_folder
+from anymla.io.work import clear_abandoned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +126,7 @@ def _temporary(beside: Path | None) -> Iterator[Path]:
     finally:
         for part in (new, folder):
             shutil.rmtree(part, ignore_errors=True)
-        if held is not None:
-            os.close(held)
+        unlock(held)
         for part in above:
             with suppress(OSError):  # not empty: the output is there
                 part.rmdir()

@@ -43,7 +43,8 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
         return build_coded_latent(layer, spec, keys, values, inv_freq)
     original = layer.attention
     source = read_attention(original, old, layer.family, layer.config)
-    made = LayerSpec(attention=source.spec, coded=spec, module=f"{layer.name}.{layer.attention_path}")
+    module = f"{layer.name}.{layer.attention_path}"
+    made = LayerSpec(attention=source.spec, coded=spec, module=module, packed=layer.old.packed)
     with torch.device("meta"):
         attention: RowsAttention = attention_class(made)(original, layer.config, made)
     like = next(original.parameters())

@@ -14,6 +14,11 @@ def coded_refusal(model: ModelSpec) -> str | None:
         return "its latent has an exact window, and a coded one has none: give the step mla exact_window 0"
     if any(layer.coded is not None for layer in model.layers):
         return "its cache is coded already"
+    if any(layer.packed is not None and layer.packed.attention and layer.latent is None for layer in model.layers):
+        return (
+            "the projections of its stock attention are packed, and codes would unpack them: give the step that packs "
+            "them attention: false, or put mla before it"
+        )
     if any(layer.shared is not None for layer in model.layers):
         return "its layers share attention maps: codes need keys in every layer"
     if any(layer.kind is not None and layer.latent is None for layer in model.layers):

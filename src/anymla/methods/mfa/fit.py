@@ -29,9 +29,9 @@ def fit_layer(settings: MFA, layer: Layer, observed: AttentionObserver) -> Chang
     """Puts the factorised attention that loses least in the place of the layer's own."""
     measured = observed.measured()
     fit = MfaFit(settings, layer, measured)
-    attention = fit.best()
-    changed = Changed(spec=fit.spec(attention), result=asdict(fit.result(attention)))
-    layer.module.set_submodule(layer.attention_path, attention)
+    best = fit.best()
+    changed = Changed(spec=fit.spec(best.attention), result=asdict(fit.result(best)))
+    layer.module.set_submodule(layer.attention_path, best.attention)
     measured.close()
     return changed
 

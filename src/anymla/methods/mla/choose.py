@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from anymla.distributed import all_sum_number
+from anymla.distributed import all_sum_number, rank, world
 from anymla.methods.mla.costs import TRIED_FROM
 from anymla.methods.mla.factorization import FACTORIZATIONS
 from anymla.methods.mla.layer_plan import TYPICAL_ROPE_SHARE, LayerPlan
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA
     from anymla.sweep.layer import Layer
 
+JUDGED_TOKENS = 4096  # of the choice windows: enough to tell candidates, and checks of one, apart
 TRIAL = 4  # a candidate takes this part of the gradient steps before it is judged: a smaller one misjudges
 
 
@@ -48,7 +49,10 @@ class LayerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """An attention, its squared loss on the choice windows (NaN where nobody asked), and whether it was refitted."""
+    """An attention, whether it was refitted, and its squared loss: while it competes, on ``_judged`` windows alone.
+
+    ``error`` is NaN where nobody asked.
+    """
 
     attention: LatentAttention
     error: float
@@ -70,22 +74,25 @@ class LayerFit:
         self.factorization = FACTORIZATIONS[settings.factorization]
         self.steps = (settings.reconstruction_steps or 0) * self.factorization.refits_output
 
-    def best(self) -> LatentAttention:
+    def best(self) -> Candidate:
         """The channels and the split that lose least on the choice windows, refitted and reconstructed."""
         found = self._best(trial=self.steps // TRIAL if self.steps >= TRIED_FROM else 0)
         if self.factorization.refits_output and not found.refitted:
-            self._refit(found.attention)
-        self._reconstruct(found.attention, self.steps)
-        return found.attention
+            found = self._refitted(found)
+        if self.steps:
+            self._reconstruct(found.attention, self.steps)
+        elif found.refitted:
+            return found
+        return replace(found, error=self._error(found.attention, self.layer.windows.choice))
 
-    def result(self, attention: LatentAttention) -> LayerResult:
-        """What is to be said of the layer with ``attention``."""
-        measured = self.measured
+    def result(self, best: Candidate) -> LayerResult:
+        """What is to be said of the layer with the attention of ``best``."""
+        measured, attention = self.measured, best.attention
         return LayerResult(
             layer=self.layer.index,
             rope_dims=attention.qk_rope_head_dim,
             kv_rank=attention.kv_lora_rank,
-            error=self._error(attention) / measured.power,
+            error=best.error / measured.power,
             norms_lost=None if measured.norms_lost is None else measured.norms_lost / measured.power,
         )
 
@@ -95,7 +102,8 @@ class LayerFit:
 
     def share_lost(self, split: RopeSplit) -> float:
         """The error of :class:`LayerResult` that this split would have, before anything is fitted to it."""
-        return self._error(self._build(split.rope_dims, self._rule(split.rope_step))) / self.measured.power
+        attention = self._build(split.rope_dims, self._rule(split.rope_step))
+        return self._error(attention, self.layer.windows.choice) / self.measured.power
 
     def _near(self) -> float:
         """Rope dims near which the choice lies: the share of the last converted layer."""
@@ -134,14 +142,20 @@ class LayerFit:
         return best
 
     def _candidate(self, rope_dims: int, rule: RopeChoice, trial: int) -> Candidate:
-        attention = self._build(rope_dims, rule)
+        candidate = Candidate(attention=self._build(rope_dims, rule), error=math.nan, refitted=False)
         if trial:
-            self._refit(attention)
-            self._reconstruct(attention, trial)
-        return Candidate(attention=attention, error=self._error(attention), refitted=trial > 0)
+            candidate = self._refitted(candidate)
+            self._reconstruct(candidate.attention, trial)
+        return replace(candidate, error=self._error(candidate.attention, self._judged()))
+
+    def _judged(self) -> slice:
+        """Those of the choice windows that candidates and steps are judged on: ``JUDGED_TOKENS``, of all processes."""
+        choice, length = self.layer.windows.choice, self.measured.inputs.shape[1]
+        mine = len(range(rank(), max(1, JUDGED_TOKENS // length), world()))
+        return slice(choice.start, min(choice.start + mine, choice.stop))
 
     def _build(self, rope_dims: int, rope: RopeChoice) -> LatentAttention:
-        rank = self.plan.cached_numbers - rope_dims if self.plan.kv_rank is None else self.plan.kv_rank
+        kv_rank = self.plan.cached_numbers - rope_dims if self.plan.kv_rank is None else self.plan.kv_rank
         source = self.measured.source
         converted = convert_layer(
             source.weights,
@@ -149,7 +163,7 @@ class LayerFit:
             rope,
             self.factorization,
             rope_dims=rope_dims,
-            kv_rank=rank,
+            kv_rank=kv_rank,
             expected_rotation=self.settings.expected_rotation,
         )
         return build_attention(self.original, source, converted, self.layer.config, self.layer.saved)
@@ -157,22 +171,22 @@ class LayerFit:
     def _rule(self, rope_step: int | None) -> RopeChoice:
         return ROPE_CHOICES[self.settings.rope] if rope_step is None else GridPCA(rope_step)
 
-    def _refit(self, attention: LatentAttention) -> None:
-        windows = self.layer.windows
-        refit_output(attention, lambda part: self._lost(attention, part), windows.fit, windows.choice, self.layer.saved)
+    def _refitted(self, candidate: Candidate) -> Candidate:
+        windows, attention = self.layer.windows, candidate.attention
+        parts = windows.fit, windows.choice
+        error = refit_output(attention, lambda part: self._lost(attention, part), *parts, self.layer.saved)
+        return replace(candidate, error=error, refitted=True)
 
     def _reconstruct(self, attention: LatentAttention, steps: int) -> None:
-        if not steps:
-            return
         measured, windows = self.measured, self.layer.windows
         reconstruction = Reconstruction(
             attention, measured.inputs, measured.target, measured.arguments, self.layer.batch, self.layer.saved
         )
-        reconstruction.run(steps, windows.fit, windows.choice, self.settings.seed)
+        reconstruction.run(steps, windows.fit, self._judged(), self.settings.seed)
 
-    def _error(self, attention: LatentAttention) -> float:
-        """Squared loss of the layer's output on the choice windows."""
-        batches = self._lost(attention, self.layer.windows.choice)
+    def _error(self, attention: LatentAttention, windows: slice) -> float:
+        """Squared loss of the layer's output on ``windows`` of all processes."""
+        batches = self._lost(attention, windows)
         lost = sum(batch.lacking.double().square().sum().item() for batch in batches)
         return all_sum_number(lost, attention.o_proj.weight.device)
 

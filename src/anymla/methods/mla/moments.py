@@ -18,6 +18,7 @@ from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.heads import attention_weights, causal_mask
 
 SAMPLE_WINDOWS, SAMPLE_QUERIES = 4, 128  # of the first batch: what Sample holds
+BLOCK_ROWS = 128  # query tokens whose attention is held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,39 +126,50 @@ class MomentSums:
         """Adds what heads attend to; returns what every token receives, sum_m a_mn^2 [B,T]."""
         kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
         received = query.new_zeros(len(query), query.shape[2])
-        for head in range(kv_heads):  # one kv head at a time bounds memory to its [B,n,T,T] scores
+        unit = turn / turn.abs()
+        back = torch.cat([unit.real, -unit.imag, unit.real.new_ones(len(unit), 1)], dim=1)  # e^{-i n theta}, and 1
+        query, key = self._rotated(query, turn), rotate(key, turn)
+        blocks = [(rows, *seen_by(mask[:, :, rows])) for rows in row_blocks(query.shape[2])]
+        for head in range(kv_heads):
             heads = slice(head * group, (head + 1) * group)
-            attention = self._attention(query[:, heads], key[:, head], turn, mask, heads)
-            output = attention @ value[:, head].unsqueeze(1)
-            attention = attention.tril_(-self.window) if self.window else attention
-            received += attention.square().sum(dim=(1, 2))
-            self._add_heads(heads, attention, output, value[:, head], turn / turn.abs())
+            sums = AttentionSums(query[:, heads], value[:, head], back)
+            for rows, seen, hidden in blocks:  # a block of rows at a time bounds memory to its [B,n,R,S] scores
+                own = None if not hidden else mask[:, heads if mask.shape[1] > 1 else slice(None), rows, seen]
+                attention = self._attention(query[:, heads, rows], key[:, head, seen], own, heads)
+                sums.add(attention, rows, seen, self.window)
+            received += sums.received.sum(1)
+            self._add_heads(heads, sums, value[:, head], unit)
         return received
 
-    def _attention(self, query: Tensor, key: Tensor, turn: Tensor, mask: Tensor, heads: slice) -> Tensor:
-        """Attention probabilities [B,n,T,T] of the heads that share one key head."""
-        rotated_query, rotated_key = rotate(query, turn), rotate(key, turn)
-        if self.weights.query_gain is not None:
-            rotated_query = rotated_query * self.weights.query_gain.to(query.dtype)
-        scores = rotated_query @ rotated_key.unsqueeze(1).mT * self.weights.scaling
-        sinks = None if self.weights.sinks is None else self.weights.sinks[heads]
-        mask = mask if mask.shape[1] == 1 else mask[:, heads]
-        return attention_weights(scores, mask.to(scores.dtype), self.weights.softcap, sinks)
+    def _rotated(self, query: Tensor, turn: Tensor) -> Tensor:
+        """Queries [B,H,T,d] as scores read them."""
+        query = rotate(query, turn) * self.weights.scaling
+        return query if self.weights.query_gain is None else query * self.weights.query_gain.to(query.dtype)
 
-    def _add_heads(self, heads: slice, attention: Tensor, output: Tensor, value: Tensor, turn: Tensor) -> None:
-        """Adds what the heads that share one ``value`` [B,T,d] attend to, [B,n,T,T], and give, [B,n,T,d]."""
-        squared = attention.square()
-        output_weight = self.weights.output[:, heads].to(value.dtype)  # [D,n,d]
+    def _attention(self, query: Tensor, key: Tensor, mask: Tensor | None, heads: slice) -> Tensor:
+        """Attention probabilities [B,n,R,S] of a block of rows, by the heads that share one key head; after rope."""
+        sinks = None if self.weights.sinks is None else self.weights.sinks[heads]
+        mask = None if mask is None else mask.to(query.dtype)
+        return attention_weights(query @ key.unsqueeze(1).mT, mask, self.weights.softcap, sinks)
+
+    def _add_heads(self, heads: slice, sums: AttentionSums, value: Tensor, turn: Tensor) -> None:
+        """Adds what the heads that share one ``value`` [B,T,d] attend to and give.
+
+        sum_mn a_mn^2 ||W_o (v_n - o_m)||^2 is expanded, so that nothing but sums over n is needed of a^2.
+        """
+        output_weight = self.weights.output[:, heads].double()  # [D,n,d]
         metric = torch.einsum("Dnd,Dne->nde", output_weight, output_weight)
-        value_metric = value.unsqueeze(1) @ metric
-        value_norm = (value_metric * value.unsqueeze(1)).sum(-1)  # ||W_o v||^2, [B,n,T]
-        output_norm = ((output @ metric) * output).sum(-1)
-        cross = output @ value_metric.transpose(-1, -2)  # [B,n,T,T]
-        distance = (output_norm.unsqueeze(-1) - 2 * cross + value_norm.unsqueeze(-2)).clamp_min(0)
-        self.key_weight[heads] += (squared * distance).sum(dim=(0, 2, 3)).double()
-        self.value_weight[heads] += squared.sum(dim=(0, 2, 3)).double()
-        self.attended[heads] += attention.sum(dim=(0, 2, 3)).double()
-        mean_turn = attention.to(turn.dtype) @ turn.conj()  # sum_n a_mn e^{-i n theta}, [B,n,T,P]
+        output, value = sums.output.double(), value.unsqueeze(1).double()
+        value_norm = ((value @ metric) * value).sum(-1)  # ||W_o v||^2, [B,n,T]
+        read = output @ metric
+        output_norm, cross = (read * output).sum(-1), (read * sums.squared_output.double()).sum(-1)
+        received, given = sums.received.double(), sums.given.double()
+        distance = given * output_norm - 2 * cross + received * value_norm
+        self.key_weight[heads] += distance.sum(dim=(0, 2)).clamp_min(0)
+        self.value_weight[heads] += received.sum(dim=(0, 2))
+        pairs = turn.shape[1]
+        mean_turn = torch.complex(sums.turned[..., :pairs].contiguous(), sums.turned[..., pairs:-1].contiguous())
+        self.attended[heads] += sums.turned[..., -1].double().sum(dim=(0, 2))
         self.rotation[heads] += (turn * mean_turn).sum(dim=(0, 2)).to(self.rotation.dtype)
 
     def moments(self) -> Moments:
@@ -178,6 +190,50 @@ class MomentSums:
         all_sum(self.rotation).div_(all_sum(self.attended).clamp_min(1e-300)[:, None])
         means = {name: getattr(self, name) for name in (*over_tokens, "rotation", "weighted_gram", "weighted_mean")}
         return Moments(rope_scale=self.rope_scale, sample=self.sample, **means)
+
+
+class AttentionSums:
+    """Sums over the tokens that each row attends to, and over the rows that attend to each token, of n heads.
+
+    ``back`` [T,2P+1]. output: sum_n a_mn v_n [B,n,T,d]; of attention outside the exact window alone: squared_output,
+    sum_n a_mn^2 v_n [B,n,T,d]; turned, sum_n a_mn back_n [B,n,T,2P+1]; given, sum_n a_mn^2, and received, sum_m a_mn^2
+    [B,n,T].
+    """
+
+    def __init__(self, query: Tensor, value: Tensor, back: Tensor) -> None:
+        self.value, self.back = value.unsqueeze(1), back
+        self.output, self.squared_output = (query.new_empty(*query.shape[:3], value.shape[-1]) for _ in range(2))
+        self.turned = query.new_empty(*query.shape[:3], back.shape[1])
+        self.given, self.received = query.new_empty(query.shape[:3]), query.new_zeros(query.shape[:3])
+
+    def add(self, attention: Tensor, rows: slice, seen: slice, window: int) -> None:
+        """Takes the attention [B,n,R,S] of ``rows`` to the tokens ``seen``, the last ``window`` of each among them."""
+        self.output[:, :, rows] = attention @ self.value[:, :, seen]
+        if window:
+            attention = attention.tril_(rows.start - seen.start - window)
+        self.turned[:, :, rows] = attention @ self.back[seen]
+        squared = attention.square_()
+        self.squared_output[:, :, rows] = squared @ self.value[:, :, seen]
+        self.given[:, :, rows] = squared.sum(-1)
+        self.received[:, :, seen] += squared.sum(2)
+
+
+def row_blocks(length: int) -> list[slice]:
+    """Blocks of at most ``BLOCK_ROWS`` of ``length`` rows."""
+    return [slice(start, min(start + BLOCK_ROWS, length)) for start in range(0, length, BLOCK_ROWS)]
+
+
+def seen_by(mask: Tensor) -> tuple[slice, bool]:
+    """The tokens that any row of an additive ``mask`` [B,H,R,T] looks at, from first to last; whether it changes more.
+
+    A row that looks at none is spread over all.
+    """
+    allowed = mask > torch.finfo(mask.dtype).min / 4
+    if not bool(allowed.any(-1).all()):
+        return slice(0, mask.shape[-1]), True
+    columns = allowed.flatten(0, -2).any(0).nonzero()
+    seen = slice(int(columns[0]), int(columns[-1]) + 1)
+    return seen, bool(mask[..., seen].any())
 
 
 def to_complex(pairs: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from anymla.model_run.activations import Activations
 from anymla.model_run.stream import first
 
 STEP_SIZE = 0.4  # over the root of the hidden size: the highest rate, as a share of a tensor's own size
-WARMUP, CHECKS = 20, 8  # steps until the full rate, at most; how often the choice windows are looked at
+WARMUP, CHECKS = 20, 4  # steps until the full rate, at most; how often the choice windows are looked at
 NOTHING_LOST = 1e-9  # share of the target's power below which a layer is as the original's
 LEARNED_BUFFERS = ("query_rotation", "channel_weight")
 

@@ -56,7 +56,10 @@ def best_change(fit: NormalEquations, choice: NormalEquations, *, bias: bool = T
     penalty[last:] = 0  # the bias is free
     best, best_error = None, choice.error
     for ridge in RIDGES:
-        change = torch.linalg.lstsq(fit.gram + torch.diag(ridge * penalty), fit.cross).solution
+        factor, failed = torch.linalg.cholesky_ex(fit.gram + torch.diag(ridge * penalty))
+        if failed:
+            continue
+        change = torch.cholesky_solve(fit.cross, factor)
         if torch.isfinite(change).all() and (error := choice.error_of(change)) < best_error:
             best, best_error = change, error
     return best
@@ -68,18 +71,32 @@ def refit_output(
     fit: slice,
     choice: slice,
     saved: torch.dtype,
-) -> None:
+) -> float:
     """Changes ``attention.o_proj`` in place, to numbers that the dtype ``saved`` holds.
 
     ``batches(windows)`` yields what it reads and what its output still lacks.
 
     The converted layer then makes up for what it and the converted layers below it lost, as far as a linear map can.
     W_o moves by argmin ||X change - E||^2 + ridge ||change||^2. The ridge is chosen on windows that were not fitted.
+
+    Returns:
+        The squared loss of the output on ``choice`` after it.
     """
     projection = attention.o_proj
     inputs, bias = projection.in_features, projection.bias is not None
-    change = best_change(*(normal_equations(batches(part), bias=bias) for part in (fit, choice)), bias=bias)
-    if change is not None:
-        projection.weight.data.copy_((projection.weight.double() + change[:inputs].T).to(saved))
-        if bias:
-            projection.bias.data.copy_((projection.bias.double() + change[inputs]).to(saved))
+    fitted, chosen = (normal_equations(batches(part), bias=bias) for part in (fit, choice))
+    change = best_change(fitted, chosen, bias=bias)
+    if change is None:
+        return chosen.error
+    before = _affine(projection)
+    after = (before + change).to(saved)
+    projection.weight.data.copy_(after[:inputs].T)
+    if bias:
+        projection.bias.data.copy_(after[inputs])
+    return max(chosen.error_of(_affine(projection) - before), 0.0)
+
+
+def _affine(projection: Any) -> Tensor:
+    """Weight and bias of ``projection`` as one map [F+1,D] of features with a 1 behind them; float64."""
+    weight: Tensor = projection.weight.double().T
+    return weight if projection.bias is None else torch.cat([weight, projection.bias.double()[None]])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from anymla.errors import AnymlaError
 from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from anymla.methods.mla.observe import AttentionObserver
     from anymla.sweep.layer import Layer
 
+Effort = Literal["quick", "default", "best"]
 if TYPE_CHECKING:
     Rope: TypeAlias = str
     FactorizationName: TypeAlias = str
@@ -40,6 +41,18 @@ def _credited(choices: Mapping[str, RopeChoice | Factorization]) -> str:
     for name, choice in choices.items():
         by.setdefault(choice.paper.title, []).append(name)
     return "; ".join(f"{', '.join(names)} of {title}" for title, names in by.items())
+
+
+EFFORTS: dict[str, dict[str, int]] = {  # docs/choices.md, 'Effort'
+    "quick": {"calibration_tokens": 8192, "reconstruction_steps": 20},
+    "default": {},
+    "best": {"calibration_tokens": 65536, "reconstruction_steps": 300},
+}
+
+
+def _spent(effort: str) -> str:
+    """What an effort sets, in words."""
+    return "{calibration_tokens:,} tokens and {reconstruction_steps} steps".format(**EFFORTS[effort])
 
 
 class MLA(LayerMethod):
@@ -113,6 +126,18 @@ class MLA(LayerMethod):
         description="Gradient steps per layer against the original layer's output, after output-aware; 0: none. "
         "Default: 300. A large model takes fewer, so that a conversion stays short, but at least 99.",
     )
+    effort: Effort = Field(
+        "default",
+        description="How long a conversion may take: sets calibration_tokens and reconstruction_steps where they are "
+        f"not given. quick: {_spent('quick')}; best: {_spent('best')}, which also try other channels and splits.",
+    )
+
+    @model_validator(mode="after")
+    def _by_effort(self) -> Self:
+        for name, value in EFFORTS[self.effort].items():
+            if name not in self.model_fields_set:
+                self.__dict__[name] = value  # not as if it had been given: another effort may still change it
+        return self
 
     def papers(self) -> tuple[Paper, Paper]:
         """Whose the rope choice and the factorisation are."""
@@ -169,8 +194,8 @@ class MLA(LayerMethod):
 
         measured = observed.measured()
         fit = LayerFit(self, layer, measured)
-        attention = fit.best()
-        changed = Changed(spec=fit.spec(attention), result=asdict(fit.result(attention)))
-        layer.module.set_submodule(layer.attention_path, attention)
+        best = fit.best()
+        changed = Changed(spec=fit.spec(best.attention), result=asdict(fit.result(best)))
+        layer.module.set_submodule(layer.attention_path, best.attention)
         measured.close()
         return changed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Search
+from anymla.methods.base import Changed, Chosen, Facts, LayerMethod, Look, Paper, Phase, Plan, Search
 from anymla.methods.shared_attention.spans import (
     can_be_shared,
     is_met,
@@ -136,13 +136,13 @@ class SpanSearch(Search):
         self.method, self.model = method, model
         self.count = len(latest(model, method.layers, method.kv_cache))
 
-    def candidates(self, chosen: tuple[int, ...]) -> list[int]:
+    def candidates(self, chosen: Chosen, look: Look) -> list[Chosen]:
         """The layers that may be added to ``chosen``; none where these are enough."""
         given = self.method.layers
         done = len(chosen) >= given if given is not None else is_met(self.model, chosen, self.method.kv_cache)
-        return [] if done else [layer for layer in can_be_shared(self.model) if layer not in chosen]
+        return [] if done else [{layer: {}} for layer in can_be_shared(self.model) if layer not in chosen]
 
-    def plan(self, chosen: tuple[int, ...]) -> Plan:
+    def plan(self, chosen: Chosen) -> Plan:
         """What the model is where these are shared."""
         return sharing_plan(self.model, dict.fromkeys(chosen))
 

@@ -1,0 +1,217 @@
+"""What several pages show of models: their bytes and quality side by side, their layers, and how they are served."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anymla.architectures.model_spec import read_config, spec_of
+from anymla.io.checkpoint import ACCOUNT
+from anymla.io.config import read_object
+from anymla.layouts import TARGETS, target_refusal
+from anymla.methods.mla.settings import MLA
+from anymla.modeling.spec import ModelSpec
+from anymla.report.chart import Chart, Series
+from anymla.report.page import Cell, Command, Section, Table, Tile, number
+from anymla.report.units import duration, share, size, unit_of
+
+if TYPE_CHECKING:
+    from anymla.methods.base import Method, Paper
+    from anymla.run_outcome import Cost, Quality
+
+NOTICEABLE = 0.01  # of the bytes; weights that change by less are the same
+FAR = 20  # times; losses that are further apart are drawn on a logarithmic scale
+
+
+class Outcome(Protocol):
+    """A model: its name, what it costs, how good it is, and the seconds that took."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def account(self) -> Cost: ...  # noqa: D102
+    @property
+    def quality(self) -> Quality | None: ...  # noqa: D102
+    @property
+    def seconds(self) -> float: ...  # noqa: D102
+
+
+def tiles(first: Outcome, last: Outcome, seconds: float) -> tuple[Tile, ...]:
+    """The figures of ``last`` beside those of ``first``."""
+    before, after = first.account, last.account
+    found = [_less(f"Cache at {after.context:,} tokens", before.cache_bytes_at_context, after.cache_bytes_at_context)]
+    if before.weight_bytes is not None and after.weight_bytes is not None:
+        found.append(_less("Weights", before.weight_bytes, after.weight_bytes))
+    if first.quality is not None and last.quality is not None:
+        found += quality_tiles(last.quality, first.quality.perplexity)
+    return (*found, Tile("Time", duration(seconds)))
+
+
+def _less(label: str, before: int, after: int) -> Tile:
+    return Tile(label, size(after), f"of {size(before)}: {share(after, before)}")
+
+
+def quality_tiles(quality: Any, original: float | None) -> list[Tile]:
+    """KL, perplexity beside that of the ``original``, and agreement, where they are known."""
+    found = [Tile("Perplexity", f"{quality.perplexity:.4g}", "" if original is None else f"original: {original:.4g}")]
+    if quality.kl is not None:
+        found.insert(0, Tile("KL to the original", f"{quality.kl:.3g}", "nats per token; 0 is the same"))
+        found.append(Tile("Same likeliest token", f"{quality.top1_agreement:.1%}", "as the original"))
+    return found
+
+
+def outcomes_table(outcomes: Mapping[str, Outcome], first: str) -> Table:
+    """A row per model; ``first``: what the names are."""
+    account = next(iter(outcomes.values())).account
+    columns = (
+        *(first, "weights", "cache per token", "+ once", f"cache at {account.context:,} tokens"),
+        *("perplexity", "KL (nats per token)", "same likeliest token", "seconds"),
+    )
+    rows = tuple((Cell(name), *_cells(outcome)) for name, outcome in outcomes.items())
+    return Table(columns=columns, rows=rows)
+
+
+def _cells(outcome: Outcome) -> Iterator[Cell]:
+    cost, quality = outcome.account, outcome.quality
+    for held in (cost.weight_bytes, cost.cache_bytes_per_token, cost.cache_bytes_once, cost.cache_bytes_at_context):
+        yield _bytes(held)
+    scores = (None,) * 3 if quality is None else (quality.perplexity, quality.kl, quality.top1_agreement)
+    for value, form in zip(scores, (".3f", ".4f", ".1%"), strict=True):
+        yield number("-" if value is None else f"{value:{form}}", value)
+    yield number(f"{outcome.seconds:.1f}", outcome.seconds)
+
+
+def _bytes(value: int | None) -> Cell:
+    return number("?" if value is None else size(value), value)
+
+
+def quality_charts(outcomes: Mapping[str, Outcome]) -> Iterator[Chart]:
+    """KL against bytes of the cache, and of weights and cache where both change."""
+    context = next(iter(outcomes.values())).account.context
+    caches = {name: each.account.cache_bytes_at_context for name, each in outcomes.items()}
+    weights = {name: each.account.weight_bytes or 0 for name, each in outcomes.items()}
+    scored = {name: each.quality.kl or 0.0 for name, each in outcomes.items() if each.quality is not None}
+    if not scored:
+        return
+    if len({*caches.values()}) > 1:
+        yield _kl_chart(scored, caches, f"cache at {context:,} tokens")
+    if all(weights.values()) and max(weights.values()) > (1 + NOTICEABLE) * min(weights.values()):
+        both = {name: held + weights[name] for name, held in caches.items()}
+        yield _kl_chart(scored, both, f"weights and cache at {context:,} tokens")
+
+
+def _kl_chart(scored: Mapping[str, float], held: Mapping[str, int], what: str) -> Chart:
+    """A series per model; on a logarithmic scale, which has no place for 0, where they are far apart."""
+    unit, each = unit_of(held.values())
+    losses = [kl for kl in scored.values() if kl > 0]
+    log = len(losses) > 1 and max(losses) > FAR * min(losses)
+    drawn = {name: kl for name, kl in scored.items() if kl > 0 or not log}
+    return Chart(
+        title=f"KL against bytes of {what}",
+        x_label=f"{what} ({unit})",
+        y_label="KL, log scale" if log else "KL (nats per token)",
+        series=tuple(Series(name=name, points=((held[name] / each, kl),)) for name, kl in drawn.items()),
+        log=log,
+        from_zero=True,
+    )
+
+
+def layers_section(folder: Path, errors: Mapping[int, float] | None = None, before: float | None = None) -> Section:
+    """Every layer's bytes, as account.json in ``folder`` has them.
+
+    ``errors``: of each layer, where they were measured. ``before``: bytes per token of the original's cache.
+    """
+    layers: Sequence[Mapping[str, Any]] = read_object(folder / ACCOUNT)["layers"]
+    held = [layer["cache_bytes_per_token"] for layer in layers]
+    unit, each = unit_of([*held, 0 if before is None else before / len(layers)])
+    level = None if before is None else ("original, mean over layers", before / len(layers) / each)
+    line = Series(name="now", points=tuple((index, value / each) for index, value in enumerate(held)))
+    charts = [_by_layer("Cache of a token", f"cache per token ({unit})", line, level)]
+    if errors:
+        points = tuple((layer, 100 * error) for layer, error in errors.items())
+        charts.append(_by_layer("Error of the hidden states", "squared error (%)", Series(name="error", points=points)))
+    columns = ("layer", "weights", "cache per token", "+ once", *(["error"] if errors else []))
+    names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")
+    rows = tuple(
+        (
+            number(str(index), index),
+            *(_bytes(layer[name]) for name in names),
+            *([_error(errors.get(index))] if errors else []),
+        )
+        for index, layer in enumerate(layers)
+    )
+    return Section(heading="Layers", charts=tuple(charts), tables=(Table(columns=columns, rows=rows),))
+
+
+def _by_layer(what: str, label: str, series: Series, level: tuple[str, float] | None = None) -> Chart:
+    return Chart(title=f"{what} by layer", x_label="layer", y_label=label, series=(series,), level=level)
+
+
+def _error(value: float | None) -> Cell:
+    return number("-" if value is None else f"{value:.2%}", value)
+
+
+def papers_section(methods: Sequence[Method]) -> Section:
+    """What each step does, and where it comes from."""
+    rows = [
+        (Cell(step.name), Cell(does), Cell(paper.title, link=paper.link))
+        for step in methods
+        for does, paper in {step.summary: step.paper, **_chosen(step)}.items()
+    ]
+    table = Table(columns=("step", "what it does", "paper"), rows=tuple(rows))
+    return Section(heading="Methods and papers", tables=(table,))
+
+
+def _chosen(step: Method) -> dict[str, Paper]:
+    """Whose the choices of the step mla are."""
+    if not isinstance(step, MLA):
+        return {}
+    return dict(
+        zip((f"rope channels: {step.rope}", f"factorisation: {step.factorization}"), step.papers(), strict=True)
+    )
+
+
+def use_section(folder: Path, place: Path, original: str, target: str | None = None) -> Section:
+    """The commands that use and serve what lies in ``folder`` and will be at ``place``.
+
+    ``target``: what its conversion was planned for.
+    """
+    config = read_config(folder)
+    converted = str(config["model_type"]).startswith("anymla_")
+    quoted, other = shlex.quote(str(place)), shlex.quote(original)
+    found = [
+        Command("Talk with it, the original beside it", f"anymla chat {quoted} --against {other}"),
+        Command("Measure it on a text of yours", f"anymla eval {quoted} --against {other} --text YOUR.txt -o RESULTS"),
+        Command("Serve it in transformers", f"transformers serve {quoted}{' --trust-remote-code' * converted}"),
+    ]
+    if not converted:
+        found += _stock(quoted, packed="quantization_config" in config)
+        return Section(
+            heading="Use it", text="It is a stock checkpoint: it needs nothing of anymla.", commands=(*found,)
+        )
+    fitting = [name for name in TARGETS if name == target or (name == "vllm" and _fits_vllm(spec_of(config)))]
+    found += [
+        Command(
+            f"Export it, which ends with the commands to serve it ({name})",
+            f"anymla export {quoted} --to {name} -o SERVED",
+        )
+        for name in fitting
+    ]
+    return Section(heading="Use it", commands=(*found,))
+
+
+def _fits_vllm(spec: ModelSpec) -> bool:
+    kinds = [layer.kind for layer in spec.layers]
+    plain = all(
+        layer.latent is not None and layer.coded is None and not layer.latent.exact_window for layer in spec.layers
+    )
+    return bool(kinds) and plain and target_refusal("vllm", spec) is None
+
+
+def _stock(quoted: str, *, packed: bool) -> Iterator[Command]:
+    yield Command("Serve it in vLLM", f"vllm serve {quoted}")
+    if not packed:
+        lines = f"python convert_hf_to_gguf.py {quoted} --outfile model.gguf\nllama-server -m model.gguf"
+        yield Command("Serve it in llama.cpp, whose repository has the converter", lines)

@@ -1,0 +1,347 @@
+"""Width pruning: removing is zeroing, scores find what is dead, and the result is a stock checkpoint.
+
+Figures on the bundled model (stories260K, 172 FFN neurons): KL in nats per token with 80 and 60 % of the neurons. fused
+0.87 and 2.15, element 0.78 and 1.97, vector 0.93 and 2.16, magnitude 1.18 and 2.10, random 1.10 and 2.32.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import anymla
+from anymla.architectures.families import FAMILIES
+from anymla.architectures.model_spec import read_config, read_model_spec, spec_of
+from anymla.architectures.parts import attention_path
+from anymla.architectures.stock_config import config_after
+from anymla.data.text import bundled_text, calibration_windows
+from anymla.demo import bundled_model
+from anymla.errors import AnymlaError
+from anymla.io.checkpoint import load_tokenizer
+from anymla.methods.saap import SAAP
+from anymla.methods.saap.build import shrink
+from anymla.methods.saap.scores import MagnitudeSurvey, TaylorSurvey, fused, total
+from anymla.methods.saap.settings import KINDS
+from anymla.methods.saap.structures import members
+from anymla.model_run.stream import decoder_layers
+from tests.damage import TRAIN, VALID
+from tests.families import FAST, make_model, save_model, token_ids
+from tests.families import logits as logits_of
+from tests.family_models import tiny_model
+from tests.precision import Exact
+from tests.vision_models import tiny_vision_config
+
+WHOLE = dict.fromkeys(KINDS, 1.0)
+RANDOM = {"multiple": 8, "importance": "random"}
+TEXT = {"calibration_tokens": 1024, "calibration_length": 64}
+SOME = ("llama", "qwen2", "gemma3_text", "phi3", "cohere", "gpt_oss", "starcoder2", "gpt2", "opt", "afmoe", "lfm3")
+MIXTURES = ("mixtral", "gpt_oss", "ernie4_5_moe")
+
+
+def families(*fast):
+    """All families, those that are not ``fast`` marked as slow."""
+    names = [name for name, family in FAMILIES.items() if not family.inside]
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@dataclass
+class Held:
+    """A tensor of facts, as one in a file."""
+
+    tensor: torch.Tensor
+
+    def read(self):
+        return self.tensor
+
+
+def layers_of(model, spec, plan=None):
+    """The layers as a sweep hands them to the method."""
+    for index, block in enumerate(decoder_layers(model)):
+        path = "self_attn" if spec.layers[index].latent is not None else attention_path(block)
+        planned = SimpleNamespace(planned=None, choice=None, new_config=None)
+        if plan is not None:
+            planned.planned, planned.choice = plan.after.layers[index], plan.choices[index]
+            planned.new_config = config_after(model.config, spec, plan.after).get_text_config()
+        yield SimpleNamespace(
+            index=index,
+            module=block,
+            old=spec.layers[index],
+            attention=None if path is None else block.get_submodule(path),
+            attention_path=path,
+            **vars(planned),
+        )
+
+
+def facts_of(model, kind, windows):
+    """All importances of the structures of each layer, by autograd through the whole model."""
+    layers = [*layers_of(model.requires_grad_(True), spec_of(model.config.to_dict()))]
+    observers = [TaylorSurvey([kind]).observer(layer) for layer in layers]
+    for window in windows:
+        model.zero_grad()
+        cross_entropy(model(input_ids=window[None], use_cache=False).logits[0, :-1], window[1:]).backward()
+        for observer in observers:
+            observer.add(None)
+    model.zero_grad()
+    with torch.no_grad():
+        scores = [
+            each.scores() | MagnitudeSurvey([kind]).layer(layer, None)
+            for each, layer in zip(observers, layers, strict=True)
+        ]
+    model.requires_grad_(False)
+    return [{name: Held(tensor) for name, tensor in fact.items()} for fact in scores]
+
+
+def zeroed(model, plan):
+    """A copy with all numbers of the structures that go set to zero."""
+    found = copy.deepcopy(model)
+    for layer in layers_of(found, spec_of(model.config.to_dict()), plan):
+        for kind, gone in ({} if layer.choice is None else layer.choice.gone).items():
+            for member in (each for each in members(kind, layer) if each.scored):
+                layer.module.state_dict()[member.name].index_fill_(member.dim, member.places[gone].flatten(), 0)
+    return found
+
+
+def narrowed(model, plan):
+    """The model without the structures that go, as transformers makes it of the new config."""
+    shrunk, spec = copy.deepcopy(model), spec_of(model.config.to_dict())
+    for layer in layers_of(shrunk, spec, plan):
+        if layer.choice is not None:
+            shrink(layer, layer.choice.gone)
+    fresh = type(model)(config_after(model.config, spec, plan.after)).to(model.dtype).eval()
+    fresh.load_state_dict(shrunk.state_dict())
+    return fresh
+
+
+def same(model, other, tolerance=1e-5):
+    with Exact() if model.dtype == torch.float64 else nullcontext():
+        found, expected = logits_of(model, token_ids()), logits_of(other, token_ids())
+    return (found - expected).abs().max().item() <= tolerance * expected.abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny GQA model."""
+    return save_model(make_model("llama", torch.float32), tmp_path_factory.mktemp("saap") / "source")
+
+
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    """The same with latent attention, and a model whose latent is made of keys that have a norm."""
+    folder = tmp_path_factory.mktemp("latent")
+    normed = save_model(make_model("qwen3", torch.float32), folder / "source")
+    for family, model in (("llama", source), ("qwen3", normed)):
+        anymla.run(model, folder / family, steps=[{"mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0}}])
+    return folder
+
+
+@pytest.mark.parametrize("name", families(*SOME))
+def test_removing_is_zeroing(name):
+    """For neurons and heads of every family that has a config for it; the others are refused."""
+    model = tiny_model(name)
+    spec, family = read_model_spec(model.config.to_dict()), FAMILIES[name]
+    tried = []
+    for kind, share in (("neurons", 0.5), ("heads", 0.4)):
+        method = SAAP(**WHOLE | RANDOM | {kind: share})
+        if method.refuses(spec) is None:
+            plan = method.plan(spec, [])
+            assert same(narrowed(model, plan), zeroed(model, plan))
+            tried.append(kind)
+    assert ("neurons" in tried) == (family.fewer_neurons and not spec.experts)
+    assert ("heads" in tried) <= family.says_kv_heads
+
+
+@pytest.mark.parametrize("name", families(*MIXTURES))
+def test_experts_that_are_removed_are_those_that_are_never_chosen(name, monkeypatch):
+    """Their router's scores set to minus infinity, and what is added to them where they are chosen."""
+    model = tiny_model(name, torch.float32)  # as routers compute: they take their weight as it is
+    spec = read_model_spec(model.config.to_dict())
+    method = SAAP(**WHOLE | RANDOM | {"experts": 0.75})
+    if method.refuses(spec) is not None:
+        assert not spec.routed_experts
+        return
+    plan, unchosen, rows = method.plan(spec, []), copy.deepcopy(model), {}
+    for layer in layers_of(unchosen, spec, plan):
+        for member in members("experts", layer):
+            tensor, gone = layer.module.state_dict()[member.name], layer.choice.gone["experts"]
+            if tensor.dim() == 2 and member.scored:
+                rows[tensor.data_ptr()] = gone
+            elif ".experts." not in member.name and "router.bias" not in member.name:
+                tensor.index_fill_(member.dim, torch.tensor(gone), -torch.inf)
+    assert rows or name in ("flint", "nemotron_h")  # whose tiny models have no mixture
+    plain, fresh = torch.nn.functional.linear, narrowed(model, plan)
+
+    def linear(states, weight, bias=None):
+        scores = plain(states, weight, bias)
+        gone = rows.get(weight.data_ptr(), [])
+        return scores.index_fill(-1, torch.tensor(gone), -torch.inf) if gone else scores
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    assert same(fresh, unchosen)
+
+
+def test_a_mixture_with_fewer_experts_is_a_stock_model(tmp_path):
+    source = save_model(tiny_model("mixtral", torch.float32), tmp_path / "source")
+    anymla.run(source, tmp_path / "out", steps=[{"saap": WHOLE | TEXT | {"experts": 0.75}}])
+    account = json.loads((tmp_path / "out" / "account.json").read_text())
+    assert account["weight_bytes"] == account["measured"]["weight_bytes"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (type(model).__name__, model.config.num_local_experts) == ("MixtralForCausalLM", 3)
+    assert logits_of(model, token_ids()).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["neurons", "heads", "latent"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_removing_is_zeroing_in_a_latent_attention(family, kind, converted, tmp_path):
+    converted = converted / family
+    step, spec = WHOLE | RANDOM | TEXT | {kind: 0.5}, spec_of(read_config(converted))
+    if family == "qwen3" and kind == "heads":
+        with pytest.raises(AnymlaError, match="made of true keys of all heads"):
+            anymla.run(converted, tmp_path / "out", steps=[{"saap": step}])
+        return
+    anymla.run(converted, tmp_path / "out", steps=[{"saap": step}])
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = AutoModelForCausalLM.from_pretrained(converted)
+    assert same(after, zeroed(before, SAAP(**step).plan(spec, [])))
+    costs = [
+        json.loads((folder / "account.json").read_text())["cache_bytes_per_token"]
+        for folder in (converted, tmp_path / "out")
+    ]
+    assert (costs[1] < costs[0]) == (kind == "latent")
+
+
+@pytest.mark.parametrize("kind", ["neurons", "heads", "latent"])
+def test_dead_structures_are_found_first(kind, source, converted, tmp_path):
+    """What nothing reads is removed, and the model computes what it did."""
+    folder = converted / "llama" if kind == "latent" else source
+    model, spec = AutoModelForCausalLM.from_pretrained(folder), spec_of(read_config(folder))
+    share = {"neurons": 0.75, "heads": 0.67, "latent": 0.5}[kind]
+    step = WHOLE | RANDOM | TEXT | {kind: share, "seed": 5}
+    plan = SAAP(**step).plan(spec, [])
+    for layer in layers_of(model, spec, plan):
+        reader = next(each for each in members(kind, layer) if each.dim == 1)
+        layer.module.state_dict()[reader.name].index_fill_(1, reader.places[layer.choice.gone[kind]].flatten(), 0)
+    save_model(model, tmp_path / "planted")
+    for importance in ("vector", "element", "fused"):
+        anymla.run(tmp_path / "planted", tmp_path / importance, steps=[{"saap": step | {"importance": importance}}])
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / importance), model)
+
+
+def test_scores_are_those_of_their_formulas():
+    """Of every window's gradient through the whole model, with no sum that runs along."""
+    model, windows = make_model("llama", torch.float64), token_ids(3, 20)
+    fact, weights = facts_of(model, "neurons", windows)[0], decoder_layers(model)[0].mlp
+    model.requires_grad_(True)
+    loss = [cross_entropy(model(input_ids=each[None]).logits[0, :-1], each[1:]) for each in windows]
+    vector = element = 0
+    for weight, sums in ((weights.gate_proj.weight, 1), (weights.up_proj.weight, 1), (weights.down_proj.weight, 0)):
+        gradients = torch.stack([torch.autograd.grad(each, weight, retain_graph=True)[0] for each in loss])
+        first, fisher = gradients.mean(0) * weight, gradients.square().mean(0)
+        vector += first.sum(sums).abs()
+        element += (first - weight * fisher * weight / 2).abs().sum(sums)
+    assert torch.allclose(fact["neurons.vector"].read(), vector, rtol=1e-9)
+    assert torch.allclose(fact["neurons.element"].read(), element, rtol=1e-9)
+
+
+def test_the_closed_form_is_where_learned_noise_goes():
+    generator = torch.Generator().manual_seed(0)
+    scores = [
+        {f"neurons.{name}": Held(torch.rand(30, generator=generator) ** 3) for name in ("vector", "element")}
+        for _ in range(2)
+    ]
+    vector, element = (torch.cat([each[f"neurons.{name}"].read() for each in scores]) for name in ("vector", "element"))
+    logs = torch.zeros(2, requires_grad=True)
+    optimiser = torch.optim.Adam([logs], lr=0.05)
+    for _ in range(400):
+        noise = (2 * logs).exp()
+        lost = (vector / (2 * noise[0]) + element / (2 * noise[1]) + logs.sum()).mean()
+        optimiser.zero_grad()
+        lost.backward()
+        optimiser.step()
+    learned = (vector / noise[0] + element / noise[1]).detach()
+    assert torch.allclose(torch.cat(fused(scores, "neurons", "fused")), learned, rtol=1e-2)
+
+
+def test_a_vector_is_summed_before_it_is_absolute():
+    owned = members("neurons", next(layers_of(model := make_model("llama"), spec_of(model.config.to_dict()))))
+    ones = {each.name: torch.ones_like(model.model.layers[0].get_parameter(each.name)) for each in owned}
+    ones["mlp.up_proj.weight"][:, ::2] = -1
+    assert torch.equal(total(owned, ones), torch.full((64,), 2.0 * 48))
+
+
+def test_importance_is_worth_its_gradients():
+    """KL on held-out stories: fused loses less than chance, no more than vector, and more is lost of fewer neurons."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(bundled_model()), load_tokenizer(bundled_model())
+    fitted = calibration_windows(bundled_text("train"), tokenizer, tokens=6144, length=64, seed=0)
+    held_out = calibration_windows(bundled_text("valid"), tokenizer, tokens=2048, length=64, seed=0)
+    facts, spec = facts_of(model, "neurons", fitted), spec_of(model.config.to_dict())
+    before = logits_of(model, held_out).log_softmax(-1)
+
+    def lost(share, importance):
+        plan = SAAP(**WHOLE | {"neurons": share}, multiple=4, importance=importance).plan(spec, facts)
+        after = logits_of(zeroed(model, plan), held_out).log_softmax(-1)
+        return (before.exp() * (before - after)).sum(-1).mean().item()
+
+    losses = {share: {name: lost(share, name) for name in ("fused", "vector", "random")} for share in (0.8, 0.6)}
+    for found in losses.values():
+        assert found["fused"] <= found["vector"] < found["random"]
+    assert 0 < lost(0.95, "fused") < losses[0.8]["fused"] < losses[0.6]["fused"] < lost(0.3, "fused")
+
+
+def test_nothing_to_remove_is_the_same_bytes(source, tmp_path):
+    anymla.run(source, tmp_path / "out", steps=[{"saap": {"neurons": 1.0, **TEXT}}])
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_left_is_tuned(source, tmp_path):
+    tune = {"data": [str(TRAIN)], "eval_data": str(VALID), "eval_tokens": 256, "tokens": 4096, "length": 64, "batch": 8}
+    saap = {"neurons": 0.5, "multiple": 8, **TEXT}
+    anymla.run(source, tmp_path / "out", steps=[{"saap": saap}, {"tune": tune | {"device": "cpu"}}])
+    told = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    assert told["after"]["kl"] < told["before"]["kl"]
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
+
+
+def test_widths_are_near_what_was_asked_for():
+    spec = read_model_spec(make_model("llama").config.to_dict())
+    after = SAAP(neurons=0.6, heads=0.5, multiple=16).plan(spec).after
+    assert (after.intermediate_size, {each.num_heads for each in after.attention_layers.values()}) == (32, {4})
+    assert SAAP(neurons=0.99, multiple=16).plan(spec).after.intermediate_size == 48  # fewer, where some are to go
+    assert SAAP(neurons=0.01, multiple=16).plan(spec).after.intermediate_size == 16  # never none
+    with pytest.raises(AnymlaError, match=r"neurons 0.8: no fewer than its 64 can be kept: choose another multiple"):
+        SAAP().plan(spec)
+    odd = read_model_spec(make_model("llama", num_attention_heads=8, num_key_value_heads=8).config.to_dict())
+    found = {SAAP(neurons=1.0, heads=share).plan(odd).choices[0].kept["heads"] for share in (0.3, 0.6, 0.9)}
+    assert found == {2, 4, 6}  # 5 and 7 heads do not divide hidden_size 48, which Llama's config insists on
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("mixtral", {}, "neurons: its FFNs are mixtures of experts"),
+        ("bitnet", {}, "neurons: no config of its family says another width, or a norm reads all of them"),
+        ("olmo2", {"neurons": 1.0, "heads": 0.5}, "heads: no config of its family says fewer of the same size"),
+        ("gpt2", {"neurons": 1.0, "heads": 0.5}, "heads: no config of its family says fewer of the same size"),
+        ("llama", {"latent": 0.5}, "latent: it has no latent attention, which the step mla makes"),
+    ],
+)
+def test_what_cannot_be_is_said_from_the_config(name, settings, reason):
+    spec = read_model_spec(tiny_model(name).config.to_dict())
+    assert reason in (SAAP(**settings).refuses(spec) or "")
+
+
+def test_the_language_model_of_a_vision_model_gets_narrower():
+    config = tiny_vision_config("llava")
+    spec = read_model_spec(config.to_dict())
+    made = config_after(config, spec, SAAP(neurons=0.5, heads=0.4, multiple=8).plan(spec).after)
+    assert made.text_config.intermediate_size == 32 and made.vision_config == config.vision_config
+    assert (made.text_config.num_attention_heads, made.text_config.head_dim) == (2, 8)
