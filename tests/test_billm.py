@@ -31,9 +31,7 @@ HALF = {"mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0}}
 def problem(out=48, into=200, seed=0):
     """A matrix and the Hessian of correlated inputs, some of them large."""
     generator = torch.Generator().manual_seed(seed)
-    mix, weight = (
-        torch.randn(rows, into, generator=generator, dtype=torch.float64) for rows in (into, out)
-    )
+    mix, weight = (torch.randn(rows, into, generator=generator, dtype=torch.float64) for rows in (into, out))
     inputs = torch.randn(1024, into, generator=generator, dtype=torch.float64) @ mix
     inputs = inputs * torch.rand(into, generator=generator, dtype=torch.float64).mul(3).exp()
     return weight, inputs.T @ inputs
@@ -212,7 +210,9 @@ def test_what_cannot_follow_is_refused_before_weights_are_read(packed, source, t
     with pytest.raises(AnymlaError, match="its weights are packed, which transformers alone reads"):
         read_converted(packed)
     with pytest.raises(AnymlaError, match="its experts lie in one tensor"):
-        anymla.run(save_model(tiny_model("mixtral", torch.float32), tmp_path / "moe"), tmp_path / "out", steps=["billm"])
+        anymla.run(
+            save_model(tiny_model("mixtral", torch.float32), tmp_path / "moe"), tmp_path / "out", steps=["billm"]
+        )
     assert not (tmp_path / "out").exists()
 
 

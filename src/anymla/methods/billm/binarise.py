@@ -141,11 +141,11 @@ def _lost_twice(values: Tensor, levels: Levels) -> float:
 
 
 def threshold(values: Tensor, levels: Levels) -> Tensor:
-    """The magnitude that parts values [O,b] into two groups, so that the least is lost when each row is binarised.
+    """The magnitude that splits values [O,b] into two groups, so that binarising each row loses least.
 
-    Of the squares of n values with mean m and distances a n from it in sum, n (m^2 + a^2) are kept. With levels of their
-    own for the k values above m, a^2 n^2 / (4 k (n - k)) stands in the place of a^2. With a row in order, a group is one
-    range of it or two, and the sums are differences of running ones.
+    Let n values have the mean m, and distances from it that sum to a n. Of their squares, n (m^2 + a^2) are kept. If
+    the k values above m have their own level, a^2 n^2 / (4 k (n - k)) replaces a^2. In a sorted row, a group is one
+    range or two, and the sums are differences of running ones.
     """
     candidates = magnitudes(values)
     row, zero = values.sort(1).values, values.new_zeros(len(values), 1)
