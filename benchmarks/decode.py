@@ -28,9 +28,11 @@ from transformers.utils import is_hqq_available
 
 from anymla.account import measure
 from anymla.modeling.absorbed import absorbed_attention
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.coding_spec import CodedSpec, Coding
+from anymla.modeling.latent_spec import LatentSpec
 from anymla.modeling.modeling_anymla import AnymlaLlamaConfig, AnymlaLlamaForCausalLM
-from anymla.modeling.spec import KEY, AttentionSpec, LatentSpec, LayerSpec, config_entry
+from anymla.modeling.spec import KEY, LayerSpec, config_entry
 from anymla.report.tables import table
 from anymla.report.units import size
 

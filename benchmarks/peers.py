@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from anymla.modeling.spec import AttentionSpec
+from anymla.modeling.attention_spec import AttentionSpec
 
 PAPER: dict[str, Any] = {"expected_rotation": False}
 MHA2MLA_ROPES = ("high", "low", "uniform", "two-norm")

@@ -28,8 +28,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import anymla
 from anymla.evaluation.scores import score_model
 from anymla.io.checkpoint import load_model
+from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.latent_spec import LatentSpec
 from anymla.modeling.modeling_anymla import attention_class
-from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec
+from anymla.modeling.spec import LayerSpec
 from anymla.report.tables import table
 
 LONG = 4096

@@ -17,9 +17,10 @@ from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_model_spec
 from anymla.architectures.parts import attention_path
 from anymla.model_run.stream import decoder_layers
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.heads import rope_tables
-from anymla.modeling.spec import KEY, AttentionSpec, config_entry
+from anymla.modeling.spec import KEY, config_entry
 from anymla.register import converted_class, register
 from tests.families import save_model
 from tests.precision import Exact

@@ -14,7 +14,8 @@ import anymla
 from anymla.architectures.families import FAMILIES
 from anymla.architectures.model_spec import read_model_spec
 from anymla.exports.vllm.writer import REFUSED
-from anymla.modeling.spec import AttentionSpec, ModelSpec
+from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.spec import ModelSpec
 from tests.families import converted_layers, save_model, token_ids
 from tests.family_models import tiny_model
 from tests.precision import Exact

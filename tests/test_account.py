@@ -18,7 +18,9 @@ from anymla.architectures.model_spec import converted_spec, read_config, read_mo
 from anymla.io.checkpoint import check_weights, load_model
 from anymla.methods.mla.layer_plan import spec_after
 from anymla.modeling.arguments import cache_argument
-from anymla.modeling.spec import CONFIG_FIELDS, DTYPE_BYTES, KEY, AttentionSpec, LatentSpec, LayerSpec
+from anymla.modeling.attention_spec import CONFIG_FIELDS, AttentionSpec
+from anymla.modeling.latent_spec import LatentSpec
+from anymla.modeling.spec import DTYPE_BYTES, KEY, LayerSpec
 from anymla.stored_bytes import sized, stored_bytes
 from tests.damage import TRAIN, VALID
 from tests.families import make_model, save_model, token_ids

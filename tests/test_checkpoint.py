@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import anymla
 from anymla.demo import bundled_model
+from anymla.modeling.attention_spec import CONFIG_FIELDS
 from anymla.modeling.modeling_anymla import AnymlaLlamaForCausalLM
-from anymla.modeling.spec import CONFIG_FIELDS, KEY, OLD_KEY
+from anymla.modeling.spec import KEY, OLD_KEY
 from tests.families import FAST, SHAPES, converted_layers, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 

@@ -22,9 +22,11 @@ from anymla.errors import AnymlaError
 from anymla.io.checkpoint import load_model
 from anymla.methods.mla.moments import MomentSums
 from anymla.modeling import exact_window
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.exact_cache import ExactWindowLayer
 from anymla.modeling.exact_window import ExactWindowAttention
-from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, layers_of
+from anymla.modeling.latent_spec import LatentSpec
+from anymla.modeling.spec import LayerSpec, layers_of
 from tests.damage import BUNDLED, TRAIN, VALID
 from tests.families import FAST, converted_layers, make_model, save_model, token_ids
 from tests.family_models import tiny_model

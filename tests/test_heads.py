@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from anymla.modeling.attention_spec import AttentionSpec, Temperature
 from anymla.modeling.heads import attention_weights, causal_mask, query_temperature, score_bias
 from anymla.modeling.latent_attention import LatentAttention
-from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, Temperature
+from anymla.modeling.latent_spec import LatentSpec
+from anymla.modeling.spec import LayerSpec
 
 fast = settings(max_examples=25, deadline=None)
 

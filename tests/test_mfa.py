@@ -26,10 +26,11 @@ from anymla.methods.base import method_of
 from anymla.methods.mfa.bridge import bridged
 from anymla.methods.mfa.queries import low_rank_queries
 from anymla.model_run.stream import decoder_layers
+from anymla.modeling.latent_spec import LatentSpec
 from anymla.modeling.mfa_attention import MfaAttention, fold_value_gates
 from anymla.modeling.mfa_spec import MfaSpec
 from anymla.modeling.modeling_anymla import attention_class
-from anymla.modeling.spec import LatentSpec, LayerSpec
+from anymla.modeling.spec import LayerSpec
 from tests.damage import VALID
 from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_config, tiny_model

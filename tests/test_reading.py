@@ -23,8 +23,8 @@ from anymla.architectures.model_spec import read_model_spec
 from anymla.architectures.parts import _split_fused, check_parts
 from anymla.errors import UnsupportedModelError
 from anymla.methods.mla.moments import rotate
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.heads import rope_tables, window_of
-from anymla.modeling.spec import AttentionSpec
 from tests.family_models import tiny_config
 
 fast = settings(max_examples=25, deadline=None)

@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.coding_spec import CodedSpec
 from anymla.modeling.grouped_spec import GroupedSpec
+from anymla.modeling.latent_spec import LatentSpec
 from anymla.modeling.mfa_spec import MfaSpec
 from anymla.modeling.shared_spec import SharedSpec
 from anymla.modeling.slot_spec import Slot
-from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, LatentSpec, LayerSpec, ModelSpec
+from anymla.modeling.spec import DTYPE_BYTES, LayerSpec, ModelSpec
 
 LENGTHS = (4096, 32768)  # tokens at which sizes are told, beside the model's context
 PROBE_TOKENS = 8  # that run through a model whose cache is measured

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from anymla.architectures.families import FAMILIES
 from anymla.errors import InfeasibleError, UnsupportedModelError
-from anymla.modeling.spec import AttentionSpec, ModelSpec, RopeSpec
+from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.spec import ModelSpec, RopeSpec
 
 GRID_ROPE = "channel-pca"  # the rope choice that knows how to keep to a grid
 KERNEL_RANK, KERNEL_ROPE = 512, 64  # the sizes of DeepSeek's own models, for which engines compile their kernels

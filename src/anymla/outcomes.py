@@ -13,7 +13,8 @@ from anymla.layouts import verdicts
 from anymla.methods.base import LayerMethod
 from anymla.methods.mla.plan import MLAPlan
 from anymla.methods.mla.settings import MLA
-from anymla.modeling.spec import CONFIG_FIELDS, AttentionSpec, ModelSpec
+from anymla.modeling.attention_spec import CONFIG_FIELDS, AttentionSpec
+from anymla.modeling.spec import ModelSpec
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores

@@ -26,8 +26,8 @@ from anymla.architectures.parts import (
     sinks_of,
 )
 from anymla.architectures.parts import norm_names as names_of_norms
+from anymla.modeling.attention_spec import AttentionSpec, Temperature
 from anymla.modeling.heads import query_temperature, split_heads
-from anymla.modeling.spec import AttentionSpec, Temperature
 
 
 @dataclass(frozen=True, kw_only=True)

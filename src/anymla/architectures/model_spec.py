@@ -19,16 +19,8 @@ from anymla.errors import CheckpointError, UnsupportedModelError, shown
 from anymla.io.config import danger, read_object
 from anymla.io.mistaken import no_config, no_folder, other_config
 from anymla.io.sources.quantised_kinds import quantization_refusal
-from anymla.modeling.spec import (
-    CONFIG_FIELDS,
-    DTYPE_BYTES,
-    KEY,
-    OLD_KEY,
-    AttentionSpec,
-    LayerSpec,
-    ModelSpec,
-    layers_of,
-)
+from anymla.modeling.attention_spec import CONFIG_FIELDS, AttentionSpec
+from anymla.modeling.spec import DTYPE_BYTES, KEY, OLD_KEY, LayerSpec, ModelSpec, layers_of
 
 if TYPE_CHECKING:
     from anymla.io.sources.locate import Located

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from anymla.architectures.families import Family
 from anymla.architectures.names import FUSED, OUTPUTS, PATHS, SEPARATE
 from anymla.errors import UnsupportedModelError
-from anymla.modeling.spec import AttentionSpec
+from anymla.modeling.attention_spec import AttentionSpec
 
 NORMS = (
     ("q_norm", "k_norm"),

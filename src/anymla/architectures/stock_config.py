@@ -14,7 +14,8 @@ from anymla.architectures.fewer_layers import renumber
 from anymla.architectures.fields import Fields
 from anymla.architectures.model_spec import spec_of
 from anymla.errors import UnsupportedModelError, shown
-from anymla.modeling.spec import CONFIG_FIELDS, KEY, ModelSpec, config_entry
+from anymla.modeling.attention_spec import CONFIG_FIELDS
+from anymla.modeling.spec import KEY, ModelSpec, config_entry
 
 SIZES: dict[str, Callable[[ModelSpec], set[int]]] = {  # by the name in Fields: the values that the layers have
     "num_layers": lambda spec: {len(spec.layers)},

@@ -17,7 +17,9 @@ from torch import Tensor
 from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.io.checkpoint import check_weights, safe_config
 from anymla.io.safetensors import Stored, read_header
-from anymla.modeling.spec import KEY, AttentionSpec, LatentSpec, LayerSpec, layers_of
+from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.latent_spec import LatentSpec
+from anymla.modeling.spec import KEY, LayerSpec, layers_of
 
 PREFIX = "anymla_"
 FLOATS = ("float32", "bfloat16", "float16", "float64")

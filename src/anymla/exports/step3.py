@@ -22,8 +22,9 @@ from anymla.io.checkpoint import check_output, check_weights, copy_companions, n
 from anymla.io.find import find_model
 from anymla.io.safetensors import Stored, read_header
 from anymla.io.work import write_json
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.mfa_spec import MfaSpec
-from anymla.modeling.spec import AttentionSpec, ModelSpec
+from anymla.modeling.spec import ModelSpec
 
 ROPES = ("default", "linear", "llama3")  # that vLLM makes of the same settings
 NO_EXPERTS = "-1"  # a layer that there is none of: vLLM reads a list of layers with experts, and it cannot be empty

@@ -6,16 +6,11 @@ One of the modelling files that travel with every converted checkpoint; it needs
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .attention_spec import AttentionSpec
 from .described import checked, shortened
 from .slot_spec import Slot, exact_slots
-
-if TYPE_CHECKING:
-    from .spec import AttentionSpec
-
-if TYPE_CHECKING:
-    from .spec import AttentionSpec
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 16)  # bits that a coefficient may have
 PLANES = (16, 8, 4, 2, 1)  # a word's bits are cut into these, so that each plane of a row packs without gaps

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .attention_spec import AttentionSpec
 from .described import checked, shortened
 from .slot_spec import Slot
 
@@ -24,7 +25,7 @@ class GroupedSpec:
     kv_heads: int
     shares_keys: bool = False
 
-    def slots(self, attention: Any, window: int | None) -> tuple[Slot, ...]:
+    def slots(self, attention: AttentionSpec, window: int | None) -> tuple[Slot, ...]:
         """What the cache of such a layer holds; ``window``: most tokens that it keeps, None: all."""
         keys = self.kv_heads if self.shares_keys else attention.num_kv_heads
         heads = {"keys": keys, "values": self.kv_heads}
@@ -35,7 +36,7 @@ class GroupedSpec:
         return shortened(self) or {}
 
     @classmethod
-    def of(cls, described: Any, attention: Any) -> GroupedSpec:
+    def of(cls, described: Any, attention: AttentionSpec | None) -> GroupedSpec:
         """The cache that ``to_dict`` described.
 
         Raises:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .absorbed import additive_mask
-from .spec import AttentionSpec, Temperature
+from .attention_spec import AttentionSpec, Temperature
 
 DROPOUTS = (  # a number or a Dropout, on attention weights and on the output
     ("attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop"),

@@ -6,13 +6,11 @@ One of the modelling files that travel with every converted checkpoint; it needs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .attention_spec import AttentionSpec
 from .described import checked, shortened
 from .slot_spec import Slot
-
-if TYPE_CHECKING:
-    from .spec import AttentionSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from .exact_window import ExactWindowAttention
 from .grouped_attention import GroupedAttention
 from .grouped_spec import GroupedSpec
 from .latent_attention import LatentAttention
+from .latent_spec import LatentSpec
 from .mfa_attention import MfaAttention
 from .mfa_spec import MfaSpec
 from .model_classes import ReplacedAttention, made_class
@@ -29,7 +30,7 @@ from .packed_linear import PackedLinear
 from .rows_attention import RowsAttention
 from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
 from .shared_spec import SharedSpec
-from .spec import KEY, LatentSpec, LayerSpec, config_entry, layers_of
+from .spec import KEY, LayerSpec, config_entry, layers_of
 
 PREFIX = "Anymla"
 CODE_BUFFERS = (r"\.(key|value)_codec\.levels$", r"\.inv_freq$")  # that a cache of numbers has not

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .attention_spec import AttentionSpec
 from .coding_spec import CodedSpec
 from .described import checked, names, shortened
 from .grouped_spec import GroupedSpec
+from .latent_spec import LatentSpec
 from .mfa_spec import MfaSpec
 from .packed_spec import PackedSpec
 from .shared_spec import SharedSpec
-from .slot_spec import Slot, exact_slots
+from .slot_spec import Slot
 
 VERSION = 1
 KEY = "anymla"  # in config.json: {"version": .., "layers": [..]}
@@ -31,151 +33,6 @@ class RopeSpec:
     rope_type: str
     theta: float
     settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Temperature:
-    """Arguments of heads.query_temperature."""
-
-    scale: float
-    offset: float
-    period: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionSpec:
-    """What one layer's attention computes: H query heads, G key/value heads of d numbers, P pairs rotated by rope.
-
-    The fields up to ``cached_heads`` are known from the config alone, those after it once the module was read.
-
-    Args:
-        num_heads, num_kv_heads, head_dim: H, G, d.
-        rope_pairs: P.
-        qkv_bias, output_bias, qk_norm: whether the original has them.
-        sliding_window: tokens that a query sees; None: all before it.
-        cache_window: tokens of which transformers' cache keeps all but the oldest; None: it keeps every token.
-        cached_heads: heads in transformers' cache: H where a family repeats keys and values before they are cached.
-        scaling: of scores, before soft-cap and mask.
-        rope_table: where cos and sin come from (heads.rope_tables).
-        norms: names of the query and key norm in the original; norm_over: see heads.split_heads.
-        value_norm: name of a norm of the values.
-        query_gain: a gain per dim of the head, put on queries after rope (a norm that its family applies there).
-        clip: bound of the projected queries, keys and values.
-        softcap: bound of the scores.
-        sinks: whether every head has a logit that takes attention from the tokens.
-        temperature: of queries, by position.
-        position_bias: kind of bias on scores (heads.score_bias); local_window: tokens that 'window' lets through.
-        gate: numbers per token of a gate on the heads' output, all of them or one per head; gate_activation: its
-            function, of torch.nn.functional.
-        output_norm: name of a norm before the output projection.
-        adds_residual: whether the module itself adds the residual stream, its second argument.
-        kept_numbers: numbers of all norms that are taken over from the original.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_pairs: int
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
-    cache_window: int | None = None
-    cached_heads: int = 0
-
-    scaling: float = 0.0
-    rope_table: str = "halves"
-    norms: tuple[str, str] | None = None
-    norm_over: str = "head"
-    value_norm: str | None = None
-    query_gain: bool = False
-    clip: float | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    temperature: Temperature | None = None
-    position_bias: str | None = None
-    local_window: int | None = None
-    gate: int = 0
-    gate_activation: str = "sigmoid"
-    output_norm: str | None = None
-    adds_residual: bool = False
-    kept_numbers: int = 0
-
-    @property
-    def cached_numbers(self) -> int:
-        """Numbers per token that a cache of keys and values needs: 2 G d."""
-        return 2 * self.num_kv_heads * self.head_dim
-
-    @property
-    def linear_queries(self) -> bool:
-        """Whether the query is linear in its projection: no norm and no clip stands between."""
-        return self.norms is None and self.clip is None
-
-    @property
-    def linear_values(self) -> bool:
-        """Whether values are linear in x."""
-        return self.value_norm is None and self.clip is None
-
-    @property
-    def linear_keys(self) -> bool:
-        """Whether keys and values are linear in x, so that one matrix makes latent and channels of x."""
-        return self.linear_queries and self.linear_values
-
-    @property
-    def stored_numbers(self) -> int:
-        """Numbers per token that transformers' cache of the original holds: the same, except for repeated heads."""
-        return 2 * (self.cached_heads or self.num_kv_heads) * self.head_dim
-
-
-CONFIG_FIELDS = (  # of AttentionSpec, that the config alone says
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "rope_pairs",
-    "qkv_bias",
-    "output_bias",
-    "qk_norm",
-    "sliding_window",
-    "cache_window",
-    "cached_heads",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentSpec:
-    """How a latent attention holds its cache: r numbers of latent, R = 2K of rope key.
-
-    Args:
-        kv_lora_rank, qk_rope_head_dim: r and R.
-        channel_fold: rope pairs of a head that one channel reads; it rotates with the first one's frequency.
-        biases: whether the query projection, what makes the latent, and the output projection have biases.
-        exact_window: tokens that keep keys and values of their own beside the latent, the newest among them; 0: none.
-    """
-
-    kv_lora_rank: int
-    qk_rope_head_dim: int
-    channel_fold: int = 1
-    biases: bool = True
-    exact_window: int = 0
-
-    def slots(self, attention: AttentionSpec, window: int | None) -> tuple[Slot, ...]:
-        """What the cache of such a layer holds; ``window``: most tokens that it keeps, None: all."""
-        sizes = {"latent": self.kv_lora_rank, "rope_key": self.qk_rope_head_dim}
-        slots = [Slot(name=name, width=width, tokens=window) for name, width in sizes.items()]
-        return (*slots, *exact_slots(attention.cached_numbers // 2, self.exact_window))
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` says of it."""
-        return shortened(self) or {}
-
-    @classmethod
-    def of(cls, described: Any, attention: AttentionSpec | None) -> LatentSpec:
-        """The latent that ``to_dict`` described.
-
-        Raises:
-            ValueError: it is no such description; the message says which field.
-        """
-        return cls(**checked(cls, described))
 
 
 # What may stand in the stock attention's place. Where a latent is coded the first of both says what the cache holds.
@@ -322,7 +179,7 @@ class LayerSpec:
         given = {name: kind for name in KINDS if (kind := described.get(name)) is not None}
         if len(given) > 1 and {*given} != {"latent", "coded"}:
             raise ValueError(f"LayerSpec: a layer has {' or '.join(given)}, not both")
-        attention = None if (found := described.get("attention")) is None else _attention(found)
+        attention = None if (found := described.get("attention")) is None else AttentionSpec.of(found)
         kinds = {name: KINDS[name].of(kind, attention) for name, kind in given.items()}
         packed = None if (found := described.get("packed")) is None else PackedSpec.of(found)
         layer = cls(attention=attention, module=described.get("module"), packed=packed, **kinds)
@@ -409,12 +266,3 @@ def _old_layer(layer: Mapping[str, Any]) -> LayerSpec:
     return LayerSpec.of(
         {"module": layer.get("module"), "attention": rest, "latent": latent | {"biases": layer.get("bias", True)}}
     )
-
-
-def _attention(described: Any) -> AttentionSpec:
-    described = checked(AttentionSpec, described)
-    if (norms := described.get("norms")) is not None:
-        described["norms"] = tuple(norms)
-    if (temperature := described.get("temperature")) is not None:
-        described["temperature"] = Temperature(**checked(Temperature, temperature))
-    return AttentionSpec(**described)

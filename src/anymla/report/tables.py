@@ -17,7 +17,8 @@ from anymla.report.units import size
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
-    from anymla.modeling.spec import AttentionSpec, RopeSpec
+    from anymla.modeling.attention_spec import AttentionSpec
+    from anymla.modeling.spec import RopeSpec
     from anymla.outcomes import CodedConversion, Conversion, Inspection
     from anymla.training.outcome import Recovery
 

@@ -10,7 +10,7 @@ from anymla.errors import CheckpointError
 from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, in_blocks, single_channels
 from anymla.methods.cache_coding.forms import CHANNELS, Form, forms
 from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
-from anymla.modeling.spec import AttentionSpec
+from anymla.modeling.attention_spec import AttentionSpec
 
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.transform_coding import TransformCoding

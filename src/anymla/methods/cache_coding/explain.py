@@ -8,8 +8,9 @@ from anymla.account import account, in_dtype
 from anymla.errors import UnsupportedModelError
 from anymla.methods.base import LayerMethod
 from anymla.methods.cache_coding.forms import Form
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.spec import AttentionSpec, ModelSpec
+from anymla.modeling.spec import ModelSpec
 
 
 def explain_codes(model: str, method: LayerMethod, before: ModelSpec) -> dict[str, Any]:

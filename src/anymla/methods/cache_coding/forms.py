@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from anymla.modeling.spec import AttentionSpec
+from anymla.modeling.attention_spec import AttentionSpec
 
 AXES, CHANNELS = "axes", "channels"
 WIDEST = 8  # heads of a block, where decoding must be cheap: wider ones cost more than their few kept coefficients

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from anymla.errors import InfeasibleError
 from anymla.methods.cache_coding.allocation import allocate, at_price, error, price
 from anymla.methods.cache_coding.forms import AXES, Form, forms, most_operations
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.transform_coding import TransformCoding

@@ -11,7 +11,8 @@ from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan,
 from anymla.methods.cache_coding.latent_plan import LatentCoding, plan_latents
 from anymla.methods.cache_coding.papers import TRANSFORM_CODING
 from anymla.methods.cache_coding.plan import Energies, LayerCoding, byte_budget, plan_layers
-from anymla.modeling.spec import AttentionSpec, LayerSpec, ModelSpec
+from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:

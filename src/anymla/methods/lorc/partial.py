@@ -17,7 +17,7 @@ from anymla.methods.mla.rank_survey import source_of
 from anymla.methods.mla.rope.uniform import Uniform
 from anymla.methods.mla.weights import build_attention, convert_layer
 from anymla.modeling.latent_attention import LatentAttention
-from anymla.modeling.spec import LatentSpec
+from anymla.modeling.latent_spec import LatentSpec
 
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer

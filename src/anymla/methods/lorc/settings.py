@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from anymla.errors import InfeasibleError
 from anymla.methods.base import Changed, Facts, Paper, Phase, Plan, Survey, SweptMethod
 from anymla.methods.ranks import Room, by_condition, by_depth, falling
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, ModelSpec
+from anymla.modeling.latent_spec import LatentSpec
+from anymla.modeling.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from anymla.methods.lorc.weights import Heard

@@ -11,8 +11,9 @@ from anymla.account import in_dtype
 from anymla.architectures.families import FAMILIES, SINKS
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan
 from anymla.methods.mla.settings import MLA
+from anymla.modeling.latent_spec import LatentSpec
 from anymla.modeling.mfa_spec import MfaSpec
-from anymla.modeling.spec import LatentSpec, LayerSpec, ModelSpec
+from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:

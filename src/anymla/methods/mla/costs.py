@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anymla.io.device import machine_memory
-from anymla.modeling.spec import DTYPE_BYTES, AttentionSpec, ModelSpec
+from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.spec import DTYPE_BYTES, ModelSpec
 
 if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anymla.methods.mla.costs import STEP_TOKENS, TRIED_FROM, WITH_TRIALS, original_cost, reconstruction_steps
-from anymla.modeling.spec import AttentionSpec, ModelSpec
+from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.spec import ModelSpec
 
 if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA

@@ -16,7 +16,9 @@ from anymla.methods.mla.ranks import SURVEYED, spread
 from anymla.methods.mla.rope import ROPE_CHOICES
 from anymla.methods.mla.window import check_exact_window, exact_window_of
 from anymla.methods.ranks import Room
-from anymla.modeling.spec import AttentionSpec, LatentSpec, LayerSpec, ModelSpec
+from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.latent_spec import LatentSpec
+from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:

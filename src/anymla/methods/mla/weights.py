@@ -18,8 +18,9 @@ from anymla.methods.mla.latent import Latent, LatentProblem
 from anymla.methods.mla.moments import Moments
 from anymla.methods.mla.rope import RopeChoice
 from anymla.modeling.latent_attention import LatentAttention
+from anymla.modeling.latent_spec import LatentSpec
 from anymla.modeling.modeling_anymla import attention_class
-from anymla.modeling.spec import LatentSpec, LayerSpec
+from anymla.modeling.spec import LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True)

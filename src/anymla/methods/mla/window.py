@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from anymla.architectures.families import FAMILIES, OWN_CACHE
 from anymla.errors import InfeasibleError, RecipeError, UnsupportedModelError
-from anymla.modeling.spec import AttentionSpec, ModelSpec
+from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.spec import ModelSpec
 
 if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA

@@ -11,9 +11,10 @@ from torch import Tensor
 from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.errors import UnsupportedModelError
 from anymla.modeling.attention import ConvertedAttention
+from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.modeling_anymla import attention_class
 from anymla.modeling.shared_spec import SharedSpec
-from anymla.modeling.spec import AttentionSpec, LayerSpec
+from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
