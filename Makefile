@@ -1,5 +1,6 @@
 # make demo   makes the environment, then converts a real model of 135 M parameters and shows the result
 # make test   lint, spelling and prose, types, import order, tests
+# make test-slow  tests that take more than about ten seconds each
 # make test-engines  the exports in vLLM and llama.cpp; builds these once (minutes)
 # make families  converts a tiny model of every family and writes docs/families.md
 # make methods   writes docs/methods.md from the methods
@@ -12,7 +13,7 @@ ENGINES ?= llama vllm
 # killed run goes on
 ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" --ignore tests/test_quality.py
 
-.PHONY: env demo methods docs wheel test lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
+.PHONY: env demo methods docs wheel test test-slow lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
 
 env: .venv/made
 
@@ -46,7 +47,10 @@ imports: env
 	$(BIN)/lint-imports
 
 pytest: env
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m "not slow and not engines"
+
+test-slow: env
+	$(BIN)/pytest -n 2 -m slow
 
 # Each engine has an environment of its own, in the user's cache folder, and is built there once.
 test-engines: env

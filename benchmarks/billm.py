@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from testbed.corpus import sample
 from torch import Tensor, nn
 
 import anymla
@@ -40,7 +41,8 @@ BILLM: dict[str, dict[str, Any]] = {
     "billm, no compensation": {"compensation": "none"},
     "block signs alone": {"split": False, "most_salient": 0, "compensation": "none"},
 }
-RTN = {f"RTN {bits} bit, groups of {group}": (bits, group) for bits in (2, 3, 4) for group in (64, 128)}
+GROUPS = ((2, 32), *((bits, group) for bits in (2, 3, 4) for group in (64, 128)))
+RTN = {f"RTN {bits} bit, groups of {group}": (bits, group) for bits, group in GROUPS}
 
 
 def arguments() -> argparse.Namespace:
@@ -80,28 +82,37 @@ def write_rounded(model: str, output: Path, bits: int, group: int) -> float:
     return stored / weights
 
 
+def row(name: str, model: str, text: dict[str, Any], held_out: list[str], tokens: int) -> str:
+    """A row of the table: the model with weights as ``name`` says."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output, began = Path(scratch) / "out", time.monotonic()
+        if name in BILLM:
+            anymla.run(model, output, steps=[{"billm": BILLM[name] | text}])
+            bits = packed_bits(spec_of(read_config(output))) or 16
+        else:
+            bits = write_rounded(model, output, *RTN[name])
+        minutes = (time.monotonic() - began) / 60
+        found = [evaluate(output, each, model, tokens=tokens) for each in held_out]
+    cells = " | ".join(f"{scores.perplexity:.2f} | {scores.kl:.3f}" for scores in found)
+    return f"| {name} | {bits:.2f} | {cells} | {minutes:.1f} |"
+
+
 def main() -> None:
     """Prints a table in Markdown, a row as soon as it is there."""
     given = arguments()
     model = given.model if Path(given.model).is_dir() else str(real_model(given.model))
-    text = {"calibration": given.text, "calibration_tokens": given.tokens, "calibration_length": given.length}
-    whole = [evaluate(model, each, tokens=given.eval_tokens) for each in given.held_out]
-    names = " | ".join(f"perplexity, {Path(each).stem} | KL" for each in given.held_out)
-    print(f"| weights | bits per weight | {names} | minutes |")
-    print("|---|---:|", "---:|---:|" * len(whole), "---:|", sep="")
-    print("| original | 16 | ", " | ".join(f"{scores.perplexity:.2f} | 0" for scores in whole), " | |", flush=True)
-    for name in given.only:
-        with tempfile.TemporaryDirectory() as scratch:
-            output, began = Path(scratch) / "out", time.monotonic()
-            if name in BILLM:
-                anymla.run(model, output, steps=[{"billm": BILLM[name] | text}])
-                bits = packed_bits(spec_of(read_config(output))) or 16
-            else:
-                bits = write_rounded(model, output, *RTN[name])
-            minutes = (time.monotonic() - began) / 60
-            found = [evaluate(output, each, model, tokens=given.eval_tokens) for each in given.held_out]
-        cells = " | ".join(f"{scores.perplexity:.2f} | {scores.kl:.3f}" for scores in found)
-        print(f"| {name} | {bits:.2f} | {cells} | {minutes:.1f} |", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = [Path(each) for each in (given.text, *given.held_out)]
+        plain = [sample([path], Path(scratch) / f"{number}.jsonl") for number, path in enumerate(texts)]
+        text = {"calibration": plain[0], "calibration_tokens": given.tokens, "calibration_length": given.length}
+        whole = [evaluate(model, each, tokens=given.eval_tokens) for each in plain[1:]]
+        names = " | ".join(f"perplexity, {path.parent.name}/{path.name} | KL" for path in texts[1:])
+        print(f"| weights | bits per weight | {names} | minutes |")
+        print("|---|---:|", "---:|---:|" * len(whole), "---:|", sep="")
+        scores = " | ".join(f"{each.perplexity:.2f} | 0" for each in whole)
+        print(f"| original | 16 | {scores} | |", flush=True)
+        for name in given.only:
+            print(row(name, model, text, plain[1:], given.eval_tokens), flush=True)
 
 
 if __name__ == "__main__":

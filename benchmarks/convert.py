@@ -1,16 +1,22 @@
 """Seconds and peak memory of a conversion against model size and calibration tokens, each in a process of its own.
 
     python benchmarks/convert.py             about ten minutes on two cores
+    python benchmarks/convert.py --real      what each effort costs and gives on SmolLM2-135M-Instruct
 
-Models are random and Llama-shaped, float32. Printed beside each: the weights' bytes, one layer's statistics, and what a
-process that only imports torch and transformers takes; the peak should stay below their sum plus the activations of one
-layer, and time should grow linearly in layers and in tokens.
+With ``--real``, KL and perplexity are those of text that no calibration saw, and seconds those of all cores together.
+``--first N`` takes the model's first N layers alone: its KL is then no quality, but rows compare. ``--text`` and
+``--held-out`` replace the bundled stories, ``--efforts`` names the rows, ``--set name=value`` adds a setting to all.
+
+Else models are random and Llama-shaped, float32. Printed beside each: the weights' bytes, one layer's statistics, and
+what a process that only imports torch and transformers takes; the peak should stay below their sum plus the
+activations of one layer, and time should grow linearly in layers and in tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,9 +26,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import anymla
+from anymla.data.text import bundled_text
 from anymla.demo import bundled_model
+from anymla.io.real_models import real_model
+from anymla.methods.mla.settings import EFFORTS
 from anymla.pipeline import explain_plan, plan
 from anymla.report.tables import table
 from anymla.report.units import size
@@ -82,12 +92,61 @@ def row(folder: Path, layers: int, tokens: int, weights: int, baseline: int) -> 
     )
 
 
+def first_layers(model: Path, layers: int, folder: Path) -> Path:
+    """The model with its first ``layers`` alone, in ``folder``."""
+    AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=layers).save_pretrained(folder)
+    for path in model.glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+def effort_row(model: Path, effort: str, options: argparse.Namespace) -> tuple[Any, ...]:
+    """One line of the table of efforts: what the conversion took, and what it lost."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        command = [sys.executable, "-m", "anymla", "convert", str(model), "-o", str(out), "--json", "--codec", "none"]
+        command += ["--effort", effort, "--calibration", str(options.text)]
+        command += [text for each in options.set for text in (f"--{each.partition('=')[0]}", each.partition("=")[2])]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        scores = anymla.evaluate(out, options.held_out, model, tokens=options.eval_tokens)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    recipe = report["recipe"]
+    spent = (recipe["calibration_tokens"], recipe["reconstruction_steps"])
+    taken = (f"{cpu:.0f}", f"{cpu / len(report['layers']):.1f}", f"{report['seconds']:.0f}")
+    return (effort, *spent, *taken, size(report["peak_rss_bytes"]), f"{scores.kl:.4f}", f"{scores.perplexity:.2f}")
+
+
+def compare_efforts(options: argparse.Namespace, console: Console) -> None:
+    """Prints the table of efforts on a real model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = real_model(options.real, console.print)
+        if options.first:
+            model = first_layers(model, options.first, Path(scratch) / model.name)
+        lines = []
+        for effort in options.efforts:
+            lines.append(effort_row(model, effort, options))
+            console.print(*lines[-1], style="dim")
+    columns = ("effort", "tokens", "steps", "CPU s", "CPU s/layer", "seconds", "peak", "KL", "perplexity")
+    console.print(table(f"{options.real} at 25 %, {' '.join(options.set)}", columns, lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384])
+    parser.add_argument("--real", nargs="?", const="SmolLM2-135M-Instruct", metavar="MODEL")
+    parser.add_argument("--first", type=int, default=0, metavar="N")
+    parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=["quick", "default"])
+    parser.add_argument("--text", type=Path, default=bundled_text("train"))
+    parser.add_argument("--held-out", type=Path, default=bundled_text("valid"))
+    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     console, lines = Console(width=170, highlight=False), []
+    if options.real:
+        return compare_efforts(options, console)
     baseline = int(subprocess.run([sys.executable, "-c", BASELINE], check=True, capture_output=True, text=True).stdout)
     cases = [(layers, options.tokens[0]) for layers in options.layers]
     cases += [(options.layers[0], tokens) for tokens in options.tokens[1:]]

@@ -14,6 +14,7 @@ CALIBRATED = {"calibration_tokens": 512, "calibration_length": 64}
 TRAINED = CALIBRATED | {"reconstruction_steps": 2}  # of the step mla
 SHRUNK = {
     "tune": "--tokens 256 --length 64 --eval-tokens 256",
+    "compare": "--tokens 256 --length 64",
     "eval": "--tokens 256 --length 64 --limit 1",
     "generate": "--max-new-tokens 4",
     "chat": "--max-new-tokens 4",

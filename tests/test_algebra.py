@@ -15,10 +15,11 @@ from anymla.methods.mla.channels import no_channels
 from anymla.methods.mla.factorization import FACTORIZATIONS
 from anymla.methods.mla.latent import LatentProblem
 from anymla.methods.mla.moments import MomentSums, rotate, to_complex
-from anymla.methods.mla.refit import OutputBatch, best_change, normal_equations
+from anymla.methods.mla.refit import OutputBatch, best_change, normal_equations, refit_output
 from anymla.methods.mla.rope import ROPE_CHOICES
 from anymla.methods.mla.rope.channel_pca import SpreadPCA
 from anymla.methods.mla.settings import SHARED_ROPES
+from anymla.modeling.absorbed import additive_mask
 
 CHOICES = ROPE_CHOICES | {"spread": SpreadPCA()}
 
@@ -231,3 +232,41 @@ def test_streamed_moments_are_those_of_all_tokens_at_once():
             continue
         streamed = getattr(parts, name)
         assert streamed == pytest.approx(whole) if isinstance(whole, float) else torch.allclose(streamed, whole)
+
+
+@pytest.mark.parametrize("masked", ["causal", "sliding", "biased", "hides a row"])
+@pytest.mark.parametrize("window", [0, 5])
+def test_moments_by_blocks_of_rows_are_those_of_all_rows_at_once(masked, window, monkeypatch):
+    weights, _, (query, key, value, turn) = layer((2, 2, 3, 1, 7))
+    cos, sin = turn.real[None, None], turn.imag[None, None]
+    shape, random = (60, 60), torch.Generator().manual_seed(0)
+    allowed = torch.ones(shape, dtype=torch.bool).tril() & torch.ones(shape, dtype=torch.bool).triu(-9)
+    mask = additive_mask(allowed[None, None], torch.float64)
+    if masked == "biased":
+        mask = mask + torch.randn(1, 4, *shape, generator=random, dtype=torch.float64)
+    elif masked == "hides a row":
+        mask[:, :, 20] = mask.min()
+    found = []
+    for rows in (7, 60):
+        monkeypatch.setattr("anymla.methods.mla.moments.BLOCK_ROWS", rows)
+        sums = MomentSums(weights, window)
+        sums.add(query, key, value, cos, sin, None if masked == "causal" else mask)
+        found.append(sums.moments())
+    for name in ("rotation", "key_weight", "value_weight", "weighted_gram", "weighted_mean"):
+        assert torch.allclose(*(getattr(each, name) for each in found), rtol=1e-9, atol=1e-12), name
+
+
+def test_a_refit_says_what_its_output_still_lacks():
+    random = torch.Generator().manual_seed(0)
+    attention = torch.nn.Module()
+    attention.o_proj = projection = torch.nn.Linear(6, 4).double().requires_grad_(False)
+    x = torch.randn(2, 50, 6, generator=random, dtype=torch.float64)
+    target = x @ torch.randn(6, 4, generator=random, dtype=torch.float64) + 1
+
+    def batches(part):
+        yield OutputBatch(x[part], target[part] - projection(x[part]))
+
+    said = refit_output(attention, batches, slice(0, 1), slice(1, 2), torch.bfloat16)
+    lacking = target[1] - projection(x[1])
+    assert said == pytest.approx(lacking.square().sum().item(), rel=1e-9)
+    assert torch.equal(projection.weight, projection.weight.bfloat16().double())

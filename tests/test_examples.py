@@ -22,6 +22,7 @@ SMALLER = {
     "transform_coding": CALIBRATION,
     "kv_heads": CALIBRATION,
     "lorc": {},
+    "billm": CALIBRATION,
     "tune": {"data": ["my-text.jsonl"], "tokens": 256, "length": 64, "eval_tokens": 256, "device": "cpu"},
 }
 each = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)

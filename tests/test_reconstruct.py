@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 import anymla
 from anymla.architectures.model_spec import read_model_spec
 from anymla.demo import bundled_model
+from anymla.errors import RecipeError
 from anymla.methods.mla import choose
 from anymla.methods.mla.costs import reconstruction_steps
 from anymla.methods.mla.reconstruct import Reconstruction
@@ -109,3 +110,16 @@ def test_processes_share_the_windows_of_each_step(tmp_path, monkeypatch):
     together = [sorted(a + b) for a, b in zip(drawn[2, 0], drawn[2, 1])]
     assert together == [sorted(step) for step in drawn[1, 0]]
     assert {window for step in together for window in step} == set(range(12))
+
+
+def test_effort_sets_tokens_and_steps_where_they_are_not_given():
+    quick, own = anymla.MLA(effort="quick"), anymla.MLA(effort="quick", calibration_tokens=1024)
+    assert (quick.calibration_tokens, quick.reconstruction_steps) == (8192, 20)
+    assert (own.calibration_tokens, own.reconstruction_steps) == (1024, 20)
+    default = anymla.MLA()
+    assert (default.effort, default.calibration_tokens, default.reconstruction_steps) == ("default", 32768, None)
+    best = anymla.plan(bundled_model(), quick, effort="best").recipe  # what an effort set, another may change
+    assert (best.calibration_tokens, best.reconstruction_steps) == (65536, 300)
+    assert anymla.MLA.model_validate(quick.model_dump()) == quick
+    with pytest.raises(RecipeError, match=r"effort: .*'quick', 'default' or 'best'"):
+        anymla.MLA.of({"effort": "much"})

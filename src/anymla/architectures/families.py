@@ -59,7 +59,7 @@ _HALF_ROPE = {"partial_rotary_factor": 0.5}
 _ALL_FULL, _EVERY_SECOND = {"sliding_window_pattern": 1}, {"sliding_window_pattern": 2}
 _FIRST_OF_FOUR = {"full_attention_first_of": 4}
 _GPT = Family(rope=None, qkv_bias=True, output_bias=True, says_kv_heads=False)
-_QWEN2_VL = Family(inside=True, qkv_bias=True, output_bias=False, optional_sliding_window=True)
+_QWEN2_VL = Family(inside=True, qkv_bias=True, output_bias=False, optional_sliding_window=True, fewer_heads="none")
 _COHERE = Family(rope="interleaved", rope_table="repeated")
 _PARTIAL = Family(partial_rope="partial_rotary_factor")
 _HALF_ROPE_VL = replace(
@@ -125,7 +125,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm": replace(_PARTIAL, plain_block=True, defaults=_HALF_ROPE, rope="interleaved"),
     "glm4v_moe_text": replace(_PARTIAL, inside=True, defaults=_HALF_ROPE | {"attention_bias": True}, output_bias=False),
-    "glm4v_text": replace(_HALF_ROPE_VL, qkv_bias=True),
+    "glm4v_text": replace(_HALF_ROPE_VL, qkv_bias=True, fewer_heads="none"),
     "glm_ocr_text": replace(_HALF_ROPE_VL, qkv_bias=False),
     "glm4": replace(_PARTIAL, defaults=_HALF_ROPE, rope="interleaved", plain_residual=False),
     "glm4_moe": replace(_PARTIAL, defaults=_HALF_ROPE, qk_norm="use_qk_norm"),

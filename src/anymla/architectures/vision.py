@@ -47,6 +47,7 @@ VISION: dict[str, str] = {
     "video_llama_3": "qwen2",
     "vipllava": "llama",
 }
+TEXT_WIDTH_OUTSIDE = frozenset({"idefics2"})  # whose connector is as wide as the text model's FFN
 
 _FIELDS = (
     "hidden_size",

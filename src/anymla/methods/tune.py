@@ -46,7 +46,8 @@ class Tune(Method):
         0.1,
         ge=0,
         lt=1,
-        description="Share of the tokens for the first stage: each layer learns the original's output.",
+        description="Share of the tokens for the first stage: each layer learns the original's output. None where "
+        "layers were removed, for which of the original's those that are left should learn from is not known.",
     )
     temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions in the second stage's KL.")
     top_k: int | None = Field(

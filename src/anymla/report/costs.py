@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from anymla.run_outcome import Cost, Quality
 
 NOTICEABLE = 0.01  # of the bytes; weights that change by less are the same
+BITS, ONCE = "bits per packed weight", "+ once"  # columns that few models need
+RARE = (BITS, ONCE)
 FAR = 20  # times; losses that are further apart are drawn on a logarithmic scale
 
 
@@ -63,24 +65,31 @@ def quality_tiles(quality: Any, original: float | None) -> list[Tile]:
 
 
 def outcomes_table(outcomes: Mapping[str, Outcome], first: str) -> Table:
-    """A row per model; ``first``: what the names are."""
-    account = next(iter(outcomes.values())).account
-    columns = (
-        *(first, "weights", "cache per token", "+ once", f"cache at {account.context:,} tokens"),
-        *("perplexity", "KL (nats per token)", "same likeliest token", "seconds"),
-    )
-    rows = tuple((Cell(name), *_cells(outcome)) for name, outcome in outcomes.items())
-    return Table(columns=columns, rows=rows)
+    """A row per model; ``first``: what the names are. What no model has is left out."""
+    context = next(iter(outcomes.values())).account.context
+    rows = [{first: Cell(name), **_cells(outcome, context)} for name, outcome in outcomes.items()]
+    shown = [column for column in rows[0] if any(row[column].value for row in rows) or column not in RARE]
+    return Table(columns=tuple(shown), rows=tuple(tuple(row[column] for column in shown) for row in rows))
 
 
-def _cells(outcome: Outcome) -> Iterator[Cell]:
+def _cells(outcome: Outcome, context: int) -> dict[str, Cell]:
     cost, quality = outcome.account, outcome.quality
-    for held in (cost.weight_bytes, cost.cache_bytes_per_token, cost.cache_bytes_once, cost.cache_bytes_at_context):
-        yield _bytes(held)
     scores = (None,) * 3 if quality is None else (quality.perplexity, quality.kl, quality.top1_agreement)
-    for value, form in zip(scores, (".3f", ".4f", ".1%"), strict=True):
-        yield number("-" if value is None else f"{value:{form}}", value)
-    yield number(f"{outcome.seconds:.1f}", outcome.seconds)
+    return {
+        "weights": _bytes(cost.weight_bytes),
+        BITS: _figure(cost.bits_per_weight, ".2f"),
+        "cache per token": _bytes(cost.cache_bytes_per_token),
+        ONCE: _bytes(cost.cache_bytes_once),
+        f"cache at {context:,} tokens": _bytes(cost.cache_bytes_at_context),
+        "perplexity": _figure(scores[0], ".3f"),
+        "KL (nats per token)": _figure(scores[1], ".4f"),
+        "same likeliest token": _figure(scores[2], ".1%"),
+        "seconds": _figure(outcome.seconds, ".1f"),
+    }
+
+
+def _figure(value: float | None, form: str) -> Cell:
+    return number("-" if value is None else f"{value:{form}}", value)
 
 
 def _bytes(value: int | None) -> Cell:
@@ -132,13 +141,13 @@ def layers_section(folder: Path, errors: Mapping[int, float] | None = None, befo
     if errors:
         points = tuple((layer, 100 * error) for layer, error in errors.items())
         charts.append(_by_layer("Error of the hidden states", "squared error (%)", Series(name="error", points=points)))
-    columns = ("layer", "weights", "cache per token", "+ once", *(["error"] if errors else []))
+    columns = ("layer", "weights", "cache per token", ONCE, *(["error"] if errors else []))
     names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")
     rows = tuple(
         (
             number(str(index), index),
             *(_bytes(layer[name]) for name in names),
-            *([_error(errors.get(index))] if errors else []),
+            *([_figure(errors.get(index), ".2%")] if errors else []),
         )
         for index, layer in enumerate(layers)
     )
@@ -147,10 +156,6 @@ def layers_section(folder: Path, errors: Mapping[int, float] | None = None, befo
 
 def _by_layer(what: str, label: str, series: Series, level: tuple[str, float] | None = None) -> Chart:
     return Chart(title=f"{what} by layer", x_label="layer", y_label=label, series=(series,), level=level)
-
-
-def _error(value: float | None) -> Cell:
-    return number("-" if value is None else f"{value:.2%}", value)
 
 
 def papers_section(methods: Sequence[Method]) -> Section:
@@ -205,7 +210,8 @@ def use_section(folder: Path, place: Path, original: str, target: str | None = N
 def _fits_vllm(spec: ModelSpec) -> bool:
     kinds = [layer.kind for layer in spec.layers]
     plain = all(
-        layer.latent is not None and layer.coded is None and not layer.latent.exact_window for layer in spec.layers
+        layer.latent is not None and not layer.latent.exact_window and layer.coded is None and layer.packed is None
+        for layer in spec.layers
     )
     return bool(kinds) and plain and target_refusal("vllm", spec) is None
 

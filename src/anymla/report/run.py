@@ -11,6 +11,7 @@ from anymla import __version__
 from anymla.cards import public_name
 from anymla.methods.mla.settings import MLA
 from anymla.report.costs import (
+    BITS,
     Outcome,
     layers_section,
     outcomes_table,
@@ -24,6 +25,8 @@ from anymla.report.tables import table
 from anymla.report.units import size
 from anymla.run_outcome import Cost, Quality, RunReport, StepOutcome
 
+SHORT = {BITS: "bits", "KL (nats per token)": "KL", "same likeliest token": "top-1", "seconds": "s"}  # on a terminal
+
 
 def run_table(report: RunReport) -> Table:
     """What the original and every step's model cost, and how good they are where a text was given."""
@@ -32,13 +35,9 @@ def run_table(report: RunReport) -> Table:
 
 def costs_table(title: str, first: str, outcomes: Mapping[str, Outcome]) -> Table:
     """A row per model, for the terminal; ``first``: what the names are."""
-    rows = []
-    for name, outcome in outcomes.items():
-        scores = ("-",) * 3 if outcome.quality is None else _scores(outcome.quality)
-        rows.append((name, *_costs(outcome.account), *scores))
-    context = next(iter(outcomes.values())).account.context
-    sizes = ("weights", "cache per token", "+ once", f"at {context:,} tokens")
-    return table(title, (first, *sizes, "perplexity", "KL", "top-1"), rows)
+    shown = outcomes_table(outcomes, first)
+    columns = [SHORT.get(column, column.removeprefix("cache ")) for column in shown.columns]
+    return table(title, columns, ([cell.text for cell in row] for row in shown.rows))
 
 
 def _named(report: RunReport) -> dict[str, StepOutcome]:

@@ -91,6 +91,10 @@ def tune(
             for text in plain.notes:
                 note(f"{teacher}: {text}")
         check_pair(student, plain.folder)
+        if _layers(student) < _layers(plain.folder):
+            tuning = tuning.model_copy(update={"layerwise": 0.0})
+            if note is not None:
+                note(f"{student} has fewer layers than {teacher}: tuning goes by logits alone, as with layerwise 0")
         tokenizer = load_tokenizer(student)
         length = min(tuning.length, context_of(student) or tuning.length)
         stages = make_stages(tuning, length, int(os.environ.get("WORLD_SIZE", "1")))
@@ -132,17 +136,22 @@ def check_pair(student: Path, teacher: Path) -> None:
             "give the model it was converted from"
         )
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if name in theirs and ours.get(name, theirs[name]) != theirs[name]:
+        fewer = name == "num_hidden_layers" and _layers(student) < _layers(teacher)
+        if name in theirs and ours.get(name, theirs[name]) != theirs[name] and not fewer:
             raise CheckpointError(
                 f"--teacher {teacher} has a {name} of {theirs[name]!s:.20} and {student} one of {ours[name]!s:.20}: "
                 "give the model it was converted from"
             )
 
 
-def _sizes(config: dict[str, Any]) -> tuple[Any, int]:
+def _sizes(config: dict[str, Any]) -> tuple[Any, int, int]:
     """What a step may change of a stock model."""
     spec = spec_of(config)
-    return spec.layers, spec.intermediate_size
+    return spec.layers, spec.intermediate_size, spec.routed_experts
+
+
+def _layers(folder: Path) -> int:
+    return len(spec_of(read_config(folder)).layers)
 
 
 @dataclass(frozen=True)

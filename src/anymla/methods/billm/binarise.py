@@ -50,7 +50,9 @@ def binarised(weight: Tensor, hessian: Tensor, settings: BiLLM, dtype: torch.dty
             steps = torch.linalg.solve_triangular(corner, lost, upper=True, left=False)
             weight[:, behind] -= steps @ factor[part, behind]
     return Binarised(
-        *(torch.cat([getattr(block, name) for block in blocks], -1) for name in ("signs", "second", "salient")),
+        signs=torch.cat([block.signs for block in blocks], -1),
+        second=torch.cat([block.second for block in blocks], -1),
+        salient=torch.cat([block.salient for block in blocks]),
         scales=torch.stack([block.scales for block in blocks], -1),
         values=torch.cat([block.values for block in blocks], -1),
     )

@@ -29,17 +29,17 @@ class BiLLM(LayerMethod):
     layers below.
 
     The paper says 1.08 bits per weight, which counts signs alone. With the second bit and the scales, a weight takes
-    2.9 bits in blocks of 128, or 2.5 without means. These are stored, counted and printed. The method destroys small
-    models, as docs/benchmarks.md shows. 4-bit weights are the sane choice.
+    2.9 bits in blocks of 128, or 2.5 with symmetric levels. These are stored, counted and printed. The method destroys
+    small models, as docs/benchmarks.md shows. 4-bit weights are the sane choice.
 
     Embeddings, norms, biases and the output head stay unchanged. In an attention of anymla's own, so do the projections
     that make the cache or read it, such as kv_a_proj_with_mqa and kv_b_proj.
 
-    Deviations from the paper: the searches use the weights. With ``search_on: saliency`` they use their saliency, as
-    the authors' code does. The loss of a block is compensated jointly. With ``compensation: columns`` it is compensated
-    column by column, as in the authors' code, which still fixes a block at once. Both orders of a salient column share
-    one mean, which is the same and stored once. Columns that calibration text never reaches keep their weights. The
-    authors store dense weights. Here they are packed.
+    Deviations from the paper: the searches use the weights, of 256 rows at most. With ``search_on: saliency`` they use
+    the saliency, as the authors' code does. A group's levels are the means of its two sides (``levels``). The loss of a
+    block is compensated jointly. With ``compensation: columns`` it is compensated column by column, as in the authors'
+    code, which still fixes a block at once. Both orders of a salient column have one mean in common. Columns that
+    calibration text never reaches are binarised like all others. The authors store dense weights. Here they are packed.
     """
 
     name: ClassVar[str] = "billm"

@@ -20,7 +20,8 @@ from anymla.methods.base import Survey
 from anymla.methods.cache_coding.plan import layer_window
 from anymla.methods.cache_coding.rope import RopeSeen
 from anymla.methods.mla.source import with_exact_window
-from anymla.methods.mla.weights import ConvertedLayer, build_attention, whole_layer
+from anymla.methods.mla.weights import ConvertedLayer, build_attention
+from anymla.methods.mla.whole import whole_layer
 from anymla.model_run.stream import LayerBatch
 from anymla.modeling.latent_attention import LatentAttention
 

@@ -12,9 +12,10 @@ import torch
 from anymla.architectures.attention import AttentionWeights
 from anymla.methods.lorc.weights import Heard
 from anymla.methods.mla.factorization.split_svd import SplitSVD
-from anymla.methods.mla.moments import Moments, Sample
+from anymla.methods.mla.moments import Moments
 from anymla.methods.mla.rank_survey import source_of
 from anymla.methods.mla.rope.uniform import Uniform
+from anymla.methods.mla.sample import Sample
 from anymla.methods.mla.weights import build_attention, convert_layer
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.modeling.latent_spec import LatentSpec

@@ -17,7 +17,8 @@ from anymla.methods.mla.observe import Measured
 from anymla.methods.mla.reconstruct import Reconstruction
 from anymla.methods.mla.refit import OutputBatch, refit_output
 from anymla.methods.mla.rope import ROPE_CHOICES, RopeChoice
-from anymla.methods.mla.rope.channel_pca import ChannelPCA, GridPCA, SpreadPCA
+from anymla.methods.mla.rope.channel_pca import ChannelPCA, SpreadPCA
+from anymla.methods.mla.rope.grid import GridPCA
 from anymla.methods.mla.split import RopeSplit
 from anymla.methods.mla.weights import build_attention, convert_layer
 from anymla.modeling.latent_attention import LatentAttention

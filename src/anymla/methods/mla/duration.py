@@ -16,7 +16,7 @@ START = 5  # seconds for Python, torch and transformers
 FEW_TOKENS = 8192  # of calibration text, offered to who has no time
 # passes of all calibration tokens, fitted to measured conversions: through whole layers (the original's, the converted
 # one's), through the attention alone (candidates, refit), and what the statistics take over an attention's scores
-LAYER_PASSES, ATTENTION_PASSES, STATISTICS = 2, 3, 3
+LAYER_PASSES, ATTENTION_PASSES, STATISTICS = 2, 2, 1
 STEP_PASSES = 5  # of a step's tokens: forward, backward, and the optimiser
 DECOMPOSITIONS = 100  # float32 operations of all float64 algebra of a layer, over the cube of its width
 PER_SCORE, PER_LOGIT = 150, 4000  # operations in whose time a softmax treats a score, and a logit is scored

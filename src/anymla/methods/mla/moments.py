@@ -14,34 +14,11 @@ from torch import Tensor
 
 from anymla.architectures.attention import AttentionWeights
 from anymla.distributed import all_sum, all_sum_number
+from anymla.methods.mla.sample import Sample
 from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.heads import attention_weights, causal_mask
 
-SAMPLE_WINDOWS, SAMPLE_QUERIES = 4, 128  # of the first batch: what Sample holds
 BLOCK_ROWS = 128  # query tokens whose attention is held at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Queries and keys of a few tokens, before rope, for methods that look at single scores.
-
-    query [S,H,R,d]: R evenly spaced tokens of S windows; key [S,G,T,d]; turn [R,T,P]: e^{i Delta theta_f} of every pair
-    of tokens; allowed [R,T]: whether the first may look at the second.
-    """
-
-    query: Tensor
-    key: Tensor
-    turn: Tensor
-    allowed: Tensor
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, turn: Tensor, mask: Tensor) -> Sample:
-        """Takes it from a batch: query [B,H,T,d], key [B,G,T,d], turn [T,P] of unit length, additive mask."""
-        windows, length = min(SAMPLE_WINDOWS, len(query)), query.shape[2]
-        rows = torch.arange(0, length, max(1, windows * length // SAMPLE_QUERIES), device=query.device)
-        allowed = mask[0, 0].expand(length, length)[rows] > torch.finfo(mask.dtype).min / 2
-        relative = turn[rows, None] * turn.conj()
-        return cls(query=query[:windows, :, rows], key=key[:windows], turn=relative, allowed=allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +66,7 @@ class MomentSums:
         self.gram, self.mean, self.weighted_gram, self.weighted_mean = zeros(y, y), zeros(y), zeros(y, y), zeros(y)
         self.query_gram = zeros(heads, d, d)
         self.rotation = zeros(heads, pairs, dtype=torch.complex128)
+        self.output_gram = torch.einsum("Dhd,Dhe->hde", weights.output, weights.output).double()
         self.attended, self.key_weight, self.value_weight = zeros(heads), zeros(heads), zeros(heads)
         self.query_norm, self.key_norm = zeros(heads, pairs), zeros(kv_heads, pairs)
         self.sample: Sample | None = None
@@ -128,23 +106,21 @@ class MomentSums:
         received = query.new_zeros(len(query), query.shape[2])
         unit = turn / turn.abs()
         back = torch.cat([unit.real, -unit.imag, unit.real.new_ones(len(unit), 1)], dim=1)  # e^{-i n theta}, and 1
-        query, key = self._rotated(query, turn), rotate(key, turn)
-        blocks = [(rows, *seen_by(mask[:, :, rows])) for rows in row_blocks(query.shape[2])]
+        query, key = rotate(query, turn) * self.weights.scaling, rotate(key, turn)
+        if self.weights.query_gain is not None:
+            query = query * self.weights.query_gain.to(query.dtype)
+        starts = range(0, query.shape[2], BLOCK_ROWS)
+        blocks = [(rows, *seen_by(mask[:, :, rows])) for rows in (slice(at, at + BLOCK_ROWS) for at in starts)]
         for head in range(kv_heads):
             heads = slice(head * group, (head + 1) * group)
             sums = AttentionSums(query[:, heads], value[:, head], back)
-            for rows, seen, hidden in blocks:  # a block of rows at a time bounds memory to its [B,n,R,S] scores
-                own = None if not hidden else mask[:, heads if mask.shape[1] > 1 else slice(None), rows, seen]
+            for rows, seen, masked in blocks:  # a block of rows at a time bounds memory to its [B,n,R,S] scores
+                own = mask[:, heads if mask.shape[1] > 1 else slice(None), rows, seen] if masked else None
                 attention = self._attention(query[:, heads, rows], key[:, head, seen], own, heads)
                 sums.add(attention, rows, seen, self.window)
             received += sums.received.sum(1)
             self._add_heads(heads, sums, value[:, head], unit)
         return received
-
-    def _rotated(self, query: Tensor, turn: Tensor) -> Tensor:
-        """Queries [B,H,T,d] as scores read them."""
-        query = rotate(query, turn) * self.weights.scaling
-        return query if self.weights.query_gain is None else query * self.weights.query_gain.to(query.dtype)
 
     def _attention(self, query: Tensor, key: Tensor, mask: Tensor | None, heads: slice) -> Tensor:
         """Attention probabilities [B,n,R,S] of a block of rows, by the heads that share one key head; after rope."""
@@ -157,8 +133,7 @@ class MomentSums:
 
         sum_mn a_mn^2 ||W_o (v_n - o_m)||^2 is expanded, so that nothing but sums over n is needed of a^2.
         """
-        output_weight = self.weights.output[:, heads].double()  # [D,n,d]
-        metric = torch.einsum("Dnd,Dne->nde", output_weight, output_weight)
+        metric = self.output_gram[heads]
         output, value = sums.output.double(), value.unsqueeze(1).double()
         value_norm = ((value @ metric) * value).sum(-1)  # ||W_o v||^2, [B,n,T]
         read = output @ metric
@@ -216,11 +191,6 @@ class AttentionSums:
         self.squared_output[:, :, rows] = squared @ self.value[:, :, seen]
         self.given[:, :, rows] = squared.sum(-1)
         self.received[:, :, seen] += squared.sum(2)
-
-
-def row_blocks(length: int) -> list[slice]:
-    """Blocks of at most ``BLOCK_ROWS`` of ``length`` rows."""
-    return [slice(start, min(start + BLOCK_ROWS, length)) for start in range(0, length, BLOCK_ROWS)]
 
 
 def seen_by(mask: Tensor) -> tuple[slice, bool]:

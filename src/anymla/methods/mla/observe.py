@@ -14,7 +14,8 @@ from anymla.errors import CheckpointError, UnsupportedModelError
 from anymla.layouts import LIMITS
 from anymla.methods.mla.moments import Moments, MomentSums
 from anymla.methods.mla.source import with_exact_window, with_static_norms, without_biases
-from anymla.methods.mla.weights import build_attention, whole_layer
+from anymla.methods.mla.weights import build_attention
+from anymla.methods.mla.whole import whole_layer
 from anymla.methods.mla.window import exact_window_of
 from anymla.model_run.activations import Activations
 from anymla.model_run.stream import AttentionRun, LayerBatch, attention_inputs, first

@@ -17,7 +17,8 @@ from anymla.methods.mla.factorization.output_aware import OutputAware
 from anymla.methods.mla.layer_plan import typical_split
 from anymla.methods.mla.observe import AttentionObserver
 from anymla.methods.mla.rope import ROPE_CHOICES
-from anymla.methods.mla.weights import build_attention, latent_problem, whole_layer
+from anymla.methods.mla.weights import build_attention, latent_problem
+from anymla.methods.mla.whole import whole_layer
 from anymla.model_run.stream import LayerBatch
 
 if TYPE_CHECKING:

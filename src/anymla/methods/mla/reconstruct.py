@@ -20,7 +20,7 @@ from anymla.model_run.activations import Activations
 from anymla.model_run.stream import first
 
 STEP_SIZE = 0.4  # over the root of the hidden size: the highest rate, as a share of a tensor's own size
-WARMUP, CHECKS = 20, 4  # steps until the full rate, at most; how often the choice windows are looked at
+WARMUP, CHECKS, BETWEEN = 20, 4, 10  # steps until the full rate, at most; looks at the choice windows; least between
 NOTHING_LOST = 1e-9  # share of the target's power below which a layer is as the original's
 LEARNED_BUFFERS = ("query_rotation", "channel_weight")
 
@@ -57,22 +57,21 @@ class Reconstruction:
             tensor.requires_grad_(True)
         groups = [{"params": [tensor], "size": _size(tensor)} for tensor in self.tensors.values()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        windows = self._batches(fit, seed)
-        for step in range(steps):
+        every = max(BETWEEN, -(-steps // CHECKS))
+        for step, windows in zip(range(steps), self._batches(fit, seed), strict=False):
             rate = _rate(step, steps, self.inputs.shape[2])
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["size"]
             optimizer.zero_grad(set_to_none=False)
-            self._add_gradients(next(windows))
+            self._add_gradients(windows)
             optimizer.step()
-            if (step + 1) % max(1, steps // CHECKS) == 0 and (error := self._error(choice)) < least:
+            if step + 1 in (*range(every, steps, every), steps) and (error := self._error(choice)) < least:
                 least = error
                 self._keep()
 
     def _batches(self, fit: slice, seed: int) -> Iterator[list[int]]:
         """This process's part of each step's windows, which are drawn from those of all processes."""
-        mine = fit.stop - fit.start
-        total = int(all_sum_number(mine, self.inputs.device))
+        total = int(all_sum_number(fit.stop - fit.start, self.inputs.device))
         size = min(total, max(1, STEP_TOKENS // self.inputs.shape[1]))
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
@@ -99,8 +98,8 @@ class Reconstruction:
 
     @torch.no_grad()
     def _error(self, windows: slice) -> float:
-        chosen = list(range(windows.start, windows.stop))
-        parts = [chosen[start : start + self.batch] for start in range(0, len(chosen), self.batch)]
+        starts = range(windows.start, windows.stop, self.batch)
+        parts = (list(range(start, min(start + self.batch, windows.stop))) for start in starts)
         error = sum(self._loss(part).item() for part in parts)
         return all_sum_number(error if math.isfinite(error) else math.inf, self.inputs.device)
 
@@ -124,13 +123,8 @@ def _learned(attention: Any) -> dict[str, Tensor]:
 
 def _rate(step: int, steps: int, width: int) -> float:
     """Share of a tensor's size that it moves in ``step``: warmed up, then a cosine to zero."""
-    return (
-        STEP_SIZE
-        / math.sqrt(width)
-        * min(1.0, (step + 1) / min(WARMUP, steps / 4))
-        * (1 + math.cos(math.pi * step / steps))
-        / 2
-    )
+    warmed = min(1.0, (step + 1) / min(WARMUP, steps / 4))
+    return STEP_SIZE / math.sqrt(width) * warmed * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _size(tensor: Tensor) -> float:

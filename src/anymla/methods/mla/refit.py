@@ -57,10 +57,8 @@ def best_change(fit: NormalEquations, choice: NormalEquations, *, bias: bool = T
     best, best_error = None, choice.error
     for ridge in RIDGES:
         factor, failed = torch.linalg.cholesky_ex(fit.gram + torch.diag(ridge * penalty))
-        if failed:
-            continue
         change = torch.cholesky_solve(fit.cross, factor)
-        if torch.isfinite(change).all() and (error := choice.error_of(change)) < best_error:
+        if not failed and torch.isfinite(change).all() and (error := choice.error_of(change)) < best_error:
             best, best_error = change, error
     return best
 

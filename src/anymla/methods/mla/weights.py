@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anymla.architectures.attention import AttentionWeights, SourceAttention
-from anymla.methods.mla.channels import Channels, no_channels, per_head_channels
+from anymla.methods.mla.channels import Channels, no_channels
 from anymla.methods.mla.factorization import Factorization
 from anymla.methods.mla.latent import Latent, LatentProblem
 from anymla.methods.mla.moments import Moments
@@ -58,21 +58,6 @@ def latent_problem(
     if weights.query_gain is not None:  # on a pair without its rotation: the mean of its two gains
         rotation = rotation * weights.query_gain[: 2 * weights.rope_pairs].view(2, -1).mean(0)
     return LatentProblem(weights, moments, channels, rotation)
-
-
-def whole_layer(weights: AttentionWeights) -> ConvertedLayer:
-    """All channels and a latent of full rank: the original itself, without any statistics."""
-    kv_heads, d, _ = weights.key.shape
-    pairs, device = weights.rope_pairs, weights.key.device
-    left = torch.arange(d, device=device) >= 2 * pairs  # dims of a key that no channel carries
-    kept = torch.cat([left.repeat(kv_heads), torch.ones(kv_heads * d, dtype=torch.bool, device=device)])
-    encoder = torch.eye(2 * kv_heads * d, dtype=torch.float64, device=device)[kept]
-    rotation = torch.ones(len(weights.query), pairs, dtype=torch.complex128, device=device)
-    return ConvertedLayer(
-        channels=per_head_channels(torch.arange(pairs, device=device).expand(kv_heads, -1), pairs),
-        latent=Latent(encoder, encoder.T, torch.zeros_like(encoder[0])),
-        rotation=rotation,
-    )
 
 
 def latent_tensors(source: SourceAttention, layer: ConvertedLayer) -> dict[str, Tensor]:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from anymla.architectures.families import FAMILIES, OUTPUT_NORM
+from anymla.architectures.vision import TEXT_WIDTH_OUTSIDE
 from anymla.modeling.spec import ModelSpec
+
+
+def attention_refusal(model: ModelSpec) -> str | None:
+    """Why no gradient tells what matters in ``model``, or None."""
+    if any(layer.shared is not None for layer in model.layers):
+        return (
+            "its layers share attention maps, which a gradient does not pass layer by layer: put saap before that step"
+        )
+    if any(layer.coded is not None for layer in model.layers):
+        return "its cache is coded, which no gradient passes: put saap before that step"
+    return None
 
 
 def neurons_refusal(model: ModelSpec) -> str | None:
@@ -13,6 +25,8 @@ def neurons_refusal(model: ModelSpec) -> str | None:
         return f"neurons: its FFNs are mixtures of experts, whose neurons stay: {leave}, and remove experts"
     if not FAMILIES[model.text_model_type].fewer_neurons:
         return f"neurons: no config of its family says another width, or a norm reads all of them: {leave}"
+    if model.model_type in TEXT_WIDTH_OUTSIDE:
+        return f"neurons: what connects its vision tower is as wide as its FFNs, by the same field: {leave}"
     return None
 
 
@@ -27,7 +41,7 @@ def heads_refusal(model: ModelSpec) -> str | None:
     if not family.says_kv_heads or family.fewer_heads == "none" or family.beyond == OUTPUT_NORM:
         return f"heads: no config of its family says fewer of the same size, or a norm reads all of them: {leave}"
     for layer in model.layers:
-        if layer.kind is not None and (layer.latent is None or layer.coded is not None):
+        if layer.kind is not None and layer.latent is None:
             return f"heads: its attention is neither stock nor a latent one: {leave}"
         if layer.latent is not None and (layer.latent.exact_window or not layer.parts[0].linear_keys):
             return f"heads: its latent is made of true keys of all heads: {leave}"
@@ -39,8 +53,6 @@ def latent_refusal(model: ModelSpec) -> str | None:
     leave = "leave them (latent: 1.0)"
     if not any(layer.latent is not None for layer in model.layers):
         return f"latent: it has no latent attention, which the step mla makes; saap then takes its checkpoint: {leave}"
-    if any(layer.latent is not None and layer.coded is not None for layer in model.layers):
-        return f"latent: its latent is coded: {leave}, or take the checkpoint before the codes"
     return None
 
 

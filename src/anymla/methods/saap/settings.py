@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from anymla.architectures.families import FAMILIES
 from anymla.errors import InfeasibleError
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey, Unheard
-from anymla.methods.saap.refusals import REFUSALS
+from anymla.methods.saap.refusals import REFUSALS, attention_refusal
 from anymla.modeling.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ class SAAP(LayerMethod):
     - ``fused``: both, as outputs with their own noise. That divides each by its mean.
     - ``magnitude``: sum_k w_k^2, without text. ``random``: by ``seed``. Both are baselines.
 
-    Deviations from the paper: only its overview could be read, so this is our own form of it. The noise of the two
-    scores is found in closed form, over the structures of one kind in all layers. All layers get the same width. The
-    paper's search for a width per layer would need a config of its own, and so would layers that are left alone. Latent
-    channels are anymla's own addition. The paper trains quantised groups afterwards. Here the step ``tune`` can follow.
+    Deviations from the paper: only its overview could be read, so this is our own form of it. The default is
+    ``element``. It loses less than the paper's ``fused`` on every model that was measured (docs/benchmarks.md). The
+    noise of the two scores is found in closed form, over the structures of one kind in all layers. All layers get the
+    same width. The paper's search for a width per layer would need a config of its own, and so would layers that are
+    left alone. Latent channels are anymla's own addition. The paper trains quantised groups afterwards. Here the step
+    ``tune`` can follow.
     """
 
     name: ClassVar[str] = "saap"
@@ -69,7 +71,7 @@ class SAAP(LayerMethod):
         1.0, gt=0, le=1, description="Share of the latent's channels to keep, in a model that the step mla made."
     )
     importance: Literal["fused", "vector", "element", "magnitude", "random"] = Field(
-        "fused",
+        "element",
         description="How the importance of a structure is measured: fused, vector, element, magnitude or random.",
     )
     multiple: int = Field(
@@ -84,7 +86,7 @@ class SAAP(LayerMethod):
 
     def refuses(self, model: ModelSpec) -> str | None:
         """Why structures of this model cannot be removed."""
-        reasons = (REFUSALS[kind](model) for kind in self._asked())
+        reasons = (attention_refusal(model), *(REFUSALS[kind](model) for kind in self._asked()))
         return next((reason for reason in reasons if reason is not None), None)
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:

@@ -78,23 +78,6 @@ class SpreadPCA(RopeChoice):
         return axes.channels(frequency, axes.score.argsort(1, descending=True)[frequency, place])
 
 
-@dataclass(frozen=True)
-class GridPCA(RopeChoice):
-    """The same, but channel i is the eigenvector of frequency i * step that scores most.
-
-    Their frequencies are a geometric series, so that plain rope with another base rotates them (docs/exporting.md).
-    """
-
-    step: int = 1
-
-    def __call__(self, moments: Moments, rope_dims: int, *, expected_rotation: bool) -> Channels:
-        import torch
-
-        axes = principal_axes(moments, expected_rotation)
-        frequency = torch.arange(rope_dims // 2, device=axes.score.device) * self.step
-        return axes.channels(frequency, axes.score[frequency].argmax(1))
-
-
 def principal_axes(moments: Moments, expected_rotation: bool) -> PrincipalAxes:
     """All that could be a channel."""
     import torch

@@ -38,12 +38,10 @@ def _origin(page: str) -> Path:
 def _page(target: Path) -> str:
     """The page, or the picture, of the site that shows a file or folder of the repository."""
     path = target.relative_to(ROOT).as_posix()
-    known = {file: page for page, file in OUTSIDE.items()}
-    return (
-        known.get(path) or path.removeprefix("docs/")
-        if path.startswith("docs/") or path in known
-        else f"source/{path}.md"
-    )
+    for page, file in OUTSIDE.items():
+        if path == file:
+            return page
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}.md"
 
 
 def _target(link: str, origin: Path) -> Path | None:
