@@ -71,7 +71,7 @@ def tune(
         adapter: a peft adapter to merge into the teacher.
         progress: called with :class:`TuneProgress` after each step, and once before the first where a stopped tuning
             goes on.
-        note: called with what was done to a teacher that is no plain folder, in words.
+        note: called with what was done to a teacher that is no plain folder, and to settings, in words.
         settings: fields of :class:`Tune` that override the recipe, as ``data="my-text.txt"``.
 
     Checkpoints are kept in a folder beside ``output`` until all is done; the same call goes on from the last one. Under
@@ -91,10 +91,7 @@ def tune(
             for text in plain.notes:
                 note(f"{teacher}: {text}")
         check_pair(student, plain.folder)
-        if _layers(student) < _layers(plain.folder):
-            tuning = tuning.model_copy(update={"layerwise": 0.0})
-            if note is not None:
-                note(f"{student} has fewer layers than {teacher}: tuning goes by logits alone, as with layerwise 0")
+        tuning = _by_logits_where_layers_differ(tuning, student, plain.folder, note)
         tokenizer = load_tokenizer(student)
         length = min(tuning.length, context_of(student) or tuning.length)
         stages = make_stages(tuning, length, int(os.environ.get("WORLD_SIZE", "1")))
@@ -115,6 +112,17 @@ def tune(
                 work.finish()
             wait_for_all()
     return report
+
+
+def _by_logits_where_layers_differ(
+    tuning: Tune, student: Path, teacher: Path, note: Callable[[str], None] | None
+) -> Tune:
+    """``tuning`` without its loss of layers, where the student has fewer of them than the teacher."""
+    if not tuning.layerwise or _layers(student) >= _layers(teacher):
+        return tuning
+    if note is not None:
+        note(f"{student} has fewer layers than {teacher}: tuning goes by logits alone, as with layerwise 0")
+    return tuning.model_copy(update={"layerwise": 0.0})
 
 
 def check_pair(student: Path, teacher: Path) -> None:

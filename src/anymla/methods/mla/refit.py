@@ -72,10 +72,9 @@ def refit_output(
 ) -> float:
     """Changes ``attention.o_proj`` in place, to numbers that the dtype ``saved`` holds.
 
-    ``batches(windows)`` yields what it reads and what its output still lacks.
-
-    The converted layer then makes up for what it and the converted layers below it lost, as far as a linear map can.
-    W_o moves by argmin ||X change - E||^2 + ridge ||change||^2. The ridge is chosen on windows that were not fitted.
+    ``batches(windows)`` yields what it reads and what its output lacks. The converted layer then makes up for what it and
+    those below it lost, as far as a linear map can. W_o moves by argmin ||X change - E||^2 + ridge ||change||^2. The
+    ridge is chosen on windows that were not fitted.
 
     Returns:
         The squared loss of the output on ``choice`` after it.

@@ -20,8 +20,7 @@ class OutputAware(Factorization):
     """Minimises E || M^{1/2} (y - y~) ||^2 over rank-r y~, y centred, tokens weighted by the attention they receive.
 
     With U the top eigenvectors of M^{1/2} Cov(y) M^{1/2}, the encoder is U^T M^{1/2} and the decoder M^{-1/2} U. Means
-    cost no rank. A constant in k_rest adds the same number to every score of a row. The mean of v returns as an output
-    bias.
+    cost no rank. A constant in k_rest adds one number to all scores of a row. The mean of v returns as an output bias.
     """
 
     name: ClassVar[str] = "output-aware"
