@@ -18,6 +18,7 @@ KNOWN = {  # systems of the README's picture, and what it calls them
     "KIVI-like": "KIVI-like",
     "KVQuant": "KVQuant",
     "KVTC-like": "KVTC-like",
+    "static NUQ tables": "static tables",
     "TransMLA": "TransMLA",
     "MHA2MLA": "MHA2MLA",
 }

@@ -89,8 +89,8 @@ TENSORS = [
     Case("norm-missing", f"{EVAL} {{valid}}", (ABSENT, NORM), tensors(lambda state: state.pop(NORM))),
     Case("no-tensors", CONVERT, ("{model}",), tensors(lambda state: state.clear())),
     Case("layers-left-out", CONVERT, (EXTRA, "layers.3"), config(num_hidden_layers=3)),
-    Case("vocabulary-huge", CONVERT, ("config.json means", "embed_tokens", "10000000"), config(vocab_size=10**7)),
-    Case("width-huge-generate", f"{GENERATE} Once", ("config.json means", "mlp"), config(intermediate_size=10**7)),
+    Case("vocabulary-huge", CONVERT, ("config.json describes", "embed_tokens", "10000000"), config(vocab_size=10**7)),
+    Case("width-huge-generate", f"{GENERATE} Once", ("config.json describes", "mlp"), config(intermediate_size=10**7)),
     Case(
         "layers-billion-eval",
         f"{EVAL} {{valid}}",

@@ -103,7 +103,7 @@ def test_every_place_says_the_same(tmp_path):
     anymla.convert(source, tmp_path / "out", planned.recipe, **FAST)
     assert json.loads((tmp_path / "out/conversion.json").read_text())["cache_bytes_at"] == {str(context): half}
     card = (tmp_path / "out/README.md").read_text()
-    assert f"| bytes at {context} tokens |" in card and "no more than their window" in card
+    assert f"| bytes at {context} tokens |" in card and "hold only their window" in card
     assert f"| {per_token} | {half['before']:,} |\n" in card and f"| {per_token // 2} | {half['after']:,} |\n" in card
 
 

@@ -24,8 +24,8 @@ class Cost:
     """Bytes of a model; ``weight_bytes`` is None where they are not known without making its files plain.
 
     ``cache_bytes_per_token``, ``cache_bytes_once``: see :class:`anymla.account.LayerAccount`.
-    ``cache_bytes_at_context``: of the whole cache, once it holds ``context`` tokens.
-    ``bits_per_weight``: of packed weights, with scales and all else that stands for them; None where none are packed.
+    ``cache_bytes_at_context``: of the whole cache, once it holds ``context`` tokens. ``bits_per_weight``: of the packed
+    weights, with everything that they need counted; None if there are none.
     """
 
     weight_bytes: int | None

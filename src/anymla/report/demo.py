@@ -101,8 +101,8 @@ def _title(outcome: DemoOutcome) -> str:
 def _how(outcome: DemoOutcome) -> str:
     return (
         f"Nothing was trained. Scores are of {outcome.original.tokens:,} tokens of TinyStories that calibration did "
-        "not see. anymla is shown with --decode-cost any, its best. The default decodes faster and loses more. "
-        "Bytes are measured from the live cache. KL (nats per token) and top-1 agreement are to the original."
+        "not see. anymla is shown with --decode-cost any, its best. The default decodes faster and loses more. Bytes "
+        "are measured from the live cache. KL (nats per token) and top-1 agreement are to the original."
     )
 
 

@@ -143,11 +143,11 @@ def _lost_twice(values: Tensor, levels: Levels) -> float:
 
 
 def threshold(values: Tensor, levels: Levels) -> Tensor:
-    """The magnitude that parts values [O,b] into two groups, so that the least is lost when each row is binarised.
+    """The magnitude that splits values [O,b] into two groups, so that binarising each row loses least.
 
-    Of the squares of n values with mean m and distances from it of n a in sum, n (m^2 + a^2) are kept. With levels of
-    their own for the k values above m, n^2 a^2 / (4 k (n - k)) stands in the place of a^2. In an ordered row a group is
-    one range or two, and its sums are differences of running ones.
+    Let n values have the mean m, and distances from it that sum to a n. Of their squares, n (m^2 + a^2) are kept. If
+    the k values above m have their own level, a^2 n^2 / (4 k (n - k)) replaces a^2. In a sorted row, a group is one
+    range or two, and the sums are differences of running ones.
     """
     candidates = magnitudes(values)
     row, zero = values.sort(1).values, values.new_zeros(len(values), 1)

@@ -21,25 +21,25 @@ Levels = Literal["own", "centred", "symmetric"]
 class BiLLM(LayerMethod):
     """Settings of weights that are binarised after training.
 
-    In each block of columns those with the largest saliency w^2 / c_j^2 are salient, c_j^2 being what the inverse
-    Hessian says of column j once those before it are fixed. Their weights are a mean, and two sizes with a sign each.
-    All other weights are split by magnitude into a concentrated and a sparse group, each a mean and a size with a sign.
-    How many columns are salient, and where the groups part, is searched in every block. What a block loses is made up
-    for by the columns behind it, as in GPTQ. The Hessians are those of inputs on calibration text, as the packed layers
-    below make them.
+    In each block of columns, those with the largest saliency w^2 / c_j^2 are salient. c_j^2 comes from the inverse
+    Hessian of column j, with the columns before it fixed. Their weights are a mean, and two sizes with a sign each. All
+    other weights are split by magnitude into a concentrated and a sparse group. Each group is a mean and a size with a
+    sign. A search in every block finds the number of salient columns and the limit between the groups. Later columns
+    make up for the loss of a block, as in GPTQ. The Hessians are those of inputs on calibration text, from the packed
+    layers below.
 
-    The paper says 1.08 bits per weight, which counts signs alone. With the second bit and the scales a weight takes
-    2.9 bits in blocks of 128, with symmetric levels 2.5; that is what is stored, counted and printed. Small models
-    are destroyed by it, as docs/benchmarks.md shows: 4-bit weights are the sane choice.
+    The paper says 1.08 bits per weight, which counts signs alone. With the second bit and the scales, a weight takes
+    2.9 bits in blocks of 128, or 2.5 with symmetric levels. These are stored, counted and printed. The method destroys
+    small models, as docs/benchmarks.md shows. 4-bit weights are the sane choice.
 
-    Embeddings, norms, biases and the output head stay as they are. So do, in an attention of anymla's own, the
-    projections that make the cache or read it, as kv_a_proj_with_mqa and kv_b_proj.
+    Embeddings, norms, biases and the output head stay unchanged. In an attention of anymla's own, so do the projections
+    that make the cache or read it, such as kv_a_proj_with_mqa and kv_b_proj.
 
-    Deviations from the paper: the searches look at the weights (``search_on: saliency``: at their saliency, as the
-    authors' code does), of 256 rows at most. A group's levels are the means of its two sides (``levels``). What a block
-    loses is compensated jointly (``compensation: columns``: column by column, as in the authors' code, which fixes a
-    block at once all the same). Both orders of a salient column have one mean in common. Columns that calibration text
-    never reaches are binarised as all others. The authors store dense weights; here they are packed.
+    Deviations from the paper: the searches use the weights, of 256 rows at most. With ``search_on: saliency`` they use
+    the saliency, as the authors' code does. A group's levels are the means of its two sides (``levels``). The loss of a
+    block is compensated jointly. With ``compensation: columns`` it is compensated column by column, as in the authors'
+    code, which still fixes a block at once. Both orders of a salient column have one mean in common. Columns that
+    calibration text never reaches are binarised like all others. The authors store dense weights. Here they are packed.
     """
 
     name: ClassVar[str] = "billm"
@@ -49,30 +49,30 @@ class BiLLM(LayerMethod):
     saves: ClassVar[tuple[str, ...]] = ("weights",)
 
     block_size: int = Field(
-        128, ge=8, le=4096, multiple_of=8, description="Columns that share scales: fewer lose less and take more bits."
+        128, ge=8, le=4096, multiple_of=8, description="Columns that share scales. Fewer lose less and take more bits."
     )
     search_on: Literal["weight", "saliency"] = Field(
-        "weight",
-        description="What the searches for salient columns and groups look at; saliency: as the authors' code.",
+        "weight", description="What the searches for salient columns and groups use. saliency: as the authors' code."
     )
-    most_salient: int = Field(49, ge=0, le=4096, description="Most salient columns of a block; 0: none.")
-    split: bool = Field(True, description="Two groups of other weights; false: one, which loses much more.")
+    most_salient: int = Field(49, ge=0, le=4096, description="Most salient columns of a block. 0: none.")
+    split: bool = Field(True, description="Two groups of other weights. false: one, which loses much more.")
     levels: Levels = Field(
         "own",
-        description="The two levels of a group: own: the means of what is above its mean and below; centred: mean ± "
-        "mean distance, as the authors' code; symmetric: ± mean size, as the paper, 0.375 bits less in blocks of 128.",
+        description="The two levels of a group. own: the means of the weights above its mean and below. centred: mean "
+        "± mean distance, as the authors' code. symmetric: ± mean size, as the paper, 0.375 bits less in blocks of "
+        "128.",
     )
     compensation: Literal["blocks", "columns", "none"] = Field(
         "blocks",
-        description="How later columns make up for a block: jointly for its columns; one by one; not at all.",
+        description="How later columns make up for a block: jointly for its columns, one by one, or not at all.",
     )
     attention: bool = Field(
-        True, description="Pack projections of attention too. false: where a stock attention's cache is to be coded."
+        True, description="Pack projections of attention too. Give false if a stock attention's cache is to be coded."
     )
     keep: tuple[str, ...] = Field(
         (),
         strict=False,
-        description="Linears that stay as they are, by their path in a layer, as mlp.down_proj; * stands for anything.",
+        description="Linears that stay unchanged, by their path in a layer, such as mlp.down_proj. * matches anything.",
     )
 
     def refuses(self, model: ModelSpec) -> str | None:

@@ -18,28 +18,32 @@ if TYPE_CHECKING:
 
 
 class MKA(LayerMethod):
-    """Settings of a model with fewer layers; it stays a stock checkpoint, which every engine reads.
+    """Settings of a model with fewer layers. It stays a stock checkpoint, which every engine reads.
 
-    Each layer that goes takes its weights, its compute and its part of the cache. By default the layer goes whose loss
-    costs the model the least KL, one after the other; that loses less than everything else here (docs/benchmarks.md).
-    ``strategy: merge`` is MKA: the two neighbours whose outputs are most alike become one layer. Outputs are states of
-    each window's last token, and alike is the normalised information bottleneck of their diffusion maps. Merged layers
-    run again before the next pair is chosen. The other strategies are baselines: the last layers; ShortGPT's block
-    influence (arXiv 2403.03853); the block of layers with the least angle between its input and its output
+    A removed layer saves its weights, its compute and its part of the cache. By default, layers are dropped one after
+    the other, always the one that costs the model the least KL. That loses less than all other strategies here
+    (docs/benchmarks.md).
+
+    ``strategy: merge`` is MKA: the two neighbours with the most similar outputs become one layer. Outputs are states of
+    each window's last token. Their similarity is the normalised information bottleneck of their diffusion maps. Merged
+    layers run again before the next pair is chosen.
+
+    The other strategies are baselines. ``last`` drops the last layers. ``influence`` is ShortGPT's block influence
+    (arXiv 2403.03853). ``angular`` drops the block of layers with the least angle between its input and its output
     (arXiv 2403.17887).
 
     Deviations from the paper: the authors' code never writes a merged weight, always takes the last two layers, and
-    compares 57 tokens of one question. What it makes is ``strategy: last``. Here pairs are chosen by the text of the
+    compares 57 tokens of one question. Its result is ``strategy: last``. Here pairs are chosen by the text of the
     paper, over all calibration windows. The kernel's width is the median distance, and not 8. The gain of a norm is
-    folded into the projections that read it before they are averaged. Entropies are kept below zero. ``weight: code``
-    is what the formula of the code gives for nearly every pair. ``weight: delta`` is LaCo's sum of differences
-    (arXiv 2402.11187); of two layers it keeps the second. ``weight: search`` is not in the paper.
+    folded into the projections that read it before they are averaged. Entropies are limited to below zero. ``weight:
+    code`` is what the formula of the code gives for nearly every pair. ``weight: delta`` is LaCo's sum of differences
+    (arXiv 2402.11187). Of two layers it keeps the second. ``weight: search`` is not in the paper.
     """
 
     name: ClassVar[str] = "mka"
     paper: ClassVar[Paper] = Paper(title="Pruning via Merging (MKA)", arxiv="2406.16330")
     phase: ClassVar[Phase] = Phase.DEPTH
-    summary: ClassVar[str] = "fewer layers: dropped by what they cost, or merged into their neighbours"
+    summary: ClassVar[str] = "fewer layers: the cheapest ones are dropped, or merged into their neighbours"
     saves: ClassVar[tuple[str, ...]] = ("cache", "weights", "compute")
 
     remove: int | None = Field(None, ge=0, le=MOST, description="Layers to remove.")
@@ -49,27 +53,27 @@ class MKA(LayerMethod):
     )
     strategy: Literal["kl", "last", "influence", "angular", "merge"] = Field(
         "kl",
-        description="kl: drop the layer that costs the least KL, one after the other; last: drop the last ones; "
-        "influence: those that turn states the least; angular: the block that turns them the least; merge: merge "
-        "neighbours with similar outputs.",
+        description="kl: drop the layer that costs the least KL, one after the other. last: drop the last ones. "
+        "influence: drop those that change the direction of states the least. angular: drop the block that changes it "
+        "the least. merge: merge neighbours with similar outputs.",
     )
     weight: Literal["similarity", "code", "search", "delta", "drop"] = Field(
         "search",
-        description="With strategy: merge, the first layer's weight in a pair. similarity: how alike both are; code: "
-        "0.62; search: what costs the least KL, never more than dropping the second one; delta: the sum of differences "
-        "to the first; drop: 1.",
+        description="With strategy: merge, the first layer's weight in a pair. similarity: how similar both are. code: "
+        "0.62. search: what costs the least KL, never more than dropping the second one. delta: the sum of differences "
+        "to the first. drop: 1.",
     )
     kernel: Literal["gaussian", "sqrt"] = Field(
-        "gaussian", description="With strategy: merge, the kernel of diffusion maps; sqrt is that of the authors' code."
+        "gaussian", description="With strategy: merge, the kernel of diffusion maps. sqrt is that of the authors' code."
     )
-    protect_first: int = Field(2, ge=0, le=MOST, description="First layers that stay as they are.")
-    protect_last: int = Field(1, ge=0, le=MOST, description="Last layers that stay as they are.")
+    protect_first: int = Field(2, ge=0, le=MOST, description="First layers that stay unchanged.")
+    protect_last: int = Field(1, ge=0, le=MOST, description="Last layers that stay unchanged.")
     calibration_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
         128,
         ge=8,
         le=MOST,
-        description="Tokens per calibration window (at most the context); outputs are compared at the last one.",
+        description="Tokens per calibration window (at most the context). Outputs are compared at the last one.",
     )
 
     @model_validator(mode="after")

@@ -34,32 +34,32 @@ class LayerWidth(BaseModel):
 class SAAP(LayerMethod):
     """Settings of a narrower model.
 
-    Structures that the loss needs least are removed: FFN neurons, KV groups with all of their query heads, experts with
-    their rows of the router, and latent channels of a model that the step mla made. What remains keeps its numbers. So
-    removing a structure is the same as setting its weights to zero, and an expert is one that is never chosen. Every
-    layer keeps as many, which stock configs can say. A model in anymla's own format stays one, and its fewer latent
-    channels make its cache smaller.
+    It removes the structures that the loss needs least. These are FFN neurons, KV groups with all of their query heads,
+    and experts with their rows of the router. Latent channels of a model that the step mla made can go too. All other
+    weights stay the same. So removing a structure is the same as setting its weights to zero. A removed expert is like
+    one that is never chosen. Every layer keeps the same number, as stock configs need. A model in anymla's own format
+    stays one, and fewer latent channels make its cache smaller.
 
     Importance is summed over the rows and columns w of a structure. Gradients g are of the mean loss on calibration
     text, F is the mean of the squared gradients of single windows.
 
     - ``vector``: |sum_k g_k w_k|.
     - ``element``: sum_k |g_k w_k - w_k F_k w_k / 2|.
-    - ``fused``: both, as outputs with noise of their own, which leaves each over its mean.
+    - ``fused``: both, as outputs with their own noise. That divides each by its mean.
     - ``magnitude``: sum_k w_k^2, without text. ``random``: by ``seed``. Both are baselines.
 
     Deviations from the paper: only its overview could be read, so this is our own form of it. The default is
-    ``element``, for it loses less than the paper's ``fused`` on every model that was measured (docs/benchmarks.md). The
-    noise of the two scores is found in closed form, over the structures of one kind in all layers. All layers are given
-    the same width: the paper's search for a width per layer, and with it layers that are left alone, would need a
-    config of its own. Latent channels are anymla's own addition. The paper trains quantised groups afterwards: here the
-    step ``tune`` can follow.
+    ``element``. It loses less than the paper's ``fused`` on every model that was measured (docs/benchmarks.md). The
+    noise of the two scores is found in closed form, over the structures of one kind in all layers. All layers get the
+    same width. The paper's search for a width per layer would need a config of its own, and so would layers that are
+    left alone. Latent channels are anymla's own addition. The paper trains quantised groups afterwards. Here the step
+    ``tune`` can follow.
     """
 
     name: ClassVar[str] = "saap"
     paper: ClassVar[Paper] = Paper(title="SAAP", arxiv="2412.15127")
     phase: ClassVar[Phase] = Phase.WIDTH
-    summary: ClassVar[str] = "fewer FFN neurons, heads or latent channels, in a stock checkpoint: the least needed go"
+    summary: ClassVar[str] = "fewer FFN neurons, heads, experts or latent channels: the least needed are removed"
     saves: ClassVar[tuple[str, ...]] = ("weights", "cache", "compute")
 
     neurons: float = Field(0.8, gt=0, le=1, description="Share of the FFN neurons of every layer to keep, 0 < x <= 1.")
@@ -71,16 +71,17 @@ class SAAP(LayerMethod):
         1.0, gt=0, le=1, description="Share of the latent's channels to keep, in a model that the step mla made."
     )
     importance: Literal["fused", "vector", "element", "magnitude", "random"] = Field(
-        "element", description="What tells how much a structure matters: fused, vector, element, magnitude or random."
+        "element",
+        description="How the importance of a structure is measured: fused, vector, element, magnitude or random.",
     )
     multiple: int = Field(
         64,
         ge=1,
         le=1024,
-        description="Numbers of neurons and of latent channels are rounded to multiples of this, which kernels like.",
+        description="Numbers of neurons and of latent channels are rounded to multiples of this, for fast kernels.",
     )
     allocation: Literal["uniform"] = Field(
-        "uniform", description="How widths are spread over layers: uniform is what configs of transformers can say."
+        "uniform", description="How widths are spread over layers. Configs of transformers allow only uniform."
     )
 
     def refuses(self, model: ModelSpec) -> str | None:
