@@ -1,6 +1,6 @@
 """KL and perplexity of a model with fewer layers, for every way in which the step `mka` chooses and merges them.
 
-python benchmarks/depth.py [MODEL] [--ratios 0.1 0.25] [--calibration TEXT] [--text TEXT]
+python benchmarks/depth.py [MODEL] [--ratios 0.1 0.25] [--protect 2 1] [--calibration TEXT] [--text TEXT]
 
 KL is in nats per token, of the original's next tokens against the smaller model's, on text that calibration did not
 see.
@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default=str(bundled_model()))
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.25])
+    parser.add_argument("--protect", type=int, nargs=2, default=[2, 1], help="first and last layers that stay")
     parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=[*ROWS])
     parser.add_argument("--calibration", default=str(bundled_text("train")))
     parser.add_argument("--tokens", type=int, default=4096, help="of calibration text")
@@ -47,14 +48,17 @@ def arguments() -> argparse.Namespace:
 
 def measured(given: argparse.Namespace, settings: dict[str, Any]) -> str:
     """A cell: KL and perplexity of a smaller model, and seconds that it took to make."""
-    text = {
+    first, last = given.protect
+    common = {
+        "protect_first": first,
+        "protect_last": last,
         "calibration": given.calibration,
         "calibration_tokens": given.tokens,
         "calibration_length": given.length,
     }
     with tempfile.TemporaryDirectory() as folder:
         output, began = Path(folder) / "out", time.monotonic()
-        anymla.run(given.model, output, steps=[{"mka": settings | text}])
+        anymla.run(given.model, output, steps=[{"mka": settings | common}])
         seconds = time.monotonic() - began
         scores = evaluate(output, given.text, given.model, tokens=given.eval_tokens)
         card = (output / "README.md").read_text(encoding="utf-8")
