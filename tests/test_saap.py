@@ -162,6 +162,13 @@ def test_removing_is_zeroing(name):
     assert ("heads" in tried) <= family.says_kv_heads
 
 
+def test_heads_leave_a_fused_projection():
+    """Phi-3's, without longrope, whose factors its config counts by hidden_size over heads."""
+    model = tiny_model("phi3", rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    plan = SAAP(**WHOLE | RANDOM | {"heads": 0.4}).plan(read_model_spec(model.config.to_dict()), [])
+    assert same(narrowed(model, plan), zeroed(model, plan))
+
+
 @pytest.mark.parametrize("name", families(*MIXTURES))
 def test_experts_that_are_removed_are_those_that_are_never_chosen(name, monkeypatch):
     """Their router's scores set to minus infinity, and what is added to them where they are chosen."""
@@ -342,6 +349,7 @@ def test_widths_are_near_what_was_asked_for():
         ("bitnet", {}, "neurons: no config of its family says another width, or a norm reads all of them"),
         ("olmo2", {"neurons": 1.0, "heads": 0.5}, "heads: no config of its family says fewer of the same size"),
         ("gpt2", {"neurons": 1.0, "heads": 0.5}, "heads: no config of its family says fewer of the same size"),
+        ("phi3", {"neurons": 1.0, "heads": 0.5}, "heads: the length of its rope's factors"),
         ("llama", {"latent": 0.5}, "latent: it has no latent attention, which the step mla makes"),
     ],
 )

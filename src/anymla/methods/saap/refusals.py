@@ -34,6 +34,8 @@ def heads_refusal(model: ModelSpec) -> str | None:
     """Why KV groups of ``model`` cannot be removed, or None."""
     leave = "leave them (heads: 1.0)"
     family, specs = FAMILIES[model.text_model_type], [*model.attention_layers.values()]
+    if model.rope is not None and model.rope.rope_type == "longrope":
+        return f"heads: the length of its rope's factors is checked against hidden_size over heads: {leave}"
     if len({(each.num_heads, each.num_kv_heads) for each in specs}) > 1:
         return f"heads: its layers have different numbers of them: {leave}"
     if any(each.stored_numbers != each.cached_numbers for each in specs):
