@@ -22,24 +22,24 @@ class BiLLM(LayerMethod):
     """Settings of weights that are binarised after training.
 
     In each block of columns those with the largest saliency w^2 / c_j^2 are salient, c_j^2 being what the inverse
-    Hessian says of column j once those before it are fixed. Their weights are a mean, and two sizes with a sign each.
-    All other weights are split by magnitude into a concentrated and a sparse group, each a mean and a size with a sign.
+    Hessian says of column j once those before it are fixed. Their weights are two sizes with a sign each. All other
+    weights are split by magnitude into a concentrated and a sparse group, each a size with a sign.
     How many columns are salient, and where the groups part, is searched in every block. What a block loses is made up
     for by the columns behind it, as in GPTQ. The Hessians are those of inputs on calibration text, as the packed layers
     below make them.
 
     The paper says 1.08 bits per weight, which counts signs alone. With the second bit and the scales a weight takes
-    2.9 bits in blocks of 128, with symmetric levels 2.5; that is what is stored, counted and printed. Small models
-    are destroyed by it, as docs/benchmarks.md shows: 4-bit weights are the sane choice.
+    2.5 bits in blocks of 128, with means 2.9; that is what is stored, counted and printed. Small models are destroyed
+    by it, as docs/benchmarks.md shows: 4-bit weights are the sane choice.
 
     Embeddings, norms, biases and the output head stay as they are. So do, in an attention of anymla's own, the
     projections that make the cache or read it, as kv_a_proj_with_mqa and kv_b_proj.
 
     Deviations from the paper: the searches look at the weights (``search_on: saliency``: at their saliency, as the
-    authors' code does), of 256 rows at most. A group's levels are the means of its two sides (``levels``). What a block
-    loses is compensated jointly (``compensation: columns``: column by column, as in the authors' code, which fixes a
-    block at once all the same). Both orders of a salient column have one mean in common. Columns that calibration text
-    never reaches are binarised as all others. The authors store dense weights; here they are packed.
+    authors' code does), of 256 rows at most. What a block loses is compensated jointly (``compensation: columns``:
+    column by column, as in the authors' code, which fixes a block at once all the same). Levels are the paper's; the
+    authors' code has means (``levels: centred``), which lose more. Columns that calibration text never reaches are
+    binarised as all others. The authors store dense weights; here they are packed.
     """
 
     name: ClassVar[str] = "billm"
@@ -58,9 +58,9 @@ class BiLLM(LayerMethod):
     most_salient: int = Field(49, ge=0, le=4096, description="Most salient columns of a block; 0: none.")
     split: bool = Field(True, description="Two groups of other weights; false: one, which loses much more.")
     levels: Levels = Field(
-        "own",
-        description="The two levels of a group: own: the means of what is above its mean and below; centred: mean ± "
-        "mean distance, as the authors' code; symmetric: ± mean size, as the paper, 0.375 bits less in blocks of 128.",
+        "symmetric",
+        description="The two levels of a group: symmetric: ± mean size, as the paper; own: the means of what is above "
+        "its mean and below, 0.375 bits more in blocks of 128; centred: mean ± mean distance, as the authors' code.",
     )
     compensation: Literal["blocks", "columns", "none"] = Field(
         "blocks",
