@@ -31,7 +31,7 @@ from anymla.run_outcome import packed_bits
 
 BILLM: dict[str, dict[str, Any]] = {
     "billm": {},
-    "billm, symmetric levels": {"levels": "symmetric"},
+    "billm, levels own": {"levels": "own"},
     "billm, blocks of 64": {"block_size": 64},
     "billm, no split": {"split": False},
     "billm, no salient columns": {"most_salient": 0},
