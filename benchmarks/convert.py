@@ -106,7 +106,8 @@ def effort_row(model: Path, effort: str, options: argparse.Namespace) -> tuple[A
         out = Path(scratch) / "out"
         command = [sys.executable, "-m", "anymla", "convert", str(model), "-o", str(out), "--json", "--codec", "none"]
         command += ["--effort", effort, "--calibration", str(options.text)]
-        command += [text for each in options.set for text in (f"--{each.partition('=')[0]}", each.partition("=")[2])]
+        for name, _, value in (each.partition("=") for each in options.set):
+            command += [f"--{name.replace('_', '-')}", value]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -51,6 +51,7 @@ OTHER_THAN_DEFAULT = {
     "rope_dims": 4,
     "kv_rank": 9,
     "ranks": "energy",
+    "effort": "quick",
     "exact_window": 16,
     "static_qk_norm": True,
     "factorization": "joint-svd",

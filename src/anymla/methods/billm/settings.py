@@ -23,9 +23,9 @@ class BiLLM(LayerMethod):
 
     In each block of columns, those with the largest saliency w^2 / c_j^2 are salient. c_j^2 comes from the inverse
     Hessian of column j, with the columns before it fixed. Their weights are two sizes with a sign each. All other
-    weights are split by magnitude into a concentrated and a sparse group. Each group is a size with a sign. A search in every block finds the number of salient columns and the limit between the groups. Later columns
-    make up for the loss of a block, as in GPTQ. The Hessians are those of inputs on calibration text, from the packed
-    layers below.
+    weights are split by magnitude into a concentrated and a sparse group. Each group is a size with a sign. A search in
+    every block finds the number of salient columns and the limit between the groups. Later columns make up for the loss
+    of a block, as in GPTQ. The Hessians are those of inputs on calibration text, from the packed layers below.
 
     The paper says 1.08 bits per weight, which counts signs alone. With the second bit and the scales, a weight takes
     2.5 bits in blocks of 128, or 2.9 with means. These are stored, counted and printed. The method destroys
@@ -35,10 +35,10 @@ class BiLLM(LayerMethod):
     that make the cache or read it, such as kv_a_proj_with_mqa and kv_b_proj.
 
     Deviations from the paper: the searches use the weights, of 256 rows at most. With ``search_on: saliency`` they use
-    the saliency, as the authors' code does. Levels are the paper's. The authors' code has means
-    (``levels: centred``), which lose more. The loss of a block is compensated jointly. With ``compensation: columns`` it is compensated column by column, as in the authors'
-    code, which still fixes a block at once. Columns that
-    calibration text never reaches are binarised like all others. The authors store dense weights. Here they are packed.
+    the saliency, as the authors' code does. Levels are the paper's. The authors' code has means (``levels: centred``),
+    which lose more. The loss of a block is compensated jointly. With ``compensation: columns`` it is compensated column
+    by column, as in the authors' code, which still fixes a block at once. Columns that calibration text never reaches
+    are binarised like all others. The authors store dense weights. Here they are packed.
     """
 
     name: ClassVar[str] = "billm"
@@ -58,7 +58,8 @@ class BiLLM(LayerMethod):
     levels: Levels = Field(
         "symmetric",
         description="The two levels of a group. symmetric: ± mean size, as in the paper. own: the means of the weights "
-        "above its mean and below, 0.375 bits more in blocks of 128. centred: mean ± mean distance, as the authors' code.",
+        "above its mean and below, 0.375 bits more in blocks of 128. centred: mean ± mean distance, as the authors' "
+        "code.",
     )
     compensation: Literal["blocks", "columns", "none"] = Field(
         "blocks",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA
     from anymla.sweep.layer import Layer
 
-JUDGED_TOKENS = 4096  # of the choice windows: enough to tell candidates, and checks of one, apart
+JUDGED_TOKENS = 2048  # of the choice windows: enough to tell candidates, and checks of one, apart
 TRIAL = 4  # a candidate takes this part of the gradient steps before it is judged: a smaller one misjudges
 
 
