@@ -155,7 +155,21 @@ def _layer_bytes(layer: LayerSpec, spec: ModelSpec) -> int | None:
         return None if layer.attention_bytes is None else layer.attention_bytes + layer.other_bytes
     if not layer.attention.scaling:  # only its config was read, which says nothing of norms
         return None
-    return layer.other_bytes + attention_bytes(layer, spec.hidden_size, spec.dtype)
+    return layer.other_bytes + attention_bytes(layer, spec.hidden_size, spec.dtype) - _saved_by_packing(layer, spec)
+
+
+def _saved_by_packing(layer: LayerSpec, spec: ModelSpec) -> int:
+    """Bytes that packed queries' and output projections of a replaced attention take less than plain ones."""
+    if (attention := layer.attention) is None or layer.packed is None:
+        return 0
+    hidden, number = spec.hidden_size, DTYPE_BYTES[spec.dtype]
+    queries = values = attention.num_heads * attention.head_dim
+    if layer.mfa is not None:
+        queries, values = layer.mfa.query_rank(attention), attention.num_heads * layer.mfa.value_width
+    shapes = [(queries, hidden), (hidden, values)]
+    if layer.shared is not None and layer.shared.source_layer is not None:  # no projection of queries
+        shapes = shapes[1:]
+    return sum(out * into * number - layer.packed.linear_bytes(out, into, number) for out, into in shapes)
 
 
 def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
@@ -338,14 +352,14 @@ def measure(model: Any, lengths: Iterable[int] = (), tokens: int = PROBE_TOKENS)
 
     lengths = tuple(lengths)
     width = (model.config.dtype or model.dtype).itemsize / model.dtype.itemsize
-    with torch.no_grad():
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-        cached = cache_of(model(input_ids=ids, use_cache=True)).layers
     layers, weights = decoder_layers(model), _tensors(model)
     inside = [{name for name in _tensors(layer) if name in weights} for layer in layers]
     sizes = {
         name: int(tensor.nbytes * (width if tensor.is_floating_point() else 1)) for name, tensor in weights.items()
     }
+    with torch.no_grad():  # packed weights are unpacked when they first run
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        cached = cache_of(model(input_ids=ids, use_cache=True)).layers
     outside = sum(sizes.values()) - sum(sizes[name] for names in inside for name in names)
     return Account(
         layers=tuple(

@@ -111,4 +111,5 @@ def _attention_path(spec: ModelSpec, index: int, names: set[str]) -> str | None:
     if index >= len(spec.layers) or spec.layers[index].attention is None:
         return None
     parts = ("k_proj", "v_proj", "kv_b_proj", "q_b_proj", *FUSED)
-    return next((path for path in PATHS if any(f"{path}.{part}.weight" in names for part in parts)), None)
+    stored = {name.removesuffix("_packed") for name in names}
+    return next((path for path in PATHS if any(f"{path}.{part}.weight" in stored for part in parts)), None)

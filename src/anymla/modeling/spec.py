@@ -14,6 +14,7 @@ from .coding_spec import CodedSpec
 from .described import checked, names, shortened
 from .grouped_spec import GroupedSpec
 from .mfa_spec import MfaSpec
+from .packing import Packing
 from .shared_spec import SharedSpec
 from .slot_spec import Slot, exact_slots
 
@@ -193,7 +194,7 @@ class LayerSpec:
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
-    where only the config was read.
+    where only the config was read. ``packed``: how its linear weights are packed, which ``quantization_config`` says.
     """
 
     attention: AttentionSpec | None = None
@@ -205,6 +206,7 @@ class LayerSpec:
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
+    packed: Packing | None = None
 
     @property
     def parts(self) -> tuple[AttentionSpec, LatentSpec]:
@@ -309,7 +311,7 @@ class LayerSpec:
         Raises:
             ValueError: it is no such description; the message says which field.
         """
-        described = checked(cls, described, skipped=("attention_bytes", "other_bytes"))
+        described = checked(cls, described, skipped=("attention_bytes", "other_bytes", "packed"))
         given = {name: kind for name in KINDS if (kind := described.get(name)) is not None}
         if len(given) > 1 and {*given} != {"latent", "coded"}:
             raise ValueError(f"LayerSpec: a layer has {' or '.join(given)}, not both")

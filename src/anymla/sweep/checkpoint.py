@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from anymla.architectures.packed import quantization_config
 from anymla.architectures.stock_config import config_after
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import copy_companions
@@ -64,6 +65,8 @@ def write_checkpoint(
             "AutoConfig": f"{module}.{type(config).__name__}",
             auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",
         }
+    if (packed := quantization_config(source.model, modules, after)) is not None:
+        config.quantization_config = packed
     config.save_pretrained(work.model)
     for shard in shards:
         shutil.copymode(work.model / "config.json", shard)
