@@ -13,7 +13,7 @@ REPLACED = ("q_proj", "o_proj")  # of a converted attention; all else there make
 
 
 def packed_linears(module: nn.Module, spec: LayerSpec) -> dict[str, int]:
-    """Bits of each linear layer in a decoder layer that ``spec`` packs, by its name in ``module``, packed or not yet."""
+    """Bits of each linear layer of ``module`` that ``spec`` packs, or has packed, by its name there."""
     if (packing := spec.packed) is None:
         return {}
     attention = spec.module if spec.kind is not None else None

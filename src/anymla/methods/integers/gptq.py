@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,9 @@ class GPTQ(IntegerWeights, LayerMethod):
     damping: float = Field(
         0.01, gt=0, lt=1, description="Share of the mean that is added to the diagonal of the Hessian."
     )
+    scales: Literal["largest", "hqq"] = Field(
+        "hqq", description="Scales of the groups: those that reach the largest weight, or the step hqq's."
+    )
 
     def rounded(self, layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Rounded]:
         """Rounds every weight by the Hessian of its inputs."""
@@ -42,17 +45,19 @@ class GPTQ(IntegerWeights, LayerMethod):
         from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
         from anymla.architectures.packed import packed_linears
+        from anymla.methods.integers.hqq import solved_scale
         from anymla.methods.integers.packed import Rounded, weight_args
         from anymla.methods.integers.rtn import largest_scale
 
+        scale_of = solved_scale if self.scales == "hqq" else largest_scale
         bits, hessians, found = packed_linears(layer.module, layer.planned), input_hessians(layer, linears), {}
         for name, linear in linears.items():
             weight, hessian = linear.weight.float(), hessians[name]
-            scale = largest_scale(weight, bits[name], self.group).to(layer.saved).float()
+            scale = scale_of(weight, bits[name], self.group).to(layer.saved).float()
             given = weight[None].clone(), hessian[None].clone(), scale[None], torch.zeros_like(scale)[None], None
             args = weight_args(bits[name], self.group).model_copy(update={"actorder": "static"})
             with torch.no_grad():
-                made, _, _ = quantize_weight(*given, args, percdamp=self.damping)
+                made = quantize_weight(*given, args, percdamp=self.damping)[0]
             found[name] = Rounded(weight=made[0], scale=scale)
         return found
 

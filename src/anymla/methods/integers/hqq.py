@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from anymla.methods.base import Paper
 from anymla.methods.integers.step import IntegerWeights
@@ -59,5 +59,6 @@ def solved_scale(weight: Tensor, bits: int, group: int) -> Tensor:
             intx_choose_qparams_algorithm="hqq_scale_only",
         ),
     )
-    scale: Tensor = holder.weight.scale  # type: ignore[assignment]
+    packed: Any = holder.weight
+    scale: Tensor = packed.scale
     return scale

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
 
+
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
     """A weight [out,in] that is rounded, or is to be, to multiples of its scales [out,in/group]."""
