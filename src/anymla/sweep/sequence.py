@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from anymla.model_run.stream import (
     pass_through,
     run_layer,
 )
+from anymla.modeling.packing import Packing
 from anymla.modeling.shared_attention import MAPS
 from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.sweep.decoder import PROBE_TOKENS, Decoder
@@ -49,12 +50,14 @@ class LayerRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The record, ready for JSON."""
-        return asdict(self) | {"spec": self.spec.to_dict()}
+        packed = None if self.spec.packed is None else asdict(self.spec.packed)
+        return asdict(self) | {"spec": self.spec.to_dict(), "packed": packed}
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> LayerRecord:
         """The record that ``to_dict`` took apart."""
-        spec, result = LayerSpec.of(fields["spec"]), fields["result"]
+        packed, result = fields["packed"], fields["result"]
+        spec = replace(LayerSpec.of(fields["spec"]), packed=None if packed is None else Packing(**packed))
         before, after = (None if fields[name] is None else LayerAccount(**fields[name]) for name in ("before", "after"))
         return cls(spec=spec, result=result, before=before, after=after)
 

@@ -42,6 +42,9 @@ class GPTQ(IntegerWeights, LayerMethod):
     def rounded(self, layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Rounded]:
         """Rounds every weight by the Hessian of its inputs."""
         import torch
+        from loguru import logger
+
+        logger.disable("llmcompressor")  # it warns of CPUs
         from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
         from anymla.architectures.packed import packed_linears

@@ -60,8 +60,6 @@ class IntegerWeights(SweptMethod):
                 return f"it needs {module}, which is not installed: pip install 'anymla[{extra}]'"
         if any(layer.packed is not None for layer in model.layers):
             return "its weights are packed already"
-        if any(layer.coded is not None for layer in model.layers):
-            return f"its cache is coded: {self.name} goes before no such step and behind none"
         if model.experts:
             return "its experts are one tensor each, and only linear layers are packed"
         sizes = sorted({size for layer in model.layers for size in _inputs(layer, model)})
