@@ -30,7 +30,8 @@ class GPTQ(IntegerWeights, LayerMethod):
     name: ClassVar[str] = "gptq"
     paper: ClassVar[Paper] = Paper(title="GPTQ", arxiv="2210.17323")
     summary: ClassVar[str] = "weights as integers, errors made up for on calibration text"
-    needs: ClassVar[tuple[str, str]] = ("llmcompressor", "gptq")
+    needs: ClassVar[tuple[str, ...]] = ("compressed_tensors", "torchao", "llmcompressor")
+    extra: ClassVar[str] = "gptq"
 
     damping: float = Field(
         0.01, gt=0, lt=1, description="Share of the mean that is added to the diagonal of the Hessian."
@@ -41,28 +42,36 @@ class GPTQ(IntegerWeights, LayerMethod):
 
     def rounded(self, layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Rounded]:
         """Rounds every weight by the Hessian of its inputs."""
-        import torch
-        from loguru import logger
-
-        logger.disable("llmcompressor")  # it warns of CPUs
-        from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-
         from anymla.architectures.packed import packed_linears
         from anymla.methods.integers.hqq import solved_scale
-        from anymla.methods.integers.packed import Rounded, weight_args
+        from anymla.methods.integers.packed import Rounded
         from anymla.methods.integers.rtn import largest_scale
 
         scale_of = solved_scale if self.scales == "hqq" else largest_scale
         bits, hessians, found = packed_linears(layer.module, layer.planned), input_hessians(layer, linears), {}
         for name, linear in linears.items():
-            weight, hessian = linear.weight.float(), hessians[name]
+            weight = linear.weight.float()
             scale = scale_of(weight, bits[name], self.group).to(layer.saved).float()
-            given = weight[None].clone(), hessian[None].clone(), scale[None], torch.zeros_like(scale)[None], None
-            args = weight_args(bits[name], self.group).model_copy(update={"actorder": "static"})
-            with torch.no_grad():
-                made = quantize_weight(*given, args, percdamp=self.damping)[0]
-            found[name] = Rounded(weight=made[0], scale=scale)
+            made = compensated(weight, hessians[name], scale, bits=bits[name], damping=self.damping)
+            found[name] = Rounded(weight=made, scale=scale)
         return found
+
+
+def compensated(weight: Tensor, hessian: Tensor, scale: Tensor, *, bits: int, damping: float) -> Tensor:
+    """W [out,in] as multiples of its scales [out,in/group], by llm-compressor; ``hessian``: mean x x^T [in,in]."""
+    import torch
+    from loguru import logger
+
+    from anymla.methods.integers.packed import weight_args
+
+    logger.disable("llmcompressor")  # it warns of CPUs
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    args = weight_args(bits, weight.shape[1] // scale.shape[1]).model_copy(update={"actorder": "static"})
+    given = weight[None].clone(), hessian[None].clone(), scale[None], torch.zeros_like(scale)[None], None
+    with torch.no_grad():
+        made: Tensor = quantize_weight(*given, args, percdamp=damping)[0]
+    return made[0]
 
 
 def input_hessians(layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ class HQQ(IntegerWeights):
     name: ClassVar[str] = "hqq"
     paper: ClassVar[Paper] = Paper(title="Half-Quadratic Quantization (mobiusml.github.io/hqq_blog)")
     summary: ClassVar[str] = "weights as integers, scales by half-quadratic quantisation; reads no text"
-    needs: ClassVar[tuple[str, str]] = ("torchao", "weights")
+    needs: ClassVar[tuple[str, ...]] = ("compressed_tensors", "torchao")
 
     def rounded(self, layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Rounded]:
         """Scales by torchao's solver."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer, Observer
 
 PLAIN = 16  # bits of a weight that stays as it is
+NOT_LINEAR = ("gpt2",)  # families that multiply by transformers' Conv1D
 
 
 class IntegerWeights(SweptMethod):
@@ -37,7 +38,8 @@ class IntegerWeights(SweptMethod):
     phase: ClassVar[Phase] = Phase.WEIGHTS
     saves: ClassVar[tuple[str, ...]] = ("weights",)
     excludes: ClassVar[tuple[str, ...]] = ("transform_coding", "kvquant")
-    needs: ClassVar[tuple[str, str]] = ("compressed_tensors", "weights")  # module that is imported, and anymla's extra
+    needs: ClassVar[tuple[str, ...]] = ("compressed_tensors",)  # modules that are imported
+    extra: ClassVar[str] = "weights"  # of anymla's, that installs them
 
     bits: Literal[2, 3, 4, 8, 16] = Field(
         4, description="Bits of a weight, beside its share of a scale; 16 leaves all as they are."
@@ -55,11 +57,12 @@ class IntegerWeights(SweptMethod):
         """Why the weights of this model cannot be packed."""
         if self.bits == PLAIN:
             return None
-        for module, extra in (IntegerWeights.needs, self.needs):
-            if importlib.util.find_spec(module) is None:
-                return f"it needs {module}, which is not installed: pip install 'anymla[{extra}]'"
+        if missing := [module for module in self.needs if importlib.util.find_spec(module) is None]:
+            return f"it needs {missing[0]}, which is not installed: pip install 'anymla[{self.extra}]'"
         if any(layer.packed is not None for layer in model.layers):
             return "its weights are packed already"
+        if model.text_model_type in NOT_LINEAR:
+            return "its projections are no linear layers, and only these are packed"
         if model.experts:
             return "its experts are one tensor each, and only linear layers are packed"
         sizes = sorted({size for layer in model.layers for size in _inputs(layer, model)})
