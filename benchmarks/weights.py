@@ -1,6 +1,6 @@
 """Quality at the true bits of a weight: every step that packs weights, on a real model.
 
-python benchmarks/weights.py SmolLM2-135M-Instruct --text wikitext.txt
+python benchmarks/weights.py SmolLM2-135M-Instruct --text wikitext.txt   # or a folder
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.data.text import read_documents
 from anymla.io.checkpoint import load_tokenizer
-from anymla.io.real_models import real_model
+from anymla.io.real_models import PACKAGES, real_model
 from anymla.io.safetensors import read_header
 
 STEPS = [f"{name} {bits}" for bits in (8, 4, 3, 2) for name in ("rtn", "hqq", "gptq")] + [
@@ -47,9 +47,10 @@ def true_bits(folder: Path) -> float:
 
 def given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default="SmolLM2-135M-Instruct")
-    parser.add_argument("--text", required=True, help="to score on; calibration is the bundled text")
+    parser.add_argument("model", nargs="?", default="SmolLM2-135M-Instruct", help="one of these, or a folder")
+    parser.add_argument("--text", required=True, help="to score on")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--calibration", help="text for gptq. Default: the bundled stories")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--only", nargs="*", default=STEPS, help="as 'gptq 4', or 'gptq 4 largest' for its scales")
@@ -58,7 +59,7 @@ def given() -> argparse.Namespace:
 
 def main() -> None:
     options = given()
-    source = real_model(options.model)
+    source = real_model(options.model) if options.model in PACKAGES else Path(options.model)
     ids = load_tokenizer(source)("\n\n".join(read_documents(options.text)), return_tensors="pt").input_ids[0]
     windows = ids[: options.tokens].reshape(-1, 512)
 
@@ -76,7 +77,11 @@ def main() -> None:
     for name, bits, *scales in (step.split() for step in options.only):
         settings: dict[str, Any] = {"bits": int(bits), "group": options.group}
         if name == "gptq":
-            settings |= {"calibration_tokens": options.calibration_tokens, "scales": (*scales, "hqq")[0]}
+            settings |= {
+                "calibration": options.calibration,
+                "calibration_tokens": options.calibration_tokens,
+                "scales": (*scales, "hqq")[0],
+            }
         with tempfile.TemporaryDirectory() as place:
             began = time.monotonic()
             anymla.run(source, out := Path(place) / "out", steps=[{name: settings}])

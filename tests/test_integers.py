@@ -133,8 +133,7 @@ def test_refusals_come_before_weights(sources, tmp_path, monkeypatch):
         assert reason in refused({"rtn": {"group": 16}}, model=tmp_path / family)
     assert "groups of 64 do not divide 48 inputs: give group 16" in refused("rtn")
     assert "cannot follow rtn: they do not go together" in refused({"rtn": {"group": 16}}, "kvquant")
-    assert "a recipe has it once" in refused({"rtn": {"group": 16}}, {"rtn": {"group": 16}})
-    assert "its weights are packed already" in refused({"rtn": {"group": 16}}, {"hqq": {"group": 16}})
+    assert "they do not go together" in refused({"rtn": {"group": 16}}, {"hqq": {"group": 16}})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'anymla[gptq]'" in str(method_of("gptq", {"group": 16}).refuses(_spec(sources["stock"])))
 

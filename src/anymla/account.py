@@ -169,6 +169,7 @@ def _saved_by_packing(layer: LayerSpec, spec: ModelSpec) -> int:
     shapes = [(queries, hidden), (hidden, values)]
     if layer.shared is not None and layer.shared.source_layer is not None:  # no projection of queries
         shapes = shapes[1:]
+    shapes = [(out, into) for out, into in shapes if into % layer.packed.group == 0]
     return sum(out * into * number - layer.packed.linear_bytes(out, into, number) for out, into in shapes)
 
 

@@ -23,7 +23,7 @@ def packed_linears(module: nn.Module, spec: LayerSpec) -> dict[str, int]:
         if not (isinstance(part, nn.Linear) or hasattr(part, "weight_packed")):
             continue
         if attention is not None and path and attention.endswith(f".{path}"):
-            if last in REPLACED:
+            if last in REPLACED and part.in_features % packing.group == 0:
                 found[name] = packing.bits
         else:
             found[name] = packing.cache_bits if last in KEYS_AND_VALUES else packing.bits

@@ -35,6 +35,7 @@ class PackedLinear(nn.Module):
     def __init__(self, packed: dict[str, Tensor], bias: Tensor | None, scheme: Any) -> None:
         super().__init__()
         self.scheme = scheme
+        self.out_features, self.in_features = (int(size) for size in packed["weight_shape"])
         for name, tensor in packed.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

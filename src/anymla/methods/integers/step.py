@@ -32,12 +32,13 @@ class IntegerWeights(SweptMethod):
     """Settings of a step that packs the linear weights of every decoder layer.
 
     A converted attention keeps what makes its cache in 16 bits: latents, rope keys, shared keys and values, and what
-    rebuilds them. In a stock attention keys and values get at least four bits. Embeddings, norms and head stay too.
+    rebuilds them; and an output projection whose inputs the group does not divide, as mfa may make it. In a stock
+    attention keys and values get at least four bits. Embeddings, norms and head stay too.
     """
 
     phase: ClassVar[Phase] = Phase.WEIGHTS
     saves: ClassVar[tuple[str, ...]] = ("weights",)
-    excludes: ClassVar[tuple[str, ...]] = ("transform_coding", "kvquant")
+    excludes: ClassVar[tuple[str, ...]] = ("transform_coding", "kvquant", "rtn", "hqq", "gptq")
     needs: ClassVar[tuple[str, ...]] = ("compressed_tensors",)  # modules that are imported
     extra: ClassVar[str] = "weights"  # of anymla's, that installs them
 
@@ -119,5 +120,5 @@ def _inputs(layer: LayerSpec, model: ModelSpec) -> set[int]:
     """Numbers of inputs that a layer's packed weights have, as far as the config says."""
     if (attention := layer.attention) is None:
         return set()
-    width = attention.head_dim if layer.mfa is None else layer.mfa.value_width
-    return {model.hidden_size, model.intermediate_size, attention.num_heads * width}
+    heads = {attention.num_heads * attention.head_dim} if layer.kind is None else set()
+    return {model.hidden_size, model.intermediate_size} | heads
