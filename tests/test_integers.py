@@ -132,7 +132,7 @@ def test_refusals_come_before_weights(sources, tmp_path, monkeypatch):
         save_model(tiny_model(family), tmp_path / family)
         assert reason in refused({"rtn": {"group": 16}}, model=tmp_path / family)
     assert "groups of 64 do not divide 48 inputs: give group 16" in refused("rtn")
-    assert "cannot follow rtn: they do not go together" in refused({"rtn": {"group": 16}}, "kvquant")
+    assert "comes before CACHE" in refused("kvquant", {"rtn": {"group": 16}})
     assert "they do not go together" in refused({"rtn": {"group": 16}}, {"hqq": {"group": 16}})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'anymla[gptq]'" in str(method_of("gptq", {"group": 16}).refuses(_spec(sources["stock"])))

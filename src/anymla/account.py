@@ -151,26 +151,11 @@ def _layer_bytes(layer: LayerSpec, spec: ModelSpec) -> int | None:
     """Bytes of all weights of a layer; None where they are not known."""
     if layer.other_bytes is None:
         return None
-    if layer.attention is None or layer.replaced is None:
+    if layer.attention is None or layer.replaced is None or layer.packed is not None:
         return None if layer.attention_bytes is None else layer.attention_bytes + layer.other_bytes
     if not layer.attention.scaling:  # only its config was read, which says nothing of norms
         return None
-    return layer.other_bytes + attention_bytes(layer, spec.hidden_size, spec.dtype) - _saved_by_packing(layer, spec)
-
-
-def _saved_by_packing(layer: LayerSpec, spec: ModelSpec) -> int:
-    """Bytes that packed queries' and output projections of a replaced attention take less than plain ones."""
-    if (attention := layer.attention) is None or layer.packed is None:
-        return 0
-    hidden, number = spec.hidden_size, DTYPE_BYTES[spec.dtype]
-    queries = values = attention.num_heads * attention.head_dim
-    if layer.mfa is not None:
-        queries, values = layer.mfa.query_rank(attention), attention.num_heads * layer.mfa.value_width
-    shapes = [(queries, hidden), (hidden, values)]
-    if layer.shared is not None and layer.shared.source_layer is not None:  # no projection of queries
-        shapes = shapes[1:]
-    shapes = [(out, into) for out, into in shapes if into % layer.packed.group == 0]
-    return sum(out * into * number - layer.packed.linear_bytes(out, into, number) for out, into in shapes)
+    return layer.other_bytes + attention_bytes(layer, spec.hidden_size, spec.dtype)
 
 
 def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:

@@ -59,7 +59,7 @@ def sized(spec: ModelSpec, stored: StoredBytes | None) -> ModelSpec:
     if stored is None:
         return spec
     layers = tuple(
-        replace(layer, attention_bytes=None if layer.replaced else attention, other_bytes=other)
+        replace(layer, attention_bytes=None if layer.replaced and not layer.packed else attention, other_bytes=other)
         for layer, attention, other in zip(spec.layers, stored.attention, stored.other, strict=True)
     )
     return replace(spec, layers=layers, outside_bytes=stored.outside)

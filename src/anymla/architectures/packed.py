@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from anymla.modeling.packing import Packing
 from anymla.modeling.spec import LayerSpec, ModelSpec
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")  # alone or beside queries
@@ -30,35 +33,47 @@ def packed_linears(module: nn.Module, spec: LayerSpec) -> dict[str, int]:
     return found
 
 
-def quantization_config(model: Any, layers: nn.ModuleList, spec: ModelSpec) -> dict[str, Any] | None:
+def quantization_config(model: Any, spec: ModelSpec, packed: Collection[str]) -> dict[str, Any] | None:
     """What config.json says of packed weights, as compressed-tensors reads it; None where none are packed.
 
     Args:
         model: the model.
-        layers: its decoder layers.
-        spec: what they are.
+        spec: what its layers are.
+        packed: names of the linear layers whose weights are packed in the files.
     """
     packing = next((layer.packed for layer in spec.layers if layer.packed is not None), None)
-    if packing is None:
+    if packing is None or not packed:
         return None
-    names = {module: name for name, module in model.named_modules()}
-    packed = {
-        f"{names[layer]}.{name}": bits
-        for layer, of_layer in zip(layers, spec.layers, strict=True)
-        for name, bits in packed_linears(layer, of_layer).items()
-    }
-    linears = [name for module, name in names.items() if isinstance(module, nn.Linear)]
-    others = sorted({name.rpartition(".")[2] for name, bits in packed.items() if bits != packing.bits})
+    others = []
+    if packing.cache_bits != packing.bits:
+        others = sorted({name.rpartition(".")[2] for name in packed} & {*KEYS_AND_VALUES})
     targets = {packing.cache_bits: [rf"re:.*\.({'|'.join(others)})$"]} if others else {}  # before what means all
     targets[packing.bits] = ["Linear"]
     weights = {"type": "int", "symmetric": True, "strategy": "group", "group_size": packing.group}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{number}": {"targets": names_of, "weights": {"num_bits": bits, **weights}}
-            for number, (bits, names_of) in enumerate(targets.items())
+            f"group_{number}": {"targets": names, "weights": {"num_bits": bits, **weights}}
+            for number, (bits, names) in enumerate(targets.items())
         },
         "ignore": [name for name in linears if name not in packed],
     }
+
+
+def packing_of(settings: Mapping[str, Any]) -> Packing | None:
+    """The packing that a ``quantization_config`` of :func:`quantization_config` means; None of another one."""
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") or {}
+        if group.get("targets") == ["Linear"] and weights.get("symmetric") and weights.get("group_size"):
+            return Packing(bits=weights["num_bits"], group=weights["group_size"])
+    return None
+
+
+def with_packing(spec: ModelSpec, packing: Packing | None) -> ModelSpec:
+    """``spec`` with all its layers of softmax attention packed."""
+    layers = (layer if layer.attention is None else replace(layer, packed=packing) for layer in spec.layers)
+    return replace(spec, layers=tuple(layers))

@@ -193,8 +193,8 @@ class LayerSpec:
     """One decoder layer: its attention, and one of ``KINDS``, or a latent and its codes, that holds its cache.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
-    ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
-    where only the config was read. ``packed``: how its linear weights are packed, which ``quantization_config`` says.
+    ``attention_bytes``, ``other_bytes``: of the weights of a stock or packed attention, and of all others of this
+    layer; None where only the config was read. ``packed``: how its linear weights are packed, which ``quantization_config`` says.
     """
 
     attention: AttentionSpec | None = None

@@ -14,6 +14,7 @@ from transformers import Cache
 from anymla.account import LayerAccount, measured_layer, told_lengths
 from anymla.distributed import from_first, rank, wait_for_all
 from anymla.io.device import give_back_memory
+from anymla.io.packed import PackedFiles
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.methods.base import Plan, SweptMethod
@@ -95,15 +96,23 @@ class Sequence:
             write_outside(self.source, self.work, self.modules, after=False)
 
     @torch.no_grad()
-    def convert(self, method: SweptMethod, plan: Plan, *, shard_size: int, progress: Progress | None) -> None:
-        """Changes the layers that are not yet done."""
+    def convert(
+        self,
+        method: SweptMethod,
+        plan: Plan,
+        *,
+        shard_size: int,
+        progress: Progress | None,
+        packed: PackedFiles | None = None,
+    ) -> None:
+        """Changes the layers that are not yet done; weights that stay what ``packed`` holds are written packed."""
         if self.records and progress is not None and (result := self.records[-1].result) is not None:
             progress(len(self.records), len(self.modules), result)
         for index in range(len(self.records), len(self.modules)):
             with self.source.layer(self.modules[index]):
                 record = self._changed(method, self._layer(index, plan))
                 if rank() == 0:
-                    write_layer(self.source, self.work, self.modules[index], index)
+                    write_layer(self.source, self.work, self.modules[index], index, packed)
             self.streams.save(index + 1)
             self.records.append(record)
             self._commit(layers=[each.to_dict() for each in self.records])
@@ -135,7 +144,8 @@ class Sequence:
             from_first(tensor)  # the algebra of another machine may differ in the last bit
         pass_through(layer.module, layer.converted, layer.arguments, layer.batch)
         after = self._cached(layer.index, 1)
-        return LayerRecord(spec=changed.spec, result=changed.result, before=before, after=after)
+        spec = replace(changed.spec, packed=layer.old.packed or changed.spec.packed)
+        return LayerRecord(spec=spec, result=changed.result, before=before, after=after)
 
     def _observe(self, layer: Layer, observer: Observer) -> None:
         """Moves the original's stream through the original layer, and lets ``observer`` see every batch."""

@@ -7,17 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from anymla.io.packed import PackedFiles
 from anymla.io.safetensors import Stored, read_header, write_tensors
 from anymla.io.shards import INDEX
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder, write_json
 
 
-def write_layer(source: StreamedModel, work: WorkFolder, layer: nn.Module, index: int) -> None:
-    """Writes all weights of ``layer``, the model's ``index``-th."""
+def write_layer(
+    source: StreamedModel, work: WorkFolder, layer: nn.Module, index: int, packed: PackedFiles | None
+) -> None:
+    """Writes all weights of ``layer``, the model's ``index``-th; those that are what ``packed`` holds stay packed."""
     prefix = source.name_of(layer)
     named = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
-    write_tensors(_part(work, index + 1), {name: source.as_saved(name, tensor) for name, tensor in named.items()})
+    saved = {name: source.as_saved(name, tensor) for name, tensor in named.items()}
+    write_tensors(_part(work, index + 1), saved if packed is None else packed.kept(saved))
 
 
 def write_outside(source: StreamedModel, work: WorkFolder, layers: nn.ModuleList, *, after: bool) -> None:

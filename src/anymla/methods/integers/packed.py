@@ -41,14 +41,16 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def of(cls, rounded: Rounded, bias: Tensor | None, *, bits: int, group: int) -> PackedLinear:
-        """Rounds and packs ``rounded``."""
+    def of(cls, rounded: Rounded, linear: nn.Linear, *, bits: int, group: int) -> PackedLinear:
+        """Rounds and packs ``rounded``, in the place of ``linear``."""
         from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
         from compressed_tensors.quantization import QuantizationScheme
 
         scheme = QuantizationScheme(targets=["Linear"], weights=weight_args(bits, group))
         parts = {"weight": rounded.weight, "weight_scale": rounded.scale}
-        return cls(PackedQuantizationCompressor.compress(parts, scheme), bias, scheme)
+        packed = PackedQuantizationCompressor.compress(parts, scheme)
+        packed["weight_scale"] = rounded.scale.to(linear.weight.dtype)
+        return cls(packed, linear.bias, scheme)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """As a linear layer."""

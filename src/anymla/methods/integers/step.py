@@ -38,7 +38,7 @@ class IntegerWeights(SweptMethod):
 
     phase: ClassVar[Phase] = Phase.WEIGHTS
     saves: ClassVar[tuple[str, ...]] = ("weights",)
-    excludes: ClassVar[tuple[str, ...]] = ("transform_coding", "kvquant", "rtn", "hqq", "gptq")
+    excludes: ClassVar[tuple[str, ...]] = ("rtn", "hqq", "gptq")
     needs: ClassVar[tuple[str, ...]] = ("compressed_tensors",)  # modules that are imported
     extra: ClassVar[str] = "weights"  # of anymla's, that installs them
 
@@ -109,7 +109,7 @@ class IntegerWeights(SweptMethod):
         before = sum(linear.weight.numel() for linear in linears.values())
         size = 0
         for name, found in self.rounded(layer, linears).items():
-            packed = PackedLinear.of(found, linears[name].bias, bits=bits[name], group=self.group)
+            packed = PackedLinear.of(found, linears[name], bits=bits[name], group=self.group)
             layer.module.set_submodule(name, packed)
             size += packed.packed_bytes(layer.saved.itemsize)
         told = {"layer": layer.index, "bits_per_weight": 8 * size / before}
