@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import anymla
+from anymla.account import measure
 from anymla.errors import AnymlaError
 from anymla.methods.base import method_of
 from tests.damage import VALID
@@ -142,3 +143,19 @@ def _spec(folder):
     from anymla.architectures.model_spec import read_config, spec_of
 
     return spec_of(read_config(folder))
+
+
+@pytest.mark.parametrize("before", [(), (HALF,)], ids=["stock", "converted"])
+def test_a_coded_cache_leaves_weights_packed(sources, before, tmp_path):
+    """What the step that codes the cache does not change is in the files as it was; bytes are counted so."""
+    steps = [*before, {"hqq": {"bits": 3, "group": 16}}, {"kvquant": {"bits": 3, **FAST_RUN}}]
+    anymla.run(sources["stock"], tmp_path / "out", steps=steps, keep_steps=True)
+    weights = load_file(tmp_path / "out-steps" / f"step-{len(steps) - 1}-hqq" / "model.safetensors")
+    coded = load_file(tmp_path / "out" / "model.safetensors")
+    packed_before = {name for name in weights if name.endswith("_packed")}
+    assert {name for name in coded if name.endswith("_packed")} == packed_before
+    assert all(torch.equal(coded[name], weights[name]) for name in packed_before)
+    told = json.loads((tmp_path / "out" / "account.json").read_text())
+    live = measure(load(tmp_path / "out"))
+    assert told["weight_bytes"] == told["measured"]["weight_bytes"] == live.weight_bytes
+    assert told["cache_bytes_per_token"] == live.cache_bytes_per_token

@@ -45,7 +45,6 @@ SAMPLES = {  # one line for each method
     "tune": Sample(TINY, TINY | {"learning_rate": 1e-30}, before=(HALF,)),
 }
 COMPOSED = {  # steps whose promises are not those of their parts
-    "hqq after mla": ("hqq", Sample({"bits": 4, "group": 16}, {"bits": 16}, before=(HALF,))),
     "kvquant after mla": ("kvquant", Sample({"bits": 3, **FAST_RUN}, {"bits": 16, **FAST_RUN}, before=(HALF,))),
     "transform_coding after mla": (
         "transform_coding",

@@ -194,7 +194,8 @@ class LayerSpec:
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``attention_bytes``, ``other_bytes``: of the weights of a stock or packed attention, and of all others of this
-    layer; None where only the config was read. ``packed``: how its linear weights are packed, which ``quantization_config`` says.
+    layer; None where only the config was read. ``packed``: how its linear weights are packed; config.json says it in
+    ``quantization_config``.
     """
 
     attention: AttentionSpec | None = None
