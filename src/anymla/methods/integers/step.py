@@ -29,7 +29,7 @@ NOT_LINEAR = ("gpt2",)  # families that multiply by transformers' Conv1D
 
 
 class IntegerWeights(SweptMethod):
-    """Settings of a step that packs the linear weights of every decoder layer.
+    """Settings of a step that packs the linear weights of every decoder layer with softmax attention.
 
     A converted attention keeps what makes its cache in 16 bits: latents, rope keys, shared keys and values, and what
     rebuilds them; and an output projection whose inputs the group does not divide, as mfa may make it. In a stock
