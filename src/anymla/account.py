@@ -153,7 +153,7 @@ def _layer_bytes(layer: LayerSpec, spec: ModelSpec) -> int | None:
     """Bytes of all weights of a layer; None where they are not known."""
     if layer.other_bytes is None:
         return None
-    if layer.attention is None or layer.replaced is None:
+    if layer.attention is None or layer.replaced is None or layer.integers is not None:
         return None if layer.attention_bytes is None else layer.attention_bytes + layer.other_bytes
     if not layer.attention.scaling:  # only its config was read, which says nothing of norms
         return None
@@ -348,14 +348,14 @@ def measure(model: Any, lengths: Iterable[int] = (), tokens: int = PROBE_TOKENS)
 
     lengths = tuple(lengths)
     width = (model.config.dtype or model.dtype).itemsize / model.dtype.itemsize
-    with torch.no_grad():
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-        cached = cache_of(model(input_ids=ids, use_cache=True)).layers
     layers, weights = decoder_layers(model), _tensors(model)
     inside = [{name for name in _tensors(layer) if name in weights} for layer in layers]
     sizes = {
         name: int(tensor.nbytes * (width if tensor.is_floating_point() else 1)) for name, tensor in weights.items()
     }
+    with torch.no_grad():  # packed weights are unpacked when they first run
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        cached = cache_of(model(input_ids=ids, use_cache=True)).layers
     outside = sum(sizes.values()) - sum(sizes[name] for names in inside for name in names)
     return Account(
         layers=tuple(

@@ -73,7 +73,7 @@ class Recipe(Settings):
         found, original = [], model
         for number, step in enumerate(self.steps, 1):
             reason = step.refuses(model)
-            if step.phase < Phase.WEIGHTS and any(layer.packed is not None for layer in model.layers):
+            if step.phase < Phase.WEIGHTS and any(layer.holds_packed for layer in model.layers):
                 reason = f"its weights are packed: put {step.name} before the step that packs them"
             if step.phase == Phase.HEAL and self.teacher is None and model == original and not _converted(model):
                 reason = "nothing in it was converted, so there is nothing to recover: put the step mla before it"

@@ -59,7 +59,7 @@ def sized(spec: ModelSpec, stored: StoredBytes | None) -> ModelSpec:
     if stored is None:
         return spec
     layers = tuple(
-        replace(layer, attention_bytes=None if layer.replaced else attention, other_bytes=other)
+        replace(layer, attention_bytes=None if layer.replaced and not layer.integers else attention, other_bytes=other)
         for layer, attention, other in zip(spec.layers, stored.attention, stored.other, strict=True)
     )
     return replace(spec, layers=layers, outside_bytes=stored.outside)
@@ -111,5 +111,5 @@ def _attention_path(spec: ModelSpec, index: int, names: set[str]) -> str | None:
     if index >= len(spec.layers) or spec.layers[index].attention is None:
         return None
     parts = ("k_proj", "v_proj", "kv_b_proj", "q_b_proj", *FUSED)
-    held = [f"{part}.{kind}" for part in parts for kind in ("weight", "signs")]  # dense or packed
+    held = [f"{part}.{kind}" for part in parts for kind in ("weight", "weight_packed", "signs")]  # dense or packed
     return next((path for path in PATHS if any(f"{path}.{each}" in names for each in held)), None)

@@ -17,6 +17,7 @@ from .grouped_spec import GroupedSpec
 from .latent_spec import LatentSpec
 from .mfa_spec import MfaSpec
 from .packed_spec import PackedSpec
+from .packing import Packing
 from .shared_spec import SharedSpec
 from .slot_spec import Slot
 
@@ -50,9 +51,10 @@ class LayerSpec:
     """One decoder layer: its attention, and one of ``KINDS``, or a latent and its codes, that holds its cache.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
-    ``packed``: which of its linears, whatever its attention is, hold packed weights.
-    ``attention_bytes``, ``other_bytes``: of the weights of the stock attention, and of all others of this layer; None
-    where only the config was read.
+    ``packed``: which of its linears hold binarised weights. ``integers``: how its linears are packed as integers, which
+    config.json says in ``quantization_config``.
+    ``attention_bytes``, ``other_bytes``: of the weights of a stock or packed attention, and of all others of this
+    layer; None where only the config was read.
     """
 
     attention: AttentionSpec | None = None
@@ -65,6 +67,7 @@ class LayerSpec:
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
+    integers: Packing | None = None
 
     @property
     def parts(self) -> tuple[AttentionSpec, LatentSpec]:
@@ -158,6 +161,11 @@ class LayerSpec:
         """The layer with the same weights, and a cache of numbers: the latent itself, or all coefficients."""
         return self if self.coded is None else replace(self, coded=None if self.latent else self.coded.plain())
 
+    @property
+    def holds_packed(self) -> bool:
+        """Whether some of its linears hold binarised weights or integers."""
+        return self.packed is not None or self.integers is not None
+
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` says of the layer: fields at their defaults are left out, sizes of weights are too."""
         named = {
@@ -175,7 +183,7 @@ class LayerSpec:
         Raises:
             ValueError: it is no such description; the message says which field.
         """
-        described = checked(cls, described, skipped=("attention_bytes", "other_bytes"))
+        described = checked(cls, described, skipped=("attention_bytes", "other_bytes", "integers"))
         given = {name: kind for name in KINDS if (kind := described.get(name)) is not None}
         if len(given) > 1 and {*given} != {"latent", "coded"}:
             raise ValueError(f"LayerSpec: a layer has {' or '.join(given)}, not both")

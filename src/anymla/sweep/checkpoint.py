@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from anymla.architectures.packed import quantization_config
 from anymla.architectures.stock_config import config_after
 from anymla.io.auto import auto_class
 from anymla.io.checkpoint import copy_companions
+from anymla.io.safetensors import read_header
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.methods.base import Plan
@@ -67,6 +69,10 @@ def write_checkpoint(
             "AutoConfig": f"{module}.{type(config).__name__}",
             auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",
         }
+    stored = {name for shard in shards for name in read_header(shard)}
+    packed = {name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")}
+    if (settings := quantization_config(source.model, after, packed)) is not None:
+        config.quantization_config = settings
     config.save_pretrained(work.model)
     for shard in shards:
         shutil.copymode(work.model / "config.json", shard)

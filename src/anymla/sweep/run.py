@@ -22,6 +22,7 @@ from anymla.errors import TextError
 from anymla.io.checkpoint import load_tokenizer, safe_config
 from anymla.io.computing import Computing
 from anymla.io.device import pick_device
+from anymla.io.packed import PackedFiles
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.methods.base import LayerMethod, Plan, SweptMethod
@@ -44,6 +45,7 @@ class Run:
         restart: discard what a stopped sweep left.
         progress: called after each layer; surveyed: after each pass through a layer before them; begins: called with
             the layers that are left and the device, before all.
+        packed: where the source is a checkpoint of packed weights that was made plain, these.
     """
 
     output: Path
@@ -53,6 +55,7 @@ class Run:
     progress: Progress | None = None
     surveyed: Callable[[int, int], None] | None = None
     begins: Callable[[int, str], None] | None = None
+    packed: PackedFiles | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,7 @@ def swept(
             facts = run_search(method, search, streamed, model, windows, work, memory=memory, told=run.surveyed)
         plan = method.plan(model, facts, plan.choices)
         sequence = Sequence(streamed, model, windows, work, memory=memory)
-        sequence.convert(method, plan, shard_size=run.shard_size, progress=run.progress)
+        sequence.convert(method, plan, shard_size=run.shard_size, progress=run.progress, packed=run.packed)
         done = _swept(sequence, plan, computing)
         if rank() == 0:
             write_checkpoint(streamed, work, model, replace(plan, after=done.spec), shard_size=run.shard_size)

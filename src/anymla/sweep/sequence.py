@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import Cache
 from anymla.account import LayerAccount, measured_layer, told_lengths
 from anymla.distributed import from_first, rank, wait_for_all
 from anymla.io.device import give_back_memory
+from anymla.io.packed import PackedFiles
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
 from anymla.methods.base import Plan, SweptMethod
@@ -24,6 +25,7 @@ from anymla.model_run.stream import (
     pass_through,
     run_layer,
 )
+from anymla.modeling.packing import Packing
 from anymla.modeling.shared_attention import MAPS
 from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.sweep.decoder import PROBE_TOKENS, Decoder
@@ -51,12 +53,14 @@ class LayerRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The record, ready for JSON."""
-        return asdict(self) | {"spec": self.spec.to_dict()}
+        integers = None if self.spec.integers is None else asdict(self.spec.integers)
+        return asdict(self) | {"spec": self.spec.to_dict(), "integers": integers}
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> LayerRecord:
         """The record that ``to_dict`` took apart."""
-        spec, result = LayerSpec.of(fields["spec"]), fields["result"]
+        integers, result = fields["integers"], fields["result"]
+        spec = replace(LayerSpec.of(fields["spec"]), integers=None if integers is None else Packing(**integers))
         before, after = (None if fields[name] is None else LayerAccount(**fields[name]) for name in ("before", "after"))
         return cls(spec=spec, result=result, before=before, after=after, removed=fields["removed"])
 
@@ -94,8 +98,16 @@ class Sequence:
             write_outside(self.source, self.work, self.modules, after=False)
 
     @torch.no_grad()
-    def convert(self, method: SweptMethod, plan: Plan, *, shard_size: int, progress: Progress | None) -> None:
-        """Changes the layers that are not yet done."""
+    def convert(
+        self,
+        method: SweptMethod,
+        plan: Plan,
+        *,
+        shard_size: int,
+        progress: Progress | None,
+        packed: PackedFiles | None = None,
+    ) -> None:
+        """Changes the layers that are not yet done; weights that stay what ``packed`` holds are written packed."""
         if self.records and progress is not None and (result := self.records[-1].result) is not None:
             progress(len(self.records), len(self.modules), result)
         for index in range(len(self.records), len(self.modules)):
@@ -103,7 +115,7 @@ class Sequence:
                 place, layer = plan.place(index), self._layer(index, plan)
                 record = self._removed(layer) if place is None else self._changed(method, layer)
                 if rank() == 0 and place is not None:
-                    write_layer(self.source, self.work, self.modules[index], index, place)
+                    write_layer(self.source, self.work, self.modules[index], index, place, packed)
             self.streams.save(index + 1)
             self.records.append(record)
             self._commit(layers=[each.to_dict() for each in self.records])
@@ -140,7 +152,8 @@ class Sequence:
             from_first(tensor)  # the algebra of another machine may differ in the last bit
         pass_through(layer.module, layer.converted, layer.arguments, layer.batch)
         after = self._cached(layer.index, 1)
-        return LayerRecord(spec=changed.spec, result=changed.result, before=before, after=after)
+        spec = replace(changed.spec, integers=layer.old.integers or changed.spec.integers)
+        return LayerRecord(spec=spec, result=changed.result, before=before, after=after)
 
     def _observe(self, layer: Layer, observer: Observer) -> None:
         """Moves the original's stream through the original layer, and lets ``observer`` see every batch."""

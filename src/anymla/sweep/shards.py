@@ -7,18 +7,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from anymla.io.packed import PackedFiles
 from anymla.io.safetensors import Stored, read_header, write_tensors
 from anymla.io.shards import INDEX
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder, write_json
 
 
-def write_layer(source: StreamedModel, work: WorkFolder, layer: nn.Module, index: int, place: int) -> None:
-    """Writes all weights of ``layer``, the model's ``index``-th, as those of the layer ``place``."""
+def write_layer(
+    source: StreamedModel, work: WorkFolder, layer: nn.Module, index: int, place: int, packed: PackedFiles | None
+) -> None:
+    """Writes all weights of ``layer``, the model's ``index``-th, as those of the layer ``place``.
+
+    Weights that are what ``packed`` holds stay packed.
+    """
     prefix = source.name_of(layer)
-    named = {name: source.as_saved(f"{prefix}.{name}", tensor) for name, tensor in layer.state_dict().items()}
     placed = prefix.removesuffix(str(index)) + str(place)
-    write_tensors(_part(work, index + 1), {f"{placed}.{name}": tensor for name, tensor in named.items()})
+    tensors = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
+    saved = {name: source.as_saved(name, tensor) for name, tensor in tensors.items()}
+    saved = saved if packed is None else packed.kept(saved)
+    named = {f"{placed}{name.removeprefix(prefix)}": tensor for name, tensor in saved.items()}
+    write_tensors(_part(work, index + 1), named)
 
 
 def write_outside(source: StreamedModel, work: WorkFolder, layers: nn.ModuleList, *, after: bool) -> None:

@@ -94,9 +94,9 @@ def packed(words: Tensor, scale: Tensor, shape: Tensor, zero: Tensor | None, g_i
     ``zero`` [out * bits / 32, groups] is packed as well; ``g_idx`` [in]: the group of each input.
     """
     rows, columns = (int(length) for length in shape)
-    bits = next((bits for bits in (2, 4, 8) if -(-columns * bits // 32) == words.shape[1]), None)
+    bits = next((bits for bits in (2, 3, 4, 8) if -(-columns * bits // 32) == words.shape[1]), None)
     if bits is None:
-        raise CheckpointError(f"{words.shape[1]} words for {columns} numbers are not packed 2, 4 or 8 bits wide")
+        raise CheckpointError(f"{words.shape[1]} words for {columns} numbers are not packed 2, 3, 4 or 8 bits wide")
     half = 1 << bits - 1
     numbers = (unpacked(words, bits, columns, 1) - half).float()
     zeros = None if zero is None else (unpacked(zero, bits, rows, 0) - half).float()

@@ -34,13 +34,16 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a config says of quantised weights: of the whole model or of its text model. None of a converted model."""
-    if str(config.get("model_type")).startswith("anymla_"):  # quantised after its conversion
-        return None
+    """What a config says of quantised weights: of the whole model or of its text model.
+
+    Of a converted model only what anymla's own steps write; the others are left to transformers.
+    """
     for part in (config, config.get("text_config")):
         for name in ("quantization_config", "compression_config"):
             if isinstance(part, Mapping) and (found := part.get(name)):
-                return found if isinstance(found, Mapping) else {"quant_method": "unknown"}
+                settings = found if isinstance(found, Mapping) else {"quant_method": "unknown"}
+                ours = settings.get("quant_method") == "compressed-tensors"
+                return settings if ours or not str(config.get("model_type")).startswith("anymla_") else None
     return None
 
 

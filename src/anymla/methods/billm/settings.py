@@ -76,7 +76,7 @@ class BiLLM(LayerMethod):
 
     def refuses(self, model: ModelSpec) -> str | None:
         """Why weights of this model cannot be packed, or not any more."""
-        if any(layer.packed is not None for layer in model.layers):
+        if any(layer.holds_packed for layer in model.layers):
             return "its weights are packed already"
         if any(layer.coded is not None and layer.coded.rounds for layer in model.layers):
             return "its cache is coded, and codes are fitted to the final weights: put billm before that step"

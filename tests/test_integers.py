@@ -1,0 +1,161 @@
+"""Weights as packed integers: sizes, order by bits, what loads them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import anymla
+from anymla.account import measure
+from anymla.errors import AnymlaError
+from anymla.methods.base import method_of
+from tests.damage import VALID
+from tests.families import FAST, make_model, save_model, token_ids
+from tests.family_models import tiny_model
+from tests.method_contract import load, logits
+from tests.test_methods import FAST_RUN
+
+HALF = {"mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0}}
+STEPS = {"rtn": {}, "hqq": {}, "gptq": FAST_RUN}
+WITHOUT_ANYMLA = """
+import sys
+import torch
+sys.modules["anymla"] = None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(sys.argv[2])).logits.double(), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A tiny model, stock and converted."""
+    folder = tmp_path_factory.mktemp("integers")
+    stock = save_model(make_model("llama", torch.float32), folder / "stock")
+    anymla.run(stock, folder / "converted", steps=[HALF])
+    return {"stock": stock, "converted": folder / "converted"}
+
+
+def packed(source, output, name, bits, group=16):
+    anymla.run(source, output, steps=[{name: {"bits": bits, "group": group, **STEPS[name]}}])
+    return output
+
+
+def kl(found, original):
+    return (original.softmax(-1) * (original.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("kind", ["stock", "converted"])
+@pytest.mark.parametrize("name", STEPS)
+def test_fewer_bits_lose_more_and_files_are_as_small_as_counted(sources, name, kind, tmp_path):
+    original, losses, sizes = logits(load(sources[kind]), token_ids()), [], []
+    for bits in (8, 4, 3, 2):
+        folder = packed(sources[kind], tmp_path / str(bits), name, bits)
+        losses.append(kl(logits(load(folder), token_ids()), original))
+        sizes.append(json.loads((folder / "account.json").read_text())["weight_bytes"])
+        tensors = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+        assert sizes[-1] == pytest.approx(tensors, rel=0.01)
+        header = (folder / "model.safetensors").stat().st_size - tensors  # names and shapes, of a few kB of weights
+        assert header < 8192
+    assert losses == sorted(losses) and losses[0] < 0.1 * losses[-1]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_makes_the_cache_keeps_its_bits(sources, tmp_path):
+    """Stock keys and values get four bits; a converted attention packs queries and output alone."""
+    stock = load_file(packed(sources["stock"], tmp_path / "stock", "rtn", 2) / "model.safetensors")
+    converted = load_file(packed(sources["converted"], tmp_path / "converted", "rtn", 2) / "model.safetensors")
+    place = "model.layers.1.self_attn"
+    words = {name: stock[f"{place}.{name}.weight_packed"].shape[1] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    assert words == {"q_proj": 3, "k_proj": 6, "v_proj": 6, "o_proj": 3}  # of 48 inputs
+    kept = {name.removeprefix(f"{place}.") for name in converted if name.startswith(place) and name.endswith(".weight")}
+    assert kept == {"kv_a_proj_with_mqa.weight", "kv_b_proj.weight"}
+
+
+def test_gptq_makes_up_for_its_errors(tmp_path):
+    """On the inputs that it saw, with the same scales, less of the output is lost than by rounding to nearest."""
+    from anymla.methods.integers.gptq import compensated
+    from anymla.methods.integers.rtn import largest_scale
+
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(24, 64) / 8, torch.randn(512, 8) @ torch.randn(8, 64) + torch.randn(512, 64) / 10
+    scale = largest_scale(weight, 3, 16)
+    spread = scale.repeat_interleave(16, dim=1)
+    nearest = (weight / spread).round().clamp(-4, 3) * spread
+    made = compensated(weight, inputs.T @ inputs / 512, scale, bits=3, damping=0.01)
+    assert ((made / spread) - (made / spread).round()).abs().max() < 1e-4
+
+    def lost(other):
+        return (inputs @ (weight - other).T).square().mean()
+
+    assert lost(made) < 0.5 * lost(nearest)
+
+
+@pytest.mark.parametrize("kind", ["stock", "converted"])
+def test_the_output_is_read_everywhere(sources, kind, tmp_path):
+    """By eval, generate and the next step; without anymla by its own files or as a stock model."""
+    folder = packed(sources[kind], tmp_path / "out", "hqq", 4)
+    expected = logits(load(folder), token_ids())
+    torch.save(token_ids(), tmp_path / "ids")
+    given = [str(folder), str(tmp_path / "ids"), str(tmp_path / "logits")]
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_ANYMLA, *given], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+    scores = anymla.evaluate(folder, VALID, sources[kind], tokens=256, length=64)
+    assert 0 < scores.kl < 1
+    anymla.run(folder, tmp_path / "again", steps=[{"rtn": {"bits": 8, "group": 16}}])  # its numbers, packed anew
+    assert kl(logits(load(tmp_path / "again"), token_ids()), expected) < 0.01
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gemma2"])
+def test_families_with_other_projections(family, tmp_path):
+    source = save_model(tiny_model(family, torch.float32), tmp_path / "source")
+    folder = packed(source, tmp_path / "out", "rtn", 8)
+    assert kl(logits(load(folder), token_ids()), logits(load(source), token_ids())) < 0.01
+
+
+def test_refusals_come_before_weights(sources, tmp_path, monkeypatch):
+    def refused(*steps, model=sources["stock"]):
+        with pytest.raises(AnymlaError) as error:
+            anymla.run(model, tmp_path / "out", steps=list(steps))
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    for family, reason in (("gpt2", "no linear layers"), ("mixtral", "experts")):
+        save_model(tiny_model(family), tmp_path / family)
+        assert reason in refused({"rtn": {"group": 16}}, model=tmp_path / family)
+    assert "groups of 64 do not divide 48 inputs: give group 16" in refused("rtn")
+    assert "comes before CACHE" in refused("kvquant", {"rtn": {"group": 16}})
+    assert "they do not go together" in refused({"rtn": {"group": 16}}, {"hqq": {"group": 16}})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'anymla[gptq]'" in str(method_of("gptq", {"group": 16}).refuses(_spec(sources["stock"])))
+
+
+def _spec(folder):
+    from anymla.architectures.model_spec import read_config, spec_of
+
+    return spec_of(read_config(folder))
+
+
+@pytest.mark.parametrize("before", [(), (HALF,)], ids=["stock", "converted"])
+def test_a_coded_cache_leaves_weights_packed(sources, before, tmp_path):
+    """What the step that codes the cache does not change is in the files as it was; bytes are counted so."""
+    steps = [*before, {"hqq": {"bits": 3, "group": 16}}, {"kvquant": {"bits": 3, **FAST_RUN}}]
+    anymla.run(sources["stock"], tmp_path / "out", steps=steps, keep_steps=True)
+    weights = load_file(tmp_path / "out-steps" / f"step-{len(steps) - 1}-hqq" / "model.safetensors")
+    coded = load_file(tmp_path / "out" / "model.safetensors")
+    packed_before = {name for name in weights if name.endswith("_packed")}
+    assert {name for name in coded if name.endswith("_packed")} == packed_before
+    assert all(torch.equal(coded[name], weights[name]) for name in packed_before)
+    told = json.loads((tmp_path / "out" / "account.json").read_text())
+    live = measure(load(tmp_path / "out"))
+    assert told["weight_bytes"] == told["measured"]["weight_bytes"] == live.weight_bytes
+    assert told["cache_bytes_per_token"] == live.cache_bytes_per_token
