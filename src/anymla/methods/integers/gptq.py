@@ -23,8 +23,8 @@ class GPTQ(IntegerWeights, LayerMethod):
 
     Deviations from the paper: scales are chosen for the groups before anything is rounded, by default those of the step
     hqq. Columns go by falling activation (``actorder: static``), so that the checkpoint needs no order of columns. Both
-    are llm-compressor's way. Integers are symmetric, as transformers loads them. All linear layers of a decoder layer see
-    what the layer computes before any of them is rounded. The layers below are rounded already.
+    are llm-compressor's way. Integers are symmetric, as transformers loads them. All linear layers of a decoder layer
+    see what the layer computes before any of them is rounded. The layers below are rounded already.
     """
 
     name: ClassVar[str] = "gptq"
