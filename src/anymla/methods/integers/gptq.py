@@ -22,9 +22,9 @@ class GPTQ(IntegerWeights, LayerMethod):
     """Settings of GPTQ: columns are rounded one after the other, and the error goes to those that are left.
 
     Deviations from the paper: scales are chosen for the groups before anything is rounded, by default those of the step
-    hqq. Columns go by falling activation (``actorder: static``), so that the checkpoint needs no order of columns. Both
-    are llm-compressor's way. Integers are symmetric, as transformers loads them. All linear layers of a decoder layer see what the layer computes before any of them is rounded;
-    the layers below are rounded already.
+    hqq. Columns go by falling activation (``actorder: static``), so that the checkpoint needs no order of columns.
+    llm-compressor does both. Integers are symmetric, as transformers loads them. All linear layers of a decoder layer
+    see what the layer computes before any of them is rounded; the layers below are rounded already.
     """
 
     name: ClassVar[str] = "gptq"
