@@ -62,7 +62,7 @@ methods: env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.methods_page
 
 docs: env
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: env
 	rm -rf build/wheel

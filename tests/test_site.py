@@ -75,3 +75,9 @@ def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"[\w/-]+\.md", str(yaml.load(text, Loader)["nav"])))
     assert {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} <= listed
+
+
+def test_every_extra_is_on_the_page_of_packages():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    page = (DOCS / "reference" / "platforms.md").read_text(encoding="utf-8")
+    assert [name for name in extras if f"`{name}`" not in page] == []
