@@ -23,6 +23,8 @@ SMALLER = {
     "kv_heads": CALIBRATION,
     "lorc": {},
     "billm": CALIBRATION,
+    "saap": CALIBRATION | {"multiple": 16},
+    "hqq": {"group": 16},
     "tune": {"data": ["my-text.jsonl"], "tokens": 256, "length": 64, "eval_tokens": 256, "device": "cpu"},
 }
 each = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
