@@ -205,3 +205,13 @@ def test_a_broken_description_is_refused_in_one_line(where, value, message):
     with pytest.raises(ValueError, match=message) as caught:
         LayerSpec.of(described)
     assert "\n" not in str(caught.value)
+
+
+def test_tables_of_a_bfloat16_model_are_counted_as_they_are_stored(tmp_path):
+    source = save_model(make_model("llama", torch.bfloat16), tmp_path / "source")
+    dtype = {"dtype": "bfloat16"}
+    coded = {"transform_coding": {"kv_cache": 0.25, **FAST, **dtype}}
+    for name, steps in {"alone": [coded], "latent": [{"mla": MLA["mla"] | dtype}, coded]}.items():
+        anymla.run(source, tmp_path / name, steps=steps)
+        account = json.loads((tmp_path / name / "account.json").read_text())
+        assert account["weight_bytes"] == account["measured"]["weight_bytes"], name

@@ -48,12 +48,11 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     with torch.device("meta"):
         attention: RowsAttention = attention_class(made)(original, layer.config, made)
     like = next(original.parameters())
-    weights = {**_outside(source), **_projected(source, keys, values, made)}
+    weights = {**_outside(source), **_projected(source, keys, values, made), **codec_tensors(keys, values)}
     tensors = {name: each.to(layer.saved).to(like.dtype) for name, each in weights.items() if each is not None}
     tensors["inv_freq"] = inv_freq.float().view(torch.int32)
     if keys.basis is not None and keys.basis.frequency is not None:
         tensors["channel_index"] = _channel_index(keys.basis.frequency, spec.block_widths(source.spec)[0])
-    tensors |= codec_tensors(keys, values)
     tensors |= {f"{name}.{key}": each for name, norm in source.norms.items() for key, each in norm.state_dict().items()}
     tensors = {name: tensor.to(like.device).contiguous() for name, tensor in tensors.items()}
     attention.load_state_dict(tensors, assign=True)

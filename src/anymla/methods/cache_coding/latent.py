@@ -32,9 +32,10 @@ def build_coded_latent(
     found.layer_spec = made
     found.make_codes(made)
     old = found.state_dict()
-    new = codec_tensors(latent, rope_key) | {"inv_freq": inv_freq.float().view(torch.int32)}
-    for name, tensor in in_basis(old, latent.basis, rope_key.basis).items():
-        new[name] = tensor.to(layer.saved).to(old[name].dtype) if tensor.is_floating_point() else tensor
+    like = next(layer.attention.parameters()).dtype
+    new = {"inv_freq": inv_freq.float().view(torch.int32)}
+    for name, tensor in (in_basis(old, latent.basis, rope_key.basis) | codec_tensors(latent, rope_key)).items():
+        new[name] = tensor.to(layer.saved).to(like) if tensor.is_floating_point() else tensor
     device = old["channel_index"].device
     found.load_state_dict(old | {name: each.to(device).contiguous() for name, each in new.items()}, assign=True)
     attention: CodedLatentAttention = found.eval().requires_grad_(False)
