@@ -114,7 +114,7 @@ def _tell(number: int, outcome: StepOutcome) -> None:
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the steps that a recipe can have: what each saves, its paper, what it goes with."""
+    """List the steps that a recipe can have, in the order in which they run: what each saves, and its paper."""
     known = list(all_methods().values())
     facts = [
         {
@@ -131,11 +131,9 @@ def methods(as_json: Json = False) -> None:
         return print_json(facts)
     from anymla.report.tables import table
 
-    columns = ("step", "what it does", "phase", "saves", "goes with", "paper")
-    names = ("name", "summary", "phase", "saves", "composes_with", "paper")
-    rows = [[_cell(fact[name]) for name in names] for fact in facts]
-    out.print(table("Steps of a recipe", columns, rows))
-
-
-def _cell(value: Any) -> str:
-    return (", ".join(value) or "-") if isinstance(value, list) else str(value)
+    columns = ("step", "phase", "saves", "what it does", "paper")
+    rows = [
+        (each.name, each.phase.name.lower(), "\n".join(each.saves) or "-", each.summary, each.paper.arxiv or "-")
+        for each in known
+    ]
+    out.print(table("Steps of a recipe", columns, rows, texts=len(columns)))

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from anymla.training.outcome import Recovery
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], *, texts: int = 1) -> Table:
+    """A table whose first columns, ``texts`` of them, are text and whose others are numbers."""
     result = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        result.add_column(column, overflow="fold", justify="left" if index == 0 else "right")
+        result.add_column(column, overflow="fold", justify="left" if index < texts else "right")
     for row in rows:
         result.add_row(*(str(cell) for cell in row))
     return result
