@@ -91,7 +91,11 @@ def half_budget(source: Path, output: Path) -> None:
     own = (decode(load(source)) - prefill(load(source))).abs().max().item()  # some families differ by themselves
     assert (decode(converted) - prefill(converted)).abs().max().item() <= max(1e-9, 10 * own)
     converted.save_pretrained(output.with_name("again"))
-    assert torch.equal(prefill(load(output.with_name("again"))), prefill(converted))
+    again = load(output.with_name("again"))
+    assert all(
+        torch.equal(*each) for each in zip(again.state_dict().values(), converted.state_dict().values(), strict=True)
+    )
+    assert (prefill(again) - prefill(converted)).abs().max() < 1e-12  # products may round by where their tensors lie
 
 
 @torch.no_grad()

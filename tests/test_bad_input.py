@@ -137,7 +137,14 @@ def test_pickles_and_code_beside_the_weights_are_left_behind(anymla, tmp_path):
     before = tree(tmp_path / "model")
     assert anymla(arguments).code == 0
     assert tree(tmp_path / "model") == before
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".safetensors", ".py", ".yaml"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {
+        ".html",
+        ".json",
+        ".md",
+        ".safetensors",
+        ".py",
+        ".yaml",
+    }
     assert not (tmp_path / "out" / "modeling_evil.py").exists()
 
 

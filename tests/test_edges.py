@@ -48,7 +48,7 @@ def test_float16_overflow_is_said(tmp_path):
     model.model.layers[0].mlp.up_proj.weight.data *= 1e4
     source = save_model(model.half(), tmp_path / "source")
     with pytest.raises(CheckpointError, match="overflow in float16 at layer 1"):
-        anymla.convert(source, tmp_path / "out", kv_cache=0.5, **FAST)
+        anymla.convert(source, tmp_path / "out", kv_cache=0.5, dtype="float16", **FAST)
     assert not (tmp_path / "out").exists()
 
 

@@ -467,6 +467,7 @@ def small_batch(weights):
     return query, key, value, angles.cos()[None, None], angles.sin()[None, None]
 
 
+@pytest.mark.slow
 def test_window_beats_a_wider_latent_at_equal_bytes(tmp_path):
     """On a truly trained model, in contexts of 256 tokens: 1/8 of the cache as latents, and as 16 tokens with 1/16."""
     common = {"calibration": TRAIN, "calibration_tokens": 8192, "calibration_length": 256, "reconstruction_steps": 40}
@@ -480,6 +481,7 @@ def test_window_beats_a_wider_latent_at_equal_bytes(tmp_path):
     assert found["window"].perplexity < found["latent"].perplexity
 
 
+@pytest.mark.slow
 def test_tuning_a_windowed_model(tmp_path):
     anymla.convert(
         BUNDLED,

@@ -165,6 +165,7 @@ def test_disk_full_behind_some_layers(tmp_path, whole, monkeypatch):
     assert weights(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_behind_the_layers(tmp_path):
     """The layers' files are small enough, the shard that they fill is not."""
     command = [sys.executable, "-c", "from anymla.cli import main; main()", "convert", str(bundled_model()), "-o"]

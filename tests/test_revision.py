@@ -139,8 +139,10 @@ def test_eval_generate_and_tune(cache, tmp_path, monkeypatch, capfd):
     for revision in ("v1.0", "main"):
         stream_continuation("org/name", "Once", revision=revision, **options)
     assert counted == [1, 2]
-    with pytest.raises(CheckpointError, match="num_hidden_layers"):  # of main, which has one more
-        anymla.tune("out", tmp_path / "tuned", teacher="org/name", data=str(VALID))
+    config = json.loads(Path("out/config.json").read_text())
+    Path("out/config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers"):  # of v1.0, which has one less
+        anymla.tune("out", tmp_path / "tuned", teacher="org/name@v1.0", data=str(VALID))
     with pytest.raises(CheckpointError, match=f"snapshots/{OLD} was not converted by anymla"):
         anymla.tune("org/name", tmp_path / "tuned", teacher="org/name@v1.0", revision="v1.0", data=str(VALID))
 

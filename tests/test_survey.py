@@ -244,6 +244,7 @@ class Watched:
         self.observer.add(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Fisher, Hidden])
 def test_memory_does_not_grow_with_layers(kind, tmp_path, monkeypatch):
     peaks, observer, layer = [], kind.observer, kind.layer

@@ -46,6 +46,7 @@ def test_an_original_in_16_bits_teaches_layer_by_layer(pair, tmp_path):
     assert report.steps > 1
 
 
+@pytest.mark.slow
 def test_the_gap_closes_on_the_bundled_model(converted_folder, tmp_path):
     seen = []
     settings = TINY | {"length": 128, "tokens": 12_800, "batch": 2, "eval_every": 100, "eval_tokens": 2048}

@@ -65,6 +65,7 @@ def assert_alike(lines, others):
             assert line[name] == pytest.approx(other[name], rel=1e-4), (line, other)
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on(pair, whole, tmp_path):
     """The step behind the last checkpoint has the very same loss, and all others after it."""
     assert run(pair, tmp_path, "ddp-6").returncode == -9

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from anymla.modeling.packing import Packing
 from anymla.modeling.spec import LayerSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")  # alone or beside queries
 REPLACED = ("q_proj", "o_proj")  # of a converted attention; all else there makes the cache or rebuilds it
@@ -17,6 +18,8 @@ REPLACED = ("q_proj", "o_proj")  # of a converted attention; all else there make
 
 def packed_linears(module: nn.Module, spec: LayerSpec) -> dict[str, int]:
     """Bits of each linear layer of ``module`` that ``spec`` packs, or has packed, by its name there."""
+    from torch import nn
+
     if (packing := spec.integers) is None:
         return {}
     attention = spec.module if spec.kind is not None else None
@@ -41,6 +44,8 @@ def quantization_config(model: Any, spec: ModelSpec, packed: Collection[str]) ->
         spec: what its layers are.
         packed: names of the linear layers whose weights are packed in the files.
     """
+    from torch import nn
+
     packing = next((layer.integers for layer in spec.layers if layer.integers is not None), None)
     if packing is None or not packed:
         return None
