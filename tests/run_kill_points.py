@@ -14,10 +14,10 @@ import torch
 
 import anymla
 import anymla.evaluation.held_out
-import anymla.recovery
 import anymla.runner
 import anymla.sweep.checkpoint
 import anymla.sweep.sequence
+import anymla.training.tune
 from tests.kill_points import Points, forked
 
 TIMED = {"conversion.json", "tuning.json", "run.json", "report.html", "metrics.jsonl"}

@@ -84,6 +84,7 @@ class Layers:
             new_config=config_after(model.config, self.spec, plan.after),
             family=FAMILIES[self.spec.text_model_type],
             saved=model.dtype,
+            dtypes={},
             original=SimpleNamespace(device="cpu"),
             windows=SimpleNamespace(held_out=slice(10**6, None)),
             attention=block.get_submodule(path),

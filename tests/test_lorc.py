@@ -47,6 +47,7 @@ def layers_of(model):
                 config=model.config,
                 family=FAMILIES[spec.text_model_type],
                 saved=model.dtype,
+                dtypes={},
                 **known,
             )
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.architectures.fewer_layers import renumber
 from anymla.demo import bundled_model
-from anymla.errors import AnymlaError, TextError
+from anymla.errors import AnymlaError, InfeasibleError, TextError
 from anymla.methods.mka import MKA
-from anymla.methods.mka.search import all_dropped, depth_plan, merged, similarities
+from anymla.methods.mka.merge import merge
+from anymla.methods.mka.search import DepthSearch, all_dropped, depth_plan, merged, similarities
 from anymla.methods.mka.similarity import diffusion_map, entropy, mutual_information, ranks, similarity
 from anymla.model_run.stream import decoder_layers
 from tests.depth_models import (
@@ -149,6 +152,21 @@ def test_gains_of_norms_are_folded_before_layers_are_averaged(family, tmp_path):
     source = save_model(model, tmp_path / "source")
     out = smaller(source, tmp_path / "out", weight="code", **MERGE)
     same(layer_of(weights(out), 0), layer_of(weights(source), 0))
+
+
+def test_gains_are_not_rounded_to_the_dtype_of_projections(monkeypatch):
+    model = make_model("llama", torch.float32, num_hidden_layers=2)
+    first, second = decoder_layers(model)
+    first.input_layernorm.weight.data.uniform_(0.5, 1.5)
+    readers = {"input_layernorm": [f"self_attn.{name}_proj.weight" for name in "qkv"]}
+    readers["post_attention_layernorm"] = [f"mlp.{name}_proj.weight" for name in ("gate", "up")]
+    monkeypatch.setattr("anymla.methods.mka.merge.norm_readers", lambda _: readers)
+    before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    dtypes = {name: torch.float32 if "norm" in name else torch.bfloat16 for name in before}
+    layer = SimpleNamespace(index=0, module=first, dtypes=dtypes, weights_of=lambda _: second.state_dict())
+    merge(layer, ((0, 0.62), (1, 0.38)))
+    for name, found in first.state_dict().items():
+        assert torch.equal(found, before[name]) if "norm" in name else torch.equal(found, found.bfloat16().float())
 
 
 def test_merged_weights_are_written_and_are_the_mean(four, middle):
@@ -308,6 +326,28 @@ def test_only_neighbours_of_one_kind_are_merged(tmp_path):
     assert json.loads((out / "config.json").read_text())["layer_types"] == [types[0], types[1], types[3]]
     with pytest.raises(AnymlaError, match="at most 1 can"):
         smaller(source, tmp_path / "no", **MERGE | {"remove": 2})
+
+
+def test_one_layer_with_attention_is_left():
+    """Of six layers the second and the fifth attend."""
+    spec = anymla.inspect(bundled_model()).model_spec
+    mixer = replace(spec.layers[0], attention=None)
+    spec = replace(spec, layers=tuple(spec.layers[0] if index in (1, 4) else mixer for index in range(6)))
+    states = torch.ones(9, 2, dtype=torch.float64)
+    facts = [{"influence": float(index not in (1, 4)), "before": states, "after": states} for index in range(6)]
+
+    def method(**settings):
+        return MKA(protect_first=0, protect_last=0, **settings)
+
+    for strategy, gone in (("last", {5, 4, 3, 2}), ("influence", {1, 0, 2, 3}), ("angular", {0, 1, 2, 3})):
+        four = method(remove=4, strategy=strategy)
+        assert {*DepthSearch(four, spec).candidates({}, lambda _: facts)[0]} == gone
+        assert four.plan(spec).removed == {5, 4, 3, 2}
+    assert method(remove=5, strategy="last").removed_of(spec) == 5
+    with pytest.raises(InfeasibleError, match="at most 5 can"):
+        method(remove=6, strategy="last").removed_of(spec)
+    with pytest.raises(InfeasibleError, match="every block of 5 layers"):
+        method(remove=5, strategy="angular").removed_of(spec)
 
 
 def test_plans_renumber_layers():

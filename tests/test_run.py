@@ -135,6 +135,13 @@ def test_what_a_run_writes(whole, source):
     assert sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values()) == told["weight_bytes"]
 
 
+def test_kept_steps_name_where_they_are(whole):
+    step = whole[0].with_name("out-steps") / "step-1-mla"
+    assert json.loads((step / "conversion.json").read_text())["output"] == str(step)
+    page = (step / "report.html").read_text()
+    assert f"anymla chat {step} " in page and ".work" not in page
+
+
 def test_steps_are_what_convert_and_tune_write(whole, source, tmp_path):
     kept = whole[0].with_name("out-steps")
     anymla.convert(source, tmp_path / "converted", **CONVERT)
@@ -164,6 +171,15 @@ def test_a_stopped_run_goes_on_inside_the_step(number, after, whole, source, tmp
         name: content for name, content in files_of(whole[0]).items() if name != "recipe.yaml"
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_fewer_layers_are_not_tuned_layer_by_layer(source, tmp_path):
+    """And the user is told so."""
+    fewer = {"remove": 1, "strategy": "last", "protect_first": 0, "protect_last": 0}
+    fewer |= {"calibration_tokens": 512, "calibration_length": 64}
+    told = []
+    anymla.run(source, tmp_path / "out", steps=[{"mka": fewer}, {"tune": TUNE | {"tokens": 256}}], note=told.append)
+    assert [note for note in told if "layerwise 0" in note]
 
 
 def test_restart_begins_anew(source, tmp_path):

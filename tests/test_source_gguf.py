@@ -236,3 +236,14 @@ def test_a_folder_with_other_files_beside_its_gguf(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # as some uploads have it
     assert anymla.inspect(tmp_path).supported
     assert locate(tmp_path).gguf is not None
+
+
+def test_compared(tmp_path):
+    """Files alone, whose context is read from them."""
+    files = [tmp_path / f"{name}.gguf" for name in ("first", "second")]
+    for file, kind in zip(files, (Kind.F32, Kind.Q8_0), strict=True):
+        write_gguf_model(file, kind, max_position_embeddings=48)
+    (tmp_path / "text.txt").write_text("\n".join(LINES) * 20)
+    told = anymla.compare(files, tmp_path / "text.txt", tokens=288)
+    assert (told.settings["length"], told.settings["context"]) == (48, 48)
+    assert [each.name for each in told.models] == [str(file) for file in files]

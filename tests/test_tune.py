@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.data.mixture import Source, Texts, packed_rows, padded_rows, read_texts, training_rows
 from anymla.data.packing import check_packing
-from anymla.errors import RecipeError
+from anymla.errors import OutputError, RecipeError
 from anymla.evaluation.logits import at_head
 from anymla.io.checkpoint import load_model, load_tokenizer
 from anymla.methods.tune import Tune
 from anymla.recipe import read_mla, read_recipe, read_tune, shipped_names
+from anymla.report.tuning import _curves
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
 from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
@@ -375,3 +376,27 @@ def test_gradients_of_logits_in_parts(family, monkeypatch):
     assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
     for one, other in zip(torch.autograd.grad(parts, weights), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * other.abs().max().item())
+
+
+def test_the_page_is_there_before_the_output_is(pair, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError, match="no space left"):
+        patched.setattr("anymla.report.page.Page.write", full)
+        anymla.tune(pair[1], tmp_path / "out", teacher=pair[0], tokens=256, **TINY)
+    assert not (tmp_path / "out").exists()
+    anymla.tune(pair[1], tmp_path / "out", teacher=pair[0], tokens=256, **TINY)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"anymla chat {tmp_path / 'out'} " in page and ".partial" not in page
+
+
+def test_curves_without_what_cannot_be_drawn():
+    """A loss of 0 has no place on a logarithmic scale, and a curve of such alone none on the page."""
+    scores = {"eval_kl": -1e-9, "eval_perplexity": 8.0, "original_perplexity": 8.0}
+    lines = [{"stage": "layerwise", "tokens": 64, "loss": 0.0}, {"stage": "logits", "tokens": 128, "loss": 0.0}]
+    lines += [{"stage": "logits", "tokens": 192, "loss": 0.5}, {"stage": "logits", "tokens": 192} | scores]
+    loss, perplexity = _curves(lines)
+    assert [(each.name, each.points) for each in loss.series] == [("logits", ((192.0, 0.5),))]
+    assert loss.lines and perplexity.lines
+    assert [chart.title for chart in _curves([line for line in lines if line.get("loss") != 0.5])] == [perplexity.title]

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from anymla.outcomes import CodedConversion, Conversion, Inspection
     from anymla.pipeline import convert, explain_plan, inspect, plan
     from anymla.recipe import Recipe
-    from anymla.recovery import tune
     from anymla.run_outcome import RunReport
     from anymla.runner import run
     from anymla.training.outcome import Recovery
+    from anymla.training.tune import tune
 
 __version__ = "0.1.0"
 
@@ -89,7 +89,7 @@ _HOMES = {
     "fresh_config": "anymla.fresh",
     "push": "anymla.hub",
     "Tune": "anymla.methods.tune",
-    "tune": "anymla.recovery",
+    "tune": "anymla.training.tune",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla.account import measure
-from anymla.architectures.model_spec import context_of, read_config, spec_of
+from anymla.architectures.model_spec import context_in, read_config, source_config, spec_of
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.io.checkpoint import check_weights, load_tokenizer
 from anymla.io.device import pick_device, versions
@@ -97,8 +97,9 @@ def compare(
     if len(names) < 2:
         raise RecipeError("a comparison needs two models: give another one, or --teacher")
     found = [locate(name) for name in names]
-    contexts = [size for each in found if each.base.is_dir() and (size := context_of(each.base)) is not None]
-    length = min(length, *contexts)
+    known = (context_in(source_config(each), each.base) for each in found)
+    contexts = [size for size in known if size is not None]
+    length = min(length, *contexts) if contexts else length
     context = context or min(contexts or [length])
     asked = _Asked(str(text), tokens, length, context, dtype, pick_device(device), track or untracked, note)
     settings = {"teacher": names[0], "text": str(text), "tokens": tokens, "length": length, "context": context}

@@ -10,6 +10,7 @@ from anymla.errors import AnymlaError, OutputError
 from anymla.io.config import read_object
 from anymla.io.work import WorkFolder, remove, write_json
 from anymla.recipe import Recipe
+from anymla.report.page import tell_place
 from anymla.report.run import run_page
 from anymla.run_outcome import RunReport
 
@@ -58,15 +59,22 @@ def finish(work: WorkFolder, report: RunReport, steps_to: Path | None) -> None:
         steps_to.mkdir(exist_ok=True)
         for folder in folders[:-1]:
             if folder.is_dir():
+                _tell(folder, folder, steps_to / folder.name)
                 remove(steps_to / folder.name)
                 folder.rename(steps_to / folder.name)
     if folders[-1].is_dir():
         for file in folders[-1].iterdir():
             file.rename(work.model / file.name)
-    for name in STEP_REPORTS:
-        if (path := work.model / name).is_file():  # it was written where the step's folder lay
-            write_json(path, read_object(path) | {"output": str(report.output)})
+    _tell(work.model, folders[-1], report.output)
     write_json(work.model / "run.json", report.to_dict())
     (work.model / "recipe.yaml").write_text(report.recipe.to_yaml(), encoding="utf-8")
     run_page(report, work.model).write(work.model)
     work.finish()
+
+
+def _tell(folder: Path, made: Path, place: Path) -> None:
+    """Lets the step's reports in ``folder``, which was ``made`` elsewhere, name the ``place`` where it will lie."""
+    for name in STEP_REPORTS:
+        if (path := folder / name).is_file():
+            write_json(path, read_object(path) | {"output": str(place)})
+    tell_place(folder, made, place)

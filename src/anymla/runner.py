@@ -215,10 +215,18 @@ class _Run:
                 done = pipeline.convert(source, folder, step, progress=progress, notify=self.note)
                 self._note(done.notes)
             elif isinstance(step, Tune):
-                from anymla.recovery import tune
+                from anymla.training.tune import tune
 
                 teacher = self.original.name
-                tune(source, folder, teacher=teacher, adapter=self.adapter, recipe=step, progress=progress)
+                tune(
+                    source,
+                    folder,
+                    teacher=teacher,
+                    adapter=self.adapter,
+                    recipe=step,
+                    progress=progress,
+                    note=self.note,
+                )
             elif isinstance(step, SweptMethod):
                 apply(step, source, folder, progress=progress)
             else:

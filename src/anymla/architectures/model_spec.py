@@ -186,18 +186,26 @@ def context_of(folder: Path) -> int | None:
     Raises:
         CheckpointError: its config cannot be read, or a size in it is no size; the message names it.
     """
-    config = read_config(folder)
+    return context_in(read_config(folder), folder)
+
+
+def context_in(config: Mapping[str, Any], where: Path) -> int | None:
+    """Tokens that the model of a config can read at once; ``where`` it comes from is named in errors.
+
+    Raises:
+        CheckpointError: a size in it is no size.
+    """
     model_type = config.get("model_type")
     model_type = model_type.removeprefix("anymla_") if isinstance(model_type, str) else None
     if model_type is None or model_type not in {*FAMILIES, *VISION}:
         return None
     try:
-        config, family = _filled(config | {"model_type": model_type}, model_type)
+        config, family = _filled({**config, "model_type": model_type}, model_type)
         if family.rope is not None:
             read_rope(config)
         return read_fields(config).max_position_embeddings
     except UnsupportedModelError as error:
-        raise CheckpointError(f"{folder}/{error}") from error
+        raise CheckpointError(f"{where}/{error}") from error
 
 
 def _filled(config: Mapping[str, Any], model_type: str) -> tuple[dict[str, Any], Family]:

@@ -82,7 +82,7 @@ def tune(
     """Train a converted model until it gives what the original gave."""
     base = {} if recipe is None else read_tune(recipe)
     chosen = Tune.of(base | settings, "settings")
-    from anymla.recovery import tune as tune_model
+    from anymla.training.tune import tune as tune_model
 
     with shown("tune") as report_steps, how_to_go_on():
         report = tune_model(

@@ -163,6 +163,11 @@ class StreamedModel:
         largest = max(module.named_parameters(), key=lambda named: named[1].numel())[0]
         return self.saved[f"{self._names[module]}.{largest}"]
 
+    def dtypes_in(self, module: nn.Module) -> dict[str, torch.dtype]:
+        """The dtypes that a module's tensors are saved in, by their names in it."""
+        prefix = f"{self._names[module]}."
+        return {name.removeprefix(prefix): dtype for name, dtype in self.saved.items() if name.startswith(prefix)}
+
     @property
     def stored_dtype(self) -> str:
         """The dtype of the checkpoint, which is what is saved in."""

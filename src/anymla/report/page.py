@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymla.io.work import replace_text
 from anymla.report.chart import Chart
 
 if TYPE_CHECKING:
@@ -103,6 +105,17 @@ class Page:
         (folder / PAGE).write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be no text
 
 
+def tell_place(folder: Path, made: Path, place: Path) -> None:
+    """Lets the page in ``folder``, if there is one, name ``place`` where it names the folder it was ``made`` in."""
+    from markupsafe import escape
+
+    if (path := folder / PAGE).is_file():
+        text = path.read_text(encoding="utf-8")
+        for old, new in ((str(made), str(place)), (shlex.quote(str(made)), shlex.quote(str(place)))):
+            text = text.replace(str(escape(old)), str(escape(new)))
+        replace_text(path, text)
+
+
 def _filled(section: Section) -> bool:
     tables = [table for table in section.tables if table.rows]
     return bool(section.text or section.charts or tables or section.commands)
@@ -165,8 +178,3 @@ def _exact(value: Any) -> Cell:
     if isinstance(value, str):
         return Cell(value)
     return Cell(json.dumps(value), value if isinstance(value, int | float) else None)
-
-
-def rows_of(lines: Iterable[Iterable[Cell]]) -> tuple[tuple[Cell, ...], ...]:
-    """Rows of a table."""
-    return tuple(tuple(line) for line in lines)

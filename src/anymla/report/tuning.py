@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla.report.chart import Chart, Series
@@ -18,8 +20,8 @@ MOST_POINTS = 400  # of a curve: more than the drawing can show
 Lines = Sequence[Mapping[str, Any]]
 
 
-def tuning_page(report: Recovery, teacher: str, lines: Lines) -> Page:
-    """The page of a tuning in ``report.output``; ``lines``: those of metrics.jsonl."""
+def tuning_page(report: Recovery, folder: Path, teacher: str, lines: Lines) -> Page:
+    """The page of a tuning; ``folder`` holds the weights and their account, ``lines`` are those of metrics.jsonl."""
     before, after = report.before, report.after
     return Page(
         title=f"{report.output.name} after tuning",
@@ -35,8 +37,8 @@ def tuning_page(report: Recovery, teacher: str, lines: Lines) -> Page:
         ),
         sections=(
             Section(heading="Before and after", tables=(_scores_table(report),), charts=tuple(_curves(lines))),
-            layers_section(report.output),
-            use_section(report.output, report.output, teacher),
+            layers_section(folder),
+            use_section(folder, report.output, teacher),
             papers_section([report.tuning]),
             record("tuning.json", report.to_dict()),
         ),
@@ -56,24 +58,32 @@ def _number(value: float) -> Cell:
 
 def _curves(lines: Lines) -> Iterator[Chart]:
     """The loss of every step, and what the held-out text says, against tokens."""
-    stages = dict.fromkeys(line["stage"] for line in lines if line.get("loss", 0) > 0)
+    stages = dict.fromkeys(line["stage"] for line in lines)
     losses = [
         _series(stage, [line for line in lines if line["stage"] == stage], "loss", marked=False) for stage in stages
     ]
-    if losses:
-        yield _against_tokens("Loss", "loss (log scale)", losses, log=True)
+    yield from _against_tokens("Loss", "loss (log scale)", losses, log=True)
     scored = [line for line in lines if "eval_kl" in line]
     level = ("original", float(scored[-1]["original_perplexity"]))
     tuned = [_series("tuned", scored, "eval_perplexity")]
-    yield _against_tokens("Perplexity of held-out text", "perplexity (log scale)", tuned, log=True, level=level)
-    yield _against_tokens("KL on held-out text", "KL (nats per token)", [_series("tuned", scored, "eval_kl")])
+    yield from _against_tokens("Perplexity of held-out text", "perplexity (log scale)", tuned, log=True, level=level)
+    kl = [_series("tuned", scored, "eval_kl")]
+    yield from _against_tokens("KL on held-out text", "KL (nats per token)", kl)
 
 
 def _series(name: str, lines: Lines, value: str, *, marked: bool = True) -> Series:
-    points = [(float(line["tokens"]), float(line[value])) for line in lines if value in line and line[value] >= 0]
-    step = -(-len(points) // MOST_POINTS)
+    points = [(float(line["tokens"]), float(line[value])) for line in lines if value in line]
+    step = max(1, -(-len(points) // MOST_POINTS))
     return Series(name=name, points=tuple(points[::step]), marked=marked)
 
 
-def _against_tokens(title: str, label: str, series: Sequence[Series], **rest: Any) -> Chart:
-    return Chart(title=title, x_label="tokens learned from", y_label=label, series=tuple(series), **rest)
+def _against_tokens(
+    title: str, label: str, series: Sequence[Series], *, log: bool = False, level: tuple[str, float] | None = None
+) -> Iterator[Chart]:
+    """The chart, where there is something to draw: nothing below 0, and on a logarithmic scale no 0 either."""
+    above = [
+        replace(each, points=tuple(at for at in each.points if at[1] > 0 or (at[1] == 0 and not log)))
+        for each in series
+    ]
+    if drawn := tuple(each for each in above if each.points):
+        yield Chart(title=title, x_label="tokens learned from", y_label=label, series=drawn, log=log, level=level)

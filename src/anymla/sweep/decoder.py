@@ -82,6 +82,7 @@ class Decoder:
             new_config=config_after(self.source.model.config, self.model, plan.after, plan.removed).get_text_config(),
             family=self.family,
             saved=self.source.saved_in(module),
+            dtypes=self.source.dtypes_in(module),
             original=original,
             converted=converted,
             weights_of=self.weights_of,

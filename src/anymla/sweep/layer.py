@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +45,7 @@ class Layer:
         windows: which windows of both streams serve what.
         batch: windows that fit into memory at once.
         config, family: the language model's; new_config: its config after the step, for stock modules of other sizes.
-        saved: the dtype of its new weights in the checkpoint.
+        saved, dtypes: the dtype of its new weights in the checkpoint, and those that its own have there.
         original: the original's hidden states [N,T,D] before this layer; after it, once the original layer has run.
         converted: those of the converted model before this layer.
         weights_of: reads the weights of another layer of the original, by its number.
@@ -65,6 +65,7 @@ class Layer:
     new_config: Any
     family: Family
     saved: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
     original: Activations
     converted: Activations
     weights_of: Callable[[int], dict[str, Tensor]]

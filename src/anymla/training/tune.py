@@ -29,6 +29,7 @@ from anymla.io.sources.plain import plain_source
 from anymla.io.work import WorkFolder
 from anymla.methods.tune import Tune
 from anymla.modeling.spec import KEY, OLD_KEY, layers_of
+from anymla.report.tuning import tuning_page
 from anymla.settings import DtypeName
 from anymla.stored_bytes import write_account
 from anymla.sweep.progress import claim, decide_computing
@@ -109,6 +110,7 @@ def tune(
                 copy_companions(student, work.model)
                 _write_report(work.model, student, report)
                 _write_account(work.model)
+                tuning_page(report, work.model, str(teacher), read_metrics(work.model)).write(work.model)
                 work.finish()
             wait_for_all()
     return report
@@ -121,7 +123,7 @@ def _by_logits_where_layers_differ(
     if not tuning.layerwise or _layers(student) >= _layers(teacher):
         return tuning
     if note is not None:
-        note(f"{student} has fewer layers than {teacher}: tuning goes by logits alone, as with layerwise 0")
+        note("the model has fewer layers than its original: tuning goes by logits alone, as with layerwise 0")
     return tuning.model_copy(update={"layerwise": 0.0})
 
 

@@ -36,7 +36,7 @@ def merge(layer: Layer, shares: Shares) -> None:
                 total += share * weights[name].double() * (weights[gain].double() / divisors[gain])
             elif name not in divisors:
                 total += share * weights[name].double()
-    made = {name: total.to(layer.saved).to(own[name].dtype) for name, total in (sums | divisors).items()}
+    made = {name: total.to(layer.dtypes[name]).to(own[name].dtype) for name, total in (sums | divisors).items()}
     layer.module.load_state_dict(made, assign=True)
 
 

@@ -62,11 +62,11 @@ class DepthSearch(Search):
             case "kl":
                 return [{index: {}} for index in left]
             case "last":
-                return [_dropped(left[-missing:])]
+                return [_dropped(self.method.first_of(self.model, left[::-1], missing))]
             case "influence":
-                return [_dropped(least_influence(look, left)[:missing])]
+                return [_dropped(self.method.first_of(self.model, least_influence(look, left), missing))]
             case "angular":
-                return [_dropped(least_angle(look, left, missing))]
+                return [_dropped(least_angle(look, self.method.blocks(self.model, missing)))]
         return self._merges(chosen, left, look)
 
     def plan(self, chosen: Chosen) -> Plan:
@@ -117,12 +117,11 @@ def least_influence(look: Look, left: list[int]) -> list[int]:
     return sorted(left, key=lambda index: (facts[index] or {})["influence"])
 
 
-def least_angle(look: Look, left: list[int], count: int) -> list[int]:
-    """The block of ``count`` layers that turns the last tokens' states the least."""
+def least_angle(look: Look, blocks: list[list[int]]) -> list[int]:
+    """The block of layers that turns the last tokens' states the least."""
     from anymla.methods.mka.states import LayerStates, angle
 
     facts = look(LayerStates())
-    blocks = [left[start : start + count] for start in range(len(left) - count + 1)]
     return min(blocks, key=lambda each: angle(_states(facts, each[0], "before"), _states(facts, each[-1], "after")))
 
 

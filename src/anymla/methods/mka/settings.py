@@ -104,7 +104,7 @@ class MKA(LayerMethod):
             InfeasibleError: so many cannot.
         """
         total, free = len(model.layers), self.free(model)
-        most = len(alike_pairs(model, free)) if self.strategy == "merge" else min(len(free), total - 1)
+        most = len(alike_pairs(model, free)) if self.strategy == "merge" else len(self.first_of(model, free, total))
         wanted = self.remove or 0
         if self.layers is not None:
             wanted = total - self.layers
@@ -115,6 +115,10 @@ class MKA(LayerMethod):
                 f"of {total} layers {wanted} cannot go: with strategy: {self.strategy}, protect_first "
                 f"{self.protect_first} and protect_last {self.protect_last} at most {most} can"
             )
+        if self.strategy == "angular" and not self.blocks(model, wanted):
+            raise InfeasibleError(
+                f"every block of {wanted} layers holds all that have softmax attention: choose another strategy"
+            )
         return wanted
 
     def free(self, model: ModelSpec, gone: Collection[int] = ()) -> list[int]:
@@ -123,12 +127,26 @@ class MKA(LayerMethod):
         unprotected = range(self.protect_first, len(model.layers) - self.protect_last)
         return [index for index in unprotected if index not in gone and attending != [index]]
 
+    def first_of(self, model: ModelSpec, ranked: Iterable[int], count: int) -> list[int]:
+        """The first ``count`` of the layers ``ranked`` that may go, one after the other."""
+        gone: list[int] = []
+        for index in ranked:
+            if len(gone) < count and index in self.free(model, gone):
+                gone.append(index)
+        return gone
+
+    def blocks(self, model: ModelSpec, count: int) -> list[list[int]]:
+        """Every ``count`` neighbours of the layers that may go; softmax attention is left without them."""
+        free, attending = self.free(model), {*model.attention_layers}
+        every = [free[start : start + count] for start in range(len(free) - count + 1)]
+        return [block for block in every if not attending <= {*block}]
+
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """The layers that are left; in a dry run the last ones go. ``choices``: DepthLayer."""
         if facts is not None:
             return depth_plan(model, {index: fact for index, fact in enumerate(facts) if fact is not None})
-        wanted, free = self.removed_of(model), self.free(model)
-        return depth_plan(model, {index: {} for index in free[len(free) - wanted :]})
+        last = self.first_of(model, self.free(model)[::-1], self.removed_of(model))
+        return depth_plan(model, {index: {} for index in last})
 
     def possible(self, model: ModelSpec) -> Iterable[Plan]:
         """Each layer that may go, alone."""
