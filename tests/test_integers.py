@@ -13,13 +13,18 @@ from safetensors.torch import load_file
 
 import anymla
 from anymla.account import measure
-from anymla.errors import AnymlaError
+from anymla.errors import AnymlaError, CheckpointError, UnsupportedModelError
+from anymla.io.sources.locate import locate
+from anymla.layouts import TARGETS
 from anymla.methods.base import method_of
+from anymla.modeling.packing import Packing
+from anymla.run_outcome import source_spec
+from anymla.training.tune import check_pair
 from tests.damage import VALID
 from tests.families import FAST, make_model, save_model, token_ids
 from tests.family_models import tiny_model
-from tests.method_contract import load, logits
-from tests.test_methods import FAST_RUN
+from tests.method_contract import files, load, logits
+from tests.test_methods import FAST_RUN, SAMPLES
 
 HALF = {"mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0}}
 STEPS = {"rtn": {}, "hqq": {}, "gptq": FAST_RUN}
@@ -100,7 +105,7 @@ def test_gptq_makes_up_for_its_errors(tmp_path):
 
 @pytest.mark.parametrize("kind", ["stock", "converted"])
 def test_the_output_is_read_everywhere(sources, kind, tmp_path):
-    """By eval, generate and the next step; without anymla by its own files or as a stock model."""
+    """By eval and generate; without anymla by its own files or as a stock model."""
     folder = packed(sources[kind], tmp_path / "out", "hqq", 4)
     expected = logits(load(folder), token_ids())
     torch.save(token_ids(), tmp_path / "ids")
@@ -111,8 +116,6 @@ def test_the_output_is_read_everywhere(sources, kind, tmp_path):
     assert torch.equal(torch.load(tmp_path / "logits"), expected)
     scores = anymla.evaluate(folder, VALID, sources[kind], tokens=256, length=64)
     assert 0 < scores.kl < 1
-    anymla.run(folder, tmp_path / "again", steps=[{"rtn": {"bits": 8, "group": 16}}])  # its numbers, packed anew
-    assert kl(logits(load(tmp_path / "again"), token_ids()), expected) < 0.01
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "gemma2"])
@@ -159,3 +162,68 @@ def test_a_coded_cache_leaves_weights_packed(sources, before, tmp_path):
     live = measure(load(tmp_path / "out"))
     assert told["weight_bytes"] == told["measured"]["weight_bytes"] == live.weight_bytes
     assert told["cache_bytes_per_token"] == live.cache_bytes_per_token
+
+
+def test_what_would_unpack_weights_refuses_them(sources, tmp_path):
+    """All steps but those that code the cache, and mla, which reads quantised weights as plain ones and says so."""
+    folder = packed(sources["stock"], tmp_path / "packed", "rtn", 4)
+    spec = source_spec(locate(folder))
+    assert all(layer.integers == Packing(bits=4, group=16) for layer in spec.layers)
+    for name in ("mka", "saap", "kv_heads", "lorc", "billm", "rtn", "hqq", "gptq"):
+        settings = {"group": 16} if name in STEPS else SAMPLES[name].settings
+        with pytest.raises(UnsupportedModelError, match="weights are packed"):
+            anymla.run(folder, tmp_path / "out", steps=[{name: settings}])
+    plans = anymla.Recipe.of({"model": str(folder), "steps": [HALF, {"rtn": {"group": 16}}]}).plan(spec)
+    assert plans[0].layers[0].integers is None and plans[1].layers[0].integers is not None
+    with pytest.raises(CheckpointError, match="packed weights, which do not learn"):
+        check_pair(folder, sources["stock"])
+    with pytest.raises(CheckpointError, match="packed weights, which do not learn"):
+        check_pair(packed(sources["converted"], tmp_path / "latent", "rtn", 4), sources["stock"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_step_that_was_stopped_writes_the_same(sources, tmp_path):
+    """Also in config.json, where layers that were done before are named as they are now."""
+    folder = packed(sources["stock"], tmp_path / "packed", "rtn", 4)
+    steps = [{"transform_coding": {"kv_cache": 0.5, **FAST_RUN}}]
+
+    def stop(number, step, done=0, layers=0, result=None):
+        if result is not None:
+            raise KeyboardInterrupt
+
+    anymla.run(folder, tmp_path / "whole", steps=steps)
+    with pytest.raises(KeyboardInterrupt):
+        anymla.run(folder, tmp_path / "out", steps=steps, progress=stop)
+    anymla.run(folder, tmp_path / "out", steps=steps)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert torch.equal(logits(load(tmp_path / "out"), token_ids()), logits(load(tmp_path / "whole"), token_ids()))
+
+
+def test_a_cache_step_in_another_dtype_leaves_weights_packed(tmp_path):
+    source = save_model(make_model("llama", torch.bfloat16), tmp_path / "source")
+    steps = [{"rtn": {"group": 16}}, {"kvquant": {"bits": 3, "dtype": "float32", **FAST_RUN}}]
+    anymla.run(source, tmp_path / "out", steps=steps, keep_steps=True)
+    before = load_file(tmp_path / "out-steps" / "step-1-rtn" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name for name in before if name.endswith("_packed")} == {name for name in after if name.endswith("_packed")}
+
+
+def test_bits_are_counted_from_the_files(sources, tmp_path):
+    folder = packed(sources["stock"], tmp_path / "out", "rtn", 4)
+    stored = load_file(folder / "model.safetensors")
+    parts = [tensor for name, tensor in stored.items() if ".weight_" in name]
+    numbers = sum(tensor.prod().item() for name, tensor in stored.items() if name.endswith("weight_shape"))
+    told = json.loads((folder / "run.json").read_text())["steps"][0]["account"]["bits_per_weight"]
+    assert told == 8 * sum(tensor.nbytes for tensor in parts) / numbers
+    assert 4 + 32 / 16 < told < 6.5
+    done = anymla.compare([sources["stock"], folder], VALID, tokens=256, length=64)
+    assert [model.account.bits_per_weight for model in done.models] == [None, told]
+
+
+def test_no_export_is_offered_or_made(sources, tmp_path):
+    folder = packed(sources["converted"], tmp_path / "out", "rtn", 4)
+    assert "anymla export" in (sources["converted"] / "report.html").read_text()
+    assert "anymla export" not in (folder / "report.html").read_text()
+    for target in TARGETS:
+        with pytest.raises(UnsupportedModelError, match="weights are packed"):
+            anymla.export(folder, tmp_path / target, target)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymla.account import measure
-from anymla.architectures.model_spec import context_in, read_config, source_config, spec_of
+from anymla.architectures.model_spec import context_in, source_config
 from anymla.errors import CheckpointError, RecipeError, TextError
 from anymla.io.checkpoint import check_weights, load_tokenizer
 from anymla.io.device import pick_device, versions
@@ -170,7 +170,7 @@ class _Asked:
                 cache_bytes_once=cache.cache_bytes_once,
                 context=self.context,
                 cache_bytes_at_context=cache.cache_bytes_at[str(self.context)],
-                bits_per_weight=packed_bits(spec_of(read_config(source.base))) if source.is_converted else None,
+                bits_per_weight=None if source.base.is_file() else packed_bits(source.base),
             ),
             quality=Quality(**{name: getattr(scores, name) for name in Quality.__dataclass_fields__}),
             seconds=time.monotonic() - began,

@@ -7,17 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from anymla.architectures.model_spec import source_config, spec_of
-from anymla.architectures.packed import packing_of, with_packing
+from anymla.architectures.model_spec import spec_of
+from anymla.architectures.packed import packing_in, with_packing
 from anymla.cards import step_card
 from anymla.io.checkpoint import ACCOUNT, check_weights, parse_size, safe_config
 from anymla.io.device import machine_memory
 from anymla.io.packed import PackedFiles
-from anymla.io.sources.locate import Located, locate
+from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
-from anymla.io.sources.quantised_kinds import quantization_of
 from anymla.methods.base import Phase, SweptMethod
-from anymla.modeling.packing import Packing
 
 CARD = "README.md"
 
@@ -52,14 +50,14 @@ def apply(
         from anymla.sweep.run import Run, swept  # loads torch
 
         register()
-        model, packed = spec_of(safe_config(plain.folder).to_dict()), None
-        if method.phase == Phase.CACHE and (packing := _packing(located)) is not None:
-            model, packed = with_packing(model, packing), PackedFiles(located.base)
+        packing = packing_in(located)
+        model = with_packing(spec_of(safe_config(plain.folder).to_dict()), packing)
+        kept = PackedFiles(located.base) if packing is not None and method.phase == Phase.CACHE else None
         run = Run(
             output=place,
             memory=machine_memory() // 4,
             shard_size=parse_size("", "5GB"),
-            packed=packed,
+            packed=kept,
             progress=progress,
             surveyed=None if progress is None else lambda done, total: progress(done, total, None),
         )
@@ -69,10 +67,3 @@ def apply(
                 card = before.read_text(encoding="utf-8") if before is not None and before.is_file() else None
                 told = method.told(done.plan)
                 (done.folder / CARD).write_text(step_card(method, source, card, told), encoding="utf-8")
-
-
-def _packing(source: Located) -> Packing | None:
-    """How the weights of ``source`` are packed, where one of anymla's steps did that; None otherwise."""
-    if source.gguf is not None or source.adapter is not None:
-        return None
-    return packing_of(quantization_of(source_config(source)) or {})

@@ -10,6 +10,7 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, InstanceOf, field_validator
 
+from anymla.architectures.packed import with_packing
 from anymla.errors import RecipeError, UnsupportedModelError, shown
 from anymla.methods.base import Method, Phase, method_of
 from anymla.methods.mla.settings import MLA
@@ -72,6 +73,8 @@ class Recipe(Settings):
         """
         found, original = [], model
         for number, step in enumerate(self.steps, 1):
+            if isinstance(step, MLA):  # reads integers as plain numbers, and says so
+                model = with_packing(model, None)
             reason = step.refuses(model)
             if step.phase < Phase.WEIGHTS and any(layer.holds_packed for layer in model.layers):
                 reason = f"its weights are packed: put {step.name} before the step that packs them"

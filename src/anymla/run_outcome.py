@@ -11,12 +11,13 @@ from typing import Any
 from anymla import __version__
 from anymla.account import account
 from anymla.architectures.model_spec import read_config, source_config, spec_of
+from anymla.architectures.packed import packing_in, packing_of, with_packing
 from anymla.io.checkpoint import ACCOUNT, check_weights
 from anymla.io.sources.locate import Located
 from anymla.io.sources.plain import notes_of
-from anymla.modeling.spec import DTYPE_BYTES, ModelSpec
+from anymla.modeling.spec import DTYPE_BYTES, ModelSpec, layers_of
 from anymla.recipe import Recipe
-from anymla.stored_bytes import sized, stored_bytes
+from anymla.stored_bytes import packed_bytes, sized, stored_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def source_spec(source: Located) -> ModelSpec:
     Raises:
         UnsupportedModelError, CheckpointError: it is no model that anymla knows.
     """
-    return spec_of(source_config(source))
+    return with_packing(spec_of(source_config(source)), packing_in(source))
 
 
 def original_cost(source: Located, context: int | None) -> Cost:
@@ -123,12 +124,16 @@ def step_cost(folder: Path, context: int | None) -> Cost:
     names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")
     at = account(spec, (context,)).cache_bytes_at[str(context)]
     sizes = {name: told[name] for name in names}
-    return Cost(**sizes, context=context, cache_bytes_at_context=at, bits_per_weight=packed_bits(spec))
+    return Cost(**sizes, context=context, cache_bytes_at_context=at, bits_per_weight=packed_bits(folder))
 
 
-def packed_bits(spec: ModelSpec) -> float | None:
-    """Bits per packed weight: planes, salient columns and scales; None where no weights are packed."""
-    packed = [layer.packed for layer in spec.layers if layer.packed is not None]
-    if not (weights := sum(each.weights for each in packed)):
-        return None
-    return 8 * sum(each.size(DTYPE_BYTES[spec.dtype]) for each in packed) / weights
+def packed_bits(folder: Path) -> float | None:
+    """Bits per packed weight of a checkpoint, with all that they need; None where no weights are packed."""
+    config = read_config(folder)
+    if packing_of(config) is not None:
+        size, weights = packed_bytes(check_weights(folder, floats=False))
+    else:
+        packed = [layer.packed for layer in layers_of(config) or () if layer.packed is not None]
+        width = DTYPE_BYTES[spec_of(config).dtype] if packed else 0
+        size, weights = sum(each.size(width) for each in packed), sum(each.weights for each in packed)
+    return 8 * size / weights if weights else None

@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from anymla.account import Account, LayerAccount, account
 from anymla.architectures.names import FUSED, PATHS
 from anymla.io.checkpoint import ACCOUNT, check_weights
+from anymla.io.packed import PARTS
 from anymla.io.safetensors import read_header
 from anymla.modeling.spec import ModelSpec
 
@@ -52,6 +54,14 @@ def stored_bytes(spec: ModelSpec, files: Iterable[Path]) -> StoredBytes | None:
         else:
             other[index] += size
     return StoredBytes(outside, tuple(attention), tuple(other))
+
+
+def packed_bytes(files: Iterable[Path]) -> tuple[int, int]:
+    """Bytes of all weights of packed integers in ``files``, and how many numbers they stand for."""
+    stored = {name: tensor for file in files for name, tensor in read_header(file).items()}
+    places = [name.removesuffix(PARTS[0]) for name in stored if name.endswith(f".{PARTS[0]}")]
+    size = sum(stored[f"{place}{part}"].size for place in places for part in PARTS)
+    return size, sum(prod(stored[f"{place}{PARTS[-1]}"].read().tolist()) for place in places)
 
 
 def sized(spec: ModelSpec, stored: StoredBytes | None) -> ModelSpec:

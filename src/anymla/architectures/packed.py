@@ -6,11 +6,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from anymla.architectures.model_spec import source_config
+from anymla.io.sources.quantised_kinds import quantization_of
 from anymla.modeling.packing import Packing
 from anymla.modeling.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from anymla.io.sources.locate import Located
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")  # alone or beside queries
 REPLACED = ("q_proj", "o_proj")  # of a converted attention; all else there makes the cache or rebuilds it
@@ -23,6 +27,7 @@ def packed_linears(module: nn.Module, spec: LayerSpec) -> dict[str, int]:
     if (packing := spec.integers) is None:
         return {}
     attention = spec.module if spec.kind is not None else None
+
     found = {}
     for name, part in module.named_modules():
         path, _, last = name.rpartition(".")
@@ -36,16 +41,14 @@ def packed_linears(module: nn.Module, spec: LayerSpec) -> dict[str, int]:
     return found
 
 
-def quantization_config(model: Any, spec: ModelSpec, packed: Collection[str]) -> dict[str, Any] | None:
+def quantization_config(spec: ModelSpec, packed: Collection[str], plain: Collection[str]) -> dict[str, Any] | None:
     """What config.json says of packed weights, as compressed-tensors reads it; None where none are packed.
 
     Args:
-        model: the model.
-        spec: what its layers are.
+        spec: what the model's layers are.
         packed: names of the linear layers whose weights are packed in the files.
+        plain: names of all others.
     """
-    from torch import nn
-
     packing = next((layer.integers for layer in spec.layers if layer.integers is not None), None)
     if packing is None or not packed:
         return None
@@ -55,7 +58,6 @@ def quantization_config(model: Any, spec: ModelSpec, packed: Collection[str]) ->
     targets = {packing.cache_bits: [rf"re:.*\.({'|'.join(others)})$"]} if others else {}  # before what means all
     targets[packing.bits] = ["Linear"]
     weights = {"type": "int", "symmetric": True, "strategy": "group", "group_size": packing.group}
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -64,13 +66,13 @@ def quantization_config(model: Any, spec: ModelSpec, packed: Collection[str]) ->
             f"group_{number}": {"targets": names, "weights": {"num_bits": bits, **weights}}
             for number, (bits, names) in enumerate(targets.items())
         },
-        "ignore": [name for name in linears if name not in packed],
+        "ignore": sorted(plain),
     }
 
 
-def packing_of(settings: Mapping[str, Any]) -> Packing | None:
-    """The packing that a ``quantization_config`` of :func:`quantization_config` means; None of another one."""
-    groups = settings.get("config_groups")
+def packing_of(config: Mapping[str, Any]) -> Packing | None:
+    """The packing that the :func:`quantization_config` in a config means; None where there is none, or another one."""
+    groups = (quantization_of(config) or {}).get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") or {}
         if group.get("targets") == ["Linear"] and weights.get("symmetric") and weights.get("group_size"):
@@ -82,3 +84,8 @@ def with_packing(spec: ModelSpec, packing: Packing | None) -> ModelSpec:
     """``spec`` with all its layers of softmax attention packed."""
     layers = (layer if layer.attention is None else replace(layer, integers=packing) for layer in spec.layers)
     return replace(spec, layers=tuple(layers))
+
+
+def packing_in(source: Located) -> Packing | None:
+    """How the weights of ``source`` are packed, where one of anymla's steps did that; None otherwise."""
+    return None if source.gguf is not None or source.adapter is not None else packing_of(source_config(source))

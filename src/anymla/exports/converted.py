@@ -130,7 +130,7 @@ def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
     for layer in converted:
         if (wrong := _wrong(layer)) is not None:
             raise CheckpointError(f"{folder}/config.json: the layer at {layer.module!s:.60} has a wrong {wrong}")
-    if any(layer.packed is not None for layer in described):
+    if getattr(config, "quantization_config", None) or any(layer.packed is not None for layer in described):
         raise UnsupportedModelError(
             f"{folder}: its weights are packed, which transformers alone reads: export the model of before that step"
         )

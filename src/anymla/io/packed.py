@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from anymla.io.checkpoint import check_weights
 from anymla.io.safetensors import read_header
-from anymla.io.sources import formulae
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +32,10 @@ class PackedFiles:
     def _parts(self, place: str, weight: Tensor) -> dict[str, Tensor] | None:
         if not all(f"{place}{part}" in self._stored for part in PARTS):
             return None
+        from anymla.io.sources import formulae
+
         words, scale, shape = (self._stored[f"{place}{part}"].read() for part in PARTS)
-        if not weight.cpu().equal(formulae.packed(words, scale, shape, None, None).to(weight.dtype)):
+        plain = formulae.packed(words, scale, shape, None, None).to(scale.dtype)  # as the step read it
+        if not weight.cpu().equal(plain.to(weight.dtype)):
             return None
         return dict(zip((f"{place}{part}" for part in PARTS), (words, scale, shape), strict=True))

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from anymla.architectures.model_spec import read_config, spec_of
 from anymla.io.checkpoint import ACCOUNT
 from anymla.io.config import read_object
-from anymla.layouts import TARGETS, target_refusal
+from anymla.layouts import GRID_TARGETS, TARGETS, target_refusal
 from anymla.methods.mla.settings import MLA
-from anymla.modeling.spec import ModelSpec
 from anymla.report.chart import Chart, Series
 from anymla.report.page import Cell, Command, Section, Table, Tile, number
 from anymla.report.units import duration, share, size, unit_of
@@ -196,24 +195,24 @@ def use_section(folder: Path, place: Path, original: str, target: str | None = N
         return Section(
             heading="Use it", text="It is a stock checkpoint: it needs nothing of anymla.", commands=(*found,)
         )
-    fitting = [name for name in TARGETS if name == target or (name == "vllm" and _fits_vllm(spec_of(config)))]
     found += [
         Command(
             f"Export it, which ends with the commands to serve it ({name})",
             f"anymla export {quoted} --to {name} -o SERVED",
         )
-        for name in fitting
+        for name in _exports(config, target)
     ]
     return Section(heading="Use it", commands=(*found,))
 
 
-def _fits_vllm(spec: ModelSpec) -> bool:
-    kinds = [layer.kind for layer in spec.layers]
-    plain = all(
-        layer.latent is not None and not layer.latent.exact_window and layer.coded is None and layer.packed is None
-        for layer in spec.layers
-    )
-    return bool(kinds) and plain and target_refusal("vllm", spec) is None
+def _exports(config: Mapping[str, Any], target: str | None) -> list[str]:
+    """Formats that hold the model: that of its ``target``, and those that ask for no plan of their own."""
+    spec = spec_of(config)
+    if "quantization_config" in config or any(layer.packed or layer.coded for layer in spec.layers):
+        return []
+    latent = all(layer.latent is not None and not layer.latent.exact_window for layer in spec.layers)
+    free = {name for name in TARGETS if latent and name not in GRID_TARGETS and target_refusal(name, spec) is None}
+    return [name for name in TARGETS if name == target or name in free]
 
 
 def _stock(quoted: str, *, packed: bool) -> Iterator[Command]:

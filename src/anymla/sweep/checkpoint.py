@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from torch import nn
+
 from anymla.architectures.packed import quantization_config
 from anymla.architectures.stock_config import config_after
 from anymla.io.auto import auto_class
@@ -47,6 +49,13 @@ def _latent_sizes(layers: tuple[LayerSpec, ...]) -> dict[str, int]:
     }
 
 
+def _linears_outside(source: StreamedModel, layers: nn.ModuleList) -> set[str]:
+    """The linear layers outside of ``layers``: no file has a tied head."""
+    inside = f"{source.name_of(layers)}."
+    linears = {name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)}
+    return {name for name in linears if not name.startswith(inside)}
+
+
 def write_checkpoint(
     source: StreamedModel, work: WorkFolder, before: ModelSpec, done: Plan, *, shard_size: int
 ) -> None:
@@ -69,9 +78,11 @@ def write_checkpoint(
             "AutoConfig": f"{module}.{type(config).__name__}",
             auto_class(config.model_type).__name__: f"{module}.{config.architectures[0]}",
         }
-    stored = {name for shard in shards for name in read_header(shard)}
+    stored = {name: tensor.shape for shard in shards for name, tensor in read_header(shard).items()}
     packed = {name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")}
-    if (settings := quantization_config(source.model, after, packed)) is not None:
+    matrices = (name for name, shape in stored.items() if len(shape) == 2 and name.endswith(".weight"))
+    plain = _linears_outside(source, modules) | {name.removesuffix(".weight") for name in matrices}
+    if (settings := quantization_config(after, packed, plain)) is not None:
         config.quantization_config = settings
     config.save_pretrained(work.model)
     for shard in shards:

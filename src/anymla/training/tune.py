@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from anymla import __version__
 from anymla.account import measure, told_lengths
 from anymla.architectures.model_spec import context_of, read_config, spec_of
+from anymla.architectures.packed import packing_of
 from anymla.data.mixture import Texts, read_texts
 from anymla.data.packing import check_packing
 from anymla.distributed import join_processes, rank, wait_for_all
@@ -134,12 +135,12 @@ def check_pair(student: Path, teacher: Path) -> None:
         CheckpointError: which of them, and why.
     """
     ours, theirs = read_config(student), read_config(teacher)
+    if packing_of(ours) is not None or any(layer.packed is not None for layer in layers_of(ours) or ()):
+        raise CheckpointError(f"{student} has packed weights, which do not learn: tune the model of before that step")
     stock = not str(ours.get("model_type")).startswith("anymla_") or not {KEY, OLD_KEY} & ours.keys()
     if stock and (ours.get("model_type") != theirs.get("model_type") or _sizes(ours) == _sizes(theirs)):
         raise CheckpointError(f"{student} was not converted by anymla: first anymla convert {student} -o CONVERTED")
     family = str(ours["model_type"]).removeprefix("anymla_")
-    if any(layer.packed is not None for layer in layers_of(ours) or ()):
-        raise CheckpointError(f"{student} has packed weights, which do not learn: tune the model of before that step")
     if theirs.get("model_type") != family:
         raise CheckpointError(
             f"--teacher {teacher} is a {theirs.get('model_type')!s:.40} and {student} was a {family}: "
