@@ -298,7 +298,9 @@ def test_convert_in_small_files(anymla, conversion, tmp_path):
 def test_eval_json(anymla, conversion):
     arguments = ["eval", conversion.folder, "--against", BUNDLED, "--text", VALID, "--tokens", "1024", "--length", "64"]
     scores = json.loads(anymla(*arguments, "--json"))
-    assert set(scores) == SCORES
+    assert set(scores) == SCORES | {"original"} and set(scores["original"]) == SCORES
+    assert scores["original"]["cache_bytes_per_token"] == BYTES
+    assert scores["original"]["perplexity"] < scores["perplexity"]
     assert scores["cache_numbers_per_token_per_layer"] == NUMBERS // 2
     assert scores["cache_bytes_per_token"] == BYTES // 2
     assert scores["tokens"] == 1024
@@ -313,6 +315,7 @@ def test_eval_of_a_model_against_itself(anymla):
     assert (alone["kl"], alone["top1_agreement"]) == (None, None)
     assert (itself["kl"], itself["top1_agreement"]) == (0, 1)
     assert alone["perplexity"] == itself["perplexity"]
+    assert itself.pop("original") == itself and "original" not in alone
     assert (alone["cache_numbers_per_token_per_layer"], alone["cache_bytes_per_token"]) == (NUMBERS, BYTES)
 
 
