@@ -144,9 +144,7 @@ def evaluate(
         **wanted.model_dump(mode="json"),
     }
     others = ("lm-eval", "datasets") if wanted.tasks else ()
-    return Evaluation(
-        scores=scores, original=theirs, benchmarks=results, settings=settings, versions=versions(*others)
-    )
+    return Evaluation(scores=scores, original=theirs, benchmarks=results, settings=settings, versions=versions(*others))
 
 
 def _plain(stack: ExitStack, model: str | Path, adapter: str | Path | None, note: Note | None) -> Plain:
