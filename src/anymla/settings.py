@@ -34,7 +34,8 @@ class Settings(BaseModel):
             first = error.errors()[0]
             if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
                 (name,) = first["loc"]
-                subject = f"{cls.name} has" if hasattr(cls, "name") else "there is"
+                step = getattr(cls, "name", None)
+                subject = "there is" if step is None else f"{step} has"
                 near = did_you_mean(name, cls.model_fields)
                 raise RecipeError(f"{source}: {subject} no setting {shown(name)}{near}") from error
             value = "" if first["type"] in ("extra_forbidden", "value_error") else f", got {shown(first['input'])}"

@@ -124,9 +124,9 @@ def evaluate(
         kind: compare(run(loaded, "model"), None if original is None else run(original, "original"))
         for kind, run in prepared.items()
     }
-    scores = theirs = None
+    scores = reference = None
     if windows is not None:
-        scores, theirs = score_both(loaded, track(list(windows), "text"), original)
+        scores, reference = score_both(loaded, track(list(windows), "text"), original)
     if benchmarks is None and scores is not None:
         return scores
     settings = {
@@ -144,7 +144,9 @@ def evaluate(
         **wanted.model_dump(mode="json"),
     }
     others = ("lm-eval", "datasets") if wanted.tasks else ()
-    return Evaluation(scores=scores, original=theirs, benchmarks=results, settings=settings, versions=versions(*others))
+    return Evaluation(
+        scores=scores, original=reference, benchmarks=results, settings=settings, versions=versions(*others)
+    )
 
 
 def _plain(stack: ExitStack, model: str | Path, adapter: str | Path | None, note: Note | None) -> Plain:
