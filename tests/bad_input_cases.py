@@ -139,6 +139,7 @@ USAGE = [
     Case("option-unknown", f"{PLAN} --kv-cash 0.5", ("--kv-cash",)),
     Case("inspect-nothing", "inspect", ("model",)),
     Case("plan-nothing", "plan", ("model",)),
+    Case("plan-of-codes", f"{PLAN} --codec kvquant -o {{tmp}}/plan.yaml", ("plan.yaml", "add --codec none")),
     Case("convert-nothing", "convert", ("model",)),
     Case("convert-nowhere", "convert {model}", ("--output",)),
     Case("eval-no-text", "eval {model}", ("--text",)),

@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anymla import cli, pipeline
+from anymla.cli.options import print_next
 from anymla.errors import AnymlaError
 from anymla.methods.mla.settings import MLA
 from tests.damage import BUNDLED, FAST, TRAIN, VALID, Run, run_main
@@ -150,8 +151,14 @@ def test_answers_at_once_without_torch(arguments):
 
 def test_inspect_table(anymla, wide):
     table = anymla("inspect", BUNDLED)
-    for fact in ("llama", "GQA", "8 heads, 4 KV heads, head_dim 8", "1.2 KiB", "320 B", "64"):
+    for fact in ("llama", "GQA", "8 heads, 4 KV heads, head_dim 8", "1.2 KiB", "320 B", "64", "--kv-cache 0.125"):
         assert fact in table
+
+
+def test_what_comes_next_names_the_export(capsys):
+    for target in (None, "gguf"):
+        print_next(Path("OUT"), "MODEL", 1.0, target)
+        assert ("anymla export OUT --to gguf -o SERVED" in capsys.readouterr().out) == (target == "gguf")
 
 
 def test_inspect_knows_a_converted_model(anymla, conversion):
@@ -199,7 +206,8 @@ def test_plan_of_codes(anymla, wide):
 def test_a_plan_is_carried_out(anymla, tmp_path):
     plan = tmp_path / "plan.yaml"
     settings = ["--kv-cache", "0.375", "--rope-dims", "8", *FAST.split(), "--calibration", TRAIN]
-    assert str(plan) in anymla("plan", BUNDLED, "-o", plan, *settings).replace("\n", "")
+    said = anymla("plan", BUNDLED, "-o", plan, *settings)
+    assert said.startswith("--codec auto chose mla: a plan file") and str(plan) in said.replace("\n", "")
     report = json.loads(anymla("convert", BUNDLED, "-o", tmp_path / "out", "--plan", plan, "--json"))
     planned = yaml.safe_load(plan.read_text())
     assert [layer["cached_numbers"] for layer in planned["layers"]] == LAYERS * [24]
@@ -298,7 +306,9 @@ def test_convert_in_small_files(anymla, conversion, tmp_path):
 def test_eval_json(anymla, conversion):
     arguments = ["eval", conversion.folder, "--against", BUNDLED, "--text", VALID, "--tokens", "1024", "--length", "64"]
     scores = json.loads(anymla(*arguments, "--json"))
-    assert set(scores) == SCORES
+    assert set(scores) == SCORES | {"original"} and set(scores["original"]) == SCORES
+    assert scores["original"]["cache_bytes_per_token"] == BYTES
+    assert scores["original"]["perplexity"] < scores["perplexity"]
     assert scores["cache_numbers_per_token_per_layer"] == NUMBERS // 2
     assert scores["cache_bytes_per_token"] == BYTES // 2
     assert scores["tokens"] == 1024
@@ -313,6 +323,7 @@ def test_eval_of_a_model_against_itself(anymla):
     assert (alone["kl"], alone["top1_agreement"]) == (None, None)
     assert (itself["kl"], itself["top1_agreement"]) == (0, 1)
     assert alone["perplexity"] == itself["perplexity"]
+    assert itself.pop("original") == itself and "original" not in alone
     assert (alone["cache_numbers_per_token_per_layer"], alone["cache_bytes_per_token"]) == (NUMBERS, BYTES)
 
 

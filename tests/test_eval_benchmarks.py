@@ -206,6 +206,10 @@ def test_results_are_written_whole(cli, same, blimp, lambada, tmp_path):
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"results.json", "report.html"}
     check_page(tmp_path / "results" / "report.html", written)
     assert written["tokens"] == 512 and written["kl"] < 1e-4
+    original = written["original"]
+    assert original["perplexity"] == pytest.approx(written["perplexity"], rel=1e-4)
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert f"original: {original['perplexity']:.4g}" in page and "<td>original</td>" in page
     assert {"probe", "blimp", "lambada", "settings", "versions", "command", "perplexity"} <= set(written)
     assert "tasks" not in written
     for row in written["blimp"] + written["lambada"] + written["probe"]:
@@ -233,6 +237,8 @@ def test_tables(cli, same, blimp, lambada, monkeypatch):
     assert (done.code, done.err) == (0, "")
     for words in ("BLiMP", "blimp of_order", "turned", "LAMBADA", "perplexity", "difference", "needle", "depth 0.25"):
         assert words in done.out
+    read = cli("eval", same, "--against", BUNDLED, "--text", VALID, "--tokens", "256", "--length", "64")
+    assert read.out.count("1.2 KiB") == 2 and "original" in read.out
     alone = cli("eval", BUNDLED, "--blimp", blimp)
     assert "value" in alone.out and "difference" not in alone.out
 

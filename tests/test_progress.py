@@ -267,6 +267,22 @@ def fake_hub(monkeypatch, folder, pieces):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
 
 
+def test_a_model_that_is_nowhere_says_the_way_out():
+    with pytest.raises(CheckpointError, match=r"nope is neither a folder here nor reachable on the hub: .*_OFFLINE=0"):
+        find_model("nope")
+
+
+@pytest.mark.parametrize("text", ["Short.", f"One. Two is {'long ' * 60}."])
+def test_a_reason_ends_with_a_sentence(monkeypatch, text):
+    def snapshot_download(*_, **__):
+        raise OSError(text)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError) as refused:
+        find_model("nope")
+    assert str(refused.value).endswith(("hub: Short.", "hub: One."))
+
+
 def test_a_download_tells_its_bytes(monkeypatch, capfd):
     fake_hub(monkeypatch, BUNDLED, [300, 700])
     told = []

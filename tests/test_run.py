@@ -216,7 +216,12 @@ BAD = [
     Case("no-model", "run {tmp}/modelless.yaml -o {out}", ("model",)),
     Case("unknown-step", f"{RUN} mla --step mlb", ("step 2", "mlb", "mla, shared_attention, tune")),
     Case("unknown-setting", f"{RUN} mla:{{kv_cash:0.5}}", ("step 1",)),
-    Case("unknown-setting-in-a-file", "run {tmp}/typo.yaml -o {out}", ("typo.yaml", "step 2", "tokenz")),
+    Case("near-step", f"{RUN} kvqant", ("step 1: kvqant is no step (did you mean kvquant?)",)),
+    Case(
+        "unknown-setting-in-a-file",
+        "run {tmp}/typo.yaml -o {out}",
+        ("typo.yaml", "step 2", "no setting 'tokenz' (did you mean tokens?)"),
+    ),
     Case("no-steps", "run {tmp}/flat.yaml -o {out}", ("flat.yaml", "steps must be a list")),
     Case("two-of-the-same", f"{RUN} mla --step mla", ("step 2, mla", "cannot follow mla")),
     Case("nothing-to-tune", f"{RUN} tune", ("step 1, tune", "put the step mla before it")),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
@@ -44,3 +46,9 @@ class OutputError(AnymlaError, OSError):
 def shown(value: object) -> str:
     """A value as a message shows it: one short line of printable characters, however large or deep it is."""
     return f"{_REPR.repr(value):.60}"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The name of ``known`` that comes nearest to a wrong one, in brackets; empty where none is near."""
+    near = get_close_matches(f"{name!s:.60}", known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

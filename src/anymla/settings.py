@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from anymla.errors import RecipeError, shown
+from anymla.errors import RecipeError, did_you_mean, shown
 
 MOST_BYTES = 1 << 20  # of a recipe or plan: a plan of a thousand layers has a fifth of it
 MOST = 1 << 40  # of any number of tokens or dims
@@ -32,8 +32,13 @@ class Settings(BaseModel):
             return cls.model_validate(settings)
         except ValidationError as error:
             first = error.errors()[0]
-            bare = first["type"] in ("extra_forbidden", "value_error")
-            value = "" if bare else f", got {shown(first['input'])}"
+            if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+                (name,) = first["loc"]
+                step = getattr(cls, "name", None)
+                subject = "there is" if step is None else f"{step} has"
+                near = did_you_mean(name, cls.model_fields)
+                raise RecipeError(f"{source}: {subject} no setting {shown(name)}{near}") from error
+            value = "" if first["type"] in ("extra_forbidden", "value_error") else f", got {shown(first['input'])}"
             place = f"{where(first['loc'])}: " if first["loc"] else ""
             raise RecipeError(f"{source}: {place}{first['msg'].removeprefix('Value error, ')}{value}") from error
 

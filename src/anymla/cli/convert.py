@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,9 +93,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Dry run: what every layer becomes and what it costs, from the config alone."""
-    codec = NONE if output is not None and codec == AUTO else codec
-    choice = pipeline.choose(model, file_recipe(recipe), codec=codec, revision=revision, **settings)
+    unasked = output is not None and codec == AUTO and recipe is None
+    used = NONE if unasked else codec
+    choice = pipeline.choose(model, file_recipe(recipe), codec=used, revision=revision, **settings)
+    choice = replace(choice, why="a plan file exists only for that step") if unasked else choice
     if not isinstance(choice.method, MLA):
+        if output is not None:
+            raise RecipeError(f"--output {output}: a plan file exists only for the step mla: add --codec none")
         return _show_codes(pipeline.plan_codes(model, choice.method, revision=revision), choice, as_json=as_json)
     planned = pipeline.plan(model, choice.method, revision=revision)
     costs = pipeline.explain_plan(planned)
@@ -177,7 +182,7 @@ def convert(
     out.print(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
-    print_next(output, conversion.model, conversion.seconds)
+    print_next(output, conversion.model, conversion.seconds, getattr(conversion.method, "target", None))
 
 
 def conversion_progress(report: Report) -> pipeline.Progress:

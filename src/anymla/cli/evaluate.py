@@ -118,5 +118,5 @@ def evaluate(
 def _printed(evaluation: Evaluation, command: str) -> dict[str, Any]:
     """A text alone gives its scores alone; where there is more, all of it and how it was made."""
     if evaluation.scores is not None and not evaluation.benchmarks:
-        return evaluation.scores.to_dict()
+        return evaluation.scores_dict()
     return evaluation.to_dict() | {"command": command}

@@ -125,14 +125,16 @@ def print_note(text: str) -> None:
     err.print(f"note: {text}", soft_wrap=True)
 
 
-def print_next(output: Path, original: str, seconds: float) -> None:
-    """Ends a command that wrote a model to ``output``: what to do with it now, beside the ``original``."""
+def print_next(output: Path, original: str, seconds: float, target: str | None = None) -> None:
+    """Ends a command that wrote a model to ``output``: what to do with it, beside the ``original``, for ``target``."""
     folder, other = shlex.quote(str(output)), shlex.quote(str(original))
     out.print(f"Wrote {output} in {seconds:.0f} s.", soft_wrap=True)
     print_page(output)
     out.print("Next:")
     out.print(f"  anymla chat {folder} --against {other}", soft_wrap=True)
     out.print(f"  anymla eval {folder} --against {other} --text YOUR.txt", soft_wrap=True)
+    if target is not None:
+        out.print(f"  anymla export {folder} --to {target} -o SERVED", soft_wrap=True)
 
 
 def print_page(output: Path) -> None:

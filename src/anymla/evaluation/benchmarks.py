@@ -42,23 +42,29 @@ class Benchmarks(BaseModel):
 class Evaluation:
     """All that was measured, and how.
 
-    ``scores`` are those on the text, where there was one; ``benchmarks`` the rest, by kind: tasks, probe, blimp,
-    lambada.
+    ``scores`` are those on the text, where there was one, and ``original`` the original's, where there was one too;
+    ``benchmarks`` the rest, by kind: tasks, probe, blimp, lambada.
     """
 
     scores: Scores | None
     benchmarks: Mapping[str, tuple[Comparison, ...]]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    original: Scores | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation under its stable JSON names, those of the scores among them."""
         return {
-            **({} if self.scores is None else self.scores.to_dict()),
+            **self.scores_dict(),
             **{kind: [row.to_dict() for row in rows] for kind, rows in self.benchmarks.items()},
             "settings": dict(self.settings),
             "versions": dict(self.versions),
         }
+
+    def scores_dict(self) -> dict[str, Any]:
+        """The scores on the text alone; those of the original under ``original``."""
+        scores = {} if self.scores is None else self.scores.to_dict()
+        return scores if self.original is None else scores | {"original": self.original.to_dict()}
 
 
 Prepared = dict[str, Callable[[Any, str], list[Measure]]]  # kind -> (model, what to call it) -> measures

@@ -100,7 +100,7 @@ def evaluate(
     if text is None and (benchmarks is None or not benchmarks.wanted):
         raise RecipeError("nothing to evaluate: give --text, --tasks, --probe, --blimp or --lambada")
     from anymla.evaluation.likelihood import untracked
-    from anymla.evaluation.scores import score_model
+    from anymla.evaluation.scores import score_both
 
     model = with_revision(model, revision)
     track = track or untracked
@@ -124,7 +124,9 @@ def evaluate(
         kind: compare(run(loaded, "model"), None if original is None else run(original, "original"))
         for kind, run in prepared.items()
     }
-    scores = None if windows is None else score_model(loaded, track(list(windows), "text"), original)
+    scores = reference = None
+    if windows is not None:
+        scores, reference = score_both(loaded, track(list(windows), "text"), original)
     if benchmarks is None and scores is not None:
         return scores
     settings = {
@@ -142,7 +144,9 @@ def evaluate(
         **wanted.model_dump(mode="json"),
     }
     others = ("lm-eval", "datasets") if wanted.tasks else ()
-    return Evaluation(scores=scores, benchmarks=results, settings=settings, versions=versions(*others))
+    return Evaluation(
+        scores=scores, original=reference, benchmarks=results, settings=settings, versions=versions(*others)
+    )
 
 
 def _plain(stack: ExitStack, model: str | Path, adapter: str | Path | None, note: Note | None) -> Plain:

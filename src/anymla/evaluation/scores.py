@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class ScoreSums:
 
     def __init__(self) -> None:
         self.tokens = self.scored = 0
-        self.loss = self.kl = self.agreed = 0.0
+        self.loss = self.kl = self.agreed = self.original_loss = 0.0
         self.compared = False
 
     def add(self, logits: Logits, ids: Tensor, reference: Logits | None) -> None:
@@ -59,15 +59,16 @@ class ScoreSums:
             if reference is not None:
                 log_q = log_p if reference is logits else _log_softmax(reference.at(part).to(log_p.dtype))
                 self.kl += (log_q.exp() * (log_q - log_p)).sum(-1).sum(dtype=torch.float64).item()
+                self.original_loss -= log_q.gather(-1, following).sum(dtype=torch.float64).item()
                 self.agreed += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
 
     def over_all_processes(self, device: str) -> ScoreSums:
         """These sums and those of all other processes, which are then the same everywhere."""
-        names = ("tokens", "scored", "loss", "kl", "agreed", "compared")
+        names = ("tokens", "scored", "loss", "kl", "agreed", "original_loss", "compared")
         sums = all_sum(torch.tensor([float(getattr(self, name)) for name in names], dtype=torch.float64, device=device))
         self.tokens, self.scored = int(sums[0]), int(sums[1])
-        self.loss, self.kl, self.agreed = sums[2:5].tolist()
-        self.compared = bool(sums[5])
+        self.loss, self.kl, self.agreed, self.original_loss = sums[2:6].tolist()
+        self.compared = bool(sums[6])
         return self
 
     def quality(self) -> tuple[float, float | None]:
@@ -78,8 +79,7 @@ class ScoreSums:
         """
         if math.isnan(self.loss + self.kl):
             raise CheckpointError("the model gives NaN on this text: its dtype may overflow, give --dtype float32")
-        perplexity = math.exp(min(self.loss / self.scored, LARGEST_LOSS))
-        return perplexity, max(0.0, self.kl / self.scored) if self.compared else None
+        return _perplexity(self.loss / self.scored), max(0.0, self.kl / self.scored) if self.compared else None
 
     def scores(self, cache: Account) -> Scores:
         """The means, with the cache's size.
@@ -98,15 +98,36 @@ class ScoreSums:
             cache_window_bytes=cache.cache_bytes_once,
         )
 
+    def original_scores(self, cache: Account) -> Scores:
+        """Those of the original, from the same logits; ``cache`` is its own."""
+        same = replace(self.scores(cache), kl=0.0, top1_agreement=1.0)
+        return replace(same, perplexity=_perplexity(self.original_loss / self.scored))
+
+
+def _perplexity(loss: float) -> float:
+    """Of a mean loss in nats per token."""
+    return math.exp(min(loss, LARGEST_LOSS))
+
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """In float32 or finer."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-@torch.no_grad()
 def score_model(model: Any, windows: Iterable[Tensor], original: Any = None) -> Scores:
     """Scores ``model`` on ``windows`` of tokens, [T] each, against ``original`` where given."""
+    return _score_sums(model, windows, original).scores(measure(model))
+
+
+def score_both(model: Any, windows: Iterable[Tensor], original: Any = None) -> tuple[Scores, Scores | None]:
+    """Scores of ``model`` as :func:`score_model` gives them, and those of ``original`` where given."""
+    sums = _score_sums(model, windows, original)
+    theirs = None if original is None else sums.original_scores(measure(original))
+    return sums.scores(measure(model)), theirs
+
+
+@torch.no_grad()
+def _score_sums(model: Any, windows: Iterable[Tensor], original: Any) -> ScoreSums:
     sums = ScoreSums()
     for window in windows:
         ids = window[None].to(model.device)
@@ -115,4 +136,4 @@ def score_model(model: Any, windows: Iterable[Tensor], original: Any = None) -> 
         if original is not None and original is not model:
             reference = logits_of_pass(original, {"input_ids": ids})
         sums.add(logits, ids, reference)
-    return sums.scores(measure(model))
+    return sums

@@ -12,6 +12,8 @@ from anymla.io.shards import index_map, index_of
 CONFIG_FILES = ["config.json", "adapter_config.json"]
 MODEL_FILES = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.model", "*.txt", "*.jinja"]
 MODEL_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
+OFFLINE = "it is not in the cache, and this session is offline: set HF_HUB_OFFLINE=0, or give a folder"
+MOST = 300  # characters of the hub client's own words
 
 
 def with_revision(model: str | Path, revision: str | None) -> str:
@@ -56,18 +58,25 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import is_offline_mode, snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     name = repo if revision is None else f"{repo}@{revision}"
+    offline = is_offline_mode()  # said to the client, for some would ask the hub about a commit even so
     try:
-        offline = is_offline_mode()  # said to the client, for some would ask the hub about a commit even so
         options = {"allow_patterns": patterns, "local_files_only": offline, "tqdm_class": bar_class()}
         return Path(snapshot_download(repo, revision=revision, **options))
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
     except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{name} is not a local folder, and the hub did not return it: {reason:.160}") from error
+        reason = OFFLINE if offline and isinstance(error, LocalEntryNotFoundError) else _sentences(reason)
+        raise CheckpointError(f"{name} is neither a folder here nor reachable on the hub: {reason}") from error
+
+
+def _sentences(text: str) -> str:
+    """The first sentences of ``text`` that a line holds; one that is longer, up to a word's end."""
+    kept, end, _ = text[: MOST + 1].rpartition(". ")
+    return text if len(text) <= MOST else f"{kept}." if end else f"{text[:MOST].rpartition(' ')[0]} ..."
 
 
 def _other_shards(folder: Path) -> list[str] | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 import anymla.methods
-from anymla.errors import RecipeError
+from anymla.errors import RecipeError, did_you_mean
 from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST, DtypeName, Settings
 
@@ -287,7 +287,9 @@ def method_of(name: str, settings: dict[str, Any], source: str = "settings") -> 
     """
     known = all_methods()
     if name not in known:
-        raise RecipeError(f"{source}: {name!s:.40} is no step; the steps are {', '.join(known)}")
+        raise RecipeError(
+            f"{source}: {name!s:.40} is no step{did_you_mean(name, known)}; the steps are {', '.join(known)}"
+        )
     return known[name].of(settings, source)
 
 

@@ -41,7 +41,8 @@ def evaluation_tables(evaluation: Evaluation) -> list[Table]:
     """A table per kind of what was measured."""
     settings, tables = evaluation.settings, []
     if evaluation.scores is not None:
-        tables.append(scores_table({settings["model"]: evaluation.scores}, f"On {settings['text']}"))
+        scored = {} if evaluation.original is None else {"original": evaluation.original}
+        tables.append(scores_table(scored | {settings["model"]: evaluation.scores}, f"On {settings['text']}"))
     tables += [
         _comparison_table(title, evaluation.benchmarks[kind])
         for kind, title in TITLES.items()

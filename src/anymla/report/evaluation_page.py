@@ -24,13 +24,14 @@ def evaluation_page(evaluation: Evaluation, content: Mapping[str, Any]) -> Page:
     settings, scores = evaluation.settings, evaluation.scores
     model, against = str(settings["model"]), settings["against"]
     compared = "" if against is None else f" beside {public_name(against)}"
+    scored = {name: each for name, each in (("original", evaluation.original), (model, scores)) if each is not None}
     grids = probe_grids(evaluation.benchmarks.get("probe", ()))
     return Page(
         title=f"{public_name(model)}{compared}",
         lead=f"Measured by anymla {evaluation.versions['anymla']} in {settings['dtype']} on {settings['device']}.",
-        tiles=() if scores is None else _tiles(scores),
+        tiles=() if scores is None else _tiles(scores, evaluation.original),
         sections=(
-            *([] if scores is None else [_text_section(scores, model, str(settings["text"]))]),
+            *([] if scores is None else [_text_section(scored, str(settings["text"]))]),
             *(
                 Section(heading=title, text=_how_to_read(rows), tables=(_comparisons(rows),))
                 for kind, title in TITLES.items()
@@ -47,23 +48,32 @@ def evaluation_page(evaluation: Evaluation, content: Mapping[str, Any]) -> Page:
     )
 
 
-def _tiles(scores: Scores) -> tuple[Tile, ...]:
+def _tiles(scores: Scores, original: Scores | None) -> tuple[Tile, ...]:
     once = (
         f"and {size(scores.cache_window_bytes)} once" if scores.cache_window_bytes else "measured from the live cache"
     )
-    return (Tile("Cache per token", size(scores.cache_bytes_per_token), once), *quality_tiles(scores, None))
+    quality = quality_tiles(scores, None if original is None else original.perplexity)
+    return (Tile("Cache per token", size(scores.cache_bytes_per_token), once), *quality)
 
 
-def _text_section(scores: Scores, model: str, text: str) -> Section:
+def _text_section(scored: Mapping[str, Scores], text: str) -> Section:
     columns = (
         *("model", "perplexity", "KL (nats per token)", "same likeliest token"),
         *("cache per token", "+ once", "numbers per token and layer"),
     )
-    cache = [number(size(each), each) for each in (scores.cache_bytes_per_token, scores.cache_window_bytes)]
-    numbers = number(f"{scores.cache_numbers_per_token_per_layer:g}", scores.cache_numbers_per_token_per_layer)
-    row = (Cell(public_name(model)), *scores_cells(scores), *cache, numbers)
-    table = Table(columns=columns, rows=(row,))
-    return Section(heading=f"On {scores.tokens:,} tokens of {public_name(text)}", tables=(table,))
+    table = Table(columns=columns, rows=tuple(tuple(_scored(name, scores)) for name, scores in scored.items()))
+    tokens = next(iter(scored.values())).tokens
+    return Section(heading=f"On {tokens:,} tokens of {public_name(text)}", tables=(table,))
+
+
+def _scored(name: str, scores: Scores) -> Iterator[Cell]:
+    """A model's row: quality, then its cache."""
+    yield Cell(public_name(name))
+    yield from scores_cells(scores)
+    for each in (scores.cache_bytes_per_token, scores.cache_window_bytes):
+        yield number(size(each), each)
+    numbers = scores.cache_numbers_per_token_per_layer
+    yield number(f"{numbers:g}", numbers)
 
 
 def _how_to_read(rows: Sequence[Comparison]) -> str:

@@ -78,7 +78,7 @@ def inspection_table(inspection: Inspection) -> Group:
         table(inspection.model, ("fact", "value"), rows),
         table("KV cache", ("", "--kv-cache", "per token", *at_lengths, "numbers per layer"), cache),
         *([Text("Per token: until windows are full. Layers with a window then hold no more.")] * slides),
-        Text(f"Next: anymla plan {inspection.model} --kv-cache 0.25"),
+        Text(f"Next: anymla plan {inspection.model} --kv-cache 0.125"),
     )
 
 
