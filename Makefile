@@ -10,8 +10,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENGINES ?= llama vllm
 # of the tests those that a release of a library can change: not how good a conversion is, how much memory it takes, how a
-# killed run goes on
-ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" --ignore tests/test_quality.py
+# killed run goes on, what pages say, our own algebra
+OF_OURS := quality docs site pages house examples readme paper algebra ranks survey compositions fuzz fidelity bytes progress
+ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" $(OF_OURS:%=--ignore tests/test_%.py)
 
 .PHONY: env demo methods docs wheel test test-slow lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
 
@@ -82,6 +83,7 @@ oldest: .venv-oldest/made
 	.venv-oldest/bin/pip install --quiet --upgrade pip
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt torch
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data,eval,gguf,tune,weights] --group dev
+	.venv-oldest/bin/pip install --quiet --no-deps -c constraints.txt llmcompressor loguru
 	touch $@
 
 newest: newest-env
