@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anymla.architectures.model_spec import source_config
+from anymla.io.checkpoint import ACCOUNT
 from anymla.io.sources.quantised_kinds import quantization_of
 from anymla.modeling.packing import Packing
 from anymla.modeling.spec import LayerSpec, ModelSpec
@@ -27,7 +28,6 @@ def packed_linears(module: nn.Module, spec: LayerSpec) -> dict[str, int]:
     if (packing := spec.integers) is None:
         return {}
     attention = spec.module if spec.kind is not None else None
-
     found = {}
     for name, part in module.named_modules():
         path, _, last = name.rpartition(".")
@@ -87,5 +87,9 @@ def with_packing(spec: ModelSpec, packing: Packing | None) -> ModelSpec:
 
 
 def packing_in(source: Located) -> Packing | None:
-    """How the weights of ``source`` are packed, where one of anymla's steps did that; None otherwise."""
-    return None if source.gguf is not None or source.adapter is not None else packing_of(source_config(source))
+    """How the weights of ``source`` are packed, where one of anymla's steps did that; None otherwise.
+
+    A checkpoint that others packed is read as any quantised one is.
+    """
+    ours = source.gguf is None and source.adapter is None and (source.base / ACCOUNT).is_file()
+    return packing_of(source_config(source)) if ours else None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -40,25 +39,31 @@ class GPTQ(IntegerWeights, LayerMethod):
         "hqq", description="Scales of the groups: those that reach the largest weight, or the step hqq's."
     )
 
-    def rounded(self, layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Rounded]:
-        """Rounds every weight by the Hessian of its inputs."""
-        from anymla.architectures.packed import packed_linears
+    def scale_of(self, weight: Tensor, bits: int) -> Tensor:
+        """As one of the other steps has it."""
         from anymla.methods.integers.hqq import solved_scale
-        from anymla.methods.integers.packed import Rounded
         from anymla.methods.integers.rtn import largest_scale
 
-        scale_of = solved_scale if self.scales == "hqq" else largest_scale
-        bits, hessians, found = packed_linears(layer.module, layer.planned), input_hessians(layer, linears), {}
-        for name, linear in linears.items():
-            weight = linear.weight.float()
-            scale = scale_of(weight, bits[name], self.group).to(layer.saved).float()
-            made = compensated(weight, hessians[name], scale, bits=bits[name], damping=self.damping)
-            found[name] = Rounded(weight=made, scale=scale)
+        return (solved_scale if self.scales == "hqq" else largest_scale)(weight, bits, self.group)
+
+    def rounded(self, layer: Layer, linears: dict[str, nn.Linear], bits: dict[str, int]) -> dict[str, Rounded]:
+        """Rounds every weight by the Hessian of its inputs; one that no token reaches stays for the nearest integer."""
+        from anymla.model_run.hessians import Hessians
+
+        hessians, found = Hessians(linears), super().rounded(layer, linears, bits)
+        hessians.gather(layer)
+        for name, given in found.items():
+            if (hessian := hessians.of(name)) is not None:
+                made = compensated(given.weight, hessian.float(), given.scale, bits=bits[name], damping=self.damping)
+                found[name] = replace(given, weight=made)
         return found
 
 
 def compensated(weight: Tensor, hessian: Tensor, scale: Tensor, *, bits: int, damping: float) -> Tensor:
-    """W [out,in] as multiples of its scales [out,in/group], by llm-compressor; ``hessian``: mean x x^T [in,in]."""
+    """W [out,in] as multiples of its scales [out,in/group], by llm-compressor.
+
+    ``hessian``: the sum of x x^T [in,in], up to a factor.
+    """
     import torch
     from loguru import logger
 
@@ -72,38 +77,3 @@ def compensated(weight: Tensor, hessian: Tensor, scale: Tensor, *, bits: int, da
     with torch.no_grad():
         made: Tensor = quantize_weight(*given, args, percdamp=damping)[0]
     return made[0]
-
-
-def input_hessians(layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
-    """Mean x x^T [in,in], over all processes, of what each linear layer is given in the new model's stream."""
-    from anymla.distributed import all_sum, all_sum_number
-    from anymla.model_run.stream import run_layer
-
-    sums: dict[str, Tensor] = {}
-    with _listening(linears, sums):
-        for _ in run_layer(layer.module, None, layer.converted, layer.arguments, layer.batch):
-            pass
-    tokens = all_sum_number(layer.converted.shape[0] * layer.converted.shape[1])
-    return {name: all_sum(found.clone()) / tokens for name, found in sums.items()}
-
-
-@contextmanager
-def _listening(linears: dict[str, nn.Linear], sums: dict[str, Tensor]) -> Iterator[None]:
-    """Within the block, x^T x of each linear layer's inputs is added up in ``sums``; once where several share them."""
-    made: dict[str, Any] = {}  # the last input, and its product
-
-    def listen(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if made.get("input") is not args[0]:
-                rows = args[0].flatten(0, -2).float()
-                made["input"], made["product"] = args[0], rows.T @ rows
-            sums[name] = made["product"] + sums[name] if name in sums else made["product"]
-
-        return hook
-
-    hooks = [linear.register_forward_pre_hook(listen(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -8,10 +8,7 @@ from anymla.methods.base import Paper
 from anymla.methods.integers.step import IntegerWeights
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from anymla.methods.integers.packed import Rounded
-    from anymla.sweep.layer import Layer
+    from torch import Tensor
 
 
 class HQQ(IntegerWeights):
@@ -27,19 +24,9 @@ class HQQ(IntegerWeights):
     summary: ClassVar[str] = "weights as integers, scales by half-quadratic quantisation; reads no text"
     needs: ClassVar[tuple[str, ...]] = ("compressed_tensors", "torchao")
 
-    def rounded(self, layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Rounded]:
-        """Scales by torchao's solver."""
-        from anymla.architectures.packed import packed_linears
-        from anymla.methods.integers.packed import Rounded
-
-        bits = packed_linears(layer.module, layer.planned)
-        return {
-            name: Rounded(
-                weight=linear.weight.float(),
-                scale=solved_scale(linear.weight.float(), bits[name], self.group).to(layer.saved).float(),
-            )
-            for name, linear in linears.items()
-        }
+    def scale_of(self, weight: Tensor, bits: int) -> Tensor:
+        """By torchao's solver."""
+        return solved_scale(weight, bits, self.group)
 
 
 def solved_scale(weight: Tensor, bits: int, group: int) -> Tensor:

@@ -29,7 +29,7 @@ def weight_args(bits: int, group: int) -> QuantizationArgs:
     return QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group)
 
 
-class PackedLinear(nn.Module):
+class IntegerLinear(nn.Module):
     """A linear layer whose weight lies packed as it will in the checkpoint; it is unpacked whenever it runs."""
 
     def __init__(self, packed: dict[str, Tensor], bias: Tensor | None, scheme: Any) -> None:
@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def of(cls, rounded: Rounded, linear: nn.Linear, *, bits: int, group: int) -> PackedLinear:
+    def of(cls, rounded: Rounded, linear: nn.Linear, *, bits: int, group: int) -> IntegerLinear:
         """Rounds and packs ``rounded``, in the place of ``linear``."""
         from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
         from compressed_tensors.quantization import QuantizationScheme

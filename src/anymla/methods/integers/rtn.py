@@ -8,10 +8,7 @@ from anymla.methods.base import Paper
 from anymla.methods.integers.step import IntegerWeights
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from anymla.methods.integers.packed import Rounded
-    from anymla.sweep.layer import Layer
+    from torch import Tensor
 
 
 class RTN(IntegerWeights):
@@ -21,17 +18,9 @@ class RTN(IntegerWeights):
     paper: ClassVar[Paper] = Paper(title="Rounding to nearest")
     summary: ClassVar[str] = "weights as integers, each rounded to the nearest; reads no text"
 
-    def rounded(self, layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Rounded]:
-        """Scales from the largest weight of each group."""
-        from anymla.architectures.packed import packed_linears
-        from anymla.methods.integers.packed import Rounded
-
-        bits, found = packed_linears(layer.module, layer.planned), {}
-        for name, linear in linears.items():
-            weight = linear.weight.float()
-            scale = largest_scale(weight, bits[name], self.group).to(layer.saved).float()
-            found[name] = Rounded(weight=weight, scale=scale)
-        return found
+    def scale_of(self, weight: Tensor, bits: int) -> Tensor:
+        """From the largest weight of each group."""
+        return largest_scale(weight, bits, self.group)
 
 
 def largest_scale(weight: Tensor, bits: int, group: int) -> Tensor:

@@ -19,7 +19,7 @@ from anymla.modeling.packing import Packing
 from anymla.modeling.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from anymla.methods.integers.packed import Rounded
     from anymla.sweep.layer import Layer, Observer
@@ -88,13 +88,23 @@ class IntegerWeights(SweptMethod):
         return Unheard()
 
     @abstractmethod
-    def rounded(self, layer: Layer, linears: dict[str, nn.Linear]) -> dict[str, Rounded]:
-        """Scales of ``linears`` and the weights to be rounded by them, by name in the layer."""
+    def scale_of(self, weight: Tensor, bits: int) -> Tensor:
+        """Scales [out,in/group] of W [out,in] in float32, for integers of so many ``bits``."""
+
+    def rounded(self, layer: Layer, linears: dict[str, nn.Linear], bits: dict[str, int]) -> dict[str, Rounded]:
+        """Scales of ``linears``, as they are saved, and the weights to be rounded by them; all by name in the layer."""
+        from anymla.methods.integers.packed import Rounded
+
+        weights = {name: linear.weight.float() for name, linear in linears.items()}
+        return {
+            name: Rounded(weight=weight, scale=self.scale_of(weight, bits[name]).to(layer.saved).float())
+            for name, weight in weights.items()
+        }
 
     def apply(self, layer: Layer, observed: Any) -> Changed:
         """Puts packed linear modules in the places of plain ones."""
         from anymla.architectures.packed import packed_linears
-        from anymla.methods.integers.packed import PackedLinear
+        from anymla.methods.integers.packed import IntegerLinear
 
         bits = packed_linears(layer.module, layer.planned)
         linears = {name: layer.module.get_submodule(name) for name in bits}
@@ -108,8 +118,8 @@ class IntegerWeights(SweptMethod):
             raise UnsupportedModelError(f"{layer.name} has no linear layers that {self.name} could pack")
         before = sum(linear.weight.numel() for linear in linears.values())
         size = 0
-        for name, found in self.rounded(layer, linears).items():
-            packed = PackedLinear.of(found, linears[name], bits=bits[name], group=self.group)
+        for name, found in self.rounded(layer, linears, bits).items():
+            packed = IntegerLinear.of(found, linears[name], bits=bits[name], group=self.group)
             layer.module.set_submodule(name, packed)
             size += packed.packed_bytes(layer.saved.itemsize)
         told = {"layer": layer.index, "bits_per_weight": 8 * size / before}
