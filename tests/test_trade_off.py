@@ -21,7 +21,9 @@ def planned():
     told = []
     method = TransformCoding.of({"kv_cache": 0.2, "decode_cost": 1.5, **FEW}, "settings")
     found = anymla.plan_curve(BUNDLED, method, progress=lambda *step: told.append(step))
-    assert told == [(step, 10) for step in range(1, 11)]
+    assert told == [(step, 10, "calibration, pass") for step in range(1, 11)] + [
+        (step, 32, "plan") for step in range(1, 33)
+    ]
     return found
 
 

@@ -26,7 +26,7 @@ def plan_curve(
     method: TransformCoding | None = None,
     *,
     revision: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Predicts what the cache of a model loses at many budgets, for three costs of decoding; writes no model.
 
@@ -37,7 +37,7 @@ def plan_curve(
         model: as :func:`anymla.convert` takes it; it is only read.
         method: settings of the step transform_coding. Its budget and its cost of decoding are among those shown.
         revision: a branch, tag or commit of a model on the hub.
-        progress: called after each pass of calibration through a layer with (passes done, passes).
+        progress: called with (done, of all, what): after each pass of calibration through a layer, then each plan.
 
     Returns:
         What :func:`anymla.methods.cache_coding.explain.explain_codes` gives of ``method``; with "curve", a list of
@@ -59,12 +59,18 @@ def plan_curve(
         survey = EnergySurvey(method, method.window(spec), decode_costs(method))
         place, memory = Path(folder) / "survey", machine_memory() // 4
         try:
-            facts = surveyed(method, survey, plain.folder, spec, place, memory=memory, told=progress)
+            facts = surveyed(
+                method, survey, plain.folder, spec, place, memory=memory, told=_telling(progress, "calibration, pass")
+            )
         except OSError as error:
             raise OutputError(f"temporary files could not be written to {folder}: {error}") from error
-    points = curve(method, spec, facts)
+    points = curve(method, spec, facts, _telling(progress, "plan"))
     return {
         **explain_codes(name, method, spec, facts),
         "curve": [asdict(point) for point in points],
         "seconds": time.monotonic() - started,
     }
+
+
+def _telling(progress: Callable[[int, int, str], None] | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(done, total, what)

@@ -251,12 +251,7 @@ def _curve(model: str, choice: Choice, output: Path | None, revision: str | None
         check_folder(output)
     with shown("plan") as report:
         report(0, None, "reading")
-        planned = plan_curve(
-            model,
-            choice.method,
-            revision=revision,
-            progress=lambda done, total: report(done, total, "calibration, pass"),
-        )
+        planned = plan_curve(model, choice.method, revision=revision, progress=report)
     content = planned | {"command": shlex.join(["anymla", *sys.argv[1:]])}
     if output is not None:
         write_results(output, content, curve_page(planned, content))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from anymla.account import account
@@ -42,16 +44,24 @@ def decode_costs(method: TransformCoding) -> tuple[DecodeCost, ...]:
     return (*sorted({*COSTS, *(cost for cost in own if cost != "any")}), "any")
 
 
-def curve(method: TransformCoding, model: ModelSpec, facts: Facts) -> list[Point]:
+def curve(
+    method: TransformCoding, model: ModelSpec, facts: Facts, told: Callable[[int, int], None] | None = None
+) -> list[Point]:
     """Plans at the usual budgets, and at the method's own, for every cost of decoding.
 
     Args:
         method: the settings.
         model: the original.
         facts: what the survey gathered, for all of :func:`decode_costs`.
+        told: called after each plan with (plans done, plans); one of a large model takes seconds.
     """
     budgets = sorted({*BUDGETS, method.kv_cache} - {1.0}, reverse=True)
-    return [_point(method, model, facts, budget, cost) for cost in decode_costs(method) for budget in budgets]
+    asked, points = [*product(decode_costs(method), budgets)], []
+    for cost, budget in asked:
+        points.append(_point(method, model, facts, budget, cost))
+        if told is not None:
+            told(len(points), len(asked))
+    return points
 
 
 def _point(method: TransformCoding, model: ModelSpec, facts: Facts, budget: float, cost: DecodeCost) -> Point:
