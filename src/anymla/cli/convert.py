@@ -202,7 +202,7 @@ def convert(
     out.print(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
-    print_next(output, conversion.model, conversion.seconds, getattr(conversion.method, "target", None))
+    print_next(output, conversion.model, conversion.seconds, conversion.method)
 
 
 def conversion_progress(report: Report) -> pipeline.Progress:
