@@ -31,7 +31,7 @@ from anymla.methods.cache_coding.forms import Form
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.sweep.run import surveyed
 
-BUDGETS, COSTS = (0.25, 0.125, 0.03125), (1.0, 2.0)
+BUDGETS, COSTS = (0.25, 0.125, 0.0625, 0.03125), (1.0, 2.0)
 FIRST, WINDOW, LENGTH = 4, 16, 512
 
 
@@ -126,32 +126,29 @@ def layer_energies(attention: AttentionSpec, facts: dict[str, Any], kept: Tensor
     cross = key.T @ value / len(key)
     lost = {}
     for form in FORMS[attention]:
-        found: list[list[float]] = [[], []]
+        keys[form.name], values[form.name], lost[form.name] = [], [], 0.0
         for first in range(0, heads, form.block):
-            fast: list[list[tuple[int, int]]] = []
-            slow: list[list[tuple[int, int]]] = []
-            for pair in range(pairs):
-                group = [(head, part * pairs + pair) for part in (0, 1) for head in range(first, first + form.block)]
-                (fast if pair < pairs - form.slow else slow).append(group)
-            keep = sorted(head * size + dim for group in fast for head, dim in group)
-            loose = sorted(head * size + dim for group in slow for head, dim in group)
-            turning = channels(moments["key"].of(torch.tensor(keep)), pairs - form.slow, form.block)
-            scale = torch.stack([kept[at // size, at % size % pairs] for at in loose]).sqrt()
-            still = moments["key"].of(torch.tensor(loose))
-            still = Moments(
-                mean=still.mean, covariance=still.covariance, fisher=still.fisher * torch.outer(scale, scale)
-            )
+            fast, slow = _dims(form, first, attention)
+            scale = torch.stack([kept[at // size, at % size % pairs] for at in slow]).sqrt()
+            loose = moments["key"].of(torch.tensor(slow))
+            read_scaled = loose.fisher * torch.outer(scale, scale)
+            still = Moments(mean=loose.mean, covariance=loose.covariance, fisher=read_scaled)
+            turning = channels(moments["key"].of(torch.tensor(fast)), pairs - form.slow, form.block)
             own = [first * size + dim for dim in range(form.block * size)]
-            both = _joined(still, moments["value"].of(torch.tensor(own)), cross[loose][:, own])
-            found[0] += [*turning.energies.tolist(), *(axes(still).energies.tolist() if form.kept else [])]
-            found[1] += axes(both).energies.tolist()
-            whole = moments["key"].of(torch.tensor(loose))
-            costs = (whole.fisher.diagonal() * whole.covariance.diagonal()) * (1 - scale.square())
-            lost[form.name] = lost.get(form.name, 0.0) + costs.sum().item()
-        keys[form.name] = found[0]
-        if not form.kept:
-            values[form.name] = found[1]
+            both = _joined(still, moments["value"].of(torch.tensor(own)), cross[slow][:, own])
+            keys[form.name] += [*turning.energies.tolist(), *(axes(still).energies.tolist() if form.kept else [])]
+            values[form.name] += axes(both).energies.tolist()
+            costs = loose.fisher.diagonal() * loose.covariance.diagonal() * (1 - scale.square())
+            lost[form.name] += costs.sum().item()
     return Energies(keys=keys, values=values, lost=lost)
+
+
+def _dims(form: Slow, first: int, attention: AttentionSpec) -> tuple[list[int], list[int]]:
+    """Where the keys of a block's fast pairs are, and those of its slow ones."""
+    pairs, heads = attention.rope_pairs, range(first, first + form.block)
+    places = [(head * attention.head_dim + dim, dim % pairs) for head in heads for dim in range(2 * pairs)]
+    fast = [place for place, pair in places if pair < pairs - form.slow]
+    return fast, [place for place, pair in places if pair >= pairs - form.slow]
 
 
 def _joined(keys: Moments, values: Moments, cross: Tensor) -> Moments:
@@ -197,10 +194,7 @@ def report(method: TransformCoding, attentions: Sequence[AttentionSpec], energie
         plan._Layer = own
         after = sum(lost for _, lost in chosen)
         mixed = [pair[0].name for pair, _ in chosen if isinstance(pair[0], Slow)]
-        print(
-            f"joint {energies[0].joint} cost {cost:g} {budget:.2%}: {before:.6f} -> {after:.6f}, chosen {mixed}",
-            flush=True,
-        )
+        print(f"cost {cost:g} {budget:.2%}: {before:.6f} -> {after:.6f}, chosen {mixed}", flush=True)
 
 
 if __name__ == "__main__":
