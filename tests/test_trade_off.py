@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import anymla
-from anymla.errors import InfeasibleError
+from anymla.architectures.model_spec import read_config, read_model_spec
+from anymla.errors import InfeasibleError, OutputError
 from anymla.methods.cache_coding import TransformCoding
 from anymla.methods.cache_coding.curve import BUDGETS, Point, curve
 from tests.damage import BUNDLED, TRAIN, VALID, run_main
@@ -95,3 +96,16 @@ def test_a_point_that_no_plan_meets_has_no_sizes(monkeypatch):
     monkeypatch.setattr(TransformCoding, "plan", refuse)
     (first, *_) = curve(TransformCoding.of({}, "settings"), None, [])
     assert first == Point(kv_cache=0.5, decode_cost=1.0)
+
+
+def test_a_budget_that_codes_nothing_has_a_curve(monkeypatch):
+    asked = []
+
+    def surveyed(method, *_, **__):
+        asked.append(method.plan(read_model_spec(read_config(BUNDLED))).choices)
+        raise OSError("no room")
+
+    monkeypatch.setattr("anymla.sweep.run.surveyed", surveyed)
+    with pytest.raises(OutputError, match="temporary files could not be written to .*: no room"):
+        anymla.plan_curve(BUNDLED, TransformCoding.of({"kv_cache": 1.0, **FEW}, "settings"))
+    assert len(asked[0]) == 5 and None not in asked[0]

@@ -17,7 +17,7 @@ from anymla.io.find import with_revision
 from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
 from anymla.methods.cache_coding import TransformCoding
-from anymla.methods.cache_coding.curve import curve, decode_costs
+from anymla.methods.cache_coding.curve import BUDGETS, curve, decode_costs
 from anymla.methods.cache_coding.explain import explain_codes
 
 
@@ -58,9 +58,10 @@ def plan_curve(
 
         survey = EnergySurvey(method, method.window(spec), decode_costs(method))
         place, memory = Path(folder) / "survey", machine_memory() // 4
+        coding = method if method.kv_cache < 1 else method.model_copy(update={"kv_cache": BUDGETS[0]})  # 1 asks nothing
         try:
             facts = surveyed(
-                method, survey, plain.folder, spec, place, memory=memory, told=_telling(progress, "calibration, pass")
+                coding, survey, plain.folder, spec, place, memory=memory, told=_telling(progress, "calibration, pass")
             )
         except OSError as error:
             raise OutputError(f"temporary files could not be written to {folder}: {error}") from error
