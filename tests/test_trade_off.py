@@ -106,6 +106,6 @@ def test_a_budget_that_codes_nothing_has_a_curve(monkeypatch):
         raise OSError("no room")
 
     monkeypatch.setattr("anymla.sweep.run.surveyed", surveyed)
-    with pytest.raises(OutputError, match="temporary files could not be written to .*: no room"):
+    with pytest.raises(OutputError, match=r"temporary files could not be written to .*: no room"):
         anymla.plan_curve(BUNDLED, TransformCoding.of({"kv_cache": 1.0, **FEW}, "settings"))
     assert len(asked[0]) == 5 and None not in asked[0]
