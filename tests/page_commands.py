@@ -59,9 +59,15 @@ def run_commands(commands: list[list[str]], monkeypatch, capfd) -> int:
 def shrunk(words: list[str]) -> list[str]:
     """Options that make a command quick."""
     if words[1] == "convert":
-        settings = TRAINED if OF_MLA & {*words} else CALIBRATED
-        return ["--overwrite", *(word for name, value in settings.items() for word in (option(name), str(value)))]
+        return ["--overwrite", *options_of(TRAINED if OF_MLA & {*words} else CALIBRATED)]
+    if "--curve" in words:
+        return options_of(CALIBRATED)
     return [*SHRUNK.get(words[1], "").split(), *shrunk_steps(words)]
+
+
+def options_of(settings: dict[str, int]) -> list[str]:
+    """The options of settings, with their values."""
+    return [word for name, value in settings.items() for word in (option(name), str(value))]
 
 
 def option(name: str) -> str:

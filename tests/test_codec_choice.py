@@ -64,6 +64,7 @@ def test_a_model_that_has_no_codes_gets_the_step_mla():
         ("mla", None, {}, "codec must be"),
         ("kvquant", None, {"kv_cache": 0.5}, "kv_cache"),
         ("none", None, {"decode_cost": 2.0}, "decode_cost"),
+        ("kvquant", None, {"target": "gguf"}, "no engine reads codes, .* give --cache-type q8_0 or q4_0"),
         ("kvquant", MLA(), {}, "needs codec none"),
     ],
 )

@@ -88,6 +88,7 @@ def test_a_folder_is_a_format(stories, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not in tuple"):
         all_formats()
     monkeypatch.setattr(formats, "TARGETS", (*TARGETS, "toy"))
+    monkeypatch.setitem(LAYOUTS, "toy", LAYOUTS["vllm"])
     done = anymla.export(stories.converted, tmp_path / "out", "toy")
     assert (done.target, done.dtype, done.commands) == ("toy", "float32", {"toy": f"play {tmp_path / 'out'} float32"})
     card = (tmp_path / "out" / "README.md").read_text()

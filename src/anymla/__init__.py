@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from anymla.recipe import Recipe
     from anymla.run_outcome import RunReport
     from anymla.runner import run
+    from anymla.trade_off import plan_curve
     from anymla.training.outcome import Recovery
     from anymla.training.tune import tune
 
@@ -59,6 +60,7 @@ __all__ = [
     "fresh_config",
     "inspect",
     "plan",
+    "plan_curve",
     "push",
     "run",
     "tune",
@@ -87,6 +89,7 @@ _HOMES = {
     "evaluate": "anymla.evaluation.evaluate",
     "export": "anymla.exports.export",
     "fresh_config": "anymla.fresh",
+    "plan_curve": "anymla.trade_off",
     "push": "anymla.hub",
     "Tune": "anymla.methods.tune",
     "tune": "anymla.training.tune",

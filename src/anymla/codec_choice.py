@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anymla.errors import RecipeError, UnsupportedModelError
+from anymla.layouts import SHAPES, listed
 from anymla.methods.base import LayerMethod, Phase, all_methods
 from anymla.methods.cache_coding import TransformCoding
 from anymla.methods.mla.plan import MLAPlan
@@ -41,6 +42,7 @@ class Choice:
         if codec == NONE:
             return cls(with_settings(None, settings))
         if codec != AUTO:
+            _check_engine(codec, settings)
             return cls(_coder(codec).of(settings, "settings"))
         if own := [name for name in settings if name in MLA.model_fields and name not in TransformCoding.model_fields]:
             return cls(with_settings(None, settings), f"{own[0]} is a setting of that step alone")
@@ -68,6 +70,17 @@ class Choice:
     def told(self) -> str | None:
         """The choice in one line; None where somebody made it."""
         return None if self.why is None else f"--codec auto chose {self.method.name}: {self.why}"
+
+
+def _check_engine(codec: str, settings: dict[str, Any]) -> None:
+    """Refuses codes for an engine: none reads them."""
+    if (target := settings.get("target")) is not None:
+        known = SHAPES[target].cache_types if target in SHAPES else ()
+        fewer = f"; for fewer bytes there give --cache-type {listed(known, 'or')}" if known else ""
+        raise RecipeError(
+            f"--codec {codec} and --target {target}: no engine reads codes, so give --codec none, or leave --target "
+            f"out{fewer}"
+        )
 
 
 def with_settings(recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> MLA:

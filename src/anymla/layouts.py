@@ -9,39 +9,34 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from anymla.architectures.families import FAMILIES
-from anymla.errors import InfeasibleError, UnsupportedModelError
+from anymla.engine_shapes import GPU, LLAMA_CPP, EngineShapes
+from anymla.errors import InfeasibleError, RecipeError, UnsupportedModelError
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.spec import ModelSpec, RopeSpec
 
 GRID_ROPE = "channel-pca"  # the rope choice that knows how to keep to a grid
-KERNEL_RANK, KERNEL_ROPE = 512, 64  # the sizes of DeepSeek's own models, for which engines compile their kernels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a conversion must keep to: one split for all layers; rope frequencies in a geometric series; no biases.
-
-    ``rope``: most rope dims, which kernels of vLLM and SGLang have room for. Of the rank they have none but under
-    --pad cpu and full (padding.py), so it is free here and :func:`kernel_note` speaks of it.
-    """
+    """What a conversion must keep to: one split for all layers; rope frequencies in a geometric series; no biases."""
 
     uniform: bool = True
     grid: bool = True
     biases: bool = False
-    rope: int | None = KERNEL_ROPE
 
 
 class Layout(ABC):
     """What one format of anymla.exports can hold.
 
-    ``engines``: those that read it. ``limits``: what a conversion for it keeps to. ``kernel_rank``: the largest rank
-    that all kernels of the engines take; None where they take any.
+    ``engines``: those that read it. ``limits``: what a conversion for it keeps to. ``shapes``: the sizes and number
+    formats that the engines' kernels take.
     """
 
     name: ClassVar[str]
     engines: ClassVar[tuple[str, ...]]
     limits: ClassVar[Limits]
-    kernel_rank: ClassVar[int | None] = KERNEL_RANK
+    shapes: ClassVar[EngineShapes] = GPU
 
     @abstractmethod
     def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
@@ -109,8 +104,7 @@ class GgufLayout(DeepseekLayout):
 
     name = "gguf"
     engines = ("llama.cpp",)
-    limits = Limits(rope=None)
-    kernel_rank = None
+    shapes = LLAMA_CPP
 
     def verdict(self, model_spec: ModelSpec) -> tuple[str, str]:
         """As for deepseek, with a tokenizer that llama.cpp has."""
@@ -118,9 +112,12 @@ class GgufLayout(DeepseekLayout):
         return exactness, f"{needs}; a tokenizer that llama.cpp has, which convert checks first"
 
 
-FREE = Limits(uniform=False, grid=False, biases=True, rope=None)
+FREE = Limits(uniform=False, grid=False, biases=True)
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (DeepseekLayout(), VllmLayout(), GgufLayout())}
 LIMITS: Mapping[str | None, Limits] = {None: FREE} | {name: layout.limits for name, layout in LAYOUTS.items()}
+SHAPES: Mapping[str | None, EngineShapes] = {None: EngineShapes()} | {
+    name: layout.shapes for name, layout in LAYOUTS.items()
+}
 TARGETS = tuple(LAYOUTS)
 GRID_TARGETS = tuple(name for name, layout in LAYOUTS.items() if layout.limits.grid)
 
@@ -188,6 +185,20 @@ def check_target(target: Target, model: str, model_spec: ModelSpec, *, static_no
         raise UnsupportedModelError(f"--target {target} cannot hold {model}: {reason}; {left}")
 
 
+def check_cache_type(cache_type: str | None, target: Target | None) -> None:
+    """Refuses a quantised cache that the target's engines do not have.
+
+    Raises:
+        RecipeError: names the targets that have it.
+    """
+    if cache_type is not None and cache_type not in SHAPES[target].cache_types:
+        having = listed((name for name, layout in LAYOUTS.items() if cache_type in layout.shapes.cache_types), "or")
+        own = listed(SHAPES[target].cache_types, "and") if target is not None else ""
+        raise RecipeError(
+            f"--cache-type {cache_type} needs --target {having}" + (f"; --target {target} has {own}" if own else "")
+        )
+
+
 def verdicts(model_spec: ModelSpec) -> dict[str, tuple[str, str]]:
     """For each target whether its export is 'exact' with any plan, 'constrained', 'lossy' or 'impossible', and why."""
     found = {"transformers": ("exact", "any plan")}
@@ -206,32 +217,22 @@ def most_rope_dims(target: Target, rope: str, model_spec: ModelSpec) -> int | No
     Raises:
         InfeasibleError: the rope choice has channels that heads do not share.
     """
-    limits = LIMITS[target]
-    if not limits.grid:
-        return limits.rope
+    most = SHAPES[target].rope
+    if not LIMITS[target].grid:
+        return most
     if rope != GRID_ROPE:
         raise InfeasibleError(
             f"--rope {rope} chooses channels that are no grid, which --target {target} needs: leave --rope out, or "
             "give --target vllm"
         )
     plain = 2 * most_channels(model_spec)
-    return plain if limits.rope is None else min(plain, limits.rope)
+    return plain if most is None else min(plain, most)
 
 
 def most_channels(model_spec: ModelSpec) -> int:
     """Channels of a grid: one per frequency that turns as in plain rope."""
     spec = next(iter(model_spec.attention_layers.values()))
     return plain_pairs(model_spec.rope, spec.rope_pairs)
-
-
-def kernel_note(target: Target | None, rank: int) -> str | None:
-    """What a plan's rank means for the kernels that will serve it; None where nothing is to be said."""
-    if target is None or (most := LAYOUTS[target].kernel_rank) is None or rank <= most:
-        return None
-    return (
-        f"A rank above {most} (here {rank}) fits neither vLLM's kernel for CPUs nor FlashMLA: export --to "
-        f"{target} with --pad cuda or none, or keep a smaller cache."
-    )
 
 
 def grid_steps(rope_dims: int, most: int) -> tuple[int, ...]:

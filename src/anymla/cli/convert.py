@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +26,13 @@ from anymla.cli.options import (
     print_json,
     print_next,
     print_note,
+    print_page,
     recipe_options,
 )
 from anymla.cli.progress import Report, shown
 from anymla.codec_choice import AUTO, NONE, Choice
 from anymla.errors import RecipeError
+from anymla.methods.cache_coding import TransformCoding
 from anymla.methods.mla.plan import MLAPlan
 from anymla.methods.mla.settings import MLA
 from anymla.outcomes import CodedConversion, Conversion
@@ -86,17 +90,33 @@ def plan(
     settings: dict[str, Any],
     recipe: RecipeFile = None,
     codec: Codec = AUTO,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve",
+            help="Read weights and calibration text too, and predict what codes lose at many budgets and three costs "
+            "of decoding.",
+        ),
+    ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the plan of the step mla to this YAML file.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the plan of the step mla to this YAML file. With --curve: folder for results.json and "
+            "report.html.",
+        ),
     ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Dry run: what every layer becomes and what it costs, from the config alone."""
-    unasked = output is not None and codec == AUTO and recipe is None
+    unasked = output is not None and codec == AUTO and recipe is None and not curve
     used = NONE if unasked else codec
     choice = pipeline.choose(model, file_recipe(recipe), codec=used, revision=revision, **settings)
     choice = replace(choice, why="a plan file exists only for that step") if unasked else choice
+    if curve:
+        return _curve(model, choice, output, revision, as_json=as_json)
     if not isinstance(choice.method, MLA):
         if output is not None:
             raise RecipeError(f"--output {output}: a plan file exists only for the step mla: add --codec none")
@@ -182,7 +202,7 @@ def convert(
     out.print(
         scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
     )
-    print_next(output, conversion.model, conversion.seconds, getattr(conversion.method, "target", None))
+    print_next(output, conversion.model, conversion.seconds, conversion.method)
 
 
 def conversion_progress(report: Report) -> pipeline.Progress:
@@ -213,6 +233,34 @@ def _show_codes(planned: dict[str, Any], choice: Choice, *, as_json: bool) -> No
 
     _tell(choice)
     out.print(codes_table(planned))
+
+
+def _curve(model: str, choice: Choice, output: Path | None, revision: str | None, *, as_json: bool) -> None:
+    """What `anymla plan --curve` shows and writes."""
+    from anymla.report.results import check_folder, write_results
+    from anymla.report.trade_off import curve_page, curve_tables
+    from anymla.trade_off import plan_curve
+
+    if not isinstance(choice.method, TransformCoding):
+        why = "" if choice.why is None else f" ({choice.why})"
+        raise RecipeError(
+            f"--curve shows budgets of the step transform_coding, and the step here is {choice.method.name}{why}: "
+            "leave out --curve, or what chose that step"
+        )
+    if output is not None:
+        check_folder(output)
+    with shown("plan") as report:
+        report(0, None, "reading")
+        planned = plan_curve(model, choice.method, revision=revision, progress=report)
+    content = planned | {"command": shlex.join(["anymla", *sys.argv[1:]])}
+    if output is not None:
+        write_results(output, content, curve_page(planned, content))
+    if as_json:
+        return print_json(content)
+    _tell(choice)
+    out.print(curve_tables(planned))
+    if output is not None:
+        print_page(output)
 
 
 def _notes(conversion: Conversion | CodedConversion) -> Iterator[str]:

@@ -13,7 +13,7 @@ GROUPS = {  # by the names of parameters; those in none come last
     "What": (
         *("recipe", "plan", "step", "settings", "model", "teacher", "against", "revision", "adapter", "target", "to"),
         *("data", "eval_data", "text", "tasks", "include_path", "num_fewshot", "probe", "blimp", "lambada", "prompt"),
-        *("cache_type", "pad", "codec", "targets", "bundled"),
+        *("cache_type", "pad", "codec", "curve", "targets", "bundled"),
     ),
     "How much": (
         *(

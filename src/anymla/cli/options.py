@@ -20,6 +20,7 @@ from rich.console import Console
 
 from anymla.cli.groups import App
 from anymla.codec_choice import CODEC
+from anymla.methods.base import Method
 from anymla.methods.cache_coding import TransformCoding
 from anymla.methods.mla.settings import MLA
 from anymla.recipe import read_mla
@@ -125,16 +126,19 @@ def print_note(text: str) -> None:
     err.print(f"note: {text}", soft_wrap=True)
 
 
-def print_next(output: Path, original: str, seconds: float, target: str | None = None) -> None:
-    """Ends a command that wrote a model to ``output``: what to do with it, beside the ``original``, for ``target``."""
+def print_next(output: Path, original: str, seconds: float, method: Method | None = None) -> None:
+    """Ends a command that wrote a model to ``output``: what to do with it, beside the ``original``.
+
+    ``method``: the step that made it; its target and cache type say how to export it.
+    """
     folder, other = shlex.quote(str(output)), shlex.quote(str(original))
     out.print(f"Wrote {output} in {seconds:.0f} s.", soft_wrap=True)
     print_page(output)
     out.print("Next:")
     out.print(f"  anymla chat {folder} --against {other}", soft_wrap=True)
     out.print(f"  anymla eval {folder} --against {other} --text YOUR.txt", soft_wrap=True)
-    if target is not None:
-        out.print(f"  anymla export {folder} --to {target} -o SERVED", soft_wrap=True)
+    if isinstance(method, MLA) and method.target is not None:
+        out.print(f"  anymla export {folder} --to {method.target}{method.cache_option} -o SERVED", soft_wrap=True)
 
 
 def print_page(output: Path) -> None:

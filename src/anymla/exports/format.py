@@ -29,7 +29,6 @@ class Format(ABC):
         kind: what is written, as the model card says it.
         dtypes: of the weights.
         pads: the choices of ``--pad``; none where nothing is padded.
-        caches: the quantised caches for which the latent's gauge can be chosen.
         default_pad: the one that is taken unasked.
         library: the library that loads it, as the hub's cards name it.
         loading: further arguments with which transformers loads it; None where transformers does not.
@@ -40,7 +39,6 @@ class Format(ABC):
     kind: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     pads: ClassVar[tuple[str, ...]] = PADS
-    caches: ClassVar[tuple[str, ...]] = ()
     default_pad: ClassVar[str] = "none"
     library: ClassVar[str] = "transformers"
     loading: ClassVar[str | None] = None
@@ -50,6 +48,11 @@ class Format(ABC):
     def layout(self) -> Layout:
         """What the format can hold."""
         return LAYOUTS[self.name]
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """The quantised caches for which the latent's gauge can be chosen."""
+        return tuple(self.layout.shapes.cache_types)
 
     def dtype_of(self, own: str) -> str | None:
         """The dtype in which a model of dtype ``own`` is written unasked; None where one must be given."""

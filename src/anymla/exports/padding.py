@@ -6,22 +6,21 @@ from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anymla.engine_shapes import GPU, LLAMA_CPP
 from anymla.errors import InfeasibleError
-from anymla.layouts import KERNEL_RANK, KERNEL_ROPE
 
 if TYPE_CHECKING:
     from anymla.exports.fold import Sizes
 
-PADS = ("none", "cpu", "cuda", "full")
-BLOCK = 32  # numbers with one scale in llama.cpp's quantised caches
+PADS = ("none", *GPU.pads)
 
 
 def padded(folder: Path, sizes: Sizes, pad: str) -> Sizes:
     """The sizes of the model in ``folder``, grown to what ``pad``, one of PADS or 'blocks', asks for.
 
-    'cpu': rank 512 and rope 64, the only ones of vLLM's kernel for CPUs. 'cuda': rope 64, nope 64 or 128, value 128,
-    for prefill on GPUs. 'full': both, for FlashMLA and TensorRT-LLM. 'blocks': rank and rope whole blocks of 32, for
-    llama.cpp's quantised caches.
+    Rank and rope are those of engine_shapes.py. 'cpu': the only ones of vLLM's kernel for CPUs. 'cuda': also nope 64 or
+    128 and value 128, for prefill on GPUs. 'full': both, for FlashMLA and TensorRT-LLM. 'blocks': rank and rope in
+    whole blocks, for llama.cpp's quantised caches.
 
     Raises:
         InfeasibleError: the model has more than that.
@@ -45,10 +44,10 @@ def _grown(sizes: Sizes, pad: str) -> Sizes:
     if pad == "none":
         return sizes
     if pad == "blocks":
-        return replace(sizes, rank=sizes.rank + -sizes.rank % BLOCK, rope=sizes.rope + -sizes.rope % BLOCK)
-    grown = replace(sizes, rope=KERNEL_ROPE)
-    if pad in ("cpu", "full"):
-        grown = replace(grown, rank=KERNEL_RANK)
+        block = max(LLAMA_CPP.cache_types.values())
+        return replace(sizes, rank=sizes.rank + -sizes.rank % block, rope=sizes.rope + -sizes.rope % block)
+    rank, rope = GPU.pads[pad]
+    grown = replace(sizes, rank=rank or sizes.rank, rope=rope or sizes.rope)
     if pad in ("cuda", "full"):
         grown = replace(grown, nope=64 if sizes.nope <= 64 else 128, value=128)
     return grown

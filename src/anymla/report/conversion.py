@@ -27,7 +27,6 @@ def conversion_page(report: Conversion | CodedConversion, folder: Path) -> Page:
     """The page of a conversion; ``folder`` holds what lies beside it: the checkpoint and its account."""
     before, after = report.before, report.after
     kept = share(after.cache_bytes_per_token, before.cache_bytes_per_token)
-    target = getattr(report.method, "target", None)
     return Page(
         title=f"{public_name(report.model)} with {kept} of its KV cache per token",
         lead=(
@@ -39,7 +38,7 @@ def conversion_page(report: Conversion | CodedConversion, folder: Path) -> Page:
         sections=(
             Section(heading="Before and after", text=_notes(report), tables=(_scores_table(report),)),
             layers_section(folder, _errors(report), before.cache_bytes_per_token),
-            use_section(folder, report.output, report.model, target),
+            use_section(folder, report.output, report.model, report.method),
             papers_section([report.method]),
             record("conversion.json", report.to_dict()),
             record(ACCOUNT, read_object(folder / ACCOUNT)),

@@ -177,11 +177,12 @@ def _chosen(step: Method) -> dict[str, Paper]:
     )
 
 
-def use_section(folder: Path, place: Path, original: str, target: str | None = None) -> Section:
+def use_section(folder: Path, place: Path, original: str, method: Method | None = None) -> Section:
     """The commands that use and serve what lies in ``folder`` and will be at ``place``.
 
-    ``target``: what its conversion was planned for.
+    ``method``: the step that converted it, which may have planned for a target.
     """
+    target, cache = (method.target, method.cache_option) if isinstance(method, MLA) else (None, "")
     config = read_config(folder)
     converted = str(config["model_type"]).startswith("anymla_")
     quoted, other = shlex.quote(str(place)), shlex.quote(original)
@@ -198,7 +199,7 @@ def use_section(folder: Path, place: Path, original: str, target: str | None = N
     found += [
         Command(
             f"Export it, which ends with the commands to serve it ({name})",
-            f"anymla export {quoted} --to {name} -o SERVED",
+            f"anymla export {quoted} --to {name}{cache * (name == target)} -o SERVED",
         )
         for name in _exports(config, target)
     ]

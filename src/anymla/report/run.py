@@ -50,7 +50,7 @@ def run_page(report: RunReport, folder: Path) -> Page:
     recipe, last = report.recipe, report.steps[-1]
     original = str(recipe.teacher or recipe.model)
     names = ", then ".join(step.name for step in recipe.steps)
-    target = next((step.target for step in recipe.steps if isinstance(step, MLA)), None)
+    converting = next((step for step in recipe.steps if isinstance(step, MLA)), None)
     return Page(
         title=f"{public_name(str(recipe.model))} after {names}",
         lead=_lead(report),
@@ -59,7 +59,7 @@ def run_page(report: RunReport, folder: Path) -> Page:
             Section(heading="After each step", tables=(outcomes_table(outcomes, "after step"),)),
             Section(heading="Quality against bytes", charts=tuple(quality_charts(outcomes))),
             layers_section(folder, before=report.original.account.cache_bytes_per_token),
-            use_section(folder, report.output, original, target),
+            use_section(folder, report.output, original, converting),
             papers_section(recipe.steps),
             record("run.json", report.to_dict()),
         ),

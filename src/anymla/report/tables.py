@@ -184,7 +184,9 @@ def codes_table(planned: Mapping[str, Any]) -> Group:
         "Per layer: numbers per token, their average bits, and bytes; multiply-adds of one new token per cached one.",
         f"Cache per token{_while_short(planned)}: {size(cache['before'])} -> {size(cache['after'])}{exact}"
         f"{_at_lengths(planned['cache_bytes_at'])}.",
-        "Bits and axes are those of typical layers; conversion chooses them on calibration text.",
+        "Bits and axes are those that a conversion with these settings chooses."
+        if "curve" in planned
+        else "Bits and axes are those of typical layers; conversion chooses them on calibration text (--curve too).",
     ]
     shown = table(f"{planned['model']}, {name}", CODE_COLUMNS, _code_rows(planned["layers"]))
     return Group(shown, *map(Text, notes))

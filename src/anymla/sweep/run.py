@@ -25,11 +25,18 @@ from anymla.io.device import pick_device
 from anymla.io.packed import PackedFiles
 from anymla.io.streamed import StreamedModel
 from anymla.io.work import WorkFolder
-from anymla.methods.base import LayerMethod, Plan, SweptMethod
+from anymla.methods.base import Facts, LayerMethod, Plan, Survey, SweptMethod
 from anymla.modeling.spec import DTYPE_BYTES, ModelSpec
 from anymla.stored_bytes import write_account
 from anymla.sweep.checkpoint import write_checkpoint
-from anymla.sweep.progress import claim, decide_computing, fingerprint, keep_when_stopped, model_hash
+from anymla.sweep.progress import (
+    claim,
+    decide_computing,
+    fingerprint,
+    keep_when_stopped,
+    model_hash,
+    terminated_as_interrupted,
+)
 from anymla.sweep.search import run_search
 from anymla.sweep.sequence import LayerRecord, Progress, Sequence
 from anymla.sweep.survey import run_survey
@@ -130,6 +137,43 @@ def swept(
         if rank() == 0:
             work.finish()
         wait_for_all()
+
+
+def surveyed(
+    method: LayerMethod,
+    survey: Survey,
+    source: Path,
+    model: ModelSpec,
+    place: Path,
+    *,
+    memory: int,
+    told: Callable[[int, int], None] | None = None,
+) -> Facts:
+    """What ``survey`` says of the checkpoint folder ``source`` on the calibration text of ``method``; changes nothing.
+
+    Args:
+        method: whose plan awaits the facts.
+        survey: what is asked.
+        source: the original's folder.
+        model: its spec.
+        place: beside it lies what is not in memory; of the facts, tensors are there too.
+        memory: bytes of activations that may be in memory at once.
+        told: called after each pass through a layer.
+
+    Raises:
+        AnymlaError: one of its kinds, each one clear line.
+        OSError: the disk is full or ``place`` cannot be written.
+    """
+    plan, windows = method.plan(model), _calibration(method, source, model)
+    device = pick_device(method.device)
+    streamed, work = StreamedModel(source, dtype=method.dtype, device=device), WorkFolder(place)
+    claim(work, lambda: {"source": model_hash(source, method.dtype)}, restart=False)
+    try:
+        with terminated_as_interrupted():
+            streamed.compute_in(decide_computing(work, streamed.stored_dtype, device, method.dtype).dtype)
+            return run_survey(survey, streamed, model, plan, windows, work, memory=memory, told=told)
+    finally:
+        work.release()
 
 
 def _check_config(method: SweptMethod, source: Path, model: ModelSpec) -> None:

@@ -21,7 +21,6 @@ class DeepseekFormat(Format):
     name = "deepseek"
     kind = "a stock, dense `DeepseekV3ForCausalLM` checkpoint, which needs nothing of anymla"
     dtypes = ("float32", "bfloat16")
-    caches = ("fp8",)
     loading = ""
 
     def write(self, converted: Path, folder: Path, *, dtype: str, pad: str, cache: str | None) -> Parity:

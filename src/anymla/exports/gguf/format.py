@@ -33,7 +33,6 @@ class GgufFormat(Format):
     kind = "a GGUF file of llama.cpp's arch `deepseek2`, tokenizer and chat template included"
     dtypes = get_args(GgufDtype)
     pads = ()
-    caches = ("q8_0", "q4_0")
     library = "gguf"
     place = "."
 
@@ -58,12 +57,11 @@ class GgufFormat(Format):
         """By way of a DeepSeek checkpoint in float32, so that weights are rounded once."""
         from anymla.exports.deepseek.writer import write_deepseek
         from anymla.exports.gauge_choice import chosen_gauges
-        from anymla.exports.padding import BLOCK
 
         require_gguf()
         kind = cast("GgufDtype", dtype)
         (deepseek := folder / "deepseek").mkdir()
-        gauges = partial(chosen_gauges, block=BLOCK) if cache else None
+        gauges = partial(chosen_gauges, block=self.layout.shapes.block(cache)) if cache else None
         write_deepseek(converted, deepseek, pad="blocks" if cache else "none", dtype="float32", gauges=gauges)
         write_gguf(deepseek, folder / FILE, dtype=kind)
         parity = _checked(converted, deepseek, folder / FILE, kind, cache)

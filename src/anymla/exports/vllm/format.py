@@ -19,7 +19,6 @@ class VllmFormat(Format):
     name = "vllm"
     kind = "a checkpoint with remote code that vLLM's transformers backend serves with latent attention"
     dtypes = ("float32", "bfloat16", "float16")
-    caches = ("fp8",)
     default_pad = "cpu"
     loading = ", trust_remote_code=True"
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymla.engine_shapes import GPU
 from anymla.exports.parity import (
     LOG_PROBABILITIES,
     TOLERANCE,
@@ -23,14 +24,13 @@ from anymla.exports.parity import (
 )
 from anymla.exports.vllm.run_vllm import MARKER
 from anymla.io.config import read_object
-from anymla.layouts import KERNEL_RANK, KERNEL_ROPE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCRIPT = Path(__file__).with_name("run_vllm.py")
 LIMIT = 600  # seconds: vLLM has been seen to hang as it starts
-CPU_SIZES = {"kv_lora_rank": KERNEL_RANK, "qk_rope_head_dim": KERNEL_ROPE}  # of its only kernel for CPUs
+CPU_SIZES = dict(zip(("kv_lora_rank", "qk_rope_head_dim"), GPU.pads["cpu"], strict=True))  # of its only kernel there
 ERROR = re.compile(r"^[\w.]*(?:Error|Exception)\b.*")
 
 

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from anymla.modeling.coding_spec import WIDTHS, Coding
 
@@ -14,7 +14,7 @@ from anymla.modeling.coding_spec import WIDTHS, Coding
 # (Max, 1960, table I), and a float16.
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000642, 8: 4.1e-5, 16: 4e-8}
 
-
+FALL = 1e-4  # of the energies of a layer that nobody looked at, from its first coefficient to its last
 TRIES = 16  # prefixes of steps that are tried beyond the one that bisection finds
 MISSES = 500  # steps in a row that do not fit, after which no smaller one is looked for
 
@@ -84,6 +84,18 @@ def at_price(energy: float, price: float) -> tuple[int, float]:
 def error(energies: Sequence[float], bits: Sequence[int]) -> float:
     """What a row's coefficients lose at ``bits``."""
     return sum(energy * DISTORTION[each] for energy, each in zip(energies, bits, strict=True))
+
+
+def typical(width: int) -> list[float]:
+    """Energies of so many coefficients of a layer that nobody looked at: evenly falling ones."""
+    return [FALL ** (place / width) for place in range(width)]
+
+
+def coding(bits: Sequence[int], order: Sequence[int]) -> Coding:
+    """How a row is stored whose coefficients have these ``bits``; ``order``: their places as they are stored."""
+    if not bits:  # the rope key of a family without rope
+        return Coding(bits=((16, 0),), kind="plain")
+    return Coding(bits=tuple((width, len(list(run))) for width, run in groupby(bits[place] for place in order)))
 
 
 def code_bytes(bits: Sequence[int]) -> int:

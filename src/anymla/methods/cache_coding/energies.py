@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from anymla.errors import CheckpointError
 from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, in_blocks, single_channels
-from anymla.methods.cache_coding.forms import CHANNELS, Form, forms
+from anymla.methods.cache_coding.forms import CHANNELS, Form, forms_of_all
 from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
 from anymla.modeling.attention_spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from anymla.methods.cache_coding.curve import DecodeCost
     from anymla.methods.cache_coding.transform_coding import TransformCoding
     from anymla.sweep.layer import Layer
 
 
 class EnergySurvey(KeyValueSurvey):
-    """Also "keys" and "values": their energies in every form that a plan may choose, by the form's name."""
+    """Also "keys" and "values": their energies in every form that a plan may choose, by the form's name.
 
-    def __init__(self, settings: TransformCoding, exact_window: int) -> None:
+    ``decode_costs``: of the plans. Default: that of ``settings`` alone.
+    """
+
+    def __init__(
+        self, settings: TransformCoding, exact_window: int, decode_costs: Sequence[DecodeCost] | None = None
+    ) -> None:
         super().__init__(settings.first_tokens, exact_window)
-        self.settings = settings
+        self.decode_costs = decode_costs or (settings.decode_cost,)
 
     def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
         """The facts of the layer, over all processes.
@@ -33,7 +40,7 @@ class EnergySurvey(KeyValueSurvey):
         facts = super().layer(layer, observed)
         if (attention := layer.old.attention) is None:
             return facts
-        kinds = zip(("key", "value"), forms(attention, self.settings.decode_cost), strict=True)
+        kinds = zip(("key", "value"), forms_of_all(attention, self.decode_costs), strict=True)
         found = {
             kind: {form.name: basis_of(facts, kind, form, attention).energies for form in possible}
             for kind, possible in (() if layer.old.latent else kinds)

@@ -6,21 +6,22 @@ from typing import Any
 
 from anymla.account import account, in_dtype
 from anymla.errors import UnsupportedModelError
-from anymla.methods.base import LayerMethod
+from anymla.methods.base import Facts, LayerMethod
 from anymla.methods.cache_coding.forms import Form
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.spec import ModelSpec
 
 
-def explain_codes(model: str, method: LayerMethod, before: ModelSpec) -> dict[str, Any]:
-    """The costs of ``method`` on ``model``, from its config: per layer, and of the whole cache before and after.
+def explain_codes(model: str, method: LayerMethod, before: ModelSpec, facts: Facts | None = None) -> dict[str, Any]:
+    """The costs of ``method`` on ``model``: per layer, and of the whole cache before and after.
 
-    Bits and blocks are those of typical layers; a conversion chooses them on calibration text.
+    Without the ``facts`` of its survey, from the config alone, bits and blocks are those of typical layers; a
+    conversion chooses them on calibration text.
     """
     if (reason := method.refuses(before)) is not None:
         raise UnsupportedModelError(f"{model} cannot have {method.name}: {reason}")
-    after = in_dtype(method.plan(before).after, method.dtype)
+    after = in_dtype(method.plan(before, facts).after, method.dtype)
     held, coded = account(in_dtype(before, method.dtype)), account(after)
     return {
         "model": model,

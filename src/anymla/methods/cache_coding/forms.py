@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from anymla.modeling.attention_spec import AttentionSpec
@@ -66,6 +67,14 @@ def forms(attention: AttentionSpec, decode_cost: float | Literal["any"]) -> tupl
         if most_operations(attention, decode_cost) - fixed >= WORTH * size * each:
             keys.append(form)
     return keys, [Form(AXES, block) for block in blocks]
+
+
+def forms_of_all(
+    attention: AttentionSpec, decode_costs: Iterable[float | Literal["any"]]
+) -> tuple[list[Form], list[Form]]:
+    """Those of several costs of decoding, each once."""
+    keys, values = zip(*(forms(attention, cost) for cost in decode_costs), strict=True)
+    return [*dict.fromkeys(chain(*keys))], [*dict.fromkeys(chain(*values))]
 
 
 def most_operations(attention: AttentionSpec, decode_cost: float | Literal["any"]) -> float:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from anymla.methods.cache_coding.allocation import allocate, error
-from anymla.modeling.coding_spec import CodedSpec, Coding
+from anymla.methods.cache_coding.allocation import allocate, coding, error, typical
+from anymla.modeling.coding_spec import CodedSpec
 from anymla.modeling.spec import LayerSpec
-
-FALL = 1e-4  # of the energies of a layer that nobody looked at, from its first coefficient to its last
 
 
 class LatentCoding(BaseModel):
@@ -45,8 +42,8 @@ class LatentCoding(BaseModel):
     def spec(self, first_tokens: int) -> CodedSpec:
         """The cache of a layer."""
         return CodedSpec(
-            keys=_coding(self.latent_bits, self.latent_order),
-            values=_coding(self.rope_bits, self.rope_order),
+            keys=coding(self.latent_bits, self.latent_order),
+            values=coding(self.rope_bits, self.rope_order),
             key_basis="own",
             value_basis="own",
             first_tokens=first_tokens,
@@ -83,14 +80,4 @@ def _energies(layer: LayerSpec, facts: dict[str, Any] | None) -> tuple[Sequence[
     if facts is not None:
         return facts["key_energies"]["latent"], facts["value_energies"]["rope_key"]
     rank, rope_dims = layer.coded_sizes
-    return _falling(rank), _falling(rope_dims // 2) * 2
-
-
-def _falling(width: int) -> list[float]:
-    return [FALL ** (place / width) for place in range(width)]
-
-
-def _coding(bits: Sequence[int], order: Sequence[int]) -> Coding:
-    if not bits:  # the rope key of a family without rope
-        return Coding(bits=((16, 0),), kind="plain")
-    return Coding(bits=tuple((width, len(list(run))) for width, run in groupby(bits[place] for place in order)))
+    return typical(rank), typical(rope_dims // 2) * 2

@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from anymla.errors import InfeasibleError
-from anymla.methods.cache_coding.allocation import allocate, at_price, error, price
+from anymla.methods.cache_coding.allocation import allocate, at_price, coding, error, price, typical
 from anymla.methods.cache_coding.forms import AXES, Form, forms, most_operations
 from anymla.modeling.attention_spec import AttentionSpec
-from anymla.modeling.coding_spec import CodedSpec, Coding
+from anymla.modeling.coding_spec import CodedSpec
 
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.transform_coding import TransformCoding
 
 ROUNDS = 4  # of choosing forms at the price of a bit, and the price with these forms
-FALL = 1e-4  # of the energies of a layer that nobody looked at, from its first coefficient to its last
 
 
 class LayerCoding(BaseModel):
@@ -55,8 +54,8 @@ class LayerCoding(BaseModel):
         """The cache of a layer."""
         heads = attention.num_kv_heads
         return CodedSpec(
-            keys=_coding(self.key_bits, self.keys, "key", attention),
-            values=_coding(self.value_bits, self.values, "value", attention),
+            keys=coding(self.key_bits, ordered(self.key_bits, self.keys, "key", attention)),
+            values=coding(self.value_bits, ordered(self.value_bits, self.values, "value", attention)),
             key_basis=self.key_basis,
             value_basis="axes",
             key_block=self.key_block % heads,
@@ -85,11 +84,10 @@ class Energies:
 
 
 def _falling(form: Form, kind: str, attention: AttentionSpec) -> list[float]:
-    width = form.block * attention.head_dim
-    row = [0.0] * (attention.num_kv_heads * attention.head_dim)
+    row, of_block = [0.0] * (attention.num_kv_heads * attention.head_dim), typical(form.block * attention.head_dim)
     for group in form.groups(kind, attention):
         for place in group:
-            row[place] = FALL ** (group[0] % width / width)
+            row[place] = of_block[group[0] % len(of_block)]
     return row
 
 
@@ -233,8 +231,3 @@ def ordered(bits: Sequence[int], form: Form, kind: str, attention: AttentionSpec
             places += part
         places += [group[0] for group in groups if len(group) == 1]
     return places
-
-
-def _coding(bits: Sequence[int], form: Form, kind: str, attention: AttentionSpec) -> Coding:
-    runs = groupby(bits[place] for place in ordered(bits, form, kind, attention))
-    return Coding(bits=tuple((width, len(list(run))) for width, run in runs))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from anymla.account import in_dtype
 from anymla.errors import InfeasibleError, RecipeError
-from anymla.layouts import GRID_TARGETS, LIMITS, check_target, listed, most_rope_dims
+from anymla.layouts import GRID_TARGETS, LIMITS, SHAPES, check_cache_type, check_target, listed, most_rope_dims
 from anymla.methods.base import Facts
 from anymla.methods.mla.ranks import SURVEYED, spread
 from anymla.methods.mla.rope import ROPE_CHOICES
@@ -75,6 +76,7 @@ def check_settings(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
         raise RecipeError(f"--static-qk-norm is for --target {targets}: others keep the norms unchanged")
     if recipe.target is not None:
         check_target(recipe.target, model, model_spec, static_norms=recipe.static_qk_norm)
+    check_cache_type(recipe.cache_type, recipe.target)
 
 
 def plan_layers(model_spec: ModelSpec, recipe: MLA, facts: Facts | None = None) -> tuple[LayerPlan | None, ...]:
@@ -147,11 +149,32 @@ def rope_step(spec: AttentionSpec, recipe: MLA) -> int:
 def _least(spec: AttentionSpec, recipe: MLA, most: int | None) -> int:
     """The fewest numbers that a layer can have."""
     rope_dims = _explicit_rope_dims(spec, recipe)
-    return (_rotated(spec, recipe, most)[1] if rope_dims is None else rope_dims) + (recipe.kv_rank or 1)
+    return (_rotated(spec, recipe, most)[1] if rope_dims is None else rope_dims) + (recipe.kv_rank or _block(recipe))
 
 
 def _plan_layer(spec: AttentionSpec, recipe: MLA, index: int, most: int | None, cached: int) -> LayerPlan:
     """``most``: rope dims that the recipe's target can hold, where it has a limit; ``cached``: numbers of the layer."""
+    layer = _sized(spec, recipe, index, most, cached - cached % _block(recipe))
+    check_shape(recipe, *typical_split(layer))
+    return layer
+
+
+def check_shape(recipe: MLA, rope_dims: int, rank: int) -> None:
+    """Refuses sizes that the engines of the recipe's target do not take.
+
+    Raises:
+        InfeasibleError: names the nearest sizes that they take.
+    """
+    if (reason := SHAPES[recipe.target].refusal(rank, rope_dims, recipe.cache_type)) is not None:
+        raise InfeasibleError(f"--target {recipe.target} {reason}")
+
+
+def _block(recipe: MLA) -> int:
+    """Of how many numbers rank and rope dims are multiples."""
+    return SHAPES[recipe.target].block(recipe.cache_type)
+
+
+def _sized(spec: AttentionSpec, recipe: MLA, index: int, most: int | None, cached: int) -> LayerPlan:
     keys = spec.num_kv_heads * spec.head_dim
     rotated, step = _rotated(spec, recipe, most)
     rope_dims = _explicit_rope_dims(spec, recipe)
@@ -172,7 +195,7 @@ def _plan_layer(spec: AttentionSpec, recipe: MLA, index: int, most: int | None, 
         raise InfeasibleError(
             f"--rope {recipe.rope}{given} needs at least {least} numbers per token; the original's layer {index} has "
             f"{spec.cached_numbers}: with these rope dims the largest --kv-rank is "
-            f"{spec.cached_numbers - least + (recipe.kv_rank or 1)}"
+            f"{spec.cached_numbers - least + (recipe.kv_rank or _block(recipe))}"
         )
     if cached < least:
         smallest = -(-least * 10000 // spec.cached_numbers) / 10000
@@ -187,15 +210,20 @@ def _plan_layer(spec: AttentionSpec, recipe: MLA, index: int, most: int | None, 
         rank = min(cached - rope_dims, 2 * keys)
         return LayerPlan(cached_numbers=rope_dims + rank, rope_dims=rope_dims, kv_rank=rank)
     whole = cached >= 2 * keys and rotated == 2 * spec.num_kv_heads * spec.rope_pairs
-    return _free_split(cached, step, keys, rotated, whole)
+    return _free_split(cached, step, keys, rotated, whole, SHAPES[recipe.target].preferred)
 
 
 def _rotated(spec: AttentionSpec, recipe: MLA, most: int | None) -> tuple[int, int]:
     """The most rope dims that a layer can keep, and the steps they come in; both 0 where it has no rope."""
     rotated = 2 * spec.num_kv_heads * spec.rope_pairs
-    step = rope_step(spec, recipe) if rotated else 0
+    step = math.lcm(rope_step(spec, recipe), _block(recipe)) if rotated else 0
     if not rotated or most is None:
         return rotated, step
+    if most < step and recipe.cache_type is not None:
+        raise InfeasibleError(
+            f"--cache-type {recipe.cache_type} takes {step} rope dims at least, --target {recipe.target} holds {most} "
+            "of this model: leave it out here, and anymla export --cache-type fills blocks with zeros"
+        )
     if most < step:
         raise InfeasibleError(
             f"--rope {recipe.rope} turns {step} dims at least, --target {recipe.target} holds {most}: leave --rope out"
@@ -203,16 +231,22 @@ def _rotated(spec: AttentionSpec, recipe: MLA, most: int | None) -> tuple[int, i
     return min(rotated, most // step * step), step
 
 
-def _free_split(cached: int, step: int, keys: int, rotated: int, whole: bool) -> LayerPlan:
-    """Leaves the split to calibration; with the ``whole`` budget everything fits and nothing is left to choose."""
+def _free_split(
+    cached: int, step: int, keys: int, rotated: int, whole: bool, preferred: Callable[[int], bool]
+) -> LayerPlan:
+    """Leaves the split to calibration; with the ``whole`` budget everything fits and nothing is left to choose.
+
+    ``preferred``: whether the target's engines like a rank best.
+    """
     if whole or not rotated:
         cached = min(cached, 2 * keys)
         rope_dims = rotated if whole else 0
         return LayerPlan(cached_numbers=cached, rope_dims=rope_dims, kv_rank=cached - rope_dims)
     most = min(rotated, (cached - 1) // step * step)
     shares = {round(cached * share / step) * step for share in ROPE_SHARES}
-    choices = tuple(sorted({min(max(dims, step), most) for dims in shares}))
-    return LayerPlan(cached_numbers=cached, rope_dims=None, kv_rank=None, rope_choices=choices)
+    choices = {min(max(dims, step), most) for dims in shares}
+    choices |= {dims for dims in range(step, most + 1, step) if preferred(cached - dims)}
+    return LayerPlan(cached_numbers=cached, rope_dims=None, kv_rank=None, rope_choices=tuple(sorted(choices)))
 
 
 def _explicit(recipe: MLA) -> dict[str, int]:

@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from anymla.account import account, in_dtype
 from anymla.errors import InfeasibleError, RecipeError
 from anymla.io.device import matmul_speed
-from anymla.layouts import LIMITS, check_target, kernel_note, most_channels, most_rope_dims
+from anymla.layouts import LIMITS, SHAPES, check_cache_type, check_target, most_channels, most_rope_dims
 from anymla.methods.mla.costs import latent_cost, original_cost, peak_memory
 from anymla.methods.mla.duration import estimated_seconds, faster
 from anymla.methods.mla.layer_plan import (
     LayerPlan,
     check_settings,
+    check_shape,
     plan_layers,
     rope_step,
     spec_after,
@@ -100,6 +101,7 @@ def check_plan(plan: MLAPlan, model: str, model_spec: ModelSpec) -> None:
 def _check_target(plan: MLAPlan, model: str, model_spec: ModelSpec) -> None:
     """Refuses a plan that its own recipe's target cannot hold."""
     target, layers = plan.recipe.target, [layer for layer in plan.layers if layer is not None]
+    check_cache_type(plan.recipe.cache_type, target)
     most = None
     if target is not None:
         check_target(target, model, model_spec, static_norms=plan.recipe.static_qk_norm)
@@ -112,9 +114,21 @@ def _check_target(plan: MLAPlan, model: str, model_spec: ModelSpec) -> None:
             raise InfeasibleError(
                 f"the plan's rope dims {widest} are more than the {most} that --target {target} holds"
             )
+        check_shape(plan.recipe, *typical_split(layer))
         last, grid = (widest // 2 - 1) * (layer.rope_step or 1), LIMITS[target].grid
         if (layer.rope_step is not None and not grid) or (grid and not 0 <= last < most_channels(model_spec)):
             raise InfeasibleError(f"the plan's rope_step {layer.rope_step} and rope dims {widest} do not fit {model}")
+
+
+def _kernels(plan: MLAPlan, model_spec: ModelSpec) -> str | None:
+    """What the plan's sizes mean for the kernels that will serve it."""
+    splits = [typical_split(layer) for layer in plan.layers if layer is not None]
+    rope_dims, rank = max(splits, key=lambda split: split[1])
+    if (target := plan.recipe.target) is None:
+        return None
+    room = min(spec.cached_numbers for spec in model_spec.attention_layers.values())
+    most = most_rope_dims(target, plan.recipe.rope, model_spec)
+    return SHAPES[target].note(rank, rope_dims, (room, room if most is None else most))
 
 
 def plan_bytes(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, dict[str, int]]:
@@ -160,7 +174,7 @@ def explain(plan: MLAPlan, model_spec: ModelSpec) -> dict[str, Any]:
         )
     speed = matmul_speed()
     told = (
-        kernel_note(plan.recipe.target, max(typical_split(layer)[1] for layer in plan.layers if layer)),
+        _kernels(plan, model_spec),
         faster(model_spec, plan.recipe, speed),
     )
     return {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
+from anymla.engine_shapes import CACHE_TYPES
 from anymla.errors import AnymlaError
 from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
 Effort = Literal["quick", "default", "best"]
 if TYPE_CHECKING:
+    CacheType: TypeAlias = str
     Rope: TypeAlias = str
     FactorizationName: TypeAlias = str
     RankName: TypeAlias = str
 else:
     Rope, FactorizationName = Literal[tuple(ROPE_CHOICES)], Literal[tuple(FACTORIZATIONS)]
-    RankName = Literal[RANKS]
+    CacheType, RankName = Literal[CACHE_TYPES], Literal[RANKS]
 
 SHARED_ROPES = tuple(name for name, choice in ROPE_CHOICES.items() if choice.shared)  # by all KV heads
 PER_HEAD_ROPES = tuple(name for name, choice in ROPE_CHOICES.items() if not choice.shared)
@@ -75,6 +77,11 @@ class MLA(LayerMethod):
         None,
         description="Plan under the limits of this layout, so that `anymla export --to` it is exact: "
         f"{listed(TARGETS, 'or')}. Default: no limits, for transformers.",
+    )
+    cache_type: CacheType | None = Field(
+        None,
+        description="Plan sizes that a quantised cache of the target stores whole: q8_0 or q4_0 of llama.cpp, fp8 of "
+        "vLLM and SGLang. anymla export takes the same option. Default: a cache of floats.",
     )
     rope: Rope = Field(
         "channel-pca",
@@ -168,6 +175,11 @@ class MLA(LayerMethod):
         if facts is not None:
             layers = agreed(allotted(layers, self, model, facts), self, model, facts)
         return Plan(after=spec_after(model, self, layers), choices=layers)
+
+    @property
+    def cache_option(self) -> str:
+        """What `anymla export` must be told of the cache that was planned for."""
+        return "" if self.cache_type is None else f" --cache-type {self.cache_type}"
 
     def survey(self, model: ModelSpec, plan: Plan) -> Survey | None:
         """What ranks go by, or what the splits that the target leaves open would lose; none where nothing is open."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from anymla.layouts import LIMITS, grid_steps, most_channels
+from anymla.layouts import LIMITS, SHAPES, grid_steps, most_channels
 from anymla.methods.base import Facts
 from anymla.methods.mla.layer_plan import LayerPlan
 from anymla.modeling.spec import ModelSpec
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA
 
 MOST_LAYERS = 8  # that are looked at, evenly spaced
+NEAR = 0.02  # of the least loss: splits that lose no more beyond it are as good
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,18 @@ def agreed(
 ) -> tuple[LayerPlan | None, ...]:
     """``layers`` with the one split that loses least over the layers of ``facts``, where the target needs one.
 
+    One that the target's engines prefer is taken where it loses hardly more.
+
     ``facts``: what :class:`SplitSurvey` gave of each layer.
     """
     first = next(layer for layer in layers if layer is not None)
     if not (splits := open_splits(first, settings, model)):
         return layers
+    ranks = [first.cached_numbers - split.rope_dims for split in splits]
     lost = [sum(fact["lost"][number] for fact in facts if fact is not None) for number in range(len(splits))]
-    best = splits[lost.index(min(lost))]
+    near = [number for number, each in enumerate(lost) if each <= (1 + NEAR) * min(lost)]
+    preferred = [number for number in near if SHAPES[settings.target].preferred(ranks[number])]
+    best = splits[min(preferred or near, key=lost.__getitem__)]
     rank = first.cached_numbers - best.rope_dims
     update = {"rope_dims": best.rope_dims, "kv_rank": rank, "rope_choices": (), "rope_step": best.rope_step}
     return tuple(layer and layer.model_copy(update=update) for layer in layers)
