@@ -176,6 +176,8 @@ def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     match layer.kind:
         case CodedSpec() if layer.latent is not None:
             return latent_bytes(*layer.parts, hidden, dtype) + table_bytes(layer, dtype)
+        case CodedSpec() if layer.mfa is not None and layer.attention is not None:
+            return mfa_bytes(layer.attention, layer.mfa, hidden, dtype) + table_bytes(layer, dtype)
         case CodedSpec():
             return coded_bytes(layer, hidden, dtype)
         case LatentSpec() as latent:

@@ -15,7 +15,7 @@ from transformers import Cache
 
 from .arguments import CACHE_NAMES
 from .coded_attention import CodedAttention
-from .coded_latent import CodedLatentAttention
+from .coded_latent import CodedLatentAttention, CodedMfaAttention
 from .coded_window import CodedWindowAttention
 from .coding_spec import CodedSpec
 from .exact_window import ExactWindowAttention
@@ -132,6 +132,8 @@ def attention_class(layer: LayerSpec) -> type[Any]:
     match layer.kind:
         case CodedSpec() if layer.latent is not None:
             return CodedLatentAttention
+        case CodedSpec() if layer.mfa is not None:
+            return CodedMfaAttention
         case CodedSpec(exact_window=window):
             return CodedWindowAttention if window else CodedAttention
         case LatentSpec(exact_window=window):

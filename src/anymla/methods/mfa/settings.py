@@ -44,7 +44,7 @@ class MFA(LayerMethod):
     phase: ClassVar[Phase] = Phase.ATTENTION
     summary: ClassVar[str] = "one wide head of keys and values for all heads, each with large query and output matrices"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("shared_attention", "kvquant", "transform_coding")
+    excludes: ClassVar[tuple[str, ...]] = ("shared_attention",)
 
     kv_cache: float | None = Field(
         None,
