@@ -101,7 +101,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
         return list(query.tensor_split([query.shape[-1] - self.qk_rope_head_dim], dim=-1))
 
 
-class CodedMfaAttention(CodedLatentAttention, MfaAttention):
+class CodedMfaAttention(CodedLatentAttention, MfaAttention):  # type: ignore[misc]
     """Factorised attention over codes of its latent and its rope key."""
 
     def _make_buffers(self, spec: LayerSpec) -> None:

@@ -29,6 +29,7 @@ from .model_classes import ReplacedAttention, made_class
 from .packed_linear import PackedLinear
 from .rows_attention import RowsAttention
 from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
+from .shared_latent import MapSourceLatentAttention, SharedLatentAttention
 from .shared_spec import SharedSpec
 from .spec import KEY, LayerSpec, config_entry, layers_of
 
@@ -136,6 +137,8 @@ def attention_class(layer: LayerSpec) -> type[Any]:
             return CodedMfaAttention
         case CodedSpec(exact_window=window):
             return CodedWindowAttention if window else CodedAttention
+        case LatentSpec() if layer.shared is not None:
+            return SharedLatentAttention if layer.takes_map else MapSourceLatentAttention
         case LatentSpec(exact_window=window):
             return ExactWindowAttention if window else LatentAttention
         case GroupedSpec():

@@ -44,12 +44,12 @@ KINDS: dict[str, Any] = {
     "mfa": MfaSpec,
     "shared": SharedSpec,
 }
-TOGETHER = ({"latent", "coded"}, {"mfa", "coded"})  # that one layer may have
+TOGETHER = ({"latent", "coded"}, {"mfa", "coded"}, {"latent", "shared"})  # that one layer may have
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: its attention, and one of ``KINDS`` that holds its cache, or a latent or MFA and its codes.
+    """One decoder layer: its attention, and one of ``KINDS`` that holds its cache, or two that go ``TOGETHER``.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``packed``: which of its linears hold binarised weights. ``integers``: how its linears are packed as integers, which
@@ -117,6 +117,11 @@ class LayerSpec:
             return self.coded.keys.width, self.coded.values.width
         size = 0 if self.attention is None else self.attention.cached_numbers // 2
         return size, size
+
+    @property
+    def takes_map(self) -> bool:
+        """Whether it attends by another layer's attention map."""
+        return self.shared is not None and self.shared.source_layer is not None
 
     @property
     def stock(self) -> bool:
@@ -198,8 +203,8 @@ class LayerSpec:
         if layer.coded is not None:
             latent = layer.latent is not None or layer.mfa is not None
             layer.coded.check(*replace(layer, coded=None).coded_sizes, gauge=not latent)
-        if layer.latent is not None and layer.coded is not None and layer.latent.exact_window:
-            raise ValueError("LayerSpec: a coded latent has no exact window")
+        if layer.latent is not None and layer.latent.exact_window and (layer.coded or layer.shared):
+            raise ValueError("LayerSpec: a coded latent has no exact window, nor has one whose layer shares a map")
         return layer
 
 

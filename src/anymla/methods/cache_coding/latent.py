@@ -50,9 +50,9 @@ def _in_basis(made: LayerSpec, tensors: Tensors, keys: Basis | None, values: Bas
         return {}
     if made.latent is not None:
         return in_basis(tensors, keys, values)
-    return (
-        mfa_in_basis(made, tensors, keys, values) if made.mfa is not None else low_rank_in_basis(tensors, keys, values)
-    )
+    if made.mfa is not None:
+        return mfa_in_basis(made, tensors, keys, values)
+    return low_rank_in_basis(tensors, keys, values)
 
 
 def in_basis(tensors: Tensors, latent: Basis, rope_key: Basis) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def mfa_in_basis(layer: LayerSpec, tensors: Tensors, latent: Basis, rope_key: Ba
 
 def low_rank_in_basis(tensors: Tensors, keys: Basis, values: Basis) -> dict[str, Tensor]:
     """Those of a CodedAttention: what makes its coefficients, and the decoders, which take the mean that comes off."""
-    made = {}
+    made: dict[str, Tensor] = {}
     for name, basis in (("key", keys), ("value", values)):
         encoder = f"{name}_encoder" if f"{name}_encoder.weight" in tensors else f"{name[0]}_proj"
         weight, bias = (tensors[f"{encoder}.{part}"].double() for part in ("weight", "bias"))

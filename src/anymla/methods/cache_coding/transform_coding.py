@@ -26,8 +26,8 @@ class TransformCoding(LayerMethod):
     """Settings of a cache of codes. One rate-distortion problem over all layers gives the bases and bits.
 
     After the steps mla and mfa, the latent is coded in its principal axes. The rope key is coded before rope, in its
-    channels. After lorc, keys and values of low rank are coded in their principal axes. The step before has then decided
-    the cost of decoding, and ``decode_cost`` has no effect.
+    channels. After lorc, keys and values of low rank are coded in their principal axes. The step before has then
+    decided the cost of decoding, and ``decode_cost`` has no effect.
     """
 
     name: ClassVar[str] = "transform_coding"

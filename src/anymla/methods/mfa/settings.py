@@ -175,6 +175,8 @@ class MFA(LayerMethod):
 
 def _refused_attention(model: ModelSpec) -> str | None:
     """What of the model's attention stands between heads and output, or after rope, where no matrix can be folded."""
+    if any(layer.shared is not None for layer in model.layers):
+        return "its layers share attention maps, which factorised attention does not hand on"
     if any(layer.kind is not None and layer.latent is None for layer in model.layers):
         return "its attention was converted already"
     beyond = FAMILIES[model.text_model_type].beyond
