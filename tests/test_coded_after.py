@@ -46,8 +46,16 @@ def source(tmp_path_factory):
     return save_model(make_model("llama", torch.float32), tmp_path_factory.mktemp("after") / "source")
 
 
-@pytest.mark.parametrize("before", BEFORE)
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize(
+    ("before", "codes"),
+    [
+        ("lorc", "kvquant"),
+        ("lorc of two kinds", "transform_coding"),
+        ("mfa", "kvquant"),
+        ("mfa", "transform_coding"),
+        ("mfa-kr", "transform_coding"),
+    ],
+)
 def test_it_keeps_the_promises_of_a_method(before, codes, source, tmp_path):
     case = Once(codes, Sample(*CODES[codes], before=(BEFORE[before],)), source)
     for promise in (all_ways_of_reading_agree, account_is_what_is_measured):
@@ -89,6 +97,7 @@ def test_every_way_of_generating_agrees(before, source, tmp_path):
     assert torch.equal(travelled.generate(ids, **options), greedy)
 
 
+@pytest.mark.slow
 def test_a_tuned_gate_is_folded_and_then_coded(source, tmp_path):
     gate = {"mfa": {"kv_cache": 0.5, "key_reuse": True, "value_gate": True, **FAST_RUN}}
     tune = {"tune": TINY | {"tokens": 512, "eval_data": str(VALID)}}
