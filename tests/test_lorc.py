@@ -266,9 +266,9 @@ def test_noise_of_the_smallest_singular_values_does_not_count():
 def test_refusals_name_why(tmp_path):
     spec = read_model_spec(read_config(bundled_model()))
     converted = LoRC(kv_cache=0.5).plan(spec).after
-    for rope, said in (("reconstruct", "coded already"), ("partial", "converted already")):
-        assert said in LoRC(rope=rope).refuses(converted)
+    for rope in ("reconstruct", "partial"):
+        assert "converted already" in LoRC(rope=rope).refuses(converted)
     with pytest.raises(AnymlaError, match="at least"):
         anymla.run(bundled_model(), tmp_path / "out", steps=[{"lorc": {"kv_cache": 0.01}}])
     with pytest.raises(AnymlaError, match="do not go together"):
-        anymla.run(bundled_model(), tmp_path / "out", steps=["lorc", "kvquant"])
+        anymla.run(bundled_model(), tmp_path / "out", steps=["lorc", "mla"])

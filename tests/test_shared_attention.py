@@ -230,7 +230,7 @@ def test_families_that_drop_the_map_are_refused(tmp_path):
 def test_other_caches_are_refused_after_it_and_before(bundled, tmp_path):
     """Also where the folder comes from an earlier run."""
     bundled.save_pretrained(tmp_path / "shared")
-    for step in ("mla", "transform_coding", "kvquant"):
+    for step in ("transform_coding", "kvquant"):
         for steps in ([step, "shared_attention"], ["shared_attention", step]):
             given = [{name: {"spans": [[3, 3]]} if name == "shared_attention" else {}} for name in steps]
             with pytest.raises(AnymlaError, match="do not go together"):

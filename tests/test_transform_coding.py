@@ -15,7 +15,7 @@ from anymla.architectures.model_spec import read_config, read_model_spec
 from anymla.errors import InfeasibleError
 from anymla.methods.base import method_of
 from anymla.methods.cache_coding.allocation import DISTORTION, allocate, code_bytes
-from anymla.methods.cache_coding.basis import Moments, axes, channels, in_blocks
+from anymla.methods.cache_coding.basis import Moments, axes, channels, in_parts
 from anymla.methods.cache_coding.plan import Energies, decode_cost, ordered, plan_layers
 from anymla.methods.cache_coding.rope import frequencies
 from anymla.methods.cache_coding.transform_coding import TransformCoding
@@ -36,8 +36,9 @@ def moments():
 
 
 def bases(moments):
-    by_head = in_blocks(moments, HEADS, lambda block: channels(block, PAIRS, 1))
-    return axes(moments), channels(moments, PAIRS, HEADS), in_blocks(moments, HEADS, axes), by_head
+    heads = (len(moments.mean) // HEADS,) * HEADS
+    by_head = in_parts(moments, heads, lambda block: channels(block, PAIRS, 1))
+    return axes(moments), channels(moments, PAIRS, HEADS), in_parts(moments, heads, axes), by_head
 
 
 def test_bases_are_exact_and_keep_what_errors_cost(moments):

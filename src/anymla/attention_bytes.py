@@ -25,8 +25,12 @@ def attention_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
     match layer.kind:
         case CodedSpec() if layer.latent is not None:
             return latent_bytes(*layer.parts, hidden, dtype) + table_bytes(layer, dtype)
+        case CodedSpec() if layer.mfa is not None and layer.attention is not None:
+            return mfa_bytes(layer.attention, layer.mfa, hidden, dtype) + table_bytes(layer, dtype)
         case CodedSpec():
             return coded_bytes(layer, hidden, dtype)
+        case LatentSpec() if layer.takes_map:
+            return value_latent_bytes(layer, hidden, dtype)
         case LatentSpec() as latent:
             return latent_bytes(layer.parts[0], latent, hidden, dtype)
         case GroupedSpec():
@@ -68,6 +72,16 @@ def shared_bytes(attention: AttentionSpec, shared: SharedSpec, hidden: int, dtyp
     numbers = _plain_numbers(attention, hidden, shared.biases) + 2 * (hidden + shared.biases) * keys
     if shared.source_layer is not None:  # no projections of queries and keys
         numbers -= (hidden + shared.biases) * (queries + keys)
+    return numbers * DTYPE_BYTES[dtype]
+
+
+def value_latent_bytes(layer: LayerSpec, hidden: int, dtype: str) -> int:
+    """Bytes of every parameter that SharedLatentAttention saves; ``hidden``: D, the residual stream's width."""
+    attention, latent = layer.parts
+    values, rank, biased = attention.num_kv_heads * attention.head_dim, latent.kv_lora_rank, latent.biases
+    numbers = _plain_numbers(attention, hidden, biased) - (hidden + biased) * attention.num_heads * attention.head_dim
+    made = (hidden + 1) * values if layer.makes_values else 0
+    numbers += made + ((values if made else hidden) + biased) * rank + values * rank
     return numbers * DTYPE_BYTES[dtype]
 
 

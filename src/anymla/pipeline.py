@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
 from anymla.account import Account
-from anymla.architectures.model_spec import read_config, read_model_spec, source_config
+from anymla.architectures.model_spec import mla_source, read_config, read_model_spec, source_config
 from anymla.codec_choice import AUTO, Choice, with_settings
 from anymla.coded_conversion import convert_coded
 from anymla.errors import RecipeError, UnsupportedModelError
@@ -163,7 +163,8 @@ def convert(
     choice = Choice.of(codec, recipe, settings)
     source = locate(name, adapter=choice.method.adapter)
     # what is wrong with config.json is said in its own words
-    choice = choice.for_model(read_model_spec(source_config(source)))
+    read = mla_source if isinstance(choice.method, MLA) else read_model_spec
+    choice = choice.for_model(read(source_config(source)))
     for path in source.paths:
         check_output(output, path, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
@@ -171,7 +172,7 @@ def convert(
     with plain_source(source, beside=output) as plain:
         check_weights(plain.folder)
         # with transformers' defaults where config.json says nothing
-        model_spec = read_model_spec(safe_config(plain.folder).to_dict())
+        model_spec = read(safe_config(plain.folder).to_dict())
         if told is not None and choice.told is not None:
             told(choice.told)
         if not isinstance(choice.method, MLA):

@@ -120,6 +120,6 @@ def _attention_path(spec: ModelSpec, index: int, names: set[str]) -> str | None:
     """Where in a layer that has tensors of these ``names`` its softmax attention is."""
     if index >= len(spec.layers) or spec.layers[index].attention is None:
         return None
-    parts = ("k_proj", "v_proj", "kv_b_proj", "q_b_proj", *FUSED)
+    parts = ("k_proj", "v_proj", "kv_b_proj", "v_b_proj", "q_b_proj", *FUSED)
     held = [f"{part}.{kind}" for part in parts for kind in ("weight", "weight_packed", "signs")]  # dense or packed
     return next((path for path in PATHS if any(f"{path}.{each}" in names for each in held)), None)

@@ -28,6 +28,9 @@ from anymla.architectures.parts import (
 from anymla.architectures.parts import norm_names as names_of_norms
 from anymla.modeling.attention_spec import AttentionSpec, Temperature
 from anymla.modeling.heads import query_temperature, split_heads
+from anymla.modeling.shared_attention import MapSourceAttention
+
+NORMS = ("q_norm", "k_norm", "v_norm", "output_norm")  # as anymla's own attention calls them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,8 @@ def read_attention(attention: Any, spec: AttentionSpec, family: Family, config: 
     Raises:
         UnsupportedModelError: its shapes are not those of ``spec``, or it has a part that anymla does not know.
     """
+    if isinstance(attention, MapSourceAttention):
+        return _read_own(attention)
     check_parts(attention)
     order = pair_order(spec, family)
     *projections, query_gate = projections_of(attention, spec, family)
@@ -137,9 +142,46 @@ def read_attention(attention: Any, spec: AttentionSpec, family: Family, config: 
         gate_bias=None if gate is None else gate[:, -1],
         sinks=sinks_of(attention),
         softcap=spec.softcap,
-        centred=spec.softcap is None and not spec.sinks and not spec.gate and spec.output_norm is None,
+        centred=is_centred(spec),
     )
     return SourceAttention(weights, norms, spec)
+
+
+def _read_own(attention: MapSourceAttention) -> SourceAttention:
+    """The same of an attention of anymla's, which says all that it does and has its heads in anymla's order."""
+    spec, rows = attention.spec, {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight, bias = linear_weights(getattr(attention, name))
+        rows[name] = weight.unflatten(0, (-1, spec.head_dim)), bias.unflatten(0, (-1, spec.head_dim))
+    output, output_bias = linear_weights(attention.o_proj)
+    gate, gate_bias = (None, None) if attention.gate_proj is None else linear_weights(attention.gate_proj)
+    norms = {name: copy.deepcopy(norm) for name in NORMS if (norm := getattr(attention, name)) is not None}
+    gain = attention.query_gain
+    weights = AttentionWeights(
+        query=rows["q_proj"][0],
+        key=rows["k_proj"][0],
+        value=rows["v_proj"][0],
+        query_bias=rows["q_proj"][1],
+        key_bias=rows["k_proj"][1],
+        value_bias=rows["v_proj"][1],
+        output=output.unflatten(1, (-1, spec.head_dim)),
+        output_bias=output_bias,
+        rope_pairs=spec.rope_pairs,
+        scaling=spec.scaling,
+        key_gain=gain_of(norms.get("k_norm"), rows["k_proj"][0]),
+        key_norm=not spec.linear_keys,
+        query_gain=None if gain is None else gain.double(),
+        gate=gate,
+        gate_bias=gate_bias,
+        softcap=spec.softcap,
+        centred=is_centred(spec),
+    )
+    return SourceAttention(weights, norms, spec)
+
+
+def is_centred(spec: AttentionSpec) -> bool:
+    """Whether a constant of keys or values cancels, or is one of the output."""
+    return spec.softcap is None and not spec.sinks and not spec.gate and spec.output_norm is None
 
 
 def pair_order(spec: AttentionSpec, family: Family) -> Tensor:

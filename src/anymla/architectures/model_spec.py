@@ -171,6 +171,20 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     return converted_spec(config) if {KEY, OLD_KEY} & config.keys() else read_model_spec(config)
 
 
+def mla_source(config: Mapping[str, Any]) -> ModelSpec:
+    """The facts of a model that the step mla converts: a stock one, or one whose layers share attention maps.
+
+    Raises:
+        UnsupportedModelError: as of :func:`read_model_spec`.
+    """
+    try:
+        layers = layers_of(config) or ()
+    except ValueError:
+        layers = ()
+    shares = any(layer.shared is not None and layer.latent is None for layer in layers)
+    return converted_spec(config) if shares else read_model_spec(config)
+
+
 def _placed(converted: tuple[LayerSpec, ...], spec: ModelSpec) -> tuple[LayerSpec, ...]:
     """The converted layers that anymla 0.1 listed, among the others, with what the config says of their attention."""
     layers = list(spec.layers)

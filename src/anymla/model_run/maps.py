@@ -21,8 +21,9 @@ from anymla.modeling.shared_attention import (
     MapSourceAttention,
     SharedAttention,
 )
+from anymla.modeling.shared_latent import MapSourceLatentAttention
 
-Sharing = MapSourceAttention | SharedAttention
+Sharing = MapSourceAttention | MapSourceLatentAttention | SharedAttention  # the last one's latent form too
 
 
 def sharing_part(layer: nn.Module) -> Sharing | None:
@@ -58,8 +59,9 @@ class WindowMaps(AttentionMaps):
         """
         if layer not in self.stream.maps:
             raise ValueError(f"layer {layer} passed on no attention map")
-        heads = self.stream.maps[layer][self.windows].unflatten(-1, (-1, self.part.head_dim)).transpose(1, 2)
-        query, key = heads.split([self.part.num_heads, self.part.num_kv_heads], dim=1)
+        counts = [self.part.num_heads, self.part.num_kv_heads]
+        heads = self.stream.maps[layer][self.windows].unflatten(-1, (sum(counts), -1)).transpose(1, 2)
+        query, key = heads.split(counts, dim=1)
         return AttentionMap(query, key)
 
 

@@ -1,7 +1,8 @@
 """Latent attention whose cache holds codes: a row of bytes for the latent, and one for the rope key before rope.
 
 One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only. Its
-parameters and buffers are those of LatentAttention and of RowsAttention; rope channels are turned when they are read.
+parameters and buffers are those of LatentAttention, or MfaAttention, and of RowsAttention. Rope channels are turned
+when they are read.
 
 Shapes: B batch, T new tokens, S cached tokens, H query heads, d head_dim, P rope pairs, r latent rank, R rope dims.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .absorbed import absorbed_attention
 from .latent_attention import LatentAttention
+from .mfa_attention import MfaAttention
 from .rows_attention import Rows, RowsAttention
 from .spec import LayerSpec
 
@@ -25,10 +27,6 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
     def _make_buffers(self, spec: LayerSpec) -> None:
         LatentAttention._make_buffers(self, spec)
         self.make_codes(spec)
-
-    def make_codes(self, spec: LayerSpec) -> None:
-        """Makes the codecs of ``spec``, and room for the angles of rope."""
-        RowsAttention._make_buffers(self, spec)
 
     def coefficients(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """What is coded of the new tokens: latent [B,T,r] and rope key [B,T,R] before rope."""
@@ -84,8 +82,9 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
             rope_key = self.rotated_channels(rope_key, *(table[: stop - start] for table in tables))
             query_rope = self.rotated_channels(channels, *self._angles(own - start, precise))
             seen = None if mask is None else mask[..., start:stop]
-            cached = (latent, rope_key, seen, self.scaling)
-            parts.append(absorbed_attention(query_latent, query_rope, *cached, softcap=self.spec.softcap, summed=True))
+            key, value = self.key_and_value(latent)
+            inputs = (query_latent, query_rope, key, rope_key, seen, self.scaling)
+            parts.append(absorbed_attention(*inputs, value=value, softcap=self.spec.softcap, summed=True))
         contexts, totals = (torch.stack(part) for part in zip(*parts, strict=True))
         context = (contexts * self._shares(totals).unsqueeze(-1)).sum(0)
         return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
@@ -99,4 +98,12 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
 
     def _parts(self, query: Tensor) -> list[Tensor]:
         """Position-free query [B,H,T,d] and channel query [B,H,T,R]."""
-        return list(query.split([self.head_dim, self.qk_rope_head_dim], dim=-1))
+        return list(query.tensor_split([query.shape[-1] - self.qk_rope_head_dim], dim=-1))
+
+
+class CodedMfaAttention(CodedLatentAttention, MfaAttention):  # type: ignore[misc]
+    """Factorised attention over codes of its latent and its rope key."""
+
+    def _make_buffers(self, spec: LayerSpec) -> None:
+        MfaAttention._make_buffers(self, spec)
+        self.make_codes(spec)

@@ -146,6 +146,12 @@ class CodedSpec:
         """Whether numbers become codes; else they are kept as they are."""
         return any(side.kind != "plain" for side in (self.keys, self.values))
 
+    @property
+    def low_rank(self) -> bool:
+        """Whether the coefficients are numbers in one basis of all heads, so that codes may take their place."""
+        own = (self.key_basis, self.value_basis, self.key_block, self.value_block)
+        return not self.rounds and own == ("axes", "axes", 0, 0) and not self.exact_window
+
     def plain(self) -> CodedSpec:
         """The same coefficients as numbers of the cache's own dtype."""
         keys, values = (Coding(bits=((16, side.width),), kind="plain") for side in (self.keys, self.values))

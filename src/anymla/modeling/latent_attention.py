@@ -139,10 +139,16 @@ class LatentAttention(ConvertedAttention):
         up: tuple[Tensor, Tensor],
     ) -> Tensor:
         """W_uk moves to the query and W_uv after the attention (``up``: both); returns [B,T,H,d]."""
-        cached = (latent, rope_key, mask, self.scaling)
+        key, value = self.key_and_value(latent)
+        cached = (key, rope_key, mask, self.scaling)
         query_latent = self.into_latent(query_nope, up[0])
-        context, _ = absorbed_attention(query_latent, query_rope, *cached, softcap=self.spec.softcap, sinks=self.sinks)
+        softcap, sinks = self.spec.softcap, self.sinks
+        context, _ = absorbed_attention(query_latent, query_rope, *cached, value=value, softcap=softcap, sinks=sinks)
         return self.out_of_latent(context, up[1]).transpose(1, 2)
+
+    def key_and_value(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """What absorbed queries and outputs read of a latent [B,1,S,r]: all of it."""
+        return latent, latent
 
     def into_latent(self, query_nope: Tensor, up_key: Tensor) -> Tensor:
         """The position-free query [B,H,T,d] times W_uk [G,d,r]: [B,H,T,r]."""

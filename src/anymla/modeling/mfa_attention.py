@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .absorbed import absorbed_attention
 from .attention import joined
 from .heads import query_temperature
 from .latent_attention import LatentAttention
@@ -84,21 +83,15 @@ class MfaAttention(LatentAttention):
         """None: queries and outputs are in the latent's space already."""
         return like[:0], like[:0]
 
-    def attend_absorbed(
-        self,
-        query_nope: Tensor,
-        query_rope: Tensor,
-        latent: Tensor,
-        rope_key: Tensor,
-        mask: Tensor | None,
-        up: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Reads the cache as it is; returns [B,T,H,V]."""
-        key, value = self._read(latent)
-        cached = (key, rope_key, mask, self.scaling)
-        softcap, sinks = self.spec.softcap, self.sinks
-        context, _ = absorbed_attention(query_nope, query_rope, *cached, value=value, softcap=softcap, sinks=sinks)
-        return self._valued(context.transpose(1, 2))
+    def into_latent(self, query_nope: Tensor, up_key: Tensor) -> Tensor:
+        """The query of the latent as it is."""
+        return query_nope
+
+    def out_of_latent(self, context: Tensor, up_value: Tensor) -> Tensor:
+        """Attention to keys [..,V] as attention to values: the value map is linear, so it may come last."""
+        if self.value_map is None or self.value_gate is None:
+            return context
+        return context + self.value_gate * self.value_map(context)
 
     def attend_expanded(
         self,
@@ -110,23 +103,17 @@ class MfaAttention(LatentAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Calls the attention that the config names with one head of keys; returns [B,T,H,V] and the weights."""
-        key, value = self._read(latent)
+        key, value = self.key_and_value(latent)
         query, key = torch.cat([query_nope, query_rope], dim=-1), torch.cat([key, rope_key], dim=-1)
         output, weights = self.attend_as_stock(query, key, value, mask, kwargs)
-        return self._valued(output), weights
+        return self.out_of_latent(output, value[:0]), weights
 
-    def _read(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+    def key_and_value(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """What is key and what is value of a latent [B,1,S,r]."""
         if not self.mfa.value_rank:
             return latent, latent
         key, value = latent.split([self.kv_lora_rank - self.mfa.value_rank, self.mfa.value_rank], dim=-1)
         return key, value
-
-    def _valued(self, context: Tensor) -> Tensor:
-        """Attention to keys [B,T,H,V] as attention to values: the value map is linear, so it may come last."""
-        if self.value_map is None or self.value_gate is None:
-            return context
-        return context + self.value_gate * self.value_map(context)
 
 
 def fold_value_gates(model: Any) -> None:

@@ -15,7 +15,7 @@ from transformers import Cache
 
 from .arguments import CACHE_NAMES
 from .coded_attention import CodedAttention
-from .coded_latent import CodedLatentAttention
+from .coded_latent import CodedLatentAttention, CodedMfaAttention
 from .coded_window import CodedWindowAttention
 from .coding_spec import CodedSpec
 from .exact_window import ExactWindowAttention
@@ -29,6 +29,7 @@ from .model_classes import ReplacedAttention, made_class
 from .packed_linear import PackedLinear
 from .rows_attention import RowsAttention
 from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
+from .shared_latent import MapSourceLatentAttention, SharedLatentAttention
 from .shared_spec import SharedSpec
 from .spec import KEY, LayerSpec, config_entry, layers_of
 
@@ -132,8 +133,12 @@ def attention_class(layer: LayerSpec) -> type[Any]:
     match layer.kind:
         case CodedSpec() if layer.latent is not None:
             return CodedLatentAttention
+        case CodedSpec() if layer.mfa is not None:
+            return CodedMfaAttention
         case CodedSpec(exact_window=window):
             return CodedWindowAttention if window else CodedAttention
+        case LatentSpec() if layer.shared is not None:
+            return SharedLatentAttention if layer.takes_map else MapSourceLatentAttention
         case LatentSpec(exact_window=window):
             return ExactWindowAttention if window else LatentAttention
         case GroupedSpec():

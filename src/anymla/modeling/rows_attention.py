@@ -55,6 +55,10 @@ class RowsAttention(ConvertedAttention):
     coded: CodedSpec
 
     def _make_buffers(self, spec: LayerSpec) -> None:
+        self.make_codes(spec)
+
+    def make_codes(self, spec: LayerSpec) -> None:
+        """Makes the codecs of ``spec``, and room for the angles of rope."""
         self.coded = spec.codes
         self.key_codec, self.value_codec = make_codec(self.coded.keys), make_codec(self.coded.values)
         self.register_buffer("inv_freq", torch.zeros(self.rope_pairs, dtype=torch.int32))

@@ -160,11 +160,21 @@ class SharedAttention(ConvertedAttention):
         """
         if (maps := kwargs.pop(MAPS, None)) is None:
             raise ValueError(f"layer {self.layer_idx} was given no {MAPS}, which its decoder hands to every layer")
-        value = self.true_value(hidden_states)
+        value = self.cached_value(hidden_states)
         if cache is not None:
             make_fit(cache, self.layer_idx, value, value[..., :0])
             value, _ = cache.update(value, value[..., :0], self.layer_idx)
-        return attend_by(maps.take(self.source_layer).to(value.device), self, value, mask, kwargs)
+        return self.weighted(maps.take(self.source_layer).to(value.device), value, mask, kwargs)
+
+    def cached_value(self, hidden_states: Tensor) -> Tensor:
+        """What the cache keeps of the new tokens: values [B,G,T,d]."""
+        return self.true_value(hidden_states)
+
+    def weighted(
+        self, made: AttentionMap, cached: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the cache holds, weighted by a map; returns [B,T,H,d] and the weights."""
+        return attend_by(made, self, cached, mask, kwargs)
 
 
 def attend_by(

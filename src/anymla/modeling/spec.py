@@ -44,11 +44,12 @@ KINDS: dict[str, Any] = {
     "mfa": MfaSpec,
     "shared": SharedSpec,
 }
+TOGETHER = ({"latent", "coded"}, {"mfa", "coded"}, {"latent", "shared"})  # that one layer may have
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: its attention, and one of ``KINDS``, or a latent and its codes, that holds its cache.
+    """One decoder layer: its attention, and one of ``KINDS`` that holds its cache, or two that go ``TOGETHER``.
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``packed``: which of its linears hold binarised weights. ``integers``: how its linears are packed as integers, which
@@ -109,11 +110,18 @@ class LayerSpec:
 
     @property
     def coded_sizes(self) -> tuple[int, int]:
-        """Numbers of both vectors that a coded cache holds per token: keys and values, or latent and rope key."""
-        if self.latent is not None:
-            return self.latent.kv_lora_rank, self.latent.qk_rope_head_dim
+        """Numbers of both vectors that codes may hold per token: keys and values, or latent and rope key."""
+        if (latent := self.latent or self.mfa) is not None:
+            return latent.kv_lora_rank, latent.qk_rope_head_dim
+        if self.coded is not None:  # of low rank
+            return self.coded.keys.width, self.coded.values.width
         size = 0 if self.attention is None else self.attention.cached_numbers // 2
         return size, size
+
+    @property
+    def takes_map(self) -> bool:
+        """Whether it attends by another layer's attention map."""
+        return self.shared is not None and self.shared.source_layer is not None
 
     @property
     def stock(self) -> bool:
@@ -159,7 +167,8 @@ class LayerSpec:
 
     def uncoded(self) -> LayerSpec:
         """The layer with the same weights, and a cache of numbers: the latent itself, or all coefficients."""
-        return self if self.coded is None else replace(self, coded=None if self.latent else self.coded.plain())
+        latent = self.latent is not None or self.mfa is not None
+        return self if self.coded is None else replace(self, coded=None if latent else self.coded.plain())
 
     @property
     def holds_packed(self) -> bool:
@@ -185,16 +194,17 @@ class LayerSpec:
         """
         described = checked(cls, described, skipped=("attention_bytes", "other_bytes", "integers"))
         given = {name: kind for name in KINDS if (kind := described.get(name)) is not None}
-        if len(given) > 1 and {*given} != {"latent", "coded"}:
+        if len(given) > 1 and {*given} not in TOGETHER:
             raise ValueError(f"LayerSpec: a layer has {' or '.join(given)}, not both")
         attention = None if (found := described.get("attention")) is None else AttentionSpec.of(found)
         kinds = {name: KINDS[name].of(kind, attention) for name, kind in given.items()}
         packed = None if (found := described.get("packed")) is None else PackedSpec.of(found)
         layer = cls(attention=attention, module=described.get("module"), packed=packed, **kinds)
         if layer.coded is not None:
-            layer.coded.check(*layer.coded_sizes, gauge=layer.latent is None)
-        if layer.latent is not None and layer.coded is not None and layer.latent.exact_window:
-            raise ValueError("LayerSpec: a coded latent has no exact window")
+            latent = layer.latent is not None or layer.mfa is not None
+            layer.coded.check(*replace(layer, coded=None).coded_sizes, gauge=not latent)
+        if layer.latent is not None and layer.latent.exact_window and (layer.coded or layer.shared):
+            raise ValueError("LayerSpec: a coded latent has no exact window, nor has one whose layer shares a map")
         return layer
 
 

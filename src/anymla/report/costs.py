@@ -209,7 +209,7 @@ def use_section(folder: Path, place: Path, original: str, method: Method | None 
 def _exports(config: Mapping[str, Any], target: str | None) -> list[str]:
     """Formats that hold the model: that of its ``target``, and those that ask for no plan of their own."""
     spec = spec_of(config)
-    if "quantization_config" in config or any(layer.packed or layer.coded for layer in spec.layers):
+    if "quantization_config" in config or any(layer.packed or layer.coded or layer.shared for layer in spec.layers):
         return []
     latent = all(layer.latent is not None and not layer.latent.exact_window for layer in spec.layers)
     free = {name for name in TARGETS if latent and name not in GRID_TARGETS and target_refusal(name, spec) is None}

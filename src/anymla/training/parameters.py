@@ -16,7 +16,7 @@ from anymla.modeling.spec import layers_of
 
 ADAPTED = (  # the last one of stock attention
     *("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj"),
-    *("kv_b_proj", "o_proj", "qkv_proj", "value_map"),
+    *("kv_b_proj", "v_b_proj", "o_proj", "qkv_proj", "value_map"),
     *("key_encoder", "value_encoder", "key_decoder", "value_decoder"),
 )
 

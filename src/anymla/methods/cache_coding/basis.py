@@ -7,7 +7,7 @@ dims are [real parts of the rope pairs | imaginary parts | dims without rope]. A
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,9 +88,9 @@ class Basis:
         )
 
 
-def in_blocks(moments: Moments, blocks: int, basis: Callable[[Moments], Basis]) -> Basis:
-    """The bases of so many blocks of dims, each by itself, beside each other."""
-    made = [basis(moments.of(dims)) for dims in torch.arange(len(moments.mean)).chunk(blocks)]
+def in_parts(moments: Moments, sizes: Sequence[int], basis: Callable[[Moments], Basis]) -> Basis:
+    """The bases of parts of so many dims, each by itself, beside each other."""
+    made = [basis(moments.of(dims)) for dims in torch.arange(len(moments.mean)).split([*sizes])]
     turned = [each.frequency for each in made if each.frequency is not None]
     return Basis(
         mean=moments.mean,

@@ -14,7 +14,7 @@ from torch import Tensor
 from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.methods.cache_coding.basis import Basis
 from anymla.methods.cache_coding.coded import Coded, codec_tensors
-from anymla.methods.cache_coding.energies import basis_of, latent_bases, read
+from anymla.methods.cache_coding.energies import basis_of, read, row_bases
 from anymla.methods.cache_coding.forms import Form
 from anymla.methods.cache_coding.latent import build_coded_latent
 from anymla.methods.cache_coding.latent_plan import LatentCoding
@@ -39,7 +39,7 @@ def build_coded(layer: Layer, spec: CodedSpec, keys: Coded, values: Coded, inv_f
     """
     if (old := layer.old.attention) is None:
         raise ValueError(f"layer {layer.index} has no softmax attention")
-    if layer.old.latent is not None:
+    if layer.old.kind is not None:
         return build_coded_latent(layer, spec, keys, values, inv_freq)
     original = layer.attention
     source = read_attention(original, old, layer.family, layer.config)
@@ -77,12 +77,12 @@ def build_transformed(layer: Layer, coding: LayerCoding) -> tuple[RowsAttention,
 
 
 def build_transformed_latent(layer: Layer, coding: LatentCoding) -> tuple[RowsAttention, float]:
-    """The same of a layer with a latent."""
+    """The same of a converted layer, or of a stock one among such."""
     spec, facts = layer.planned.codes, coding.facts
-    bases = zip(latent_bases(facts), (coding.latent_order, coding.rope_order), strict=True)
-    latent, rope_key = (basis.ordered(torch.tensor(order, dtype=torch.long)) for basis, order in bases)
-    keys, key_loss = _fitted(spec.keys, latent, facts, "key")
-    values, value_loss = _fitted(spec.values, rope_key, facts, "value")
+    bases = zip(row_bases(facts, coding), (coding.key_order, coding.value_order), strict=True)
+    of_keys, of_values = (basis.ordered(torch.tensor(order, dtype=torch.long)) for basis, order in bases)
+    keys, key_loss = _fitted(spec.keys, of_keys, facts, "key")
+    values, value_loss = _fitted(spec.values, of_values, facts, "value")
     return build_coded(layer, spec, keys, values, read(facts["inv_freq"])), key_loss + value_loss
 
 

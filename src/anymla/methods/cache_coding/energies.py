@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from anymla.errors import CheckpointError
-from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, in_blocks, single_channels
+from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, in_parts, single_channels
 from anymla.methods.cache_coding.forms import CHANNELS, Form, forms_of_all
+from anymla.methods.cache_coding.latent_plan import LatentCoding
 from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
 from anymla.modeling.attention_spec import AttentionSpec
 
@@ -41,13 +42,14 @@ class EnergySurvey(KeyValueSurvey):
         if (attention := layer.old.attention) is None:
             return facts
         kinds = zip(("key", "value"), forms_of_all(attention, self.decode_costs), strict=True)
-        found = {
-            kind: {form.name: basis_of(facts, kind, form, attention).energies for form in possible}
-            for kind, possible in (() if layer.old.latent else kinds)
-        }
-        if layer.old.latent is not None:
-            latent, rope_key = latent_bases(facts)
-            found = {"key": {"latent": latent.energies}, "value": {"rope_key": rope_key.energies}}
+        if isinstance(layer.choice, LatentCoding):
+            bases = row_bases(facts, layer.choice)
+            found = {kind: {"row": basis.energies} for kind, basis in zip(("key", "value"), bases, strict=True)}
+        else:
+            found = {
+                kind: {form.name: basis_of(facts, kind, form, attention).energies for form in possible}
+                for kind, possible in kinds
+            }
         for kind, energies in found.items():
             if not all(each.isfinite().all() for each in energies.values()):
                 raise CheckpointError(
@@ -57,10 +59,15 @@ class EnergySurvey(KeyValueSurvey):
         return facts
 
 
-def latent_bases(facts: dict[str, Any]) -> tuple[Basis, Basis]:
-    """Axes of a layer's latent, about zero, because a mean stays in it, and the channels of its rope key unchanged."""
-    latent, rope_key = (_moments(facts, kind).about_zero() for kind in ("key", "value"))
-    return axes(latent), single_channels(rope_key)
+def row_bases(facts: dict[str, Any], coding: LatentCoding) -> tuple[Basis, Basis]:
+    """Axes of both vectors of a converted layer; the channels of a rope key unchanged.
+
+    Those of a latent, of each of its parts, are about zero, because a mean stays in it.
+    """
+    keys, values = (_moments(facts, kind) for kind in ("key", "value"))
+    if not coding.channels:
+        return axes(keys), axes(values)
+    return in_parts(keys.about_zero(), coding.key_parts, axes), single_channels(values.about_zero())
 
 
 def _moments(facts: dict[str, Any], kind: str) -> Moments:
@@ -75,7 +82,7 @@ def basis_of(facts: dict[str, Any], kind: str, form: Form, attention: AttentionS
     def of_block(block: Moments) -> Basis:
         return channels(block, attention.rope_pairs, form.block) if form.basis == CHANNELS else axes(block)
 
-    return in_blocks(moments, attention.num_kv_heads // form.block, of_block)
+    return in_parts(moments, (form.block * attention.head_dim,) * (attention.num_kv_heads // form.block), of_block)
 
 
 def read(tensor: Any) -> Tensor:

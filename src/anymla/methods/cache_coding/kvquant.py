@@ -30,8 +30,8 @@ class KVQuant(LayerMethod):
 
     Keys are coded before rope, with a static range per channel. Values have a range per token. All channels of a layer
     share one table of levels for keys and one for values. The levels come from k-means, weighted by the Fisher
-    information. Outliers and the first tokens are stored exactly. After the step mla, the latent and the rope key
-    before rope are coded instead, both like keys.
+    information. Outliers and the first tokens are stored exactly. After the steps mla, mfa and lorc, both vectors that
+    they cache are coded instead, before rope, and both like keys.
 
     Deviations from the paper: every token has the same number of outliers, so that all rows of the cache are equally
     long. They are the numbers farthest from their levels. The paper's are those outside the range. With ``q_norm``,
@@ -130,12 +130,12 @@ class KVQuant(LayerMethod):
         return replace(old, coded=self._spec(old, facts), attention_bytes=None)
 
     def _spec(self, old: LayerSpec, facts: dict[str, Any] | None) -> CodedSpec:
-        keys, values = old.coded_sizes
+        (keys, values), basis = old.coded_sizes, "own" if old.coded is None else "axes"
         return CodedSpec(
             keys=self.coding(keys, per_token=False),
-            values=self.coding(values, per_token=old.latent is None),
-            key_basis="own",
-            value_basis="own",
+            values=self.coding(values, per_token=old.kind is None),
+            key_basis=basis,
+            value_basis=basis,
             first_tokens=self.first_tokens,
             rope_scale=1.0 if facts is None else facts["rope_scale"],
         )

@@ -12,17 +12,17 @@ def coded_refusal(model: ModelSpec) -> str | None:
     """Why keys of ``model``, or its rope key, cannot be cached before rope, or None."""
     if any(layer.latent is not None and layer.latent.exact_window for layer in model.layers):
         return "its latent has an exact window, and a coded one has none: give the step mla exact_window 0"
-    if any(layer.coded is not None for layer in model.layers):
+    if any(layer.coded is not None and not layer.coded.low_rank for layer in model.layers):
         return "its cache is coded already"
     if any(layer.packed is not None and layer.packed.attention and layer.latent is None for layer in model.layers):
         return (
-            "the projections of its stock attention are packed, and codes would unpack them: give the step that packs "
-            "them attention: false, or put mla before it"
+            "the projections of its attention are packed, and codes would unpack them: give the step that packs them "
+            "attention: false, or put mla before it"
         )
     if any(layer.shared is not None for layer in model.layers):
         return "its layers share attention maps: codes need keys in every layer"
-    if any(layer.kind is not None and layer.latent is None for layer in model.layers):
-        return "its attention is not stock any more: only stock attention can have codes"
+    if any(layer.grouped is not None for layer in model.layers):
+        return "its heads share keys after rope, or values: only stock attention, mla, mfa and lorc can have codes"
     if FAMILIES[model.text_model_type].all_layers_attend:
         return OWN_CACHE
     if (rope := model.rope) is None:

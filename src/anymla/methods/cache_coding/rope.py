@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymla.modeling.attention import ConvertedAttention
 from anymla.modeling.heads import rope_tables
-from anymla.modeling.latent_attention import LatentAttention
 
 
 class RopeSeen:
     """Listens to the first call of ``attention``; ``found`` is then what :func:`frequencies` says of its rope."""
 
-    def __init__(self, attention: LatentAttention) -> None:
+    def __init__(self, attention: ConvertedAttention) -> None:
         self.found: tuple[Tensor, float] | None = None
         self.hook = attention.register_forward_pre_hook(self._listen, with_kwargs=True)
 

@@ -1,8 +1,8 @@
 """What keys and values are on calibration text, and what an error of theirs costs: their moments and Fisher matrices.
 
 Shapes: T tokens of a window, G key/value heads of d numbers, N sampled tokens. Keys are before rope and after their
-norm; a head's dims are [real parts of the rope pairs | imaginary parts | dims without rope]. In a layer with latent
-attention latent [r] and rope key [R] before rope stand in their place.
+norm; a head's dims are [real parts of the rope pairs | imaginary parts | dims without rope]. In a layer with latent or
+factorised attention latent [r] and rope key [R] before rope stand in their place, in one of low rank what it caches.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from anymla.methods.mla.source import with_exact_window
 from anymla.methods.mla.weights import ConvertedLayer, build_attention
 from anymla.methods.mla.whole import whole_layer
 from anymla.model_run.stream import LayerBatch
+from anymla.modeling.coded_attention import CodedAttention
 from anymla.modeling.latent_attention import LatentAttention
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class KeyValueSums:
 
     Every family's keys are made in its own way. So the layer runs with our attention at full budget, which is exact.
     Its cache would hold the keys and values themselves, in another order. With an exact window, near keys and values do
-    not come from the cache. So gradients with respect to the cache come from far queries alone. A layer with latent
-    attention runs unchanged: its "keys" are the latent, its "values" the rope key.
+    not come from the cache. So gradients with respect to the cache come from far queries alone. A layer that was
+    converted runs unchanged: its "keys" and "values" are both vectors that it caches, before rope.
     """
 
     def __init__(self, layer: Layer, first_tokens: int, exact_window: int, sample: int) -> None:
@@ -80,7 +81,7 @@ class KeyValueSums:
             raise ValueError(f"layer {layer.index} has no softmax attention")
         self.layer, self.path, self.original = layer, layer.attention_path, layer.attention
         self.first, self.sizes = first_tokens, layer.old.coded_sizes
-        if layer.old.latent is not None:
+        if layer.old.kind is not None:
             attention: Any = copy.deepcopy(self.original)
             self.order = torch.arange(sum(self.sizes), device=layer.original.device)
         else:
@@ -148,24 +149,34 @@ class Sums:
 
 
 class Made:
-    """What an attention at full budget made of the window that it saw last: all that it would cache, before rope."""
+    """What an attention made of the window that it saw last: all that it would cache, before rope."""
 
-    def __init__(self, attention: LatentAttention) -> None:
-        self.latent = attention.kv_lora_rank
+    def __init__(self, attention: LatentAttention | CodedAttention) -> None:
         self.outputs: dict[str, Tensor] = {}
-        linear = attention.spec.linear_keys
-        self.main = "kv_a_proj_with_mqa" if linear else "k_a_proj_with_mqa"
-        for name in (self.main,) if linear else (self.main, "v_a_proj"):
+        if isinstance(attention, CodedAttention):  # of low rank
+            encoders = {"k_proj": attention.key_encoder, "v_proj": attention.value_encoder}
+            self.beside = [
+                name if encoder is None else f"{'key' if name == 'k_proj' else 'value'}_encoder"
+                for name, encoder in encoders.items()
+            ]
+            self.added: list[str] = []
+        else:
+            linear = attention.spec.linear_keys
+            self.beside = ["kv_a_proj_with_mqa" if linear else "k_a_proj_with_mqa"]
+            self.added = [] if linear else ["v_a_proj"]  # values, where they do not come out of the same matrix
+        for name in self.beside + self.added:
             attention.get_submodule(name).register_forward_hook(self._keeps(name))
 
     def taken(self) -> tuple[Tensor, Tensor]:
         """The numbers [1,T,2Gd], or [1,T,r+R], and their gradients; then forgotten."""
-        made = self.outputs.pop(self.main)
-        states, gradient = made.detach(), made.grad
-        for added in self.outputs.values():  # values, where they do not come out of the same matrix
-            states = states + pad(added.detach(), (0, states.shape[-1] - self.latent))
+        made = [self.outputs[name] for name in self.beside]
+        states = torch.cat([each.detach() for each in made], -1)
+        gradient = torch.cat([torch.zeros_like(each) if each.grad is None else each.grad for each in made], -1)
+        for name in self.added:
+            added = self.outputs[name].detach()
+            states = states + pad(added, (0, states.shape[-1] - added.shape[-1]))
         self.outputs.clear()
-        return states, torch.zeros_like(states) if gradient is None else gradient
+        return states, gradient
 
     def _keeps(self, name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:

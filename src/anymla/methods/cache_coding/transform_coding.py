@@ -25,8 +25,9 @@ WINDOW = 16  # latest tokens that are seen exactly, unless the settings say so
 class TransformCoding(LayerMethod):
     """Settings of a cache of codes. One rate-distortion problem over all layers gives the bases and bits.
 
-    After the step mla, the latent is coded in its principal axes. The rope key is coded before rope, in its channels.
-    That step has then decided the cost of decoding, and ``decode_cost`` has no effect.
+    After the steps mla and mfa, the latent is coded in its principal axes. The rope key is coded before rope, in its
+    channels. After lorc, keys and values of low rank are coded in their principal axes. The step before has then
+    decided the cost of decoding, and ``decode_cost`` has no effect.
     """
 
     name: ClassVar[str] = "transform_coding"
@@ -55,7 +56,7 @@ class TransformCoding(LayerMethod):
         ge=0,
         le=MOST,
         description="Latest tokens that each query sees exactly, 2 or more, at a constant size. 0: none. Default: 16, "
-        "or none after mla.",
+        "or none after mla, mfa and lorc.",
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
@@ -70,23 +71,25 @@ class TransformCoding(LayerMethod):
             return "exact_window is 1, which would keep nothing: it must be 0, or 2 or more"
         if min(self.calibration_length, model.max_position_embeddings) < 2 * window:
             return f"exact_window {window} needs calibration windows of twice as many tokens, to see beyond it"
-        if _has_latent(model) and window:
+        if _converted(model) and window:
             return f"exact_window is {window}, and a coded latent has none: it must be 0"
+        if any(layer.mfa is not None and layer.mfa.value_gate for layer in model.layers):
+            return "its value gates are still to be trained: let `tune` fold them, or leave mfa's value_gate out"
         return coded_refusal(model)
 
     def window(self, model: ModelSpec) -> int:
         """The latest tokens that are seen exactly."""
-        return (0 if _has_latent(model) else WINDOW) if self.exact_window is None else self.exact_window
+        return (0 if _converted(model) else WINDOW) if self.exact_window is None else self.exact_window
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """Codes for every layer with softmax attention, typical ones without ``facts``.
 
-        ``choices``: LayerCoding, after the step mla LatentCoding.
+        ``choices``: LayerCoding, in a model with a latent or low rank LatentCoding.
         """
         places = {} if self.kv_cache == 1 else model.attention_layers
         known = facts or [None] * len(model.layers)
         planned: dict[int, LayerCoding | LatentCoding] = {}
-        if _has_latent(model) and places:
+        if _converted(model) and places:
             specs, found = [model.layers[index] for index in places], [known[index] for index in places]
             planned |= zip(places, plan_latents(specs, found, byte_budget([*places.values()], self)), strict=True)
         elif places:
@@ -138,8 +141,9 @@ class TransformCoding(LayerMethod):
         return Energies(keys=facts["key_energies"], values=facts["value_energies"])
 
 
-def _has_latent(model: ModelSpec) -> bool:
-    return any(layer.latent is not None for layer in model.layers)
+def _converted(model: ModelSpec) -> bool:
+    """Whether a step before has made what its layers cache."""
+    return any(layer.kind is not None for layer in model.layers)
 
 
 def _told(coding: LayerCoding) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
 
 ROPE_SHARE = 0.3  # of the cached numbers, with partial rope
+KEY_SHARE = "with rope: partial keys and values share one latent: leave key_share out"
 STEP, WIDE = 8, 256  # ranks are multiples of this, where keys have so many numbers
 
 
@@ -61,7 +62,7 @@ class LoRC(SweptMethod):
     phase: ClassVar[Phase] = Phase.ATTENTION
     summary: ClassVar[str] = "keys before rope and values of low rank, without any text"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("mla", "mfa", "shared_attention", "transform_coding", "kvquant")
+    excludes: ClassVar[tuple[str, ...]] = ("mla", "mfa", "shared_attention")
 
     kv_cache: float = Field(0.5, gt=0, le=1, description="Share of the original KV cache's bytes to keep, 0 < x <= 1.")
     ranks: Literal["uniform", "linear", "progressive"] = Field(
@@ -87,12 +88,11 @@ class LoRC(SweptMethod):
         """Why keys of this model cannot be cached before rope, or as a latent."""
         from anymla.methods.cache_coding.refusals import coded_refusal
 
+        if any(layer.kind is not None for layer in model.layers):
+            return "its attention is converted already"
         if self.rope == "reconstruct":
             return coded_refusal(model)
-        if self.key_share != 0.5:
-            return "with rope: partial keys and values share one latent: leave key_share out"
-        converted = any(layer.kind is not None for layer in model.layers)
-        return "its attention is converted already" if converted else None
+        return None if self.key_share == 0.5 else KEY_SHARE
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """Sizes of every layer with softmax attention; ``choices``: LayerRank. In a dry run progressive is linear.

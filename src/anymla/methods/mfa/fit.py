@@ -44,7 +44,7 @@ class SeparateLatents(OutputAware):
         """The latent: first the keys' numbers, then the values', which are one at least."""
         size, mean = problem.key_size, problem.weighted_mean
         covariance = torch.addr(problem.weighted_gram, mean, mean, alpha=-1)
-        root, inverse = self._roots(problem.metric)
+        root, inverse = self.roots(problem.metric)
         white = blockwise(root, blockwise(root, covariance).T)
         values, vectors = zip(*map(torch.linalg.eigh, (white[:size, :size], white[size:, size:])), strict=True)
         places = torch.cat(values).topk(rank).indices

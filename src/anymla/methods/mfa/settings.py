@@ -44,7 +44,7 @@ class MFA(LayerMethod):
     phase: ClassVar[Phase] = Phase.ATTENTION
     summary: ClassVar[str] = "one wide head of keys and values for all heads, each with large query and output matrices"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
-    excludes: ClassVar[tuple[str, ...]] = ("shared_attention", "kvquant", "transform_coding")
+    excludes: ClassVar[tuple[str, ...]] = ("shared_attention",)
 
     kv_cache: float | None = Field(
         None,
@@ -175,6 +175,8 @@ class MFA(LayerMethod):
 
 def _refused_attention(model: ModelSpec) -> str | None:
     """What of the model's attention stands between heads and output, or after rope, where no matrix can be folded."""
+    if any(layer.shared is not None for layer in model.layers):
+        return "its layers share attention maps, which factorised attention does not hand on"
     if any(layer.kind is not None and layer.latent is None for layer in model.layers):
         return "its attention was converted already"
     beyond = FAMILIES[model.text_model_type].beyond

@@ -22,6 +22,7 @@ from anymla.methods.mla.rope.grid import GridPCA
 from anymla.methods.mla.split import RopeSplit
 from anymla.methods.mla.weights import build_attention, convert_layer
 from anymla.modeling.latent_attention import LatentAttention
+from anymla.modeling.modeling_anymla import attention_class
 from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class LayerFit:
 
     def _near(self) -> float:
         """Rope dims near which the choice lies: the share of the last converted layer."""
-        below = next((result for result in self.layer.below[::-1] if result is not None), None)
+        below = next((result for result in self.layer.below[::-1] if result is not None and result["rope_dims"]), None)
         share = TYPICAL_ROPE_SHARE if below is None else below["rope_dims"] / (below["rope_dims"] + below["kv_rank"])
         return share * self.plan.cached_numbers
 
@@ -167,7 +168,11 @@ class LayerFit:
             kv_rank=kv_rank,
             expected_rotation=self.settings.expected_rotation,
         )
-        return build_attention(self.original, source, converted, self.layer.config, self.layer.saved)
+        attention = build_attention(self.original, source, converted, self.layer.config, self.layer.saved)
+        if (shared := self.layer.old.shared) is not None:  # it hands its map on
+            attention.layer_spec = replace(attention.layer_spec, shared=shared)
+            attention.__class__ = attention_class(attention.layer_spec)
+        return attention
 
     def _rule(self, rope_step: int | None) -> RopeChoice:
         return ROPE_CHOICES[self.settings.rope] if rope_step is None else GridPCA(rope_step)

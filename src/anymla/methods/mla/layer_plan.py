@@ -68,6 +68,8 @@ def check_settings(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
         RecipeError: a setting has no meaning for the target.
         InfeasibleError: the exact window is too large for the calibration windows.
     """
+    if any(layer.shared is not None for layer in model_spec.layers) and _beside_maps(recipe):
+        raise RecipeError(f"{model}: its layers share attention maps: leave {_beside_maps(recipe)} out")
     check_exact_window(model, model_spec, recipe)
     if recipe.kv_rank is not None and recipe.ranks != "uniform":
         raise RecipeError(f"--ranks {recipe.ranks} gives every layer a rank of its own: leave --kv-rank out")
@@ -79,6 +81,12 @@ def check_settings(model: str, model_spec: ModelSpec, recipe: MLA) -> None:
     check_cache_type(recipe.cache_type, recipe.target)
 
 
+def _beside_maps(recipe: MLA) -> str | None:
+    """A setting that a model whose layers share attention maps cannot have."""
+    given = {"target": recipe.target, "exact_window": recipe.exact_window, "ranks": recipe.ranks != "uniform"}
+    return next((name for name, value in given.items() if value), None)
+
+
 def plan_layers(model_spec: ModelSpec, recipe: MLA, facts: Facts | None = None) -> tuple[LayerPlan | None, ...]:
     """The budget as cached numbers, rope dims and rank of every layer.
 
@@ -88,10 +96,10 @@ def plan_layers(model_spec: ModelSpec, recipe: MLA, facts: Facts | None = None) 
         InfeasibleError: the budget or an explicit size cannot be met; names what can.
     """
     most = None if recipe.target is None else most_rope_dims(recipe.target, recipe.rope, model_spec)
-    even = {
-        index: _plan_layer(spec, recipe, index, most, int(spec.cached_numbers * recipe.kv_cache + 1e-9))
-        for index, spec in model_spec.attention_layers.items()
-    }
+    even = {}
+    for index, spec in model_spec.attention_layers.items():
+        cached, takes_map = int(spec.cached_numbers * recipe.kv_cache + 1e-9), model_spec.layers[index].takes_map
+        even[index] = _plan_values(spec, recipe) if takes_map else _plan_layer(spec, recipe, index, most, cached)
     if recipe.ranks == "uniform" or LIMITS[recipe.target].uniform or recipe.kv_cache == 1:
         return tuple(map(even.get, range(len(model_spec.layers))))
     specs = [*model_spec.attention_layers.values()]
@@ -150,6 +158,13 @@ def _least(spec: AttentionSpec, recipe: MLA, most: int | None) -> int:
     """The fewest numbers that a layer can have."""
     rope_dims = _explicit_rope_dims(spec, recipe)
     return (_rotated(spec, recipe, most)[1] if rope_dims is None else rope_dims) + (recipe.kv_rank or _block(recipe))
+
+
+def _plan_values(spec: AttentionSpec, recipe: MLA) -> LayerPlan:
+    """A layer that attends by another one's map: its cache was values alone, of which the budget keeps its share."""
+    values = spec.num_kv_heads * spec.head_dim
+    rank = min(values, recipe.kv_rank or max(1, int(values * recipe.kv_cache + 1e-9)))
+    return LayerPlan(cached_numbers=rank, rope_dims=0, kv_rank=rank)
 
 
 def _plan_layer(spec: AttentionSpec, recipe: MLA, index: int, most: int | None, cached: int) -> LayerPlan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.arguments import without_cache
 from anymla.modeling.heads import rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
+from anymla.modeling.shared_attention import MAPS
 
 if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA
@@ -60,13 +61,67 @@ class Measured:
             room.close()
 
 
-class AttentionObserver:
+class TargetObserver:
+    """Writes what a layer's attention should add once the layers below are converted, while the original layer runs."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.attention = layer, layer.attention
+        # for a difference of near-equal 16-bit numbers
+        self.precision = torch.promote_types(layer.original.dtype, torch.float32)
+        self.target = layer.original.like(self.precision)
+        self.arguments: dict[str, Any] = {}
+        self.power, self.finite = 0.0, True
+
+    def run_of(self, batch: LayerBatch) -> AttentionRun:
+        """What went through the attention of a batch; its target is written."""
+        if (run := batch.attention) is None:
+            raise ValueError(f"layer {self.layer.index}: its attention did not run")
+        self.arguments = {name: value for name, value in run.arguments.items() if name != MAPS}  # of other windows
+        residual = self.layer.family.plain_residual
+        stream = run.output.to(self.precision) + (batch.hidden if residual else 0)
+        self.power += _power(stream[self.chosen(batch)])
+        target = stream - (self.layer.converted[batch.windows] if residual else 0)
+        self.target[batch.windows] = target
+        self.finite = self.finite and bool(target.isfinite().all())
+        return replace(run, arguments=self.arguments)
+
+    def fitted(self, batch: LayerBatch, run: AttentionRun) -> Tensor:
+        """The inputs of the windows to fit on in a batch."""
+        return run.inputs[: max(0, self.layer.windows.fit.stop - batch.windows.start)]
+
+    def chosen(self, batch: LayerBatch) -> slice:
+        """The windows to choose on in a batch."""
+        choice = self.layer.windows.choice
+        return slice(*(max(0, bound - batch.windows.start) for bound in (choice.start, choice.stop)))
+
+    def check_finite(self, sums: Tensor) -> None:
+        """Refuses to go on from targets or ``sums`` that overflowed.
+
+        Raises:
+            CheckpointError: they did.
+        """
+        if not (self.finite and bool(sums.isfinite().all())):
+            dtype = str(self.layer.original.dtype).removeprefix("torch.")
+            wider = "float32 or bfloat16" if dtype == "float16" else "float64, or look for weights that are too large"
+            raise CheckpointError(f"activations overflow in {dtype} at layer {self.layer.index}: give --dtype {wider}")
+
+    def converted_inputs(self) -> Activations:
+        """What the attention reads after the converted layers below."""
+        layer, start = self.layer, 0
+        inputs = layer.converted.like(layer.converted.dtype)
+        for part in attention_inputs(layer.module, self.attention, layer.converted, layer.arguments, layer.batch):
+            inputs[start : start + len(part)] = part
+            start += len(part)
+        return inputs
+
+
+class AttentionObserver(TargetObserver):
     """Sums moments and writes targets while the original layer runs; :meth:`measured` then gives both."""
 
     def __init__(self, settings: MLA, layer: Layer) -> None:
         if (spec := layer.old.attention) is None:
             raise ValueError(f"layer {layer.index} has no softmax attention")
-        self.layer, self.attention = layer, layer.attention
+        super().__init__(layer)
         self.whole = read_attention(layer.attention, spec, layer.family, layer.config)
         self.source = self.whole if LIMITS[settings.target].biases else without_biases(self.whole)
         self.window = exact_window_of(spec, settings)
@@ -76,30 +131,17 @@ class AttentionObserver:
         if self.static_norms:
             self.source = self._with_static_norms()
         self.sums = MomentSums(self.source.weights, self.window)
-        # for a difference of near-equal 16-bit numbers
-        self.precision = torch.promote_types(layer.original.dtype, torch.float32)
-        self.target = layer.original.like(self.precision)
-        self.arguments: dict[str, Any] = {}
-        self.power, self.norms_lost, self.finite = 0.0, 0.0, True
+        self.norms_lost = 0.0
 
     def add(self, batch: LayerBatch) -> None:
         """Takes one batch of the original's stream."""
-        if (run := batch.attention) is None:
-            raise ValueError(f"layer {self.layer.index}: its attention did not run")
+        run = self.run_of(batch)
         if batch.windows.start == 0:
             self._check(run)
-        self.arguments, windows = run.arguments, self.layer.windows
-        seen, residual = batch.windows.start, self.layer.family.plain_residual
-        if len(fitted := run.inputs[: max(0, windows.fit.stop - seen)]):
+        if len(fitted := self.fitted(batch, run)):
             self._add_moments(fitted, run.arguments)
-        stream = run.output.to(self.precision) + (batch.hidden if residual else 0)
-        chosen = slice(*(max(0, bound - seen) for bound in (windows.choice.start, windows.choice.stop)))
-        self.power += _power(stream[chosen])
         if self.static_norms:
-            self._add_norms_lost(run, chosen)
-        target = stream - (self.layer.converted[batch.windows] if residual else 0)
-        self.target[batch.windows] = target
-        self.finite = self.finite and bool(target.isfinite().all())
+            self._add_norms_lost(run, self.chosen(batch))
 
     def measured(self) -> Measured:
         """All that was measured, over all processes, once every batch was added.
@@ -110,11 +152,11 @@ class AttentionObserver:
         device = self.sums.gram.device
         power = all_sum_number(self.power, device)
         moments = self.sums.moments()
-        self._check_finite(moments)
+        self.check_finite(moments.weighted_gram)
         return Measured(
             source=self.source,
             moments=moments,
-            inputs=self._converted_inputs(),
+            inputs=self.converted_inputs(),
             target=self.target,
             arguments=self.arguments,
             power=max(power, 1e-300),
@@ -138,21 +180,6 @@ class AttentionObserver:
                 f"layer {self.layer.index}: at full budget its attention is off by {off:.0%}; config.json must say "
                 "what this family's config leaves to defaults: load the model with transformers and save it again"
             )
-
-    def _check_finite(self, moments: Moments) -> None:
-        if not (self.finite and bool(moments.weighted_gram.isfinite().all())):
-            dtype = str(self.layer.original.dtype).removeprefix("torch.")
-            wider = "float32 or bfloat16" if dtype == "float16" else "float64, or look for weights that are too large"
-            raise CheckpointError(f"activations overflow in {dtype} at layer {self.layer.index}: give --dtype {wider}")
-
-    def _converted_inputs(self) -> Activations:
-        """What the attention reads after the converted layers below."""
-        layer, start = self.layer, 0
-        inputs = layer.converted.like(layer.converted.dtype)
-        for part in attention_inputs(layer.module, self.attention, layer.converted, layer.arguments, layer.batch):
-            inputs[start : start + len(part)] = part
-            start += len(part)
-        return inputs
 
     def _add_norms_lost(self, run: AttentionRun, chosen: slice) -> None:
         """Adds the squared loss of a batch's output that static norms make at full budget."""

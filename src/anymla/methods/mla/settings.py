@@ -20,8 +20,7 @@ from anymla.modeling.spec import ModelSpec
 from anymla.settings import MOST
 
 if TYPE_CHECKING:
-    from anymla.methods.mla.observe import AttentionObserver
-    from anymla.sweep.layer import Layer
+    from anymla.sweep.layer import Layer, Observer
 
 Effort = Literal["quick", "default", "best"]
 if TYPE_CHECKING:
@@ -156,9 +155,7 @@ class MLA(LayerMethod):
 
         if any(layer.latent is not None for layer in model.layers):
             return "it already has latent attention"
-        if any(layer.shared is not None for layer in model.layers):
-            return "its layers share attention maps: convert the original instead"
-        if any(layer.kind is not None for layer in model.layers):
+        if any(layer.kind is not None and layer.shared is None for layer in model.layers):
             return "its attention is not stock any more: put mla before the step that changed it"
         try:
             check_settings("this model", model, self)
@@ -194,16 +191,20 @@ class MLA(LayerMethod):
         splits = open_splits(first, self, model)
         return SplitSurvey(self, splits) if len(splits) > 1 else None
 
-    def observer(self, layer: Layer) -> AttentionObserver:
+    def observer(self, layer: Layer) -> Observer:
         """Moments and targets."""
         from anymla.methods.mla.observe import AttentionObserver
+        from anymla.methods.mla.values import ValueObserver
 
-        return AttentionObserver(self, layer)
+        return ValueObserver(layer) if layer.old.takes_map else AttentionObserver(self, layer)
 
-    def apply(self, layer: Layer, observed: AttentionObserver) -> Changed:
+    def apply(self, layer: Layer, observed: Any) -> Changed:
         """Puts latent attention in the place of the layer's own."""
         from anymla.methods.mla.choose import LayerFit
+        from anymla.methods.mla.values import fit_values
 
+        if layer.old.takes_map:
+            return fit_values(layer, observed)
         measured = observed.measured()
         fit = LayerFit(self, layer, measured)
         best = fit.best()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anymla.architectures.attention import SourceAttention, read_attention
 from anymla.errors import UnsupportedModelError
@@ -44,7 +45,7 @@ def build_sharing(layer: Layer, shared: SharedSpec, order: list[int] | None = No
     weights = source.weights
     biases = (weights.query_bias, weights.key_bias, weights.value_bias, weights.output_bias)
     shared = replace(shared, biases=any(bool(bias.any()) for bias in biases))
-    spec = source.spec if own else _without_map(source)
+    spec = source.spec if own else without_map(source.spec, source.norms)
     made = LayerSpec(attention=spec, shared=shared, module=f"{layer.name}.{layer.attention_path}")
     with torch.device("meta"):
         attention: ConvertedAttention = attention_class(made)(original, layer.config, made)
@@ -59,11 +60,11 @@ def build_sharing(layer: Layer, shared: SharedSpec, order: list[int] | None = No
     return attention.eval().requires_grad_(False)
 
 
-def _without_map(source: SourceAttention) -> AttentionSpec:
-    """What the attention of a layer is that makes no queries and keys."""
-    kept = [norm for name, norm in source.norms.items() if name not in OF_MAPS]
+def without_map(spec: AttentionSpec, norms: Mapping[str, nn.Module]) -> AttentionSpec:
+    """What an attention with these norms is once it makes no queries and keys."""
+    kept = [norm for name, norm in norms.items() if name not in OF_MAPS]
     numbers = sum(tensor.numel() for norm in kept for tensor in norm.state_dict().values())
-    return replace(source.spec, norms=None, query_gain=False, temperature=None, kept_numbers=numbers)
+    return replace(spec, norms=None, query_gain=False, temperature=None, kept_numbers=numbers)
 
 
 def _values(source: SourceAttention) -> dict[str, Tensor | None]:

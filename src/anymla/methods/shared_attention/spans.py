@@ -6,22 +6,25 @@ from collections.abc import Collection, Sequence
 
 from anymla.architectures.families import DROP_ARGUMENTS, FAMILIES, OWN_CACHE, SINKS
 from anymla.errors import InfeasibleError
-from anymla.modeling.spec import ModelSpec
+from anymla.modeling.spec import LayerSpec, ModelSpec
 
 PROTECTED = (2, 2)  # first and last layers that a search leaves alone
 
 
 def sharing_refusal(model: ModelSpec) -> str | None:
     """Why layers of ``model`` cannot share attention maps, or None."""
-    if any(layer.latent is not None for layer in model.layers):
-        return "it already has latent attention: put shared_attention before mla"
     if any(layer.coded is not None for layer in model.layers):
         return "its cache is coded already"
     if any(layer.shared is not None for layer in model.layers):
         return "its layers share attention maps already"
-    if any(layer.kind is not None for layer in model.layers):
+    if any(layer.kind is not None and layer.latent is None for layer in model.layers):
         return "its attention is not stock any more: put shared_attention before the step that changed it"
-    family = FAMILIES[model.text_model_type]
+    family, latents = FAMILIES[model.text_model_type], [layer for layer in model.layers if layer.latent is not None]
+    if any(latent.exact_window for _, latent in (layer.parts for layer in latents)):
+        return "its latent has an exact window, whose map is in two parts: give the step mla exact_window 0"
+    bent = family.clip or any(spec.qk_norm or not spec.linear_keys for spec in model.attention_layers.values())
+    if latents and bent:
+        return "its latents need keys as well as values, because norms or clips are before them: put it before mla"
     if model.text_model_type in DROP_ARGUMENTS:
         return "layers of its family give their attention known arguments only, and a map is handed on by another one"
     if family.beyond == SINKS:
@@ -68,9 +71,22 @@ def can_be_shared(model: ModelSpec) -> list[int]:
 
 
 def keys_of(model: ModelSpec, layers: Collection[int]) -> int:
-    """Cached numbers per token that are the keys of ``layers``: half of theirs."""
-    attentions = model.attention_layers
-    return sum(attentions[index].cached_numbers // 2 for index in layers)
+    """Cached numbers per token that ``layers`` have for keys alone: half of theirs, or the rope key of a latent."""
+    return sum(_keys(model.layers[index]) for index in layers)
+
+
+def _keys(layer: LayerSpec) -> int:
+    values = 0 if layer.attention is None else layer.attention.cached_numbers // 2
+    if (latent := layer.latent) is None:
+        return values
+    return latent.qk_rope_head_dim + max(0, latent.kv_lora_rank - values)
+
+
+def cached(model: ModelSpec) -> int:
+    """Numbers per token in the cache of all layers."""
+    latents = [layer.latent for layer in model.layers]
+    stock = sum(spec.cached_numbers for index, spec in model.attention_layers.items() if latents[index] is None)
+    return stock + sum(each.kv_lora_rank + each.qk_rope_head_dim for each in latents if each is not None)
 
 
 def latest(model: ModelSpec, layers: int | None, kv_cache: float | None) -> list[int]:
@@ -87,7 +103,7 @@ def latest(model: ModelSpec, layers: int | None, kv_cache: float | None) -> list
     count = next((n for n in range(len(possible) + 1) if is_met(model, possible[:n], kv_cache)), None)
     if count is None:
         whole = sum(attention.cached_numbers for attention in model.attention_layers.values())
-        least = 1 - keys_of(model, possible) / whole
+        least = (cached(model) - keys_of(model, possible)) / whole
         raise InfeasibleError(
             f"kv_cache {kv_cache:g} cannot be met, because only keys are shared: the smallest possible is "
             f"kv_cache {-(-least * 10000 // 1) / 10000:g}"
@@ -98,4 +114,4 @@ def latest(model: ModelSpec, layers: int | None, kv_cache: float | None) -> list
 def is_met(model: ModelSpec, shared: Collection[int], kv_cache: float | None) -> bool:
     """Whether the cache without the keys of ``shared`` is at most this share of the original's."""
     whole = sum(attention.cached_numbers for attention in model.attention_layers.values())
-    return kv_cache is None or whole - keys_of(model, shared) <= kv_cache * whole + 1e-9
+    return kv_cache is None or cached(model) - keys_of(model, shared) <= kv_cache * whole + 1e-9

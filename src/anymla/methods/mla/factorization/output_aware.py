@@ -33,7 +33,7 @@ class OutputAware(Factorization):
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         from anymla.methods.mla.latent import Latent, blockwise, top_eigenvectors
 
-        root, inverse = self._roots(problem.metric)
+        root, inverse = self.roots(problem.metric)
         vectors = top_eigenvectors(self._seen(problem, root), rank)
         encoder, decoder = blockwise(root, vectors).T, blockwise(inverse, vectors)
         size = encoder.norm(dim=1)  # unit rows: latents of one size suit 16-bit and quantised caches
@@ -43,7 +43,7 @@ class OutputAware(Factorization):
         """What each of the latent's axes [2Gd] adds to the layer's output, squared, summed over heads; falling."""
         import torch
 
-        seen = self._seen(problem, self._roots(problem.metric)[0])
+        seen = self._seen(problem, self.roots(problem.metric)[0])
         found: Tensor = torch.linalg.eigvalsh(seen).flip(0).clamp_min(0)
         return found
 
@@ -56,7 +56,7 @@ class OutputAware(Factorization):
         covariance = torch.addr(problem.weighted_gram, problem.weighted_mean, problem.weighted_mean, alpha=-1)
         return blockwise(root, blockwise(root, covariance).T)
 
-    def _roots(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    def roots(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """M^{1/2} and M^{-1/2}, block by block; small eigenvalues are raised so that the inverse stays tame."""
         import torch
 
