@@ -46,7 +46,7 @@ tags: [anymla, multi-head-latent-attention, kv-cache]
 
 On {after["tokens"]:,} held-out tokens of calibration text:
 
-| | perplexity | KL to the original | top-1 agreement | cache bytes per token | {lengths} |
+| | perplexity | KL to the original | same top token | cache bytes per token | {lengths} |
 |---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
 {rows}
 

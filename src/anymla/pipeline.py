@@ -24,7 +24,7 @@ from anymla.io.checkpoint import (
     parse_size,
     safe_config,
 )
-from anymla.io.device import machine_memory, matmul_speed, peak_rss
+from anymla.io.device import machine_memory, matmul_speed, peak_rss, pick_device
 from anymla.io.find import with_revision
 from anymla.io.hub_cache import commit_of
 from anymla.io.sources.locate import locate
@@ -168,6 +168,10 @@ def convert(
         check_output(output, path, overwrite=overwrite)
     shard_size = parse_size("--max-shard-size", max_shard_size)
     memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
+    from anymla.data.text import check_texts
+
+    check_texts({"--calibration": choice.method.calibration})
+    pick_device(choice.method.device)
     with plain_source(source, beside=output) as plain:
         check_weights(plain.folder)
         # with transformers' defaults where config.json says nothing

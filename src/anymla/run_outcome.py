@@ -39,7 +39,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Scores on the evaluation text; KL (nats per token) and top-1 agreement are to the original, None for itself."""
+    """Scores on the evaluation text; KL (nats per token) and same top token are to the original, None for itself."""
 
     perplexity: float
     kl: float | None

@@ -1,4 +1,4 @@
-"""Quality and cache of a model: perplexity, KL to the original, top-1 agreement, and bytes read from the live cache."""
+"""Quality and cache of a model: perplexity, KL to the original, same top token, and bytes read from the live cache."""
 
 from __future__ import annotations
 

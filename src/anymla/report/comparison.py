@@ -12,12 +12,11 @@ from anymla.report.results import RESULTS
 from anymla.report.run import costs_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from anymla.comparison import ComparedModel, ModelComparison
+    from anymla.report.terminal import FittedTable
 
 
-def comparison_table(comparison: ModelComparison) -> Table:
+def comparison_table(comparison: ModelComparison) -> FittedTable:
     """What every model costs and how good it is."""
     return costs_table(f"On {comparison.settings['text']}", "model", _named(comparison))
 

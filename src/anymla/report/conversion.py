@@ -65,7 +65,7 @@ def _errors(report: Conversion | CodedConversion) -> dict[int, float]:
 def _scores_table(report: Conversion | CodedConversion) -> Table:
     lengths = list(report.cache_bytes_at)
     columns = (
-        *("model", "perplexity", "KL (nats per token)", "same likeliest token", "cache per token", "+ once"),
+        *("model", "perplexity", "KL (nats per token)", "same top token", "cache per token", "+ once"),
         *(f"cache at {int(length):,} tokens" for length in lengths),
     )
     rows = []
