@@ -108,7 +108,7 @@ def test_long_steps_beat(log):
         log.clock.now += 1
         log.lines.beat()
     assert log.lines.stream.getvalue().splitlines() == [
-        f"convert: reading, {seconds} s so far" for seconds in (30, 60, 90)
+        f"convert: reading, {seconds} s so far" for seconds in (10, 40, 70)
     ]
     log(10, 1, 10, "layer")
     log(50, 2, 10, "layer")

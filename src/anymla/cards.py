@@ -29,13 +29,6 @@ def model_card(report: Mapping[str, Any], auto: str) -> str:
     base = f"base_model: {repo}\n" if "/" in repo else ""
     text = public_name(recipe["calibration"] or "the stories bundled with anymla")
     kept = after["cache_bytes_per_token"] / before["cache_bytes_per_token"]
-    rows = "\n".join(
-        f"| {name} | {scores['perplexity']:.4g} | {scores['kl']:.4g} | {scores['top1_agreement']:.1%} "
-        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} "
-        f"| {' | '.join(f'{sizes[when]:,}' for sizes in report['cache_bytes_at'].values())} |"
-        for name, when, scores in (("original", "before", before), ("converted", "after", after))
-    )
-    lengths = " | ".join(f"bytes at {int(length):,} tokens" for length in report["cache_bytes_at"])
     return f"""---
 {LIBRARY}
 pipeline_tag: {TASKS[auto]}
@@ -44,13 +37,7 @@ tags: [anymla, multi-head-latent-attention, kv-cache]
 
 # {public_name(source)} with multi-head latent attention, {kept:.2%} of the KV cache{_headline(recipe)}
 
-On {after["tokens"]:,} held-out tokens of calibration text:
-
-| | perplexity | KL to the original | same top token | cache bytes per token | {lengths} |
-|---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
-{rows}
-
-The cache per token is measured from its tensors.{_slides(report)}{_window(recipe)}
+{scores_shown(report)}{_window(recipe)}
 Calibration text: {text}.{_from(repo, commit)}
 
 ## How it was made
@@ -72,6 +59,24 @@ Calibration text: {text}.{_from(repo, commit)}
 - Quality was measured on text like the calibration text. On other text it may be lower.
 - Dropped rotations are right for distances within a calibration window, at most {recipe["calibration_length"]} tokens.
 {"".join(f"- Of the original, {note}.{chr(10)}" for note in report["notes"])}"""
+
+
+def scores_shown(report: Mapping[str, Any]) -> str:
+    """Scores and bytes before and after as a table, with how they were measured; ``report`` is conversion.json."""
+    rows = "\n".join(
+        f"| {name} | {scores['perplexity']:.4g} | {scores['kl']:.4g} | {scores['top1_agreement']:.1%} "
+        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} "
+        f"| {' | '.join(f'{sizes[when]:,}' for sizes in report['cache_bytes_at'].values())} |"
+        for name, when, scores in (("original", "before", report["before"]), ("converted", "after", report["after"]))
+    )
+    lengths = " | ".join(f"bytes at {int(length):,} tokens" for length in report["cache_bytes_at"])
+    return f"""On {report["after"]["tokens"]:,} held-out tokens of calibration text:
+
+| | perplexity | KL to the original | same top token | cache bytes per token | {lengths} |
+|---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
+{rows}
+
+The cache per token is measured from its tensors.{_slides(report)}"""
 
 
 def _from(repo: str, commit: str | None) -> str:

@@ -215,7 +215,8 @@ class _Run:
         progress()
         try:
             if isinstance(step, MLA):
-                done = pipeline.convert(source, folder, step, progress=progress, notify=self.note)
+                origin = None if number == 1 else str(self.recipe.model)
+                done = pipeline.convert(source, folder, step, origin=origin, progress=progress, notify=self.note)
                 self._note(done.notes)
             elif isinstance(step, Tune):
                 from anymla.training.tune import tune

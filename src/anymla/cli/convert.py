@@ -29,6 +29,7 @@ from anymla.cli.options import (
 from anymla.cli.progress import Report, shown
 from anymla.codec_choice import AUTO, NONE, Choice
 from anymla.errors import RecipeError
+from anymla.methods.cache_coding.explain import share_note
 from anymla.methods.mla.plan import MLAPlan
 from anymla.methods.mla.settings import MLA
 from anymla.outcomes import CodedConversion, Conversion
@@ -225,6 +226,8 @@ def _notes(conversion: Conversion | CodedConversion) -> Iterator[str]:
     if (computing := conversion.computing).dtype != computing.stored:
         yield f"computed in {computing.dtype}, saved in {computing.stored}: {computing.reason}"
     if isinstance(conversion, CodedConversion):
+        if (counted := share_note(conversion.spec.dtype)) is not None:
+            yield counted
         return
     if lost := [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]:
         yield (

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from anymla.account import account, reduced_bytes, told_lengths
-from anymla.methods.cache_coding.explain import coded_layers
+from anymla.methods.cache_coding.explain import coded_layers, share_note
 from anymla.methods.mla.duration import spoken
 from anymla.report.terminal import FittedTable, table
 from anymla.report.units import size
@@ -67,6 +67,7 @@ def inspection_table(inspection: Inspection) -> Group:
     return Group(
         table(inspection.model, ("fact", "value"), rows, texts=2),
         table("KV cache", ("", "--kv-cache", "per token", *at_lengths, "numbers per layer"), cache),
+        *([Text(f"Here shares are of {facts.dtype}; {counted}.")] if (counted := share_note(facts.dtype)) else []),
         *([Text("Per token: until windows are full. Layers with a window then hold no more.")] * slides),
         Text(f"Next: anymla plan {inspection.model} --kv-cache 0.125"),
     )
@@ -175,6 +176,8 @@ def codes_table(planned: Mapping[str, Any]) -> Group:
         f"Cache per token{_while_short(planned)}: {size(cache['before'])} -> {size(cache['after'])}{exact}"
         f"{_at_lengths(planned['cache_bytes_at'])}.",
     ]
+    if (counted := share_note(planned["dtype"])) is not None:
+        notes.append(f"{counted[0].upper()}{counted[1:]}.")
     return Group(_codes(f"{planned['model']}, {name}", planned["layers"]), *map(Text, notes))
 
 
