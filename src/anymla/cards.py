@@ -129,7 +129,7 @@ def command(source: str, recipe: Mapping[str, Any]) -> str:
 
 
 def public_name(source: str | Path) -> str:
-    """What a card calls ``source``: a hub id unchanged, of a local path only the last name. Cards are published."""
+    """Returns a hub id unchanged, and the last name of a local path: cards are published."""
     text = str(source)
     repo = text.partition("@")[0]  # a revision may hold slashes
     return text if repo.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
@@ -160,7 +160,7 @@ def step_card(method: Method, source: str | Path, card: str | None, told: str = 
 
 
 def static_norms_cost(lost: Sequence[float]) -> str:
-    """What ``norms_lost`` of the layers says, in words."""
+    """Returns what ``norms_lost`` of the layers says, in words."""
     return (
         f"at full budget that alone would lose {sum(lost) / len(lost):.2%} of the hidden states after attention, "
         f"{max(lost):.2%} in the worst layer"
@@ -173,7 +173,7 @@ def shell(commands: Iterable[str]) -> str:
 
 
 def loading(auto: str, *, first: str = "", arguments: str = "") -> str:
-    """How the class ``auto`` of transformers loads the folder, as a block of Markdown; ``first``: a line before."""
+    """Shows how the class ``auto`` of transformers loads the folder, in Markdown; ``first``: a line before."""
     head = f"{first}\n" if first else ""
     return f"""```python
 {head}from transformers import {auto}

@@ -19,7 +19,7 @@ KERNEL_RANK, KERNEL_ROPE = 512, 64  # the sizes of DeepSeek's own models, for wh
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a conversion must keep to: one split for all layers; rope frequencies in a geometric series; no biases.
+    """The limits that a conversion must keep: one split for all layers; rope frequencies in a geometric series; no biases.
 
     ``rope``: most rope dims, which kernels of vLLM and SGLang have room for. Of the rank they have none but under
     --pad cpu and full (padding.py), so it is free here and :func:`kernel_note` speaks of it.
@@ -32,7 +32,7 @@ class Limits:
 
 
 class Layout(ABC):
-    """What one format of anymla.exports can hold.
+    """The models that one format of anymla.exports can hold.
 
     ``engines``: those that read it. ``limits``: what a conversion for it keeps to. ``kernel_rank``: the largest rank
     that all kernels of the engines take; None where they take any.
@@ -45,14 +45,14 @@ class Layout(ABC):
 
     @abstractmethod
     def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
-        """Why no conversion of this model fits, or None; all its layers have the attention ``spec``.
+        """Returns why no conversion of this model fits, or None; all its layers have the attention ``spec``.
 
         ``static_norms``: whether fixed scales may stand in for norms on queries and keys.
         """
 
     @abstractmethod
     def verdict(self, model_spec: ModelSpec) -> tuple[str, str]:
-        """How exact the export of a model that fits is, and what that takes."""
+        """Returns how exact the export of a model that fits is, and what that takes."""
 
 
 class DeepseekLayout(Layout):
@@ -63,7 +63,7 @@ class DeepseekLayout(Layout):
     limits = Limits()
 
     def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
-        """What of the model DeepSeek's block has no place for."""
+        """Returns what of the model DeepSeek's block has no place for."""
         if model_spec.other_block is not None:
             return model_spec.other_block
         if spec.qkv_bias or spec.output_bias:
@@ -93,7 +93,7 @@ class VllmLayout(Layout):
     limits = Limits(grid=False, biases=True)
 
     def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
-        """What keeps the backend from running the family; its attention fits."""
+        """Returns what keeps the backend from running the family; its attention fits."""
         return backend_refusal(model_spec.text_model_type)
 
     def verdict(self, model_spec: ModelSpec) -> tuple[str, str]:
@@ -150,7 +150,7 @@ def plain_pairs(rope: RopeSpec | None, pairs: int) -> int:
 
 
 def target_refusal(target: Target, model_spec: ModelSpec, *, static_norms: bool = False) -> str | None:
-    """Why no conversion of this model can be exported to ``target``, or None.
+    """Returns why no conversion of this model can be exported to ``target``, or None.
 
     ``static_norms``: whether fixed scales may stand in for norms on queries and keys.
     """
@@ -225,7 +225,7 @@ def most_channels(model_spec: ModelSpec) -> int:
 
 
 def kernel_note(target: Target | None, rank: int) -> str | None:
-    """What a plan's rank means for the kernels that will serve it; None where nothing is to be said."""
+    """Returns what a plan's rank means for the kernels that will serve it; None where nothing is to be said."""
     if target is None or (most := LAYOUTS[target].kernel_rank) is None or rank <= most:
         return None
     return (

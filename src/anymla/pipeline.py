@@ -92,7 +92,7 @@ def choose(
     revision: str | None = None,
     **settings: Any,
 ) -> Choice:
-    """Which step :func:`convert` would take with the same arguments, and why."""
+    """Returns the step that :func:`convert` would take with the same arguments, and why."""
     choice = Choice.of(codec, recipe, settings)
     source = locate(with_revision(model, revision), adapter=choice.method.adapter, config_only=True)
     return choice.for_model(read_model_spec(source_config(source)))

@@ -20,7 +20,7 @@ from anymla.settings import MOST, Settings, parse_yaml, read_yaml
 
 
 class Recipe(Settings):
-    """What to do with a model, step by step."""
+    """The steps that a model goes through, and the text to score it on."""
 
     model: str | None = Field(None, min_length=1, description="The model that the first step takes.")
     teacher: str | None = Field(
@@ -72,7 +72,7 @@ class Recipe(Settings):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def plan(self, model: ModelSpec) -> list[ModelSpec]:
-        """What the model is after every step, from its config alone.
+        """Returns what the model is after every step, from its config alone.
 
         Raises:
             UnsupportedModelError: a step refuses it.
@@ -125,7 +125,7 @@ def check_order(steps: tuple[Method, ...], source: str = "recipe") -> None:
 
 
 def refused_after(later: type[Method], earlier: type[Method]) -> str | None:
-    """Why one method cannot follow another in a recipe, or None."""
+    """Returns why one method cannot follow another in a recipe, or None."""
     if later.name in earlier.excludes or earlier.name in later.excludes:
         return "they do not go together"
     if later is earlier and later.phase != Phase.HEAL:

@@ -107,7 +107,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """What ``text`` holds; ``source`` is how messages name it.
+    """Returns what ``text`` holds; ``source`` is how messages name it.
 
     Raises:
         RecipeError: it is no plain YAML.

@@ -166,8 +166,12 @@ def convert(
             told=told.append,
             **settings,
         )
-    if not first_process():
-        return
+    if first_process():
+        _show_conversion(conversion, output, told, as_json=as_json)
+
+
+def _show_conversion(conversion: Conversion | CodedConversion, output: Path, told: list[str], *, as_json: bool) -> None:
+    """What a conversion ends with; ``told``: lines of before it began."""
     for note in _notes(conversion):
         print_note(note)
     if as_json:

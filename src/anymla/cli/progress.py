@@ -77,7 +77,7 @@ class _Phase:
 
     @property
     def at_work(self) -> str:
-        """What it says while a step takes long."""
+        """Returns what it says while a step takes long."""
         done = self.text and f"{self.text}{' done' if self.total else ''}"
         return done if not self.part else f"{done}, {self.part}" if self.total else self.part
 

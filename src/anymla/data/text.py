@@ -37,7 +37,7 @@ def bundled_text(split: str) -> Path:
 
 
 def is_local(source: str | Path) -> bool:
-    """Whether ``source`` can only be a file or a folder here: it is there, or no hub data set has such a name."""
+    """Returns whether ``source`` is a file or a folder: it exists, or no hub data set has such a name."""
     path, text = Path(os.path.expanduser(source)), str(source)
     local = path.suffix in SUFFIXES or path.is_absolute() or text.startswith((".", "~"))
     return local or text.partition(":")[0].count("/") > 1 or path.exists()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Benchmarks(BaseModel):
-    """What to measure beside perplexity on a text; the same names as the options of ``anymla eval``."""
+    """Measurements beside perplexity on a text. The names are those of the options of ``anymla eval``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,7 +35,7 @@ class Benchmarks(BaseModel):
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to measure."""
+        """Returns whether there is anything to measure."""
         return bool(self.tasks) or self.probe or self.blimp is not None or self.lambada is not None
 
     def check_paths(self) -> None:

@@ -48,7 +48,7 @@ class Format(ABC):
 
     @property
     def layout(self) -> Layout:
-        """What the format can hold."""
+        """Returns what the format can hold."""
         return LAYOUTS[self.name]
 
     def dtype_of(self, own: str) -> str | None:

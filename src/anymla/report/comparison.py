@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def comparison_table(comparison: ModelComparison) -> FittedTable:
-    """What every model costs and how good it is."""
+    """Draws bytes and quality of every model."""
     return costs_table(f"On {comparison.settings['text']}", "model", _named(comparison))
 
 

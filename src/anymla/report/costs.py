@@ -158,7 +158,7 @@ def _by_layer(what: str, label: str, series: Series, level: tuple[str, float] | 
 
 
 def papers_section(methods: Sequence[Method]) -> Section:
-    """What each step does, and where it comes from."""
+    """Returns what each step does, and where it comes from."""
     rows = [
         (Cell(step.name), Cell(does), Cell(paper.title, link=paper.link))
         for step in methods

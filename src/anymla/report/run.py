@@ -27,7 +27,7 @@ SHORT = {BITS: "bits", "KL (nats per token)": "KL", "seconds": "s"}  # on a term
 
 
 def run_table(report: RunReport) -> FittedTable:
-    """What the original and every step's model cost, and how good they are where a text was given."""
+    """Draws bytes of the original and of every step's model, and their quality where a text was given."""
     return costs_table(str(report.output), "after step", _named(report))
 
 
@@ -74,7 +74,7 @@ def _lead(report: RunReport) -> str:
 
 
 def outcome_line(number: int, outcome: StepOutcome) -> str:
-    """What the model costs after a step, and how good it is, in one line."""
+    """Describes bytes and quality of the model after a step, in one line."""
     cost, quality = outcome.account, outcome.quality
     weights, token, once, at = _costs(cost)
     if cost.bits_per_weight is not None:

@@ -34,7 +34,7 @@ def _rope(rope: RopeSpec | None, first: AttentionSpec, rotated: int, layers: int
 
 
 def inspection_table(inspection: Inspection) -> Group:
-    """What `anymla inspect` shows."""
+    """Draws the facts of `anymla inspect`."""
     if inspection.model_spec is None:
         return Group(Text(f"{inspection.model} cannot be converted: {inspection.reason}"))
     facts, attending = inspection.model_spec, inspection.model_spec.attention_layers
@@ -74,7 +74,7 @@ def inspection_table(inspection: Inspection) -> Group:
 
 
 def targets_table(inspection: Inspection) -> FittedTable:
-    """What `anymla inspect --targets` shows."""
+    """Draws the engines of `anymla inspect --targets`."""
     rows = ((name, *found) for name, found in inspection.targets.items())
     return table(inspection.model, ("target", "export", "because or with"), rows, texts=3)
 
@@ -84,7 +84,7 @@ def _yes(flag: bool) -> str:
 
 
 def plan_table(costs: Mapping[str, Any]) -> Group:
-    """What `anymla plan` shows; a ~ marks a split that conversion will choose on calibration text."""
+    """Draws the plan of `anymla plan`; a ~ marks a split that conversion will choose on calibration text."""
     rows = []
     numbered = enumerate(costs["layers"])  # in a run of equal layers, index and position differ by the same
     alike = groupby(numbered, key=lambda each: each[1] | {"layer": each[1]["layer"] - each[0]})
@@ -163,7 +163,7 @@ def conversion_layers_table(conversion: Conversion) -> FittedTable:
 
 
 def codes_table(planned: Mapping[str, Any]) -> Group:
-    """What `anymla plan` shows of a cache of codes."""
+    """Draws the plan of a cache of codes."""
     (name,) = planned["recipe"]
     cache, once = planned["cache_bytes_per_token"], planned["cache_bytes_once"]
     exact = f", and {size(once)} once for exact tokens" if once else ""

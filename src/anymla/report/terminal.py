@@ -57,7 +57,7 @@ class FittedTable:
         return "\n".join(wrap(self.columns[index], width))
 
     def _table(self, shown: Iterable[int]) -> Table:
-        result = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
         for index in (shown := list(shown)):
             text = index < self.texts
             result.add_column(self._head(index), overflow="fold", justify="left" if text else "right", no_wrap=not text)

@@ -61,7 +61,7 @@ def plain_source(source: Located, *, beside: Path | None = None) -> Iterator[Pla
 
 
 def notes_of(source: Located) -> tuple[str, ...]:
-    """What :func:`plain_source` does to ``source``, in words; none where it is a plain folder.
+    """Returns what :func:`plain_source` does to ``source``, in words; none where it is a plain folder.
 
     Raises:
         CheckpointError, UnsupportedModelError: it cannot be read.
