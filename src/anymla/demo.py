@@ -56,7 +56,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is converted: its name and folder, how many windows of text to score on, and the ways to convert it."""
+    """The model that is converted: name, folder, windows of text to score on, and the ways to convert it."""
 
     name: str
     folder: Path

@@ -19,7 +19,7 @@ KERNEL_RANK, KERNEL_ROPE = 512, 64  # the sizes of DeepSeek's own models, for wh
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits that a conversion must keep: one split for all layers; rope frequencies in a geometric series; no biases.
+    """The limits of a conversion: one split for all layers; rope frequencies in a geometric series; no biases.
 
     ``rope``: most rope dims, which kernels of vLLM and SGLang have room for. Of the rank they have none but under
     --pad cpu and full (padding.py), so it is free here and :func:`kernel_note` speaks of it.

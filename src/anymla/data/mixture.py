@@ -49,7 +49,7 @@ class Source:
 
     @property
     def is_text(self) -> bool:
-        """Returns whether anymla reads it itself. The datasets package reads folders of data files and hub data sets."""
+        """Returns whether anymla reads it itself; the datasets package reads folders and hub data sets."""
         return is_local(self.name) and not Path(os.path.expanduser(self.name)).is_dir()
 
     def documents(self, length: int) -> Any:
