@@ -217,7 +217,7 @@ class _Run:
             if isinstance(step, MLA):
                 origin = None if number == 1 else str(self.recipe.model)
                 done = pipeline.convert(source, folder, step, origin=origin, progress=progress, notify=self.note)
-                self._note(done.notes)
+                self._note(note for note in done.notes if note != pipeline.EARLIER)
             elif isinstance(step, Tune):
                 from anymla.training.tune import tune
 

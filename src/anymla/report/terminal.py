@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 WIDEST = 10_000  # characters; no table is as wide
+HEAD = 8  # characters that a column's name may take in a line, though its cells are shorter
 LEAST = 12  # characters of the first column, before a column of numbers goes below
 
 
@@ -31,6 +32,7 @@ class FittedTable:
         yield Text(self.title, style="bold", overflow="fold")
         for shown in self._parts(console, options):
             yield self._table(shown)
+            yield ""
 
     def _parts(self, console: Console, options: ConsoleOptions) -> Iterator[list[int]]:
         """The columns of each table."""
@@ -53,7 +55,7 @@ class FittedTable:
     def _head(self, index: int) -> str:
         """A column's name, in as many lines as its cells make it."""
         words = self.columns[index].split()
-        width = max(self._width(index), *map(cell_len, words or [""]), 1)
+        width = max(self._width(index), *map(cell_len, words or [""]), HEAD)
         return "\n".join(wrap(self.columns[index], width))
 
     def _table(self, shown: Iterable[int]) -> Table:
