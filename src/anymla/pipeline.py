@@ -167,10 +167,8 @@ def convert(
     source = locate(name, adapter=choice.method.adapter)
     # what is wrong with config.json is said in its own words
     choice = choice.for_model(read_model_spec(source_config(source)))
-    sizes = {
-        "shard_size": parse_size("--max-shard-size", max_shard_size),
-        "memory": machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory),
-    }
+    shards = parse_size("--max-shard-size", max_shard_size)
+    memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
     _check_early(source, choice.method, output, overwrite=overwrite)
     with plain_source(source, beside=output) as plain:
         check_weights(plain.folder)
@@ -182,6 +180,7 @@ def convert(
             plain = replace(plain, notes=(*plain.notes, EARLIER))
         called = origin or name
         if not isinstance(choice.method, MLA):
+            sizes = {"shard_size": shards, "memory": memory}
             return convert_coded(choice.method, called, plain, model_spec, output, progress, restart=restart, **sizes)
         chosen = _chosen_plan(called, model_spec, recipe or choice.method, settings)
         if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
@@ -189,7 +188,14 @@ def convert(
         from anymla.sweep.run import Run  # loads torch
 
         teller = _Told(model_spec, chosen.recipe, progress, notify)
-        run = Run(output=output, restart=restart, progress=teller.layer, begins=teller.begins, **sizes)
+        run = Run(
+            output=output,
+            memory=memory,
+            shard_size=shards,
+            restart=restart,
+            progress=teller.layer,
+            begins=teller.begins,
+        )
         return _convert(plain, model_spec, chosen, run, started)
 
 

@@ -162,7 +162,8 @@ def recipe_file(recipe: str | Path) -> Path:
     if os.path.exists(path):
         return path
     if str(recipe) not in shipped_names():
-        raise RecipeError(f"{recipe} is neither a recipe's file nor one of {', '.join(shipped_names())}")
+        near = did_you_mean(recipe, shipped_names())
+        raise RecipeError(f"{recipe} is neither a recipe's file nor one of {', '.join(shipped_names())}{near}")
     return _shipped_folder() / f"{recipe}.yaml"
 
 

@@ -30,17 +30,23 @@ class FittedTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yields the title, and as many tables as it takes."""
         yield Text(self.title, style="bold", overflow="fold")
-        for shown in self._parts(console, options):
-            yield self._table(shown)
+        heads, every = self.columns, [*range(len(self.columns))]
+        whole = console.measure(self._table(every, heads), options=options.update(max_width=WIDEST)).maximum
+        parts: Iterable[list[int]] = [every]
+        if whole > options.max_width:
+            heads = [self._head(index) for index in every]
+            parts = self._parts(console, options, heads)
+        for shown in parts:
+            yield self._table(shown, heads)
             yield ""
 
-    def _parts(self, console: Console, options: ConsoleOptions) -> Iterator[list[int]]:
+    def _parts(self, console: Console, options: ConsoleOptions, heads: Sequence[str]) -> Iterator[list[int]]:
         """The columns of each table."""
         texts = list(range(self.texts))
         shown, wide = list(texts), options.update(max_width=WIDEST)
         spare = sum(max(0, self._width(index) - LEAST) for index in texts)  # what folding can give
         for index in range(self.texts, len(self.columns)):
-            width = console.measure(self._table([*shown, index]), options=wide).maximum
+            width = console.measure(self._table([*shown, index], heads), options=wide).maximum
             if width - spare > options.max_width and len(shown) > len(texts):
                 yield shown
                 shown = list(texts)
@@ -58,11 +64,11 @@ class FittedTable:
         width = max(self._width(index), *map(cell_len, words or [""]), HEAD)
         return "\n".join(wrap(self.columns[index], width))
 
-    def _table(self, shown: Iterable[int]) -> Table:
+    def _table(self, shown: Sequence[int], heads: Sequence[str]) -> Table:
         result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-        for index in (shown := list(shown)):
+        for index in shown:
             text = index < self.texts
-            result.add_column(self._head(index), overflow="fold", justify="left" if text else "right", no_wrap=not text)
+            result.add_column(heads[index], overflow="fold", justify="left" if text else "right", no_wrap=not text)
         for row in self.rows:
             result.add_row(*(row[index] for index in shown))
         return result
