@@ -170,7 +170,7 @@ def test_a_long_step_says_what_it_is_at(log):
     log.lines.beat()
     last = log.lines.stream.getvalue().splitlines()[-1]
     assert last == "convert: layer 1 of 4 done, gradient step 2 of 300, 60 s so far"
-    log(5, 2, 4, "layer")
+    log(31, 2, 4, "layer")
     assert "gradient" not in log.lines.stream.getvalue().splitlines()[-1]
 
 
