@@ -14,7 +14,7 @@ INTRODUCTION = """# Fidelity
 Made by `python benchmarks/fidelity.py`. All conversions are training-free. anymla's own takes gradient steps, one
 layer at a time, against the original layer's output. It sees no labels, and its gradients go through one layer only.
 
-- **Scores.** KL (nats per token) and the share of the same top token are to the original, on held-out text. Neither calibration nor
+- **Scores.** KL (nats per token) and same top token are to the original, on held-out text. Neither calibration nor
   any choice of settings has seen that text. If it has several domains, windows are drawn from all of it.
 - **Bytes** per token are read from the live cache. Those of CARE without partial RoPE are counted instead, because no
   cache here holds them. It rebuilds and rotates all keys at every step, and cannot decode from the latent.
