@@ -255,5 +255,7 @@ def recovery_table(report: Recovery) -> FittedTable:
             for name, quality in (("before", report.before), ("after", report.after))
         ),
     ]
-    title = f"After {report.tokens:,} tokens, {report.gap_closed:.1%} of the gap in log-perplexity closed"
+    closed = report.gap_closed
+    change = f"{closed:.1%} of the gap closed" if closed >= 0 else f"the gap grew by {-closed:.1%}"
+    title = f"After {report.tokens:,} tokens, in log-perplexity: {change}"
     return table(title, ("model", "perplexity", "KL"), rows)
