@@ -30,7 +30,7 @@ NAMES = {0.5: "50 %", 0.25: "25 %", 0.1875: "18.75 %", 0.125: "12.5 %", 0.0625: 
 INTRODUCTION = """# Quality per byte
 
 Made by `python benchmarks/bytes.py`. Nothing here is trained. Every system sees calibration text once, and is scored
-on held-out text that calibration has not seen. KL (nats per token) and top-1 agreement are to the original. Its cache
+on held-out text that calibration has not seen. KL (nats per token) and same top token are to the original. Its cache
 of 16-bit numbers is 100 %. Of another system's cases, the best at the same bytes counts, by the scores themselves.
 
 **Bytes are counted whole**, over the tokens of a scored window. They include codes, indices, and the scales and zero
@@ -151,7 +151,7 @@ def write_page(path: Path, rows: list[Row], systems: list[str]) -> None:
             lines += table(columns, compared)
         texts = list(mine[0].get("texts", {}))
         each = [f"KL on {name}" for name in texts] if len(texts) > 1 else []
-        columns = ["system", "case", "bytes", "per token", "KL", "perplexity", "top-1", *each]
+        columns = ["system", "case", "bytes", "per token", "KL", "perplexity", "same top token", *each]
         lines += table(columns, [_row_cells(row) for row in mine])
     path.write_text("\n".join(lines).rstrip() + "\n")
 

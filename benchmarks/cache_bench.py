@@ -80,7 +80,7 @@ class Bench:
 
     @torch.no_grad()
     def scores(self, forward: Forward) -> dict[str, Any]:
-        """KL, perplexity and top-1 agreement of ``forward`` to the original: of all text, and of each."""
+        """KL, perplexity and same top token of ``forward`` to the original: of all text, and of each."""
         total, each = ScoreSums(), {}
         for name, windows in self.windows.items():
             sums = ScoreSums()

@@ -14,7 +14,7 @@ INTRODUCTION = """# Fidelity
 Made by `python benchmarks/fidelity.py`. All conversions are training-free. anymla's own takes gradient steps, one
 layer at a time, against the original layer's output. It sees no labels, and its gradients go through one layer only.
 
-- **Scores.** KL (nats per token) and top-1 agreement are to the original, on held-out text. Neither calibration nor
+- **Scores.** KL (nats per token) and same top token are to the original, on held-out text. Neither calibration nor
   any choice of settings has seen that text. If it has several domains, windows are drawn from all of it.
 - **Bytes** per token are read from the live cache. Those of CARE without partial RoPE are counted instead, because no
   cache here holds them. It rebuilds and rotates all keys at every step, and cannot decode from the latent.
@@ -108,7 +108,7 @@ def _variations(rows: list[Row], ours: list[Row]) -> list[str]:
     if "probe" in rows[0]:
         columns = ["cache size", "probe", "chance", "original", "converted", "standard error of the difference"]
         return table(columns, [line for row in rows for line in _probed(row)])
-    columns = ["cache size", "case", "bytes", "perplexity", "KL", "top-1", "original's perplexity"]
+    columns = ["cache size", "case", "bytes", "perplexity", "KL", "same top token", "original's perplexity"]
     budgets = dict.fromkeys(row["budget"] for row in rows)
     whole = ours if rows[0]["group"] == PARTS else []
     shown = [row for budget in budgets for row in (*whole, *rows) if row["budget"] == budget]
@@ -161,7 +161,7 @@ def write_page(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
                 "bytes",
                 "perplexity",
                 "KL",
-                "top-1",
+                "same top token",
                 "seconds",
                 "peak memory",
                 "settings",

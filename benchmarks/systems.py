@@ -32,7 +32,7 @@ from anymla.io.checkpoint import load_model
 from anymla.io.real_models import PACKAGES, real_model
 
 PEERS = ("TransMLA", "MHA2MLA")
-NAMES = ("system", "cache", "weights", "KL", "perplexity", "top-1", "CPU seconds", "step")
+NAMES = ("system", "cache", "weights", "KL", "perplexity", "same top token", "CPU seconds", "step")
 INTRODUCTION = """# Systems that change attention
 
 Written by `python benchmarks/systems.py`. Nothing is trained. "cache" and "weights" are measured bytes over the

@@ -83,7 +83,9 @@ def test_convert_writes_codes_and_says_so(tmp_path, monkeypatch, capfd):
     assert report["after"]["cache_bytes_per_token"] == 160 and report["after"]["kl"] < 0.02
     assert [layer["layer"] for layer in report["layers"]] == list(range(5))
     assert len([*(tmp_path / "out").glob("model-*.safetensors")]) > 1
-    assert "transform_coding" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "transform_coding" in card and "same top token" in card and "| converted | " in card
+    assert "share of the original's cache in 16 bits" in run.err  # the bundled checkpoint is in float32
     recipe = Recipe.of(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
     assert recipe.steps[0].kv_cache == 0.25 and recipe.steps[0].decode_cost == 2
     with torch.no_grad():

@@ -61,6 +61,10 @@ def test_what_can_follow(source, tmp_path, after):
     assert done.original.account.cache_bytes_per_token == 3 * first and second < first
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["num_key_value_heads"]) == ("anymla_llama", 1)
+    if after == "mla":
+        told, card = (tmp_path / "out" / name for name in ("conversion.json", "README.md"))
+        assert json.loads(told.read_text())["model"] == str(source)
+        assert "step-1" not in told.read_text() + card.read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert logits_of(model, token_ids()).isfinite().all()
 

@@ -18,6 +18,7 @@ from anymla.cli import progress
 from anymla.errors import CheckpointError
 from anymla.io.download import listening
 from anymla.io.find import find_model
+from anymla.io.telling import hearing, told
 from tests.damage import BUNDLED, FAST, PROGRESS, TRAIN, VALID, Run, run_main
 from tests.hub_server import hub_of
 
@@ -107,7 +108,7 @@ def test_long_steps_beat(log):
         log.clock.now += 1
         log.lines.beat()
     assert log.lines.stream.getvalue().splitlines() == [
-        f"convert: reading, {seconds} s so far" for seconds in (30, 60, 90)
+        f"convert: reading, {seconds} s so far" for seconds in (10, 40, 70)
     ]
     log(10, 1, 10, "layer")
     log(50, 2, 10, "layer")
@@ -154,6 +155,34 @@ def test_an_error_ends_the_lines(monkeypatch):
     written = stream.getvalue()
     time.sleep(1.2)
     assert stream.getvalue() == written == "convert: layer 1 of 3, 0 s\n"
+
+
+def test_a_long_step_says_what_it_is_at(log):
+    log.lines.part("checking the weights")
+    log.clock.now += 11
+    log.lines.beat()
+    assert log.lines.stream.getvalue() == "convert: checking the weights, 11 s so far\n"
+    log(9, 1, 4, "layer")
+    with hearing(log.lines.part):
+        steps = told(range(300), "gradient step")
+        next(steps), next(steps)
+    log.clock.now += 40
+    log.lines.beat()
+    last = log.lines.stream.getvalue().splitlines()[-1]
+    assert last == "convert: layer 1 of 4 done, gradient step 2 of 300, 60 s so far"
+    log(31, 2, 4, "layer")
+    assert "gradient" not in log.lines.stream.getvalue().splitlines()[-1]
+
+
+def test_a_bar_says_what_a_step_is_at():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with progress.Bar(console) as bar:
+        bar.part("checking the weights")
+        bar(1, 3, "layer")
+        bar.part("layer 2 of 3: new weights")
+        bar.live.refresh()
+    drawn = console.file.getvalue()
+    assert "checking the weights" in drawn and "layer; layer 2 of 3: new weights" in drawn
 
 
 def test_a_log_that_is_gone_stops_nothing():

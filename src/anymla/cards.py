@@ -29,13 +29,6 @@ def model_card(report: Mapping[str, Any], auto: str) -> str:
     base = f"base_model: {repo}\n" if "/" in repo else ""
     text = public_name(recipe["calibration"] or "the stories bundled with anymla")
     kept = after["cache_bytes_per_token"] / before["cache_bytes_per_token"]
-    rows = "\n".join(
-        f"| {name} | {scores['perplexity']:.4g} | {scores['kl']:.4g} | {scores['top1_agreement']:.1%} "
-        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} "
-        f"| {' | '.join(f'{sizes[when]:,}' for sizes in report['cache_bytes_at'].values())} |"
-        for name, when, scores in (("original", "before", before), ("converted", "after", after))
-    )
-    lengths = " | ".join(f"bytes at {int(length):,} tokens" for length in report["cache_bytes_at"])
     return f"""---
 {LIBRARY}
 pipeline_tag: {TASKS[auto]}
@@ -44,13 +37,7 @@ tags: [anymla, multi-head-latent-attention, kv-cache]
 
 # {public_name(source)} with multi-head latent attention, {kept:.2%} of the KV cache{_headline(recipe)}
 
-On {after["tokens"]:,} held-out tokens of calibration text:
-
-| | perplexity | KL to the original | top-1 agreement | cache bytes per token | {lengths} |
-|---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
-{rows}
-
-The cache per token is measured from its tensors.{_slides(report)}{_window(recipe)}
+{scores_shown(report)}{_window(recipe)}
 Calibration text: {text}.{_from(repo, commit)}
 
 ## How it was made
@@ -72,6 +59,24 @@ Calibration text: {text}.{_from(repo, commit)}
 - Quality was measured on text like the calibration text. On other text it may be lower.
 - Dropped rotations are right for distances within a calibration window, at most {recipe["calibration_length"]} tokens.
 {"".join(f"- Of the original, {note}.{chr(10)}" for note in report["notes"])}"""
+
+
+def scores_shown(report: Mapping[str, Any]) -> str:
+    """Scores and bytes before and after as a table, with how they were measured; ``report`` is conversion.json."""
+    rows = "\n".join(
+        f"| {name} | {scores['perplexity']:.4g} | {scores['kl']:.4g} | {scores['top1_agreement']:.1%} "
+        f"| {scores['cache_bytes_per_token']:g}{_once(scores)} "
+        f"| {' | '.join(f'{sizes[when]:,}' for sizes in report['cache_bytes_at'].values())} |"
+        for name, when, scores in (("original", "before", report["before"]), ("converted", "after", report["after"]))
+    )
+    lengths = " | ".join(f"bytes at {int(length):,} tokens" for length in report["cache_bytes_at"])
+    return f"""On {report["after"]["tokens"]:,} held-out tokens of calibration text:
+
+| | perplexity | KL to the original | same top token | cache bytes per token | {lengths} |
+|---|---:|---:|---:|---:|{"---:|" * len(report["cache_bytes_at"])}
+{rows}
+
+The cache per token is measured from its tensors.{_slides(report)}"""
 
 
 def _from(repo: str, commit: str | None) -> str:
@@ -124,7 +129,7 @@ def command(source: str, recipe: Mapping[str, Any]) -> str:
 
 
 def public_name(source: str | Path) -> str:
-    """What a card calls ``source``: a hub id unchanged, of a local path only the last name. Cards are published."""
+    """Returns a hub id unchanged, and the last name of a local path: cards are published."""
     text = str(source)
     repo = text.partition("@")[0]  # a revision may hold slashes
     return text if repo.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
@@ -155,7 +160,7 @@ def step_card(method: Method, source: str | Path, card: str | None, told: str = 
 
 
 def static_norms_cost(lost: Sequence[float]) -> str:
-    """What ``norms_lost`` of the layers says, in words."""
+    """Returns what ``norms_lost`` of the layers says, in words."""
     return (
         f"at full budget that alone would lose {sum(lost) / len(lost):.2%} of the hidden states after attention, "
         f"{max(lost):.2%} in the worst layer"
@@ -168,7 +173,7 @@ def shell(commands: Iterable[str]) -> str:
 
 
 def loading(auto: str, *, first: str = "", arguments: str = "") -> str:
-    """How the class ``auto`` of transformers loads the folder, as a block of Markdown; ``first``: a line before."""
+    """Shows how the class ``auto`` of transformers loads the folder, in Markdown; ``first``: a line before."""
     head = f"{first}\n" if first else ""
     return f"""```python
 {head}from transformers import {auto}

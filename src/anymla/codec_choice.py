@@ -30,7 +30,7 @@ class Choice:
 
     @classmethod
     def of(cls, codec: str, recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> Choice:
-        """What ``settings`` mean; ``recipe``: of the step mla, which they override.
+        """Returns what ``settings`` mean; ``recipe``: of the step mla, which they override.
 
         Raises:
             RecipeError: no such codec, or a setting that its step does not have.
@@ -49,7 +49,7 @@ class Choice:
         return cls(TransformCoding.of(settings, "settings"), "it loses least per byte (engines need --codec none)")
 
     def for_model(self, model: ModelSpec) -> Choice:
-        """The same, or the step mla where nobody asked for codes and the model cannot have them.
+        """Returns the same, or the step mla where nobody asked for codes and the model cannot have them.
 
         Raises:
             UnsupportedModelError: the model cannot have the codes that were asked for.

@@ -11,7 +11,7 @@ from typing import Any
 
 from anymla import __version__
 from anymla.account import account
-from anymla.cards import step_card
+from anymla.cards import scores_shown, step_card
 from anymla.io.device import peak_rss
 from anymla.io.sources.plain import Plain
 from anymla.methods.base import LayerMethod
@@ -90,5 +90,6 @@ def _write_report(folder: Path, report: CodedConversion) -> None:
     recipe = Recipe.of({"model": report.model, "steps": [report.method]})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(step_card(report.method, report.model, None), encoding="utf-8")
+    card = step_card(report.method, report.model, None, scores_shown(report.to_dict()))
+    (folder / "README.md").write_text(card, encoding="utf-8")
     conversion_page(report, folder).write(folder)

@@ -70,7 +70,7 @@ def compare(
     track: Track | None = None,
     note: Note | None = None,
 ) -> ModelComparison:
-    """Measures models on one text: bytes of weights and cache, perplexity, KL and top-1 agreement to the first one.
+    """Measures models on one text: bytes of weights and cache, perplexity, KL and same top token to the first one.
 
     Args:
         models: folders, GGUF files or hub ids (also ``org/name@revision``), converted or not.
@@ -90,18 +90,21 @@ def compare(
     Raises:
         CheckpointError, RecipeError, TextError: as the message says.
     """
+    from anymla.data.text import check_texts
     from anymla.evaluation.likelihood import untracked
 
     first = models[0] if teacher is None and models else teacher
     names = list(dict.fromkeys(str(name) for name in ([] if first is None else [first, *models])))
     if len(names) < 2:
         raise RecipeError("a comparison needs two models: give another one, or --teacher")
+    check_texts({"--text": text})
+    device = pick_device(device)
     found = [locate(name) for name in names]
     known = (context_in(source_config(each), each.base) for each in found)
     contexts = [size for size in known if size is not None]
     length = min(length, *contexts) if contexts else length
     context = context or min(contexts or [length])
-    asked = _Asked(str(text), tokens, length, context, dtype, pick_device(device), track or untracked, note)
+    asked = _Asked(str(text), tokens, length, context, dtype, device, track or untracked, note)
     settings = {"teacher": names[0], "text": str(text), "tokens": tokens, "length": length, "context": context}
     return ModelComparison(
         models=tuple(asked.all_of(found)),

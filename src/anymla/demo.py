@@ -56,7 +56,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is converted: its name and folder, how many windows of text to score on, and the ways to convert it."""
+    """The model that is converted: name, folder, windows of text to score on, and the ways to convert it."""
 
     name: str
     folder: Path
@@ -66,7 +66,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the original and the conversion say to the same prompt."""
+    """Replies of the original and of the conversion to the same prompt."""
 
     prompt: str
     original: str
@@ -75,7 +75,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOutcome:
-    """What the demo found; ``output`` holds the conversion, the page and these results."""
+    """The results of the demo; ``output`` holds the conversion, the page and these results."""
 
     model: str
     output: Path

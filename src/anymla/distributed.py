@@ -39,7 +39,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Returns how many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

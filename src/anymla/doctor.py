@@ -78,7 +78,7 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What was found. ``tested``: the releases of transformers that anymla was tested with, first and last."""
+    """All that was found. ``tested``: the releases of transformers that anymla was tested with, first and last."""
 
     python: str
     anymla: str
@@ -91,12 +91,12 @@ class Examination:
 
     @property
     def missing(self) -> tuple[Package, ...]:
-        """What anymla cannot do without, absent or of a version that does not do."""
+        """Returns what anymla cannot do without, absent or of a version that does not do."""
         return tuple(each for each in self.packages if each.extra is None and not each.fits)
 
     @property
     def transformers_tested(self) -> bool | None:
-        """Whether the installed transformers is one of those tested; None where there is none."""
+        """Returns whether the installed transformers is one of those tested; None where there is none."""
         if self.tested is None:
             return None
         first, last = (Version(each).release[:2] for each in self.tested)
@@ -123,7 +123,7 @@ class Examination:
 
 
 def pip_line(extra: str) -> str:
-    """What installs an extra."""
+    """Returns what installs an extra."""
     return f"pip install 'anymla[{extra}]'"
 
 

@@ -20,7 +20,7 @@ REPORTS = ("export.json", "conversion.json")  # one of which a folder has that a
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """What was sent to the hub, or would have been: files and their bytes. ``url`` is None where nothing was sent."""
+    """Files that were sent to the hub, or would have been, with bytes. ``url`` is None where nothing was sent."""
 
     folder: Path
     repo: str

@@ -19,7 +19,7 @@ GRID_ROPE = "channel-pca"  # the rope choice that knows how to keep to a grid
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a conversion must keep to: one split for all layers; rope frequencies in a geometric series; no biases."""
+    """The limits of a conversion: one split for all layers; rope frequencies in a geometric series; no biases."""
 
     uniform: bool = True
     grid: bool = True
@@ -27,7 +27,7 @@ class Limits:
 
 
 class Layout(ABC):
-    """What one format of anymla.exports can hold.
+    """The models that one format of anymla.exports can hold.
 
     ``engines``: those that read it. ``limits``: what a conversion for it keeps to. ``shapes``: the sizes and number
     formats that the engines' kernels take.
@@ -40,14 +40,14 @@ class Layout(ABC):
 
     @abstractmethod
     def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
-        """Why no conversion of this model fits, or None; all its layers have the attention ``spec``.
+        """Returns why no conversion of this model fits, or None; all its layers have the attention ``spec``.
 
         ``static_norms``: whether fixed scales may stand in for norms on queries and keys.
         """
 
     @abstractmethod
     def verdict(self, model_spec: ModelSpec) -> tuple[str, str]:
-        """How exact the export of a model that fits is, and what that takes."""
+        """Returns how exact the export of a model that fits is, and what that takes."""
 
 
 class DeepseekLayout(Layout):
@@ -58,7 +58,7 @@ class DeepseekLayout(Layout):
     limits = Limits()
 
     def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
-        """What of the model DeepSeek's block has no place for."""
+        """Returns what of the model DeepSeek's block has no place for."""
         if model_spec.other_block is not None:
             return model_spec.other_block
         if spec.qkv_bias or spec.output_bias:
@@ -88,7 +88,7 @@ class VllmLayout(Layout):
     limits = Limits(grid=False, biases=True)
 
     def refusal(self, spec: AttentionSpec, model_spec: ModelSpec, *, static_norms: bool) -> str | None:
-        """What keeps the backend from running the family; its attention fits."""
+        """Returns what keeps the backend from running the family; its attention fits."""
         return backend_refusal(model_spec.text_model_type)
 
     def verdict(self, model_spec: ModelSpec) -> tuple[str, str]:
@@ -147,7 +147,7 @@ def plain_pairs(rope: RopeSpec | None, pairs: int) -> int:
 
 
 def target_refusal(target: Target, model_spec: ModelSpec, *, static_norms: bool = False) -> str | None:
-    """Why no conversion of this model can be exported to ``target``, or None.
+    """Returns why no conversion of this model can be exported to ``target``, or None.
 
     ``static_norms``: whether fixed scales may stand in for norms on queries and keys.
     """

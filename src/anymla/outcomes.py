@@ -26,7 +26,7 @@ REDUCTIONS = (4, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a model is and what its cache costs; ``model_spec`` is None where ``supported`` is False.
+    """Facts of a model and of its cache's size; ``model_spec`` is None where ``supported`` is False.
 
     ``notes``: what a conversion does to its files first, where they are not plain.
     """
@@ -40,12 +40,12 @@ class Inspection:
 
     @property
     def already_latent(self) -> bool:
-        """Whether it is not converted because it has multi-head latent attention."""
+        """Returns whether it is not converted because it has multi-head latent attention."""
         return self.reason is not None and self.reason.startswith(ALREADY)
 
     @property
     def targets(self) -> dict[str, tuple[str, str]]:
-        """Which serving engines can have it, under which plan, and why not (layouts.py); none unsupported."""
+        """Returns which serving engines can have it, under which plan, and why not (layouts.py); none unsupported."""
         return {} if self.model_spec is None else verdicts(self.model_spec)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _facts(attention: AttentionSpec | None) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What every conversion tells: where the model is, and held-out scores before and after.
+    """The report of any conversion: the place of the model, and held-out scores before and after.
 
     ``spec``: what the model now is.
     ``cache_bytes_at``: bytes of the cache before and after, by the number of tokens in it.
@@ -122,14 +122,14 @@ class ConversionReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion(ConversionReport):
-    """What the step mla did: its plan and its layers."""
+    """The report of the step mla: its plan and its layers."""
 
     plan: MLAPlan
     layers: tuple[LayerResult, ...]
 
     @property
     def model(self) -> str:
-        """What was converted."""
+        """Returns what was converted."""
         return self.plan.model
 
     @property
@@ -144,7 +144,7 @@ class Conversion(ConversionReport):
 
 @dataclass(frozen=True, kw_only=True)
 class CodedConversion(ConversionReport):
-    """What a conversion to a cache of codes did; ``layers``: what the method says of each layer that it changed."""
+    """The report of a conversion to codes; ``layers``: the method's own report of each layer that it changed."""
 
     model: str
     method: LayerMethod

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ from anymla.io.checkpoint import (
     parse_size,
     safe_config,
 )
-from anymla.io.device import machine_memory, matmul_speed, peak_rss
+from anymla.io.device import machine_memory, matmul_speed, peak_rss, pick_device
 from anymla.io.find import with_revision
 from anymla.io.hub_cache import commit_of
-from anymla.io.sources.locate import locate
+from anymla.io.sources.locate import Located, locate
 from anymla.io.sources.plain import Plain, notes_of, plain_source
 from anymla.methods.base import LayerMethod
 from anymla.methods.cache_coding.explain import explain_codes
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from anymla.sweep.run import Run
 
 Progress = Callable[[int, int, Any], None]  # (layers done, layers, the last one's result)
+EARLIER = "what the steps before this one left was converted"
 
 
 def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
@@ -91,7 +92,7 @@ def choose(
     revision: str | None = None,
     **settings: Any,
 ) -> Choice:
-    """Which step :func:`convert` would take with the same arguments, and why."""
+    """Returns the step that :func:`convert` would take with the same arguments, and why."""
     choice = Choice.of(codec, recipe, settings)
     source = locate(with_revision(model, revision), adapter=choice.method.adapter, config_only=True)
     return choice.for_model(read_model_spec(source_config(source)))
@@ -124,6 +125,7 @@ def convert(
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
     told: Callable[[str], None] | None = None,
+    origin: str | None = None,
     **settings: Any,
 ) -> Conversion | CodedConversion:
     """Makes a model's KV cache smaller, and writes the new model to ``output``.
@@ -147,6 +149,7 @@ def convert(
             conversion goes on. Of codes the result is a dict, None after each pass of calibration.
         notify: called before the work where it will take more than ten minutes, with how long and what is faster.
         told: called with which step the codec "auto" took, and why.
+        origin: what reports call the model, where steps of a recipe made ``model`` of another one.
         settings: fields of the step, as ``kv_cache=0.25``; they override the recipe.
 
     What is done is kept in a folder beside ``output`` until all is; the same call goes on from there. Under torchrun
@@ -165,20 +168,22 @@ def convert(
     # what is wrong with config.json is said in its own words
     read = mla_source if isinstance(choice.method, MLA) else read_model_spec
     choice = choice.for_model(read(source_config(source)))
-    for path in source.paths:
-        check_output(output, path, overwrite=overwrite)
-    shard_size = parse_size("--max-shard-size", max_shard_size)
+    shards = parse_size("--max-shard-size", max_shard_size)
     memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
+    _check_early(source, choice.method, output, overwrite=overwrite)
     with plain_source(source, beside=output) as plain:
         check_weights(plain.folder)
         # with transformers' defaults where config.json says nothing
         model_spec = read(safe_config(plain.folder).to_dict())
         if told is not None and choice.told is not None:
             told(choice.told)
+        if origin is not None:
+            plain = replace(plain, notes=(*plain.notes, EARLIER))
+        called = origin or name
         if not isinstance(choice.method, MLA):
-            sizes = {"shard_size": shard_size, "memory": memory}
-            return convert_coded(choice.method, name, plain, model_spec, output, progress, restart=restart, **sizes)
-        chosen = _chosen_plan(name, model_spec, recipe or choice.method, settings)
+            sizes = {"shard_size": shards, "memory": memory}
+            return convert_coded(choice.method, called, plain, model_spec, output, progress, restart=restart, **sizes)
+        chosen = _chosen_plan(called, model_spec, recipe or choice.method, settings)
         if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
             all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)
         from anymla.sweep.run import Run  # loads torch
@@ -187,12 +192,26 @@ def convert(
         run = Run(
             output=output,
             memory=memory,
-            shard_size=shard_size,
+            shard_size=shards,
             restart=restart,
             progress=teller.layer,
             begins=teller.begins,
         )
         return _convert(plain, model_spec, chosen, run, started)
+
+
+def _check_early(source: Located, method: LayerMethod, output: Path, *, overwrite: bool) -> None:
+    """Refuses what makes the work useless, before any weight is read.
+
+    Raises:
+        OutputError, RecipeError, TextError: the output, the device or the text cannot be.
+    """
+    for path in source.paths:
+        check_output(output, path, overwrite=overwrite)
+    from anymla.data.text import check_texts
+
+    check_texts({"--calibration": method.calibration})
+    pick_device(method.device)
 
 
 def _chosen_plan(model: str, model_spec: ModelSpec, recipe: MLA | MLAPlan | None, settings: dict[str, Any]) -> MLAPlan:

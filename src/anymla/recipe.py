@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, InstanceOf, field_validator
 
 from anymla.architectures.packed import with_packing
-from anymla.errors import RecipeError, UnsupportedModelError, shown
+from anymla.errors import RecipeError, UnsupportedModelError, did_you_mean, shown
 from anymla.methods.base import Method, Phase, method_of
 from anymla.methods.mla.settings import MLA
 from anymla.methods.tune import Tune
@@ -20,7 +20,7 @@ from anymla.settings import MOST, Settings, parse_yaml, read_yaml
 
 
 class Recipe(Settings):
-    """What to do with a model, step by step."""
+    """The steps that a model goes through, and the text to score it on."""
 
     model: str | None = Field(None, min_length=1, description="The model that the first step takes.")
     teacher: str | None = Field(
@@ -48,7 +48,14 @@ class Recipe(Settings):
         Raises:
             RecipeError: an unknown step or setting, or an order that cannot be; the message names the step.
         """
-        given = settings.get("steps")
+        if "steps" not in settings:
+            others = settings.keys() - cls.model_fields.keys()
+            near = next((f" (did you mean steps, not {name}?)" for name in others if did_you_mean(name, ["steps"])), "")
+            raise RecipeError(
+                f"{source}: there are no steps{near}; a recipe has 'steps:' with a line for each, as "
+                "'- mla: {kv_cache: 0.25}'"
+            )
+        given = settings["steps"]
         if not isinstance(given, list | tuple) or not given:
             raise RecipeError(f"{source}: steps must be a list of steps, as '- mla: {{kv_cache: 0.25}}'")
         steps = tuple(_step(step, f"{source}: step {number}") for number, step in enumerate(given, 1))
@@ -65,7 +72,7 @@ class Recipe(Settings):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def plan(self, model: ModelSpec) -> list[ModelSpec]:
-        """What the model is after every step, from its config alone.
+        """Returns what the model is after every step, from its config alone.
 
         Raises:
             UnsupportedModelError: a step refuses it.
@@ -96,7 +103,9 @@ def _step(given: Any, place: str) -> Method:
         return given
     named = {given: {}} if isinstance(given, str) else given
     if not isinstance(named, dict) or len(named) != 1:
-        raise RecipeError(f"{place} must be a name, or one name with its settings, got {shown(given)}")
+        beside = isinstance(given, dict) and None in given.values()
+        hint = ": indent the settings below the name" if beside else ""
+        raise RecipeError(f"{place} must be a name, or one name with its settings, got {shown(given)}{hint}")
     ((name, settings),) = named.items()
     if settings is not None and not isinstance(settings, dict):
         raise RecipeError(f"{place}, {name!s:.40}, must hold names and values, as 'mla: {{kv_cache: 0.25}}'")
@@ -116,15 +125,15 @@ def check_order(steps: tuple[Method, ...], source: str = "recipe") -> None:
 
 
 def refused_after(later: type[Method], earlier: type[Method]) -> str | None:
-    """Why one method cannot follow another in a recipe, or None."""
+    """Returns why one method cannot follow another in a recipe, or None."""
     if later.name in earlier.excludes or earlier.name in later.excludes:
         return "they do not go together"
     if later is earlier and later.phase != Phase.HEAL:
         return "a recipe has it once"
     last = earlier.phase if earlier.phase != Phase.HEAL else min(later.phase, earlier.phase)
     if later.phase < last:
-        order = " < ".join(phase.name for phase in Phase)
-        return f"{later.phase.name} comes before {earlier.phase.name} ({order}): change their places"
+        order = ", ".join(phase.name for phase in Phase)
+        return f"{later.phase.name} comes before {earlier.phase.name} ({order}): put {later.name} first"
     return None
 
 
@@ -153,7 +162,8 @@ def recipe_file(recipe: str | Path) -> Path:
     if os.path.exists(path):
         return path
     if str(recipe) not in shipped_names():
-        raise RecipeError(f"{recipe} is neither a recipe's file nor one of {', '.join(shipped_names())}")
+        near = did_you_mean(recipe, shipped_names())
+        raise RecipeError(f"{recipe} is neither a recipe's file nor one of {', '.join(shipped_names())}{near}")
     return _shipped_folder() / f"{recipe}.yaml"
 
 
@@ -199,10 +209,16 @@ def _with_setting(recipe: Recipe, setting: str) -> Recipe:
     if not equals or not dot:
         raise RecipeError(f"--set {setting!s:.60} must be a step's setting, as mla.kv_cache=0.125")
     if step_name not in [step.name for step in recipe.steps]:
-        raise RecipeError(f"--set {setting!s:.60}: the recipe has no step {step_name!s:.40}")
+        known = [step.name for step in recipe.steps]
+        near = did_you_mean(step_name, known)
+        raise RecipeError(
+            f"--set {setting!s:.60}: the recipe has no step {step_name!s:.40}{near}; its steps are {', '.join(known)}"
+        )
     value = parse_yaml(text, f"--set {setting!s:.60}")
     steps = [
-        step if step.name != step_name else step.of(step.model_dump(exclude_unset=True) | {name: value}, "--set")
+        step
+        if step.name != step_name
+        else step.of(step.model_dump(exclude_unset=True) | {name: value}, f"--set {setting!s:.60}")
         for step in recipe.steps
     ]
     return Recipe.of(recipe.model_dump(exclude={"steps"}) | {"steps": steps}, "--set")

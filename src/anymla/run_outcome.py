@@ -39,7 +39,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Scores on the evaluation text; KL (nats per token) and top-1 agreement are to the original, None for itself."""
+    """Scores on the evaluation text; KL (nats per token) and same top token are to the original, None for itself."""
 
     perplexity: float
     kl: float | None
@@ -49,7 +49,7 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What the model is after a step, or before the first one.
+    """Bytes and quality of the model after a step, or before the first one.
 
     ``settings``: of the step. ``seconds``: that the step took, the last call alone where it was stopped between.
     ``quality``: None without an evaluation text.
@@ -71,7 +71,7 @@ class StepOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What a run did: where the model is, the recipe, the original, and what every step made of it."""
+    """The report of a run: the place of the model, the recipe, the original, and the outcome of every step."""
 
     output: Path
     recipe: Recipe
@@ -93,7 +93,7 @@ class RunReport:
 
 
 def source_spec(source: Located) -> ModelSpec:
-    """What a model is, from its config alone; one that anymla converted may be tuned or changed further.
+    """Returns what a model is, from its config alone; one that anymla converted may be tuned or changed further.
 
     Raises:
         UnsupportedModelError, CheckpointError: it is no model that anymla knows.
@@ -102,7 +102,7 @@ def source_spec(source: Located) -> ModelSpec:
 
 
 def original_cost(source: Located, context: int | None) -> Cost:
-    """What the original costs; its weights are counted where its folder holds them as they are."""
+    """Returns what the original costs; its weights are counted where its folder holds them as they are."""
     spec = source_spec(source)
     if not notes_of(source):
         spec = sized(spec, stored_bytes(spec, check_weights(source.base)))
@@ -118,7 +118,7 @@ def original_cost(source: Located, context: int | None) -> Cost:
 
 
 def step_cost(folder: Path, context: int | None) -> Cost:
-    """What a step's checkpoint costs, as its account.json says."""
+    """Returns what a step's checkpoint costs, as its account.json says."""
     told, spec = json.loads((folder / ACCOUNT).read_text(encoding="utf-8")), spec_of(read_config(folder))
     context = context or spec.max_position_embeddings
     names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")

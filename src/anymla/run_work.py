@@ -18,7 +18,7 @@ STEP_REPORTS = ("conversion.json", "tuning.json")
 
 
 def step_folder(work: WorkFolder, recipe: Recipe, number: int) -> Path:
-    """Where a step's checkpoint lies until the run is done."""
+    """Returns where a step's checkpoint lies until the run is done."""
     return work.path / f"step-{number}-{recipe.steps[number - 1].name}"
 
 

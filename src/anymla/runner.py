@@ -72,7 +72,7 @@ def run(
     original = chosen.teacher or chosen.model
     adapter = next((step.adapter for step in chosen.steps if isinstance(step, MLA)), None)
     chosen.plan(source_spec(locate(str(chosen.model), adapter=adapter, config_only=True)))
-    _check_texts(chosen)
+    _check_steps(chosen)
     source, taught_by = locate(str(chosen.model), adapter=adapter), locate(str(original), adapter=adapter)
     for path in (*source.paths, *taught_by.paths):
         check_output(place, path, overwrite=overwrite)
@@ -104,21 +104,24 @@ def _chosen(
     return chosen
 
 
-def _check_texts(recipe: Recipe) -> None:
-    """Finds local texts readable before hours of work need them.
+def _check_steps(recipe: Recipe) -> None:
+    """Finds texts and devices of all steps before hours of work need them.
 
     Raises:
-        TextError: one is not.
+        TextError, RecipeError: one is not there; the message names the step.
     """
-    from anymla.data.mixture import Source
-    from anymla.data.text import read_documents
+    from anymla.data.mixture import check_data
+    from anymla.data.text import check_texts
 
-    texts = [Source.of(data).name for step in recipe.steps if isinstance(step, Tune) for data in step.data or []]
-    texts += [step.eval_data for step in recipe.steps if isinstance(step, Tune) and step.eval_data is not None]
-    for name in [*texts, *([] if recipe.text is None else [recipe.text])]:
-        path = Path(os.path.expanduser(name))
-        if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
-            read_documents(name)
+    check_texts({"text": recipe.text})
+    for number, step in enumerate(recipe.steps, 1):
+        try:
+            pick_device(getattr(step, "device", "auto"))
+            if isinstance(step, Tune):
+                check_data(step.data, step.eval_data)
+            check_texts({"calibration": getattr(step, "calibration", None)})
+        except AnymlaError as error:
+            raise type(error)(f"step {number}, {step.name}: {error}") from error
 
 
 def _source_facts(source: Located) -> list[Any]:
@@ -212,8 +215,9 @@ class _Run:
         progress()
         try:
             if isinstance(step, MLA):
-                done = pipeline.convert(source, folder, step, progress=progress, notify=self.note)
-                self._note(done.notes)
+                origin = None if number == 1 else str(self.recipe.model)
+                done = pipeline.convert(source, folder, step, origin=origin, progress=progress, notify=self.note)
+                self._note(note for note in done.notes if note != pipeline.EARLIER)
             elif isinstance(step, Tune):
                 from anymla.training.tune import tune
 

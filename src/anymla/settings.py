@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -31,16 +32,25 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            first = error.errors()[0]
-            if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-                (name,) = first["loc"]
-                step = getattr(cls, "name", None)
-                subject = "there is" if step is None else f"{step} has"
-                near = did_you_mean(name, cls.model_fields)
-                raise RecipeError(f"{source}: {subject} no setting {shown(name)}{near}") from error
-            value = "" if first["type"] in ("extra_forbidden", "value_error") else f", got {shown(first['input'])}"
-            place = f"{where(first['loc'])}: " if first["loc"] else ""
-            raise RecipeError(f"{source}: {place}{first['msg'].removeprefix('Value error, ')}{value}") from error
+            raise RecipeError(f"{source}: {cls._told(error.errors()[0])}") from error
+
+    @classmethod
+    def _told(cls, wrong: Any) -> str:
+        """What is wrong with a setting, and what it may be; ``wrong``: as pydantic says it."""
+        value = "" if wrong["type"] in ("extra_forbidden", "value_error") else f", got {shown(wrong['input'])}"
+        if wrong["type"] == "extra_forbidden" and len(wrong["loc"]) == 1:
+            (name,) = wrong["loc"]
+            step = getattr(cls, "name", None)
+            subject = "there is" if step is None else f"{step} has"
+            allowed = (
+                f"the settings are {', '.join(cls.model_fields)}" if step is None else f"see anymla methods {step}"
+            )
+            return f"{subject} no setting {shown(name)}{did_you_mean(name, cls.model_fields)}; {allowed}"
+        if wrong["type"] == "literal_error":
+            value += did_you_mean(wrong["input"], re.findall("'([^']*)'", wrong["ctx"]["expected"]))
+        place = f"{where(wrong['loc'])}: " if wrong["loc"] else ""
+        said = wrong["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+        return f"{place}{said}{value}"
 
     def to_yaml(self) -> str:
         """The settings as YAML, every field spelled out."""
@@ -90,19 +100,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error
     content = parse_yaml(decoded, str(path))
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} must hold names and values, as 'kv_cache: 0.25'")
+        raise RecipeError(f"{path} must hold names and values, as 'steps: [mla]' or 'kv_cache: 0.25'")
     if odd := [name for name in content if not isinstance(name, str)]:
         raise RecipeError(f"{path}: {shown(odd[0])} is no name of a setting")
     return content
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """What ``text`` holds; ``source`` is how messages name it.
+    """Returns what ``text`` holds; ``source`` is how messages name it.
 
     Raises:
         RecipeError: it is no plain YAML.
     """
     try:
         return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        marks = [mark for mark in (error.context_mark, error.problem_mark) if mark is not None]
+        lines = " to line ".join(dict.fromkeys(str(mark.line + 1) for mark in marks))
+        told = ", ".join(each for each in (error.context, error.problem) if each)
+        raise RecipeError(f"{source} cannot be read: line {lines}: {' '.join(told.split()):.200}") from error
     except Exception as error:  # beside its own errors, PyYAML lets through what dates and numbers of no sense raise
         raise RecipeError(f"{source} cannot be read: {' '.join(str(error).split()):.200}") from error

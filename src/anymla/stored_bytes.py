@@ -65,7 +65,7 @@ def packed_bytes(files: Iterable[Path]) -> tuple[int, int]:
 
 
 def sized(spec: ModelSpec, stored: StoredBytes | None) -> ModelSpec:
-    """The same model with its byte fields filled in; as it is where ``stored`` is None."""
+    """Returns the same model with its byte fields filled in; as it is where ``stored`` is None."""
     if stored is None:
         return spec
     layers = tuple(

@@ -23,7 +23,7 @@ def other_block(model_type: str, config: Mapping[str, Any]) -> str | None:
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether some MLP is a mixture of experts."""
+    """Returns whether some MLP is a mixture of experts."""
     inner = config.get("ffn_config")
     places = [config, inner] if isinstance(inner, dict) else [config]
     counts = [place.get(name) for place in places for name in EXPERTS]
@@ -31,7 +31,7 @@ def has_experts(config: Mapping[str, Any]) -> bool:
 
 
 def routed_experts(config: Mapping[str, Any]) -> tuple[int, int]:
-    """How many experts a router chooses among one by one, and how many for each token; 0 where it does not."""
+    """Returns how many experts a router chooses among one by one, and how many for each token; 0 where it does not."""
     found, chosen = (
         next((config[name] for name in names if isinstance(config.get(name), int)), 0)
         for names in (EXPERTS, ("num_experts_per_tok", "moe_k", "moe_topk"))
@@ -41,7 +41,7 @@ def routed_experts(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def beyond_latent(model_type: str, config: Mapping[str, Any], *, rope: bool) -> str | None:
-    """What of its attention no engine's latent attention does; None for nothing."""
+    """Returns what of its attention no engine's latent attention does; None for nothing."""
     family = FAMILIES[model_type]
     found = {
         "a soft-cap on scores": family.softcap and config.get("attn_logit_softcapping") is not None,

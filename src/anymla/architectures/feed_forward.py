@@ -52,7 +52,7 @@ def feed_forward(layer: nn.Module) -> FeedForward:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether it is a Linear, or GPT-2's Conv1D, whose weight is turned."""
+    """Returns whether it is a Linear, or GPT-2's Conv1D, whose weight is turned."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

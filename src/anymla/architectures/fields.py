@@ -21,7 +21,7 @@ def _names(*names: str) -> Any:
 
 
 class Fields(BaseModel):
-    """What anymla reads of a config; a field that is missing here is one whose kind does not matter."""
+    """The fields of a config that anymla reads; a field that is missing here is one whose kind does not matter."""
 
     model_config = ConfigDict(extra="ignore", strict=True, loc_by_alias=True)
 

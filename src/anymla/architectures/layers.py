@@ -16,7 +16,7 @@ KEPT = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp", "linear"
 
 
 def layer_type(config: Mapping[str, Any], index: int) -> str | None:
-    """What the config calls layer ``index``; None where it makes no difference between layers.
+    """Returns what the config calls layer ``index``; None where it makes no difference between layers.
 
     Raises:
         UnsupportedModelError: its list is shorter than the model, or holds a type that anymla does not know.
@@ -42,12 +42,12 @@ def layer_type(config: Mapping[str, Any], index: int) -> str | None:
 
 
 def attends(config: Mapping[str, Any], family: Family, index: int) -> bool:
-    """Whether layer ``index`` has softmax attention."""
+    """Returns whether layer ``index`` has softmax attention."""
     return family.all_layers_attend or layer_type(config, index) not in KEPT
 
 
 def has_rope(config: Mapping[str, Any], family: Family, index: int) -> bool:
-    """Whether rope turns the queries and keys of layer ``index``.
+    """Returns whether rope turns the queries and keys of layer ``index``.
 
     Raises:
         UnsupportedModelError: it depends on the layer's type, and the config does not say that.

@@ -52,7 +52,7 @@ def source_config(source: Located) -> dict[str, Any]:
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
-    """Why the model of this config cannot be converted, or None."""
+    """Returns why the model of this config cannot be converted, or None."""
     model_type = config.get("model_type")
     if (reason := other_config(config)) is not None:
         return reason

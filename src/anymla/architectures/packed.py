@@ -42,7 +42,7 @@ def packed_linears(module: nn.Module, spec: LayerSpec) -> dict[str, int]:
 
 
 def quantization_config(spec: ModelSpec, packed: Collection[str], plain: Collection[str]) -> dict[str, Any] | None:
-    """What config.json says of packed weights, as compressed-tensors reads it; None where none are packed.
+    """Returns what config.json says of packed weights, as compressed-tensors reads it; None where none are packed.
 
     Args:
         spec: what the model's layers are.
@@ -87,7 +87,7 @@ def with_packing(spec: ModelSpec, packing: Packing | None) -> ModelSpec:
 
 
 def packing_in(source: Located) -> Packing | None:
-    """How the weights of ``source`` are packed, where one of anymla's steps did that; None otherwise.
+    """Returns how the weights of ``source`` are packed, where one of anymla's steps did that; None otherwise.
 
     A checkpoint that others packed is read as any quantised one is.
     """

@@ -25,7 +25,7 @@ SINKS = ("sinks", "attention_sink_bias")
 
 
 def attention_path(layer: nn.Module) -> str | None:
-    """Where in a decoder layer its softmax attention is; None where it has none."""
+    """Returns where in a decoder layer its softmax attention is; None where it has none."""
     for path in PATHS:
         try:
             module = layer.get_submodule(path)
@@ -42,7 +42,7 @@ def find_part(attention: Any, names: tuple[str, ...]) -> Any:
 
 
 def norm_names(attention: Any) -> tuple[str, str] | None:
-    """What the norms of queries and keys are called, where there are any."""
+    """Returns what the norms of queries and keys are called, where there are any."""
     return next((pair for pair in NORMS if isinstance(getattr(attention, pair[0], None), nn.Module)), None)
 
 

@@ -33,6 +33,7 @@ from anymla.cli.progress import Report, shown
 from anymla.codec_choice import AUTO, NONE, Choice
 from anymla.errors import RecipeError
 from anymla.methods.cache_coding import TransformCoding
+from anymla.methods.cache_coding.explain import share_note
 from anymla.methods.mla.plan import MLAPlan
 from anymla.methods.mla.settings import MLA
 from anymla.outcomes import CodedConversion, Conversion
@@ -185,8 +186,12 @@ def convert(
             told=told.append,
             **settings,
         )
-    if not first_process():
-        return
+    if first_process():
+        _show_conversion(conversion, output, told, as_json=as_json)
+
+
+def _show_conversion(conversion: Conversion | CodedConversion, output: Path, told: list[str], *, as_json: bool) -> None:
+    """What a conversion ends with; ``told``: lines of before it began."""
     for note in _notes(conversion):
         print_note(note)
     if as_json:
@@ -273,6 +278,8 @@ def _notes(conversion: Conversion | CodedConversion) -> Iterator[str]:
     if (computing := conversion.computing).dtype != computing.stored:
         yield f"computed in {computing.dtype}, saved in {computing.stored}: {computing.reason}"
     if isinstance(conversion, CodedConversion):
+        if (counted := share_note(conversion.spec.dtype)) is not None:
+            yield counted
         return
     if lost := [layer.norms_lost for layer in conversion.layers if layer.norms_lost is not None]:
         yield (

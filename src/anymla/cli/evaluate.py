@@ -69,9 +69,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL to the original and cache bytes on a text; lm-eval tasks; probes of the context."""
-    from anymla.report.evaluation import evaluation_tables
-    from anymla.report.evaluation_page import evaluation_page
-    from anymla.report.results import check_folder, write_results
+    from anymla.report.results import check_folder
 
     if output is not None:
         check_folder(output)
@@ -100,6 +98,15 @@ def evaluate(
             track=tracked(report),
             note=print_note,
         )
+    _tell(evaluation, output, as_json=as_json)
+
+
+def _tell(evaluation: Evaluation, output: Path | None, *, as_json: bool) -> None:
+    """Writes what was measured to ``output``, and prints it."""
+    from anymla.report.evaluation import evaluation_tables
+    from anymla.report.evaluation_page import evaluation_page
+    from anymla.report.results import write_results
+
     command = shlex.join(["anymla", *sys.argv[1:]])
     if output is not None:
         content = evaluation.to_dict() | {"command": command}

@@ -149,7 +149,7 @@ def print_page(output: Path) -> None:
 
 
 def first_process() -> bool:
-    """Whether this is the process that speaks, of those that torchrun started."""
+    """Returns whether this is the process that speaks, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from anymla.cli.options import err, first_process
 from anymla.io.download import listening
+from anymla.io.telling import hearing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +45,8 @@ def shown(command: str) -> Iterator[Report]:
         yield lambda *_, **__: None
         return
     report = Bar(err) if err.is_terminal else Lines(command, err.file)
-    with report, listening(lambda done, total: report(done, total, "download", amount=size)):
+    download = listening(lambda done, total: report(done, total, "download", amount=size))
+    with report, download, hearing(report.part):
         yield report
 
 
@@ -71,6 +73,13 @@ class _Phase:
     text: str = ""  # what its last report said
     lines: int = 0
     silent: bool = True  # whether the last report was not printed
+    part: str = ""  # what is being done since
+
+    @property
+    def at_work(self) -> str:
+        """Returns what it says while a step takes long."""
+        done = self.text and f"{self.text}{' done' if self.total else ''}"
+        return done if not self.part else f"{done}, {self.part}" if self.total else self.part
 
     def seconds_left(self, now: float) -> float | None:
         """By the mean of the steps of this run; None before there is one."""
@@ -116,18 +125,26 @@ class Lines:
                     self._print_last()
                 self.phase = _Phase(what, (done, now), (done, now), total)
             phase = self.phase
-            phase.last, phase.total, phase.silent = (done, now), total, True
+            phase.last, phase.total, phase.silent, phase.part = (done, now), total, True, ""
             phase.text = what if total is None else f"{what} {amount(done)} of {amount(total)}"
             phase.text += f" ({detail})" if detail else ""
             if done and (not self.lines or now - self.printed >= EVERY):
                 self._print_last()
 
+    def part(self, what: str) -> None:
+        """Takes what a step is at, in words."""
+        with self._lock:
+            if self.phase is None:
+                now = self.clock()
+                self.phase = _Phase("", (0, now), (0, now), None)
+            self.phase.part = what
+
     def beat(self) -> None:
         """Says that the command is at work, where nothing was said for 30 s and a step takes long."""
         with self._lock:
             now, reported = self.clock(), self.begun if self.phase is None else self.phase.last[1]
-            if now - self.printed >= EVERY and now - reported >= LONG:
-                text = "" if self.phase is None else f"{self.phase.text}{' done' if self.phase.total else ''}, "
+            if now - self.printed >= (EVERY if self.lines else LONG) and now - reported >= LONG:
+                text = "" if self.phase is None else f"{self.phase.at_work}, "
                 self._print(text, now, " so far")
 
     def _keep_beating(self) -> None:
@@ -156,7 +173,7 @@ class Bar:
     """A bar for each phase, on a terminal; it goes once the phase is done."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.what = console, ""
+        self.console, self.what, self.text = console, "", ""
         self.live: Progress | None = None
         self._lock = threading.RLock()
 
@@ -177,11 +194,20 @@ class Bar:
                 self.live.start()
                 self.live.add_task(what, total=total, amount="")
             (task,) = self.live.task_ids
-            text = f"{what} {detail}" if detail else what
+            self.text = f"{what} {detail}" if detail else what
             of = "" if total is None else f"{amount(done)} of {amount(total)}"
-            self.live.update(task, description=text, completed=done, total=total, amount=of)
+            self.live.update(task, description=self.text, completed=done, total=total, amount=of)
             if done == total:
                 self.close()
+
+    def part(self, what: str) -> None:
+        """Takes what a step is at, in words."""
+        with self._lock:
+            if self.live is None:
+                return self(0, None, what)
+            (task,) = self.live.tasks
+            text = what if task.total is None else f"{self.text}; {what}"
+            self.live.update(task.id, description=text)
 
     def close(self) -> None:
         """Takes the bar off the terminal."""

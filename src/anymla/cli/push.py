@@ -30,7 +30,7 @@ def push(
         done = hub.push(folder, repo, private=private, dry_run=dry_run)
     if as_json:
         return print_json(done.to_dict())
-    from anymla.report.tables import table
+    from anymla.report.terminal import table
     from anymla.report.units import size
 
     total = size(sum(done.files.values()))

@@ -12,6 +12,7 @@ from anymla.cli.convert import conversion_progress
 from anymla.cli.options import Json, app, first_process, how_to_go_on, out, print_json, print_next, print_note
 from anymla.cli.progress import Report, shown
 from anymla.cli.tune import tuning_progress
+from anymla.errors import RecipeError, did_you_mean
 from anymla.methods.base import Method, all_methods
 from anymla.recipe import Recipe, composes_with, given_recipe
 from anymla.settings import MOST
@@ -113,27 +114,33 @@ def _tell(number: int, outcome: StepOutcome) -> None:
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """List the steps that a recipe can have, in the order in which they run: what each saves, and its paper."""
-    known = list(all_methods().values())
-    facts = [
-        {
-            "name": method.name,
-            "paper": method.paper.link or method.paper.title,
-            "phase": method.phase.name.lower(),
-            "saves": list(method.saves),
-            "composes_with": composes_with(method, known),
-            "summary": method.summary,
-        }
-        for method in known
-    ]
-    if as_json:
-        return print_json(facts)
-    from anymla.report.tables import table
+def methods(
+    step: Annotated[
+        str | None, typer.Argument(help="A step, to see its settings. Default: all steps.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the steps that a recipe can have, in the order in which they run; or show one step with its settings."""
+    from anymla.report.methods import example, method_shown, methods_table, settings_of
 
-    columns = ("step", "phase", "saves", "what it does", "paper")
-    rows = [
-        (each.name, each.phase.name.lower(), "\n".join(each.saves) or "-", each.summary, each.paper.arxiv or "-")
-        for each in known
-    ]
-    out.print(table("Steps of a recipe", columns, rows, texts=len(columns)))
+    by_name = all_methods()
+    known = list(by_name.values())
+    if step is not None and step not in by_name:
+        raise RecipeError(f"{step!s:.40} is no step{did_you_mean(step, by_name)}; the steps are {', '.join(by_name)}")
+    if as_json:
+        facts = [_facts(each, known) for each in known if step in (None, each.name)]
+        own = {"settings": settings_of(by_name[step]), "example": example(by_name[step])} if step else {}
+        return print_json(facts[0] | own if step else facts)
+    out.print(methods_table(known) if step is None else method_shown(by_name[step], known))
+
+
+def _facts(method: type[Method], known: list[type[Method]]) -> dict[str, Any]:
+    """What a step is, under its JSON names."""
+    return {
+        "name": method.name,
+        "paper": method.paper.link or method.paper.title,
+        "phase": method.phase.name.lower(),
+        "saves": list(method.saves),
+        "composes_with": composes_with(method, known),
+        "summary": method.summary,
+    }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymla.data.text import read_documents, token_windows, tokenize
+from anymla.data.text import check_texts, is_local, read_documents, token_windows, tokenize
 from anymla.errors import RecipeError, TextError
 
 SHUFFLED = 1024  # documents of a stream among which the next one is drawn
@@ -47,6 +47,11 @@ class Source:
             raise RecipeError(f"--data {text}: after the @ give a share above 0")
         return cls(name, value)
 
+    @property
+    def is_text(self) -> bool:
+        """Returns whether anymla reads it itself; the datasets package reads folders and hub data sets."""
+        return is_local(self.name) and not Path(os.path.expanduser(self.name)).is_dir()
+
     def documents(self, length: int) -> Any:
         """A stream of rows {'text': a document}, long ones in pieces that fill several rows of ``length`` tokens.
 
@@ -55,8 +60,7 @@ class Source:
         import datasets
 
         piece = max(16384, 8 * length)
-        path = Path(os.path.expanduser(self.name))
-        if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
+        if self.is_text:
             documents = list(read_documents(self.name))
             random.Random(0).shuffle(documents)
             pieces = [
@@ -85,19 +89,31 @@ class Texts:
     skipped: list[int]
 
 
-def read_texts(
-    data: Sequence[str] | None, tokenizer: Any, length: int, *, held_out: str | None, held_out_tokens: int
-) -> Texts:
-    """Opens every source of ``data``, and takes the text to score on from ``held_out``, or else from the sources.
+def check_data(data: Sequence[str] | None, held_out: str | None) -> None:
+    """Finds what tuning needs before hours of work do.
 
     Raises:
-        TextError: a source cannot be read, or leaves nothing to learn from.
-        RecipeError: no data was given, or datasets is not installed.
+        RecipeError: no data was given, or the package datasets is not installed.
+        TextError: a text cannot be read.
     """
     if find_spec("datasets") is None:
         raise RecipeError("tuning needs the package datasets: pip install 'anymla[tune]'")
     if data is None:
         raise RecipeError("--data is missing: name a text file, a .jsonl file or a hub data set to learn from")
+    check_texts({"--eval-data": held_out})
+    for source in map(Source.of, data):
+        if not os.path.isdir(os.path.expanduser(source.name)):
+            check_texts({"--data": source.name})
+
+
+def read_texts(
+    data: Sequence[str], tokenizer: Any, length: int, *, held_out: str | None, held_out_tokens: int
+) -> Texts:
+    """Opens every source of ``data``, and takes the text to score on from ``held_out``, or else from the sources.
+
+    Raises:
+        TextError: a source cannot be read, or leaves nothing to learn from.
+    """
     sources = [Source.of(text) for text in data]
     if held_out is not None:
         ids = _first_ids(tokenize(read_documents(held_out), tokenizer), held_out_tokens)

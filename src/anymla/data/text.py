@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from anymla.errors import TextError
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 PIECE_CHARACTERS = 2048  # a long document is drawn from in pieces of so many, or of about a window if that is more
 MINIMUM_TOKENS = 256
+SUFFIXES = (".txt", ".jsonl", ".json")  # of files, which no hub data set has
 WINDOWS_AT_LEAST = 8  # of calibration text: to fit on, to choose on, to report on
 DATASET_DOCUMENTS = 4096
 RANDOM_TOKENS = 256  # of a window: enough to tell how fast rope turns, and what keys are
@@ -35,6 +36,30 @@ def bundled_text(split: str) -> Path:
     return Path(str(resources.files("anymla") / "assets" / f"tinystories-{split}.txt"))
 
 
+def is_local(source: str | Path) -> bool:
+    """Returns whether ``source`` is a file or a folder: it exists, or no hub data set has such a name."""
+    path, text = Path(os.path.expanduser(source)), str(source)
+    local = path.suffix in SUFFIXES or path.is_absolute() or text.startswith((".", "~"))
+    return local or text.partition(":")[0].count("/") > 1 or path.exists()
+
+
+def check_texts(named: Mapping[str, str | Path | None]) -> None:
+    """Finds texts readable before hours of work need them. Of a hub data set it reads the first row.
+
+    ``named``: each text by the option that names it; None where it names none.
+
+    Raises:
+        TextError: a text is missing, unreadable or empty; the message begins with the option.
+    """
+    for option, source in named.items():
+        if source is None:
+            continue
+        try:
+            read_documents(source) if is_local(source) else _read_dataset(str(source), 1)
+        except TextError as error:
+            raise TextError(f"{option}: {error}") from error
+
+
 def read_documents(source: str | Path) -> list[str]:
     """Documents of a text file, a .jsonl file (field ``text``) or a hub data set ``name[:config[:split]]``.
 
@@ -46,10 +71,10 @@ def read_documents(source: str | Path) -> list[str]:
     path = Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves users nobody knows
     if path.is_file():
         documents = _read_file(path)
-    elif path.exists() or path.suffix in (".txt", ".jsonl", ".json") or path.is_absolute():
+    elif is_local(source):
         raise TextError(f"text {source} is not a readable file")
     else:
-        documents = _read_dataset(str(source))
+        documents = _read_dataset(str(source), DATASET_DOCUMENTS)
     documents = [document for document in (text.strip() for text in documents) if document]
     if not documents:
         raise TextError(f"text {source} is empty")
@@ -94,7 +119,7 @@ def _row(line: str, where: str, fields: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(row[name] for name in fields)
 
 
-def _read_dataset(name: str) -> list[str]:
+def _read_dataset(name: str, most: int) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -102,7 +127,7 @@ def _read_dataset(name: str) -> list[str]:
     dataset, config, split = (*name.split(":"), "", "")[:3]
     try:
         rows = load_dataset(dataset, config or None, split=split or "train", streaming=True)
-        return [str(row["text"]) for row in islice(rows, DATASET_DOCUMENTS)]
+        return [str(row["text"]) for row in islice(rows, most)]
     except Exception as error:  # whatever the hub, the network or the data set's own reader raises
         raise TextError(f"text {name} is neither a file nor a readable data set: {error!s:.200}") from error
 

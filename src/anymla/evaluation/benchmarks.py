@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from anymla.errors import RecipeError
 from anymla.evaluation.measures import Comparison, Measure
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Benchmarks(BaseModel):
-    """What to measure beside perplexity on a text; the same names as the options of ``anymla eval``."""
+    """Measurements beside perplexity on a text. The names are those of the options of ``anymla eval``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,8 +35,19 @@ class Benchmarks(BaseModel):
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to measure."""
+        """Returns whether there is anything to measure."""
         return bool(self.tasks) or self.probe or self.blimp is not None or self.lambada is not None
+
+    def check_paths(self) -> None:
+        """Refuses a path that leads nowhere, before anything is read.
+
+        Raises:
+            RecipeError: names the option.
+        """
+        for name in ("include_path", "blimp", "lambada"):
+            path = getattr(self, name)
+            if path is not None and not path.exists():
+                raise RecipeError(f"--{name.replace('_', '-')} {path} does not exist")
 
 
 @dataclass(frozen=True, kw_only=True)

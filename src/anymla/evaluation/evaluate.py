@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -16,7 +17,7 @@ from anymla.io.checkpoint import load_tokenizer
 from anymla.io.computing import load_to_compute
 from anymla.io.device import pick_device, versions
 from anymla.io.find import with_revision
-from anymla.io.sources.locate import locate
+from anymla.io.sources.locate import Located, locate
 from anymla.io.sources.plain import Plain, plain_source
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def evaluate(
     track: Track | None = None,
     note: Note | None = None,
 ) -> Scores | Evaluation:
-    """Perplexity of a model on a text, its KL and top-1 agreement to another, and its live cache's size; benchmarks.
+    """Perplexity of a model on a text, KL and same top token to another, its live cache's size; benchmarks.
 
     Args:
         model: a local folder or hub id (also ``org/name@revision``), converted or not.
@@ -97,64 +98,95 @@ def evaluate(
     Raises:
         CheckpointError, RecipeError, TextError: as the message says.
     """
-    if text is None and (benchmarks is None or not benchmarks.wanted):
+    wanted = benchmarks or Benchmarks()
+    if text is None and not wanted.wanted:
         raise RecipeError("nothing to evaluate: give --text, --tasks, --probe, --blimp or --lambada")
+    from anymla.data.text import check_texts
     from anymla.evaluation.likelihood import untracked
-    from anymla.evaluation.scores import score_both
 
-    model = with_revision(model, revision)
-    track = track or untracked
-    with ExitStack() as stack:
-        ours, theirs = (adapter, None) if against is None else (None, adapter)
-        plain = _plain(stack, model, ours, note)
-        folder = plain.folder
-        context, tokenizer = context_of(folder), load_tokenizer(folder)
-        window = min(length, context or length)
-        wanted = benchmarks or Benchmarks()
-        prepared = prepare(wanted, tokenizer, context=context, length=window, track=track)
-        windows = None if text is None else _windows(text, tokenizer, tokens, window)
-        device = pick_device(device)
-        loaded = load_to_compute(folder, dtype=dtype, device=device)
+    check_texts({"--text": text})
+    wanted.check_paths()
+    ours, theirs = (adapter, None) if against is None else (None, adapter)
+    device, source = pick_device(device), locate(with_revision(model, revision), adapter=ours)
+    other = None if against is None else locate(against, adapter=theirs)
+    asked = _Asked(text, tokens, length, dtype, device, wanted, track or untracked, note)
+    found = asked.of(source, other)
+    if benchmarks is None and found.scores is not None:
+        return found.scores
+    return replace(found, settings={**found.settings, "adapter": None if adapter is None else str(adapter)})
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is measured of a model and its original, and who is told."""
+
+    text: str | Path | None
+    tokens: int | None
+    length: int
+    dtype: str | None
+    device: str
+    benchmarks: Benchmarks
+    track: Track
+    note: Note | None
+
+    def of(self, source: Located, other: Located | None) -> Evaluation:
+        """Measures ``source``, and beside it ``other``, the original."""
+        from anymla.evaluation.scores import score_both
+
+        with ExitStack() as stack:
+            plain = self._plain(stack, source)
+            context, tokenizer = context_of(plain.folder), load_tokenizer(plain.folder)
+            window = min(self.length, context or self.length)
+            prepared = prepare(self.benchmarks, tokenizer, context=context, length=window, track=self.track)
+            windows = None if self.text is None else _windows(self.text, tokenizer, self.tokens, window)
+            loaded = load_to_compute(plain.folder, dtype=self.dtype, device=self.device)
+            if windows is not None:
+                _check_vocabulary(windows, loaded, self.text)
+            theirs = None if other is None else self._plain(stack, other)
+            original = None if theirs is None else load_to_compute(theirs.folder, dtype=self.dtype, device=self.device)
+        if other is not None:
+            _check_original(loaded, original, source.name, other.name)
+        results = {
+            kind: compare(run(loaded, "model"), None if original is None else run(original, "original"))
+            for kind, run in prepared.items()
+        }
+        scores = reference = None
         if windows is not None:
-            _check_vocabulary(windows, loaded, text)
-        other = None if against is None else _plain(stack, against, theirs, note)
-        original = None if other is None else load_to_compute(other.folder, dtype=dtype, device=device)
-    _check_original(loaded, original, model, against)
-    results = {
-        kind: compare(run(loaded, "model"), None if original is None else run(original, "original"))
-        for kind, run in prepared.items()
-    }
-    scores = reference = None
-    if windows is not None:
-        scores, reference = score_both(loaded, track(list(windows), "text"), original)
-    if benchmarks is None and scores is not None:
-        return scores
-    settings = {
-        "model": model,
+            scores, reference = score_both(loaded, self.track(list(windows), "text"), original)
+        others = ("lm-eval", "datasets") if self.benchmarks.tasks else ()
+        return Evaluation(
+            scores=scores,
+            original=reference,
+            benchmarks=results,
+            settings={
+                **_named(source, plain, other, theirs),
+                "text": None if self.text is None else str(self.text),
+                "tokens": self.tokens,
+                "length": window,
+                "dtype": str(loaded.dtype).removeprefix("torch."),
+                "checkpoint_dtype": str(loaded.config.dtype).removeprefix("torch."),
+                "device": self.device,
+                **self.benchmarks.model_dump(mode="json"),
+            },
+            versions=versions(*others),
+        )
+
+    def _plain(self, stack: ExitStack, source: Located) -> Plain:
+        plain = stack.enter_context(plain_source(source))
+        if self.note is not None:
+            for text in plain.notes:
+                self.note(f"{source.name}: {text}")
+        return plain
+
+
+def _named(source: Located, plain: Plain, other: Located | None, theirs: Plain | None) -> dict[str, Any]:
+    """What was measured, under its JSON names."""
+    return {
+        "model": source.name,
         "commit": plain.commit,
-        "against": None if against is None else str(against),
-        "against_commit": None if other is None else other.commit,
-        "adapter": None if adapter is None else str(adapter),
-        "text": None if text is None else str(text),
-        "tokens": tokens,
-        "length": window,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "checkpoint_dtype": str(loaded.config.dtype).removeprefix("torch."),
-        "device": device,
-        **wanted.model_dump(mode="json"),
+        "against": None if other is None else other.name,
+        "against_commit": None if theirs is None else theirs.commit,
     }
-    others = ("lm-eval", "datasets") if wanted.tasks else ()
-    return Evaluation(
-        scores=scores, original=reference, benchmarks=results, settings=settings, versions=versions(*others)
-    )
-
-
-def _plain(stack: ExitStack, model: str | Path, adapter: str | Path | None, note: Note | None) -> Plain:
-    plain = stack.enter_context(plain_source(locate(model, adapter=adapter)))
-    if note is not None:
-        for text in plain.notes:
-            note(f"{model}: {text}")
-    return plain
 
 
 def _windows(text: str | Path, tokenizer: Any, tokens: int | None, length: int) -> Tensor:
@@ -163,8 +195,8 @@ def _windows(text: str | Path, tokenizer: Any, tokens: int | None, length: int) 
     return token_windows(islice(tokenize(read_documents(text), tokenizer), tokens), length, text)
 
 
-def _check_original(loaded: Any, original: Any, model: str | Path, against: str | Path | None) -> None:
-    if original is not None and (theirs := _vocabulary(original)) != (ours := _vocabulary(loaded)):
+def _check_original(loaded: Any, original: Any, model: str, against: str) -> None:
+    if (theirs := _vocabulary(original)) != (ours := _vocabulary(loaded)):
         raise CheckpointError(
             f"{against} has a vocabulary of {theirs} and {model} of {ours}: "
             "--against must be the model it was converted from"

@@ -11,6 +11,7 @@ from anymla.account import Account
 from anymla.evaluation.logits import Logits
 from anymla.evaluation.scores import Scores, ScoreSums
 from anymla.io.streamed import StreamedModel
+from anymla.io.telling import tell
 from anymla.model_run.stream import decoder_layers, logits_of
 
 
@@ -33,6 +34,7 @@ def held_out_scores(
         caches: of each model, as measured.
         tuples: whether layers of this family return tuples.
     """
+    tell("scoring")
     before, after = ScoreSums(), ScoreSums()
     with source.on_demand(decoder_layers(source.model)):
         for window, true, hidden in zip(windows, original, converted, strict=True):

@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Questions:
-    """What to ask a model, and what its answers, in the same order, measure."""
+    """Queries to a model, and the measures of its answers, which come in the same order."""
 
     queries: Sequence[Query]
     measures: Callable[[list[Answer]], list[Measure]]

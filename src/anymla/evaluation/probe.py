@@ -31,7 +31,7 @@ NEEDLE, QUESTION = " The magic word is {}.", " The magic word is"
 
 @dataclass(frozen=True)
 class Trial:
-    """What is planted, what is asked at the end, how many of its last tokens count, and among which."""
+    """One question: what is planted, what is asked at the end, how many of its last tokens count, and among which."""
 
     planted: list[int]
     asked: list[int]

@@ -1,4 +1,4 @@
-"""Quality and cache of a model: perplexity, KL to the original, top-1 agreement, and bytes read from the live cache."""
+"""Quality and cache of a model: perplexity, KL to the original, same top token, and bytes read from the live cache."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class ScoreSums:
         )
 
     def original_scores(self, cache: Account) -> Scores:
-        """Those of the original, from the same logits; ``cache`` is its own."""
+        """Returns those of the original, from the same logits; ``cache`` is its own."""
         same = replace(self.scores(cache), kl=0.0, top1_agreement=1.0)
         return replace(same, perplexity=_perplexity(self.original_loss / self.scored))
 

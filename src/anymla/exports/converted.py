@@ -71,7 +71,7 @@ class Converted:
         return self.stored[name].read()
 
     def scaled(self, name: str, factor: float) -> Tensor:
-        """The same times ``factor``, which is then in float32 or finer."""
+        """Returns the same times ``factor``, which is then in float32 or finer."""
         tensor = self.tensor(name)
         return tensor if factor == 1 else tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
 

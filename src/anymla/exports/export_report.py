@@ -16,7 +16,7 @@ BYTES = {"q8_0": 34 / 32, "q4_0": 18 / 32, "fp8": 1}  # per number, scales inclu
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What was written, how it was found equal to the converted model, and the commands that serve it, per engine.
+    """The report of an export: its files, how far it equals the converted model, and the commands to serve it.
 
     ``bytes``: of all files but the model card and this report. ``dtype``, ``pad``: as written, defaults filled in.
     ``cache_type``: of the quantised cache that it is for, or None.

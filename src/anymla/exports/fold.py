@@ -35,12 +35,12 @@ class Sizes:
 
     @property
     def scale(self) -> float:
-        """What engines multiply scores by."""
+        """Returns what engines multiply scores by."""
         return float((self.nope + self.rope) ** -0.5)
 
 
 def channel_slots(channels: int, rope: int) -> Tensor:
-    """Which of the R'/2 pairs each of K channels takes: evenly spaced from the first."""
+    """Returns which of the R'/2 pairs each of K channels takes: evenly spaced from the first."""
     return torch.arange(channels) * (rope // 2 // max(channels, 1))
 
 

@@ -46,7 +46,7 @@ class Format(ABC):
 
     @property
     def layout(self) -> Layout:
-        """What the format can hold."""
+        """Returns what the format can hold."""
         return LAYOUTS[self.name]
 
     @property

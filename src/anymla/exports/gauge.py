@@ -44,7 +44,7 @@ class Regauged(Converted):
 
 
 def regauged(source: Converted, gauges: Sequence[Gauge]) -> Regauged:
-    """The same model with ``gauges``, one for each of its layers."""
+    """Returns the same model with ``gauges``, one for each of its layers."""
     layers = tuple(
         replace(layer, latent=replace(layer.latent, kv_lora_rank=len(gauge.encoder)))
         for layer, gauge in zip(source.layers, gauges, strict=True)

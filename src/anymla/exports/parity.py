@@ -119,13 +119,13 @@ def check_parity(
 
 
 def planned_numbers(folder: Path) -> int:
-    """What the export in ``folder`` is to cache per token and layer: its rank and rope, as padded."""
+    """Returns what the export in ``folder`` is to cache per token and layer: its rank and rope, as padded."""
     config = read_object(folder / "config.json")
     return int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
 
 
 def new_tokens(prompts: Sequence[Tensor], sequences: Sequence[Tensor]) -> int:
-    """How many tokens after the prompts are compared."""
+    """Returns how many tokens after the prompts are compared."""
     return sequences[0].shape[1] - prompts[0].shape[1]
 
 

@@ -140,7 +140,7 @@ def _check_generation(folder: Path) -> None:
 
 
 def quiet_transformers() -> None:
-    """What is wrong is raised, in one line; warnings would only come between."""
+    """Silences transformers inside the block. Errors are raised in one line, and its warnings would come between."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -10,6 +10,7 @@ from typing import Any
 
 from anymla.io.checkpoint import load_model
 from anymla.io.device import machine_memory
+from anymla.io.telling import tell
 
 PRODUCT = (128, 512, 512)  # rows, inputs, outputs: large enough that arithmetic takes its time, and not memory
 REPEATS = 7  # of which the fastest counts
@@ -66,6 +67,7 @@ def load_to_compute(folder: Path, *, dtype: str | None = None, device: str = "cp
     """
     import torch
 
+    tell(f"loading {folder.name}")
     model = load_model(folder, dtype=dtype, device=device)
     stored = str(model.dtype).removeprefix("torch.")
     fast = getattr(torch, computing_dtype(stored, device, dtype).dtype)

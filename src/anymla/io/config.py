@@ -45,7 +45,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def danger(config: Mapping[str, Any]) -> str | None:
-    """What in a parsed config must not reach a loader, or None.
+    """Returns what in a parsed config must not reach a loader, or None.
 
     A size larger than any model's: it would begin to make such a model, and only then find that its weights are not
     there. Attention by a kernel from the hub, ``org/name``: it would fetch and run it.

@@ -22,7 +22,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def bar_class() -> type | None:
-    """What the hub client is to make its bars of: None for its own."""
+    """Returns what the hub client is to make its bars of: None for its own."""
     listener = _listener.get()
     return None if listener is None else _telling(listener)
 

@@ -17,7 +17,7 @@ NEXT_TOKEN_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidd
 
 
 def misplaced(names: Iterable[str], config: Any) -> list[str]:
-    """Those of the tensors without a place whose layer is the model's, or should be: they show another model.
+    """Returns those of the tensors without a place whose layer is the model's, or should be: they show another model.
 
     Masks, scales of a quantised KV cache and layers that predict further tokens are none of it.
     """

@@ -21,7 +21,7 @@ def commit_of(folder: Path) -> str | None:
 
 
 def in_part(folder: Path) -> str:
-    """What to do where ``folder`` is a copy in the hub's cache that lacks files; nothing where it is none."""
+    """Returns what to do where ``folder`` is a copy in the hub's cache that lacks files; nothing where it is none."""
     if (repo := repo_of(folder)) is None:
         return ""
     return f"; the hub's cache holds only part of {repo}: run `hf download {repo} --revision {commit_of(folder)}`"

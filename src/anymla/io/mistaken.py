@@ -15,7 +15,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def stand_in(path: Path) -> str | None:
-    """What lies at ``path`` in the place of a file of a checkpoint, in words; None where nothing tells it."""
+    """Returns what lies at ``path`` in the place of a file of a checkpoint, in words; None where nothing tells it."""
     head = _head(path)
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "an HTML page, perhaps the answer to a download that needs a login"
@@ -23,7 +23,7 @@ def stand_in(path: Path) -> str | None:
 
 
 def no_folder(path: Path) -> str:
-    """What the file ``path`` is, which was given as MODEL, and what to give instead."""
+    """Returns what the file ``path`` is, which was given as MODEL, and what to give instead."""
     name, head = path.name.lower(), _head(path)
     if name.endswith(".json"):
         return "is one file of a checkpoint, not a folder: give the folder that it is in"

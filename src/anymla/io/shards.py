@@ -23,7 +23,7 @@ def index_of(folder: Path) -> Path | None:
 
 
 def index_map(index: Path) -> dict[str, str]:
-    """Which file each tensor is in, as a safetensors index says it.
+    """Returns which file each tensor is in, as a safetensors index says it.
 
     Raises:
         CheckpointError: not an index, or it names a file outside the folder.
@@ -62,7 +62,7 @@ def _leaves(name: str) -> bool:
 
 
 def held_tensors(files: Sequence[Path], *, floats: bool = True) -> dict[str, int]:
-    """How many numbers each tensor of these files has.
+    """Returns how many numbers each tensor of these files has.
 
     Raises:
         CheckpointError: a file is not whole, a tensor is in two of them, or, with ``floats``, a weight holds none.

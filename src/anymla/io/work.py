@@ -73,7 +73,7 @@ class WorkFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether something is done that the same work can go on from."""
+        """Returns whether something is done that the same work can go on from."""
         return any(self.progress.get(name) for name in self.counted)
 
     def commit(self, **changes: Any) -> None:

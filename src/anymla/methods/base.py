@@ -144,7 +144,8 @@ class Method(Settings, ABC):
     """One step of a recipe: its fields are YAML keys, help texts and rows of the docs.
 
     ``summary``: what it does, in one line. ``saves``: of "cache", "weights" and "compute"; none where it heals.
-    ``excludes``: names of methods that cannot stand in one recipe with it.
+    ``excludes``: names of methods that cannot stand in one recipe with it. ``example``: settings to begin with, where
+    the defaults do nothing.
     """
 
     name: ClassVar[str]
@@ -153,6 +154,7 @@ class Method(Settings, ABC):
     summary: ClassVar[str]
     saves: ClassVar[tuple[str, ...]]
     excludes: ClassVar[tuple[str, ...]] = ()
+    example: ClassVar[dict[str, Any]] = {}
 
     def refuses(self, model: ModelSpec) -> str | None:
         """Why the method cannot be applied to ``model``, from its config alone; None where it can."""
@@ -290,7 +292,7 @@ def method_of(name: str, settings: dict[str, Any], source: str = "settings") -> 
         raise RecipeError(
             f"{source}: {name!s:.40} is no step{did_you_mean(name, known)}; the steps are {', '.join(known)}"
         )
-    return known[name].of(settings, source)
+    return known[name].of(settings, f"{source}, {name}")
 
 
 def _subclasses(kind: type[Any]) -> list[type[Any]]:

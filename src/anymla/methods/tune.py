@@ -30,6 +30,7 @@ class Tune(Method):
     phase: ClassVar[Phase] = Phase.HEAL
     summary: ClassVar[str] = "recovery training: the original teaches the smaller model"
     saves: ClassVar[tuple[str, ...]] = ()
+    example: ClassVar[dict[str, Any]] = {"data": "text.jsonl"}
 
     data: list[str] | None = Field(
         None,

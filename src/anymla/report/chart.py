@@ -74,7 +74,7 @@ class Chart:
 
     @property
     def alt(self) -> str:
-        """What the chart shows, for who cannot see it: each series with its range, and the level."""
+        """Returns what the chart shows, for readers who cannot see it: each series with its range, and the level."""
         said = [f"{self.y_label} against {self.x_label}."]
         for each in self.series:
             values = [y for _, y in each.points]
@@ -85,17 +85,17 @@ class Chart:
 
     @cached_property
     def x_ticks(self) -> tuple[Tick, ...]:
-        """Those of the horizontal axis."""
+        """Returns the ticks of the horizontal axis."""
         return tuple(Tick(self._x(value), shown(value)) for value in self._x_values)
 
     @cached_property
     def y_ticks(self) -> tuple[Tick, ...]:
-        """Those of the vertical axis."""
+        """Returns the ticks of the vertical axis."""
         return tuple(Tick(self._y(value), shown(value)) for value in self._y_values)
 
     @property
     def level_place(self) -> float | None:
-        """How far down the level is."""
+        """Returns how far down the level is."""
         return None if self.level is None else self._y(self.level[1])
 
     @property

@@ -12,13 +12,12 @@ from anymla.report.results import RESULTS
 from anymla.report.run import costs_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from anymla.comparison import ComparedModel, ModelComparison
+    from anymla.report.terminal import FittedTable
 
 
-def comparison_table(comparison: ModelComparison) -> Table:
-    """What every model costs and how good it is."""
+def comparison_table(comparison: ModelComparison) -> FittedTable:
+    """Draws bytes and quality of every model."""
     return costs_table(f"On {comparison.settings['text']}", "model", _named(comparison))
 
 

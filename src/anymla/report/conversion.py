@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from anymla.cards import public_name
 from anymla.io.checkpoint import ACCOUNT
 from anymla.io.config import read_object
+from anymla.methods.cache_coding.explain import share_note
 from anymla.report.costs import (
     layers_section,
     papers_section,
@@ -47,7 +48,11 @@ def conversion_page(report: Conversion | CodedConversion, folder: Path) -> Page:
 
 
 def _notes(report: Conversion | CodedConversion) -> str:
-    return " ".join(f"{note[0].upper()}{note[1:]}." for note in report.notes)
+    """What was done to the files, and how codes count their share."""
+    coded = any(layer.coded is not None for layer in report.spec.layers)
+    counted = share_note(report.spec.dtype) if coded else None
+    notes = report.notes if counted is None else (*report.notes, counted)
+    return " ".join(f"{note[0].upper()}{note[1:]}." for note in notes)
 
 
 def _cache_tiles(report: Conversion | CodedConversion) -> Iterator[Tile]:
@@ -64,7 +69,7 @@ def _errors(report: Conversion | CodedConversion) -> dict[int, float]:
 def _scores_table(report: Conversion | CodedConversion) -> Table:
     lengths = list(report.cache_bytes_at)
     columns = (
-        *("model", "perplexity", "KL (nats per token)", "same likeliest token", "cache per token", "+ once"),
+        *("model", "perplexity", "KL (nats per token)", "same top token", "cache per token", "+ once"),
         *(f"cache at {int(length):,} tokens" for length in lengths),
     )
     rows = []

@@ -59,7 +59,7 @@ def quality_tiles(quality: Any, original: float | None) -> list[Tile]:
     found = [Tile("Perplexity", f"{quality.perplexity:.4g}", "" if original is None else f"original: {original:.4g}")]
     if quality.kl is not None:
         found.insert(0, Tile("KL to the original", f"{quality.kl:.3g}", "nats per token; 0 is the same"))
-        found.append(Tile("Same likeliest token", f"{quality.top1_agreement:.1%}", "as the original"))
+        found.append(Tile("Same top token", f"{quality.top1_agreement:.1%}", "as the original"))
     return found
 
 
@@ -82,7 +82,7 @@ def _cells(outcome: Outcome, context: int) -> dict[str, Cell]:
         f"cache at {context:,} tokens": _bytes(cost.cache_bytes_at_context),
         "perplexity": _figure(scores[0], ".3f"),
         "KL (nats per token)": _figure(scores[1], ".4f"),
-        "same likeliest token": _figure(scores[2], ".1%"),
+        "same top token": _figure(scores[2], ".1%"),
         "seconds": _figure(outcome.seconds, ".1f"),
     }
 
@@ -158,7 +158,7 @@ def _by_layer(what: str, label: str, series: Series, level: tuple[str, float] | 
 
 
 def papers_section(methods: Sequence[Method]) -> Section:
-    """What each step does, and where it comes from."""
+    """Returns what each step does, and where it comes from."""
     rows = [
         (Cell(step.name), Cell(does), Cell(paper.title, link=paper.link))
         for step in methods

@@ -11,14 +11,14 @@ from rich.text import Text
 from anymla.report.chart import Chart, Series
 from anymla.report.page import PAGE, Cell, Command, Page, Section, Table, record
 from anymla.report.results import RESULTS
-from anymla.report.tables import table
+from anymla.report.terminal import table
 from anymla.report.units import size
 
 if TYPE_CHECKING:
     from anymla.demo import Contender, DemoOutcome
     from anymla.evaluation.scores import Scores
 
-COLUMNS = ("method", "bytes/token", "kept", "+ once", "perplexity", "KL", "top-1")
+COLUMNS = ("method", "bytes/token", "kept", "+ once", "perplexity", "KL", "same top token")
 
 
 def demo_shown(outcome: DemoOutcome) -> Group:
@@ -102,7 +102,7 @@ def _how(outcome: DemoOutcome) -> str:
     return (
         f"Nothing was trained. Scores are of {outcome.original.tokens:,} tokens of TinyStories that calibration did "
         "not see. anymla is shown with --decode-cost any, its best. The default decodes faster and loses more. Bytes "
-        "are measured from the live cache. KL (nats per token) and top-1 agreement are to the original."
+        "are measured from the live cache. KL (nats per token) and the same top token are to the original."
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from anymla.report.tables import scores_table, table
+from anymla.report.tables import scores_table
+from anymla.report.terminal import table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from anymla.evaluation.benchmarks import Evaluation
     from anymla.evaluation.measures import Comparison, Measure
+    from anymla.report.terminal import FittedTable
 
 TITLES = {"tasks": "lm-eval tasks", "blimp": "BLiMP", "lambada": "LAMBADA"}
 SHOWN = {("copy", "probability"), ("recall", "gain (nats per token)"), ("needle", "probability")}  # the most sensitive
@@ -37,7 +37,7 @@ def _grid_title(whole: Comparison) -> str:
     return f"{able.name}: {able.metric}, chance {chance:.2g}{note}"
 
 
-def evaluation_tables(evaluation: Evaluation) -> list[Table]:
+def evaluation_tables(evaluation: Evaluation) -> list[FittedTable]:
     """A table per kind of what was measured."""
     settings, tables = evaluation.settings, []
     if evaluation.scores is not None:
@@ -52,7 +52,7 @@ def evaluation_tables(evaluation: Evaluation) -> list[Table]:
     return [*tables, *(_grid_table(title, cells) for title, cells in grids.items())]
 
 
-def _comparison_table(title: str, rows: Sequence[Comparison]) -> Table:
+def _comparison_table(title: str, rows: Sequence[Comparison]) -> FittedTable:
     """Values with their standard errors; that of the difference is by item, which is smaller: both had the same."""
     columns, lines = ["name", "metric"], [[row.model.name, row.model.metric] for row in rows]
     if len({metric for _, metric in lines}) == 1:
@@ -66,10 +66,7 @@ def _comparison_table(title: str, rows: Sequence[Comparison]) -> Table:
             [*line, _value(row.original), _value(row.model), _difference(row), _count(row)]
             for line, row in zip(lines, rows, strict=True)
         ]
-    result = table(title, columns, lines)
-    for column in result.columns[1:]:
-        column.no_wrap = True  # long names give way
-    return result
+    return table(title, columns, lines)
 
 
 def _value(measure: Measure | None) -> str:
@@ -91,7 +88,7 @@ def _count(row: Comparison) -> str:
     return "-" if row.model.samples is None else f"{row.model.samples:,}"
 
 
-def _grid_table(title: str, cells: Sequence[Comparison]) -> Table:
+def _grid_table(title: str, cells: Sequence[Comparison]) -> FittedTable:
     """Lengths by depths: the model's value, or original -> model and their ratio."""
     depths = list(dict.fromkeys(cell.model.facts["depth"] for cell in cells))
     lines = [

@@ -58,7 +58,7 @@ def _tiles(scores: Scores, original: Scores | None) -> tuple[Tile, ...]:
 
 def _text_section(scored: Mapping[str, Scores], text: str) -> Section:
     columns = (
-        *("model", "perplexity", "KL (nats per token)", "same likeliest token"),
+        *("model", "perplexity", "KL (nats per token)", "same top token"),
         *("cache per token", "+ once", "numbers per token and layer"),
     )
     table = Table(columns=columns, rows=tuple(tuple(_scored(name, scores)) for name, scores in scored.items()))

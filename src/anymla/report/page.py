@@ -53,7 +53,7 @@ class Table:
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Which columns hold numbers."""
+        """Returns which columns hold numbers."""
         return tuple(any(cell.value is not None for cell in column) for column in zip(*self.rows, strict=True))
 
 

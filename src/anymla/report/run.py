@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.table import Table
-
 from anymla import __version__
 from anymla.cards import public_name
 from anymla.methods.mla.settings import MLA
@@ -21,19 +19,19 @@ from anymla.report.costs import (
     use_section,
 )
 from anymla.report.page import Page, Section, record
-from anymla.report.tables import table
+from anymla.report.terminal import FittedTable, table
 from anymla.report.units import size
 from anymla.run_outcome import Cost, Quality, RunReport, StepOutcome
 
-SHORT = {BITS: "bits", "KL (nats per token)": "KL", "same likeliest token": "top-1", "seconds": "s"}  # on a terminal
+SHORT = {BITS: "bits", "KL (nats per token)": "KL", "seconds": "s"}  # on a terminal
 
 
-def run_table(report: RunReport) -> Table:
-    """What the original and every step's model cost, and how good they are where a text was given."""
+def run_table(report: RunReport) -> FittedTable:
+    """Draws bytes of the original and of every step's model, and their quality where a text was given."""
     return costs_table(str(report.output), "after step", _named(report))
 
 
-def costs_table(title: str, first: str, outcomes: Mapping[str, Outcome]) -> Table:
+def costs_table(title: str, first: str, outcomes: Mapping[str, Outcome]) -> FittedTable:
     """A row per model, for the terminal; ``first``: what the names are."""
     shown = outcomes_table(outcomes, first)
     columns = [SHORT.get(column, column.removeprefix("cache ")) for column in shown.columns]
@@ -76,7 +74,7 @@ def _lead(report: RunReport) -> str:
 
 
 def outcome_line(number: int, outcome: StepOutcome) -> str:
-    """What the model costs after a step, and how good it is, in one line."""
+    """Describes bytes and quality of the model after a step, in one line."""
     cost, quality = outcome.account, outcome.quality
     weights, token, once, at = _costs(cost)
     if cost.bits_per_weight is not None:
@@ -86,7 +84,7 @@ def outcome_line(number: int, outcome: StepOutcome) -> str:
     if quality is None:
         return line
     perplexity, kl, top1 = _scores(quality)
-    return f"{line}; perplexity {perplexity}" + ("" if quality.kl is None else f", KL {kl}, top-1 {top1}")
+    return f"{line}; perplexity {perplexity}" + ("" if quality.kl is None else f", KL {kl}, same top token {top1}")
 
 
 def _costs(cost: Cost) -> tuple[str, str, str, str]:
@@ -96,7 +94,7 @@ def _costs(cost: Cost) -> tuple[str, str, str, str]:
 
 
 def _scores(quality: Quality) -> tuple[str, str, str]:
-    """Perplexity, KL and top-1 agreement."""
+    """Perplexity, KL and same top token."""
     kl = "-" if quality.kl is None else f"{quality.kl:.4f}"
     top1 = "-" if quality.top1_agreement is None else f"{quality.top1_agreement:.1%}"
     return f"{quality.perplexity:.3f}", kl, top1

@@ -7,12 +7,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from anymla.account import account, reduced_bytes, told_lengths
-from anymla.methods.cache_coding.explain import coded_layers
+from anymla.methods.cache_coding.explain import coded_layers, share_note
 from anymla.methods.mla.duration import spoken
+from anymla.report.terminal import FittedTable, table
 from anymla.report.units import size
 
 if TYPE_CHECKING:
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
     from anymla.modeling.spec import RopeSpec
     from anymla.outcomes import CodedConversion, Conversion, Inspection
     from anymla.training.outcome import Recovery
-
-
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], *, texts: int = 1) -> Table:
-    """A table whose first columns, ``texts`` of them, are text and whose others are numbers."""
-    result = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        result.add_column(column, overflow="fold", justify="left" if index < texts else "right")
-    for row in rows:
-        result.add_row(*(str(cell) for cell in row))
-    return result
 
 
 def _rope(rope: RopeSpec | None, first: AttentionSpec, rotated: int, layers: int) -> str:
@@ -44,7 +34,7 @@ def _rope(rope: RopeSpec | None, first: AttentionSpec, rotated: int, layers: int
 
 
 def inspection_table(inspection: Inspection) -> Group:
-    """What `anymla inspect` shows."""
+    """Draws the facts of `anymla inspect`."""
     if inspection.model_spec is None:
         return Group(Text(f"{inspection.model} cannot be converted: {inspection.reason}"))
     facts, attending = inspection.model_spec, inspection.model_spec.attention_layers
@@ -75,21 +65,18 @@ def inspection_table(inspection: Inspection) -> Group:
     at_lengths = [f"at {length:,} tokens" for length in lengths]
     slides = any(layer.cache_window for layer in attending.values())
     return Group(
-        table(inspection.model, ("fact", "value"), rows),
+        table(inspection.model, ("fact", "value"), rows, texts=2),
         table("KV cache", ("", "--kv-cache", "per token", *at_lengths, "numbers per layer"), cache),
+        *([Text(f"Here shares are of {facts.dtype}; {counted}.")] if (counted := share_note(facts.dtype)) else []),
         *([Text("Per token: until windows are full. Layers with a window then hold no more.")] * slides),
         Text(f"Next: anymla plan {inspection.model} --kv-cache 0.125"),
     )
 
 
-def targets_table(inspection: Inspection) -> Table:
-    """What `anymla inspect --targets` shows."""
-    result = table(inspection.model, ("target", "export", "because or with"), ())
-    for column in result.columns:
-        column.justify = "left"
-    for name, (verdict, why) in inspection.targets.items():
-        result.add_row(name, verdict, why)
-    return result
+def targets_table(inspection: Inspection) -> FittedTable:
+    """Draws the engines of `anymla inspect --targets`."""
+    rows = ((name, *found) for name, found in inspection.targets.items())
+    return table(inspection.model, ("target", "export", "because or with"), rows, texts=3)
 
 
 def _yes(flag: bool) -> str:
@@ -97,7 +84,7 @@ def _yes(flag: bool) -> str:
 
 
 def plan_table(costs: Mapping[str, Any]) -> Group:
-    """What `anymla plan` shows; a ~ marks a split that conversion will choose on calibration text."""
+    """Draws the plan of `anymla plan`; a ~ marks a split that conversion will choose on calibration text."""
     rows = []
     numbered = enumerate(costs["layers"])  # in a run of equal layers, index and position differ by the same
     alike = groupby(numbered, key=lambda each: each[1] | {"layer": each[1]["layer"] - each[0]})
@@ -161,7 +148,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}G"
 
 
-def conversion_layers_table(conversion: Conversion) -> Table:
+def conversion_layers_table(conversion: Conversion) -> FittedTable:
     """Every layer: converted to what, at what loss; or kept, where it has no softmax attention."""
     done, counted = {layer.layer: layer for layer in conversion.layers}, account(conversion.spec).layers
     rows: list[tuple[Any, ...]] = []
@@ -176,20 +163,31 @@ def conversion_layers_table(conversion: Conversion) -> Table:
 
 
 def codes_table(planned: Mapping[str, Any]) -> Group:
-    """What `anymla plan` shows of a cache of codes."""
+    """Draws the plan of a cache of codes."""
     (name,) = planned["recipe"]
     cache, once = planned["cache_bytes_per_token"], planned["cache_bytes_once"]
     exact = f", and {size(once)} once for exact tokens" if once else ""
-    notes = [
+    coded = [
         "Per layer: numbers per token, their average bits, and bytes; multiply-adds of one new token per cached one.",
-        f"Cache per token{_while_short(planned)}: {size(cache['before'])} -> {size(cache['after'])}{exact}"
-        f"{_at_lengths(planned['cache_bytes_at'])}.",
         "Bits and axes are those that a conversion with these settings chooses."
         if "curve" in planned
         else "Bits and axes are those of typical layers; conversion chooses them on calibration text (--curve too).",
     ]
-    shown = table(f"{planned['model']}, {name}", CODE_COLUMNS, _code_rows(planned["layers"]))
-    return Group(shown, *map(Text, notes))
+    notes = [
+        *(coded if planned["layers"] else ()),
+        f"Cache per token{_while_short(planned)}: {size(cache['before'])} -> {size(cache['after'])}{exact}"
+        f"{_at_lengths(planned['cache_bytes_at'])}.",
+    ]
+    if (counted := share_note(planned["dtype"])) is not None:
+        notes.append(f"{counted[0].upper()}{counted[1:]}.")
+    return Group(_codes(f"{planned['model']}, {name}", planned["layers"]), *map(Text, notes))
+
+
+def _codes(title: str, layers: Iterable[Mapping[str, Any]]) -> FittedTable | Text:
+    """The layers whose cache is coded; words where there is none."""
+    rows = [*_code_rows(layers)]
+    nothing = Text(f"{title}: no layer is coded. The cache stays as it is. A lower --kv-cache makes it smaller.")
+    return table(title, CODE_COLUMNS, rows) if rows else nothing
 
 
 CODE_COLUMNS = (
@@ -222,13 +220,13 @@ def _place(place: Mapping[str, Any]) -> tuple[str, int, str, int]:
     return f"{place['basis']}{mixed}", place["numbers"], f"{place['bits']:.2f}", place["bytes"]
 
 
-def coded_layers_table(conversion: CodedConversion) -> Table:
+def coded_layers_table(conversion: CodedConversion) -> FittedTable | Text:
     """Every layer with a cache of codes: where keys and values live, and what they cost."""
-    return table(str(conversion.output), CODE_COLUMNS, _code_rows(coded_layers(conversion.spec)))
+    return _codes(str(conversion.output), coded_layers(conversion.spec))
 
 
-def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
-    """Quality against the original (KL in nats, top-1 agreement) and cache, per model.
+def scores_table(scores: Mapping[str, Scores], title: str) -> FittedTable:
+    """Quality against the original (KL in nats, same top token) and cache, per model.
 
     The cache as bytes per token and numbers per token and layer; where a model has an exact window, as bytes per token
     and those of the window, which are there once.
@@ -247,10 +245,10 @@ def scores_table(scores: Mapping[str, Scores], title: str) -> Table:
         for name, score in scores.items()
     ]
     cache = ("per token", "+ once") if windows else ("per token", "numbers")
-    return table(title, ("model", "perplexity", "KL", "top-1", *cache, "tokens"), rows)
+    return table(title, ("model", "perplexity", "KL", "same top token", *cache, "tokens"), rows)
 
 
-def recovery_table(report: Recovery) -> Table:
+def recovery_table(report: Recovery) -> FittedTable:
     """Perplexity and KL to the original before and after tuning, on held-out text."""
     rows = [
         ("original", f"{report.original_perplexity:.3f}", "0.0000"),
@@ -259,5 +257,7 @@ def recovery_table(report: Recovery) -> Table:
             for name, quality in (("before", report.before), ("after", report.after))
         ),
     ]
-    title = f"After {report.tokens:,} tokens, {report.gap_closed:.1%} of the gap in log-perplexity closed"
+    closed = report.gap_closed
+    change = f"{closed:.1%} of the gap closed" if closed >= 0 else f"the gap grew by {-closed:.1%}"
+    title = f"After {report.tokens:,} tokens, in log-perplexity: {change}"
     return table(title, ("model", "perplexity", "KL"), rows)

@@ -13,6 +13,7 @@ from anymla.io.auto import auto_class
 from anymla.io.checkpoint import copy_companions
 from anymla.io.safetensors import read_header
 from anymla.io.streamed import StreamedModel
+from anymla.io.telling import tell
 from anymla.io.work import WorkFolder
 from anymla.methods.base import Plan
 from anymla.model_run.stream import decoder_layers
@@ -64,6 +65,7 @@ def write_checkpoint(
     Where some layer that is ``done`` has other modules than stock ones the config is a converted one and modelling
     files come with it; else it is stock, with the fields that differ ``before`` and after.
     """
+    tell("writing")
     after = done.after
     modules = decoder_layers(source.model)
     write_outside(source, work, modules, after=True)

@@ -24,6 +24,7 @@ from anymla.io.computing import Computing
 from anymla.io.device import pick_device
 from anymla.io.packed import PackedFiles
 from anymla.io.streamed import StreamedModel
+from anymla.io.telling import tell
 from anymla.io.work import WorkFolder
 from anymla.methods.base import Facts, LayerMethod, Plan, Survey, SweptMethod
 from anymla.modeling.spec import DTYPE_BYTES, ModelSpec
@@ -199,6 +200,7 @@ def _calibration(method: SweptMethod, source: Path, model: ModelSpec) -> Tensor:
     """The calibration text as windows [N,T]; random tokens for a method that reads none."""
     if not isinstance(method, LayerMethod):
         return random_windows(model.vocab_size, model.max_position_embeddings)
+    tell("reading the calibration text")
     windows = calibration_windows(
         method.calibration or bundled_text("train"),
         load_tokenizer(source),
@@ -233,6 +235,7 @@ def _fingerprint(
     method: SweptMethod, source: Path, plan: Plan, windows: Tensor, device: str, run: Run
 ) -> dict[str, Any]:
     """What the new weights and their files depend on."""
+    tell("checking the weights")
     return {
         "anymla": __version__,
         "--max-shard-size": run.shard_size,

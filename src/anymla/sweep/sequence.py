@@ -16,6 +16,7 @@ from anymla.distributed import from_first, rank, wait_for_all
 from anymla.io.device import give_back_memory
 from anymla.io.packed import PackedFiles
 from anymla.io.streamed import StreamedModel
+from anymla.io.telling import tell
 from anymla.io.work import WorkFolder
 from anymla.methods.base import Plan, SweptMethod
 from anymla.model_run.activations import Budget
@@ -111,6 +112,7 @@ class Sequence:
         if self.records and progress is not None and (result := self.records[-1].result) is not None:
             progress(len(self.records), len(self.modules), result)
         for index in range(len(self.records), len(self.modules)):
+            self._tell(index, "reading")
             with self.source.layer(self.modules[index]):
                 place, layer = plan.place(index), self._layer(index, plan)
                 record = self._removed(layer) if place is None else self._changed(method, layer)
@@ -126,6 +128,10 @@ class Sequence:
             give_back_memory()
             if progress is not None and record.result is not None:
                 progress(index + 1, len(self.modules), record.result)
+
+    def _tell(self, index: int, what: str) -> None:
+        """Says what is done with a layer."""
+        tell(f"layer {index + 1} of {len(self.modules)}: {what}")
 
     def _layer(self, index: int, plan: Plan) -> Layer:
         """One layer, whose weights are there."""
@@ -146,7 +152,9 @@ class Sequence:
                 pass_through(layer.module, stream, layer.arguments, 1)
             return LayerRecord(spec=layer.old, before=before, after=self._cached(layer.index, 1))
         observer = method.observer(layer)
+        self._tell(layer.index, "moments of the calibration text")
         self._observe(layer, observer)
+        self._tell(layer.index, "new weights")
         changed = method.apply(layer, observer)
         for tensor in layer.module.state_dict().values():
             from_first(tensor)  # the algebra of another machine may differ in the last bit

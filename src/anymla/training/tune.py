@@ -18,7 +18,7 @@ from anymla import __version__
 from anymla.account import measure, told_lengths
 from anymla.architectures.model_spec import context_of, read_config, spec_of
 from anymla.architectures.packed import packing_of
-from anymla.data.mixture import Texts, read_texts
+from anymla.data.mixture import Texts, check_data, read_texts
 from anymla.data.packing import check_packing
 from anymla.distributed import join_processes, rank, wait_for_all
 from anymla.errors import CheckpointError, RecipeError, TextError
@@ -85,6 +85,7 @@ def tune(
     started, place = time.monotonic(), Path(os.path.expanduser(output))
     base = {} if recipe is None else recipe.model_dump(exclude_unset=True)
     tuning = Tune.of(base | settings, "settings")
+    _check_early(tuning, report_to)
     source, student = locate(teacher, adapter=adapter), find_model(with_revision(converted, revision))
     for path in (student, *source.paths):
         check_output(place, path, overwrite=overwrite)
@@ -92,29 +93,31 @@ def tune(
         if note is not None:
             for text in plain.notes:
                 note(f"{teacher}: {text}")
-        check_pair(student, plain.folder)
-        tuning = _by_logits_where_layers_differ(tuning, student, plain.folder, note)
-        tokenizer = load_tokenizer(student)
-        length = min(tuning.length, context_of(student) or tuning.length)
-        stages = make_stages(tuning, length, int(os.environ.get("WORLD_SIZE", "1")))
-        texts = read_texts(
-            tuning.data, tokenizer, length, held_out=tuning.eval_data, held_out_tokens=tuning.eval_tokens
-        )
-        device = join_processes(pick_device(tuning.device))
-        run = _Run(student, plain.folder, tuning, stages, texts, tokenizer, device.partition(":")[0])
+        run = _prepared(student, plain.folder, tuning, note)
         work = WorkFolder(place, kind="tuning", counted=("checkpoints",))
-        claim(work, lambda: tuning_fingerprint(student, plain.folder, tuning), restart=restart)
-        with keep_steps_when_stopped(work, stages, tuning):
+        claim(work, lambda: tuning_fingerprint(student, plain.folder, run.tuning), restart=restart)
+        with keep_steps_when_stopped(work, run.stages, run.tuning):
             run.all_stages(work, progress, _reporters(report_to, work.model))
-            report = _report(work, place, tuning, stages, started)
+            report = _report(work, place, run, started)
             if rank() == 0:
-                copy_companions(student, work.model)
-                _write_report(work.model, student, report)
-                _write_account(work.model)
-                tuning_page(report, work.model, str(teacher), read_metrics(work.model)).write(work.model)
+                _write_report(work.model, student, str(teacher), report)
                 work.finish()
             wait_for_all()
     return report
+
+
+def _prepared(student: Path, teacher: Path, tuning: Tune, note: Callable[[str], None] | None) -> _Run:
+    """What all stages need, once it is known that the models belong together and that the texts are enough."""
+    check_pair(student, teacher)
+    tuning = _by_logits_where_layers_differ(tuning, student, teacher, note)
+    tokenizer = load_tokenizer(student)
+    length = min(tuning.length, context_of(student) or tuning.length)
+    stages = make_stages(tuning, length, int(os.environ.get("WORLD_SIZE", "1")))
+    texts = read_texts(
+        tuning.data or (), tokenizer, length, held_out=tuning.eval_data, held_out_tokens=tuning.eval_tokens
+    )
+    device = join_processes(pick_device(tuning.device))
+    return _Run(student, teacher, tuning, stages, texts, tokenizer, device.partition(":")[0])
 
 
 def _by_logits_where_layers_differ(
@@ -243,51 +246,57 @@ class _Run:
         return teacher
 
 
-def _reporters(names: list[str] | None, folder: Path) -> list[TrainerCallback]:
-    """Transformers' own callbacks for ``names``.
+def _check_early(tuning: Tune, report_to: list[str] | None) -> None:
+    """Refuses texts, a device and reporters that are not there, before any model is read.
 
     Raises:
-        RecipeError: an unknown name, or one that is not installed.
+        RecipeError, TextError: names the option.
     """
     from transformers.integrations import integration_utils
 
-    callbacks = []
-    for name in names or []:
+    check_data(tuning.data, tuning.eval_data)
+    pick_device(tuning.device)
+    for name in report_to or []:
         if name not in REPORTERS:
             raise RecipeError(f"--report-to {name} is not one of {', '.join(REPORTERS)}")
         if not getattr(integration_utils, f"is_{name}_available")():
             raise RecipeError(f"--report-to {name} is not installed: pip install {name}")
-        if name == "tensorboard":
-            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "runs"))
-        callbacks.append(integration_utils.INTEGRATION_TO_CALLBACK[name]())
-    return callbacks
 
 
-def _report(work: WorkFolder, output: Path, tuning: Tune, stages: list[Stage], started: float) -> Recovery:
+def _reporters(names: list[str] | None, folder: Path) -> list[TrainerCallback]:
+    """Transformers' own callbacks for ``names``."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if "tensorboard" in (names or []):
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "runs"))
+    return [INTEGRATION_TO_CALLBACK[name]() for name in names or []]
+
+
+def _report(work: WorkFolder, output: Path, run: _Run, started: float) -> Recovery:
     lines = [line for line in read_metrics(work.model) if "eval_perplexity" in line]
     first, last = lines[0], lines[-1]
     return Recovery(
         output=output,
-        tuning=tuning,
+        tuning=run.tuning,
         before=Quality(perplexity=first["eval_perplexity"], kl=first["eval_kl"]),
         after=Quality(perplexity=last["eval_perplexity"], kl=last["eval_kl"]),
         original_perplexity=last["original_perplexity"],
         tokens=last["tokens"],
-        steps=sum(stage.steps for stage in stages),
+        steps=sum(stage.steps for stage in run.stages),
         seconds=time.monotonic() - started,
         anymla_version=__version__,
     )
 
 
-def _write_report(folder: Path, student: Path, report: Recovery) -> None:
+def _write_report(folder: Path, student: Path, teacher: str, report: Recovery) -> None:
+    """Writes all that lies beside the weights."""
+    copy_companions(student, folder)
     (folder / "tuning.yaml").write_text(report.tuning.to_yaml(), encoding="utf-8")
     (folder / "tuning.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     card = ""
     with suppress(OSError, UnicodeDecodeError):
         card = (student / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(tuned_card(card, report), encoding="utf-8")
-
-
-def _write_account(folder: Path) -> None:
     spec = spec_of(read_config(folder))
     write_account(folder, spec, measure(load_model(folder), told_lengths(spec)).layers)
+    tuning_page(report, folder, teacher, read_metrics(folder)).write(folder)

@@ -31,7 +31,7 @@ def llama_python() -> Path | None:
 
 
 def ask_llama(python: Path, file: Path, prompts: Sequence[list[int]] = (), **request: Any) -> tuple[Any, list[ndarray]]:
-    """What run_llama_cpp.py answers, and the logits of every prompt [T,V].
+    """Returns what run_llama_cpp.py answers, and the logits of every prompt [T,V].
 
     Raises:
         ParityError: llama.cpp failed; says how.
@@ -82,7 +82,7 @@ def check_in_llama(python: Path, converted: Path, file: Path, *, dtype: str, lay
 
 
 def llama_loss(python: Path, converted: Path, file: Path, cache: str) -> CacheLoss:
-    """What a quantised cache loses of a GGUF file.
+    """Returns what a quantised cache loses of a GGUF file.
 
     Raises:
         ParityError: llama.cpp failed; says how.

@@ -81,7 +81,7 @@ class Engine:
         return list(found[:count])
 
     def text(self, ids: list[int]) -> str:
-        """What the tokens say."""
+        """Returns what the tokens say."""
         buffer = ctypes.create_string_buffer(256 * len(ids))
         given = (llama_cpp.llama_token * len(ids))(*ids)
         count = llama_cpp.llama_detokenize(self.vocab, given, len(ids), buffer, len(buffer), False, False)

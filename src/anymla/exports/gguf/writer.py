@@ -157,12 +157,12 @@ def _add_settings(writer: GGUFWriter, config: Mapping[str, Any], name: str, dtyp
 
 
 def query_scale(config: Mapping[str, Any]) -> float:
-    """What queries are multiplied by, for ``deepseek2`` takes any scaled rope for YaRN in its softmax scale."""
+    """Returns what queries are multiplied by, for ``deepseek2`` takes any scaled rope for YaRN in its softmax scale."""
     return float((1 + 0.1 * math.log(config["rope_parameters"].get("factor") or 1.0)) ** -2)
 
 
 def latent_scale(config: Mapping[str, Any]) -> float:
-    """What latents are multiplied by, so that the file's one eps acts as LATENT_EPS on them."""
+    """Returns what latents are multiplied by, so that the file's one eps acts as LATENT_EPS on them."""
     return float((config["rms_norm_eps"] / LATENT_EPS) ** 0.5)
 
 

@@ -58,7 +58,7 @@ def ask_vllm(
     dtype: str = "float32",
     length: int = 512,
 ) -> tuple[dict[str, Any], str]:
-    """What run_vllm.py answers, and vLLM's log.
+    """Returns what run_vllm.py answers, and vLLM's log.
 
     Raises:
         VllmError: vLLM did not start, or broke off.

@@ -25,7 +25,7 @@ WEIGHTS = (*SAFE, "*.bin", "*.gguf")
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """Where a source is.
+    """The place of a source.
 
     ``name``: what the user gave; ``base``: the folder of weights, or the GGUF file; ``adapter``: the folder of an
     adapter to be merged; ``hidden``: whether ``base`` holds an adapter that is left out.
@@ -47,19 +47,19 @@ class Located:
 
     @property
     def is_converted(self) -> bool:
-        """Whether anymla wrote the weights' folder."""
+        """Returns whether anymla wrote the weights' folder."""
         path = self.base / "config.json"
         return path.is_file() and str(read_object(path).get("model_type")).startswith("anymla_")
 
     @cached_property
     def quantised(self) -> str | None:
-        """What becomes of quantised weights, in words; None where there are none."""
+        """Returns what becomes of quantised weights, in words; None where there are none."""
         path = self.base / "config.json"
         return quantization_note(read_object(path)) if path.is_file() else None
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """What is only read."""
+        """Returns the paths that are only read."""
         return (self.base,) if self.adapter is None else (self.base, self.adapter)
 
 

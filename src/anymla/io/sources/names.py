@@ -32,7 +32,7 @@ class NamesInModel:
             self._stored.setdefault(self.in_model(name), []).append(name)
 
     def in_model(self, name: str) -> str:
-        """What the model calls a tensor that a file calls ``name``, or that an older transformers did."""
+        """Returns what the model calls a tensor that a file calls ``name``, or that an older transformers did."""
         if name in self._state:
             return name
         renamed: str = rename_source_key(
@@ -46,7 +46,7 @@ class NamesInModel:
         return found[0] if len(found) == 1 else None
 
     def is_turned(self, module: str) -> bool:
-        """Whether a module's weight is [in, out], as GPT-2's are."""
+        """Returns whether a module's weight is [in, out], as GPT-2's are."""
         name = self.in_model(f"{module}.weight").rpartition(".")[0]
         try:
             return type(self._model.get_submodule(name)).__name__ == "Conv1D"

@@ -15,6 +15,7 @@ from anymla.io.hub_cache import commit_of
 from anymla.io.locks import lock_folder, unlock
 from anymla.io.sources.adapter_kinds import check_adapter
 from anymla.io.sources.locate import Located
+from anymla.io.telling import tell
 from anymla.io.work import clear_abandoned
 
 
@@ -44,6 +45,7 @@ def plain_source(source: Located, *, beside: Path | None = None) -> Iterator[Pla
         yield Plain(folder=source.base, commit=commit_of(source.base))
         return
     with _temporary(beside) as folder:
+        tell(f"reading {source.name} into plain weights")
         try:
             _fill(folder, source)
         except OSError as error:
@@ -59,7 +61,7 @@ def plain_source(source: Located, *, beside: Path | None = None) -> Iterator[Pla
 
 
 def notes_of(source: Located) -> tuple[str, ...]:
-    """What :func:`plain_source` does to ``source``, in words; none where it is a plain folder.
+    """Returns what :func:`plain_source` does to ``source``, in words; none where it is a plain folder.
 
     Raises:
         CheckpointError, UnsupportedModelError: it cannot be read.

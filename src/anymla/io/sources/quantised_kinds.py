@@ -34,7 +34,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a config says of quantised weights: of the whole model or of its text model.
+    """Returns what a config says of quantised weights: of the whole model or of its text model.
 
     Of a converted model only what anymla's own steps write; the others are left to transformers.
     """
@@ -67,7 +67,7 @@ def quantization_refusal(config: Mapping[str, Any]) -> str | None:
 
 
 def quantization_note(config: Mapping[str, Any]) -> str | None:
-    """What becomes of the quantised weights, in words; None where there are none."""
+    """Returns what becomes of the quantised weights, in words; None where there are none."""
     if (settings := quantization_of(config)) is None:
         return None
     if caches_only(settings):
@@ -101,7 +101,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def caches_only(settings: Mapping[str, Any]) -> bool:
-    """Whether only the KV cache is to be quantised when the model is served."""
+    """Returns whether only the KV cache is to be quantised when the model is served."""
     if settings.get("quant_method") == "modelopt" or "kv_cache_quant_algo" in settings:
         return _algorithm(settings) in (None, "", "None", "NONE")
     groups = settings.get("config_groups") or {}

@@ -10,7 +10,9 @@ from anymla.methods.base import Facts, LayerMethod
 from anymla.methods.cache_coding.forms import Form
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.spec import ModelSpec
+from anymla.modeling.spec import DTYPE_BYTES, ModelSpec
+
+SIXTEEN_BITS = 2  # bytes
 
 
 def explain_codes(model: str, method: LayerMethod, before: ModelSpec, facts: Facts | None = None) -> dict[str, Any]:
@@ -26,6 +28,7 @@ def explain_codes(model: str, method: LayerMethod, before: ModelSpec, facts: Fac
     return {
         "model": model,
         "recipe": {method.name: method.model_dump(mode="json")},
+        "dtype": after.dtype,
         "layers": coded_layers(after),
         "cache_bytes_per_token": {"before": held.cache_bytes_per_token, "after": coded.cache_bytes_per_token},
         "cache_bytes_once": coded.cache_bytes_once,
@@ -34,6 +37,16 @@ def explain_codes(model: str, method: LayerMethod, before: ModelSpec, facts: Fac
             for length, size in held.cache_bytes_at.items()
         },
     }
+
+
+def share_note(dtype: str) -> str | None:
+    """How the share of codes is counted for a checkpoint of wider numbers than 16 bits; None for others."""
+    if DTYPE_BYTES[dtype] == SIXTEEN_BITS:
+        return None
+    return (
+        f"for codes, --kv-cache is a share of the original's cache in 16 bits; bytes are told in {dtype}, the "
+        "checkpoint's dtype"
+    )
 
 
 def coded_layers(model: ModelSpec) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ class KVHeads(LayerMethod):
     phase: ClassVar[Phase] = Phase.WIDTH
     summary: ClassVar[str] = "fewer KV heads in a stock checkpoint: every group of heads shares one"
     saves: ClassVar[tuple[str, ...]] = ("cache", "weights")
+    example: ClassVar[dict[str, Any]] = {"kv_heads": 1}
 
     kv_heads: int | None = Field(
         None, ge=1, le=1024, description="KV heads to keep, a divisor of those there are. Default: by kv_cache."

@@ -45,6 +45,7 @@ class MKA(LayerMethod):
     phase: ClassVar[Phase] = Phase.DEPTH
     summary: ClassVar[str] = "fewer layers: the cheapest ones are dropped, or merged into their neighbours"
     saves: ClassVar[tuple[str, ...]] = ("cache", "weights", "compute")
+    example: ClassVar[dict[str, Any]] = {"remove": 2}
 
     remove: int | None = Field(None, ge=0, le=MOST, description="Layers to remove.")
     layers: int | None = Field(None, ge=1, le=MOST, description="In place of remove: layers to keep.")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anymla.distributed import all_sum, all_sum_number, rank, world
+from anymla.io.telling import told
 from anymla.methods.mla.costs import STEP_TOKENS
 from anymla.model_run.activations import Activations
 from anymla.model_run.stream import first
@@ -53,12 +54,10 @@ class Reconstruction:
         least, power = self._error(choice), self._power(choice)
         if least <= NOTHING_LOST * power:
             return
-        for tensor in self.tensors.values():
-            tensor.requires_grad_(True)
-        groups = [{"params": [tensor], "size": _size(tensor)} for tensor in self.tensors.values()]
+        groups = [{"params": [each.requires_grad_(True)], "size": _size(each)} for each in self.tensors.values()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         every = max(BETWEEN, -(-steps // CHECKS))
-        for step, windows in zip(range(steps), self._batches(fit, seed), strict=False):
+        for step, windows in zip(told(range(steps), "gradient step"), self._batches(fit, seed), strict=False):
             rate = _rate(step, steps, self.inputs.shape[2])
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["size"]

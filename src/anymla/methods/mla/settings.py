@@ -64,6 +64,7 @@ class MLA(LayerMethod):
     phase: ClassVar[Phase] = Phase.ATTENTION
     summary: ClassVar[str] = "multi-head latent attention: a small latent replaces the keys and values of every head"
     saves: ClassVar[tuple[str, ...]] = ("cache",)
+    example: ClassVar[dict[str, Any]] = {"kv_cache": 0.25}
 
     kv_cache: float = Field(
         0.25,

@@ -62,6 +62,7 @@ class ShareAttention(LayerMethod):
     summary: ClassVar[str] = "spans of layers that reuse the attention map of an earlier layer: no queries, no keys"
     saves: ClassVar[tuple[str, ...]] = ("cache", "weights", "compute")
     excludes: ClassVar[tuple[str, ...]] = ("transform_coding", "kvquant")
+    example: ClassVar[dict[str, Any]] = {"kv_cache": 0.75}
 
     spans: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = Field(
         None, description="Layers to share, as [[first, last], ...], both included and counted from 0."
