@@ -57,6 +57,7 @@ class LatentModelMixin(ReplacedAttention):
             self._keys_to_ignore_on_load_unexpected = {*known, *CODE_BUFFERS}
         layers = layers_of(config.to_dict()) or ()
         for layer in layers:
+            narrow_layer(self, layer)
             if layer.replaced is not None:
                 replace_attention(self, layer)
             pack_linears(self, layer)
@@ -109,6 +110,19 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
     original = model.get_submodule(layer.module)
     attention = attention_class(layer)(original, model.config.get_text_config(), layer)
     model.set_submodule(layer.module, attention.apply(model._init_weights))
+
+
+def narrow_layer(model: Any, layer: LayerSpec) -> None:
+    """Makes a decoder layer of ``model`` anew, where ``layer`` has sizes of its own."""
+    if (width := layer.width) is None:
+        return
+    config = model.config.get_text_config()
+    original, own = model.get_submodule(width.layer), width.config_of(config)
+    made = type(original)(own, int(width.layer.rpartition(".")[2]))
+    for part in made.modules():  # what is set later, as how to attend, is set for all layers at once
+        if getattr(part, "config", None) is own:
+            part.config = config
+    model.set_submodule(width.layer, made.apply(model._init_weights))
 
 
 def pack_linears(model: Any, layer: LayerSpec) -> None:

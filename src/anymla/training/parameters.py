@@ -22,9 +22,10 @@ ADAPTED = (  # the last one of stock attention
 
 
 def attention_names(model: Any) -> list[str]:
-    """Where in ``model`` its converted attention modules are; of a stock model, which a step made smaller, all."""
-    if (layers := layers_of(model.config.to_dict())) is not None:
-        return [str(layer.module) for layer in layers if layer.replaced is not None]
+    """Where in ``model`` its converted attention modules are; all, where a step only made it smaller."""
+    layers = layers_of(model.config.to_dict()) or ()
+    if converted := [str(layer.module) for layer in layers if layer.replaced is not None]:
+        return converted
     names = {module: name for name, module in model.named_modules()}
     paths = {layer: attention_path(layer) for layer in decoder_layers(model)}
     return [f"{names[layer]}.{path}" for layer, path in paths.items() if path is not None]

@@ -131,4 +131,5 @@ def _inputs(layer: LayerSpec, model: ModelSpec) -> set[int]:
     if (attention := layer.attention) is None:
         return set()
     heads = {attention.num_heads * attention.head_dim} if layer.kind is None else set()
-    return {model.hidden_size, model.intermediate_size} | heads
+    neurons = None if layer.width is None else layer.width.neurons
+    return {model.hidden_size, neurons or model.intermediate_size} | heads

@@ -21,6 +21,8 @@ def sharing_refusal(model: ModelSpec) -> str | None:
         return "its layers share attention maps already"
     if any(layer.kind is not None for layer in model.layers):
         return "its attention is not stock any more: put shared_attention before the step that changed it"
+    if any(layer.width is not None and layer.width.heads for layer in model.layers):
+        return "its layers have different numbers of heads, and maps are shared head by head: give saap heads: 1.0"
     family = FAMILIES[model.text_model_type]
     if model.text_model_type in DROP_ARGUMENTS:
         return "layers of its family give their attention known arguments only, and a map is handed on by another one"
