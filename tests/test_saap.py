@@ -46,6 +46,7 @@ from tests.damage import TRAIN, VALID
 from tests.families import FAST, make_model, save_model, token_ids
 from tests.families import logits as logits_of
 from tests.family_models import tiny_model
+from tests.method_contract import Case, Sample, a_killed_run_goes_on_to_the_same_bytes, all_ways_of_reading_agree
 from tests.precision import Exact
 from tests.vision_models import tiny_vision_config, tiny_vision_model
 
@@ -413,6 +414,16 @@ def test_what_follows_keeps_the_widths(spread, tmp_path):
         ("shared_attention", {"spans": [[1, 1]]}, "its layers have different numbers of heads"),
     ):
         assert reason in (method_of(name, settings).refuses(spec) or "")
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [all_ways_of_reading_agree, pytest.param(a_killed_run_goes_on_to_the_same_bytes, marks=pytest.mark.slow)],
+    ids=lambda promise: promise.__name__,
+)
+def test_widths_of_layers_keep_promises(promise, spread, tmp_path):
+    step = TEXT | {"neurons": 0.5, "heads": 0.7, "multiple": 8, "allocation": "global"}
+    promise(Case("saap", Sample(step, {}), spread / "source"), tmp_path)
 
 
 def widths_of(folder):

@@ -85,7 +85,7 @@ def _already(config: Mapping[str, Any]) -> str:
         return "its cache is coded already"
     if any(layer.shared is not None for layer in layers):
         return "its layers share attention maps already"
-    if any(layer.packed is not None for layer in layers):
+    if any(layer.packed is not None or layer.zeros is not None for layer in layers):
         return "its weights are packed already"
     return "its KV heads are shared already" if any(layer.grouped is not None for layer in layers) else ALREADY
 
@@ -96,7 +96,7 @@ def _only_narrower(config: Mapping[str, Any]) -> bool:
         layers = layers_of(config) or ()
     except ValueError:
         return False
-    return all(layer.kind is None and layer.packed is None for layer in layers) and bool(layers)
+    return bool(layers) and all(replace(layer, width=None).stock for layer in layers)
 
 
 def _family_refusal(model_type: str) -> str | None:

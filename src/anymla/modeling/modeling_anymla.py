@@ -31,6 +31,7 @@ from .rows_attention import RowsAttention
 from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
 from .shared_spec import SharedSpec
 from .spec import KEY, LayerSpec, config_entry, layers_of
+from .zeroed_linear import ZeroedLinear
 
 PREFIX = "Anymla"
 CODE_BUFFERS = (r"\.(key|value)_codec\.levels$", r"\.inv_freq$")  # that a cache of numbers has not
@@ -61,6 +62,7 @@ class LatentModelMixin(ReplacedAttention):
             if layer.replaced is not None:
                 replace_attention(self, layer)
             pack_linears(self, layer)
+            add_zeros(self, layer)
         if (sharing := next((str(layer.module) for layer in layers if layer.shared is not None), None)) is not None:
             hand_maps(self.get_submodule(decoder_path(sharing)))  # type: ignore[attr-defined]
 
@@ -133,6 +135,15 @@ def pack_linears(model: Any, layer: LayerSpec) -> None:
         path = f"{packed.layer}.{name}"
         bias = model.get_submodule(path).bias is not None
         model.set_submodule(path, PackedLinear(packed, out, into, bias=bias))
+
+
+def add_zeros(model: Any, layer: LayerSpec) -> None:
+    """Makes room for zero points beside the linears of ``layer`` in ``model`` that have them."""
+    if (zeros := layer.zeros) is None:
+        return
+    for name in zeros.linears:
+        path = f"{zeros.layer}.{name}"
+        model.set_submodule(path, ZeroedLinear.over(model.get_submodule(path), zeros.group))
 
 
 def decoder_path(attention: str) -> str:

@@ -13,6 +13,7 @@ from anymla.methods.tune import Train, Tune
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling.attention import ConvertedAttention
 from anymla.modeling.spec import layers_of
+from anymla.modeling.zeroed_linear import ZeroedLinear
 
 ADAPTED = (  # the last one of stock attention
     *("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj"),
@@ -51,7 +52,10 @@ def choose_learning(model: Any, train: Train) -> None:
 
 
 def with_adapters(model: Any, tuning: Tune) -> Any:
-    """``model`` with LoRA (arXiv 2106.09685) around the projections of its converted attention, which alone learns.
+    """``model`` with LoRA (arXiv 2106.09685), which alone learns.
+
+    It is around the projections of converted attention, or the zero points of packed weights. The latter read sums over
+    groups of inputs, so the adapter merges into them exactly (QA-LoRA, arXiv 2309.14717).
 
     Raises:
         RecipeError: peft is not installed.
@@ -59,13 +63,18 @@ def with_adapters(model: Any, tuning: Tune) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise RecipeError("--train lora needs peft: pip install 'anymla[tune]'") from error
-    targets = [
-        f"{name}.{part}"
-        for name in attention_names(model)
-        for part in ADAPTED
-        if isinstance(getattr(model.get_submodule(name), part, None), nn.Linear)
-    ]
+        raise RecipeError(f"--train {tuning.train} needs peft: pip install 'anymla[tune]'") from error
+    zeros = [f"{name}.zeros" for name, part in model.named_modules() if isinstance(part, ZeroedLinear)]
+    targets = (
+        zeros
+        if tuning.learns_zeros
+        else [
+            f"{name}.{part}"
+            for name in attention_names(model)
+            for part in ADAPTED
+            if isinstance(getattr(model.get_submodule(name), part, None), nn.Linear)
+        ]
+    )
     config = LoraConfig(r=tuning.lora_rank, lora_alpha=2 * tuning.lora_rank, target_modules=targets, lora_dropout=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it has since changed

@@ -62,7 +62,8 @@ class SAAP(LayerMethod):
     allocation is ``uniform``, because it leaves a stock checkpoint. What the paper's fluctuation indicator is could not
     be read. Here it is the standard deviation of a layer's importance, by which that is divided. Each kind of structure
     has a budget of its own. Protected layers are LLM-Pruner's (arXiv 2305.11627). Latent channels are anymla's own
-    addition. The paper trains quantised groups afterwards. Here the step ``tune`` can follow.
+    addition. For the paper's training of quantised groups, pack with ``zeros: true`` and let ``tune`` learn the
+    ``zero_points``.
     """
 
     name: ClassVar[str] = "saap"

@@ -30,7 +30,9 @@ def sayable(groups: int, model: ModelSpec, layer: LayerSpec) -> bool:
 def narrower(layer: LayerSpec, kept: dict[str, int], own: bool) -> LayerSpec:
     """The layer as it will be; ``own``: whether its sizes are not its model's."""
     if own and kept.keys() - {"latent"}:
-        layer = replace(layer, width=WidthSpec(neurons=kept.get("neurons"), experts=kept.get("experts"), heads=kept.get("heads")))
+        layer = replace(
+            layer, width=WidthSpec(neurons=kept.get("neurons"), experts=kept.get("experts"), heads=kept.get("heads"))
+        )
     if "neurons" in kept or "experts" in kept:
         layer = replace(layer, other_bytes=None)
     if (attention := layer.attention) is not None and (groups := kept.get("heads")) is not None:
