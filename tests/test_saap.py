@@ -240,10 +240,12 @@ def test_a_mixture_with_fewer_experts_is_a_stock_model(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["neurons", "heads", "latent"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_removing_is_zeroing_in_a_latent_attention(family, kind, converted, tmp_path):
+@pytest.mark.parametrize(("family", "protected"), [("llama", 0), ("llama", 1), ("qwen3", 0)])
+def test_removing_is_zeroing_in_a_latent_attention(family, protected, kind, converted, tmp_path):
     converted = converted / family
     step, spec = WHOLE | RANDOM | TEXT | {kind: 0.5}, spec_of(read_config(converted))
+    if protected:
+        step |= {kind: 0.75, "multiple": 4, "protect_first": 1}
     if family == "qwen3" and kind == "heads":
         with pytest.raises(AnymlaError, match="made of true keys of all heads"):
             anymla.run(converted, tmp_path / "out", steps=[{"saap": step}])

@@ -57,7 +57,7 @@ class SAAP(LayerMethod):
     - ``magnitude``: sum_k w_k^2, without text. ``random``: by ``seed``. Both are baselines.
 
     Deviations from the paper: only its overview could be read, so this is our own form of it. The default is
-    ``element``. It loses less than the paper's ``fused`` on every model that was measured (docs/benchmarks.md). The
+    ``element``. In uniform widths it loses less than the paper's ``fused`` on every model that was measured. The
     noise of the two scores is found in closed form, over the structures of one kind in all layers. The default
     allocation is ``uniform``, because it leaves a stock checkpoint. What the paper's fluctuation indicator is could not
     be read. Here it is the standard deviation of a layer's importance, by which that is divided. Each kind of structure
