@@ -48,6 +48,7 @@ from tests.families import logits as logits_of
 from tests.family_models import tiny_model
 from tests.method_contract import Case, Sample, a_killed_run_goes_on_to_the_same_bytes, all_ways_of_reading_agree
 from tests.precision import Exact
+from tests.test_methods import SAMPLES
 from tests.vision_models import tiny_vision_config, tiny_vision_model
 
 WHOLE = dict.fromkeys(KINDS, 1.0)
@@ -416,6 +417,14 @@ def test_what_follows_keeps_the_widths(spread, tmp_path):
         ("shared_attention", {"spans": [[1, 1]]}, "its layers have different numbers of heads"),
     ):
         assert reason in (method_of(name, settings).refuses(spec) or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lorc", "mfa", "transform_coding", "kvquant", "billm", "rtn"])
+def test_every_later_step_keeps_the_widths(name, spread, tmp_path):
+    anymla.run(spread / "global", tmp_path / "out", steps=[{name: SAMPLES[name].settings}])
+    assert widths_of(tmp_path / "out") == widths_of(spread / "global")
+    assert logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), token_ids()).isfinite().all()
 
 
 @pytest.mark.parametrize(
