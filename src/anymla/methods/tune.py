@@ -24,8 +24,7 @@ class Tune(Method):
     Deviations from the paper: the original is the teacher, first layer by layer and then by its logits. The paper
     trains all weights on text alone (``cross_entropy: 1``), for 0.3 to 1 % of the pre-training data.
 
-    ``train: zero_points`` is QA-LoRA (arXiv 2309.14717, section 3.3). It averages a group's inputs where we sum them,
-    which only changes the size of the adapter.
+    ``train: zero_points`` is QA-LoRA (arXiv 2309.14717, section 3.3), by the original's logits.
     """
 
     name: ClassVar[str] = "tune"

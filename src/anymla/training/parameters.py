@@ -54,8 +54,8 @@ def choose_learning(model: Any, train: Train) -> None:
 def with_adapters(model: Any, tuning: Tune) -> Any:
     """``model`` with LoRA (arXiv 2106.09685), which alone learns.
 
-    It is around the projections of converted attention, or the zero points of packed weights. The latter read sums over
-    groups of inputs, so the adapter merges into them exactly (QA-LoRA, arXiv 2309.14717).
+    It is around the projections of converted attention, or the zero points of packed weights. Adapters of the latter
+    read averages over groups of inputs, and merge into zero points exactly (QA-LoRA, arXiv 2309.14717).
 
     Raises:
         RecipeError: peft is not installed.
@@ -64,18 +64,16 @@ def with_adapters(model: Any, tuning: Tune) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError(f"--train {tuning.train} needs peft: pip install 'anymla[tune]'") from error
-    zeros = [f"{name}.zeros" for name, part in model.named_modules() if isinstance(part, ZeroedLinear)]
-    targets = (
-        zeros
-        if tuning.learns_zeros
-        else [
-            f"{name}.{part}"
-            for name in attention_names(model)
-            for part in ADAPTED
-            if isinstance(getattr(model.get_submodule(name), part, None), nn.Linear)
-        ]
-    )
-    config = LoraConfig(r=tuning.lora_rank, lora_alpha=2 * tuning.lora_rank, target_modules=targets, lora_dropout=0.0)
+    zeroed = {f"{name}.zeros": part.group for name, part in model.named_modules() if isinstance(part, ZeroedLinear)}
+    zeroed = zeroed if tuning.learns_zeros else {}
+    targets = [*zeroed] or [
+        f"{name}.{part}"
+        for name in attention_names(model)
+        for part in ADAPTED
+        if isinstance(getattr(model.get_submodule(name), part, None), nn.Linear)
+    ]
+    alpha = 2 * tuning.lora_rank / max(zeroed.values(), default=1)  # zero points read sums of groups, not averages
+    config = LoraConfig(r=tuning.lora_rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it has since changed
         return get_peft_model(model, config)
