@@ -1,4 +1,8 @@
-"""Zero points of packed weights: what they cost, how they load, and that what they learn merges exactly."""
+"""Zero points of packed weights: what they cost, how they load, and that what they learn merges exactly.
+
+stories260K with 90 % of its neurons in four bits, groups of 16: KL on held-out stories is 0.297, and 0.208 once zero
+points learned from 24,576 tokens.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +157,7 @@ def test_what_has_or_needs_no_zero_points_is_refused(source, tmp_path):
     )
     for steps, reason in (
         ([{"rtn": {"group": 16}}, {"tune": LEARN}], "zero_points: its weights have none"),
-        ([{"tune": LEARN}], "zero_points: its weights have none"),
+        ([{"tune": LEARN}, ZEROS], "there is nothing to recover"),
         ([ZEROS, {"kvquant": {"bits": 3, **FAST_RUN}}], "have zero points, which codes would unpack"),
         ([ZEROS, {"tune": LEARN | {"train": "all"}}], "HEAL comes before WEIGHTS"),
     ):
