@@ -472,10 +472,13 @@ def test_nothing_to_remove_is_the_same_bytes(source, tmp_path):
 
 def test_what_is_left_is_tuned(source, tmp_path):
     tune = {"data": [str(TRAIN)], "eval_data": str(VALID), "eval_tokens": 256, "tokens": 2048, "length": 64, "batch": 4}
-    for allocation, kind in (("uniform", "LlamaForCausalLM"), ("global", "AnymlaLlamaForCausalLM")):
+    for allocation, kind, settings in (
+        ("uniform", "LlamaForCausalLM", {}),
+        ("global", "AnymlaLlamaForCausalLM", {"train": "all", "learning_rate": 0.0005}),
+    ):
         saap = {"neurons": 0.5, "multiple": 8, "allocation": allocation, **TEXT}
         out = tmp_path / allocation
-        anymla.run(source, out, steps=[{"saap": saap}, {"tune": tune | {"device": "cpu"}}])
+        anymla.run(source, out, steps=[{"saap": saap}, {"tune": tune | settings | {"device": "cpu"}}])
         told = json.loads((out / "tuning.json").read_text())
         assert told["after"]["kl"] < told["before"]["kl"]
         assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == kind
