@@ -1,6 +1,7 @@
 """KL and perplexity without the structures that each kind of importance finds least needed, of the step `saap`.
 
 python benchmarks/width.py [MODEL] [--text TRAIN] [--held-out VALID ...] [--structures neurons] [--shares 0.8 0.6]
+    [--allocation uniform global fluctuation]
 
 Gradients are measured once, on windows of the calibration text. Every row sets its structures to zero, which is the
 same as removing them (tests/test_saap.py). KL is in nats per token, of the original's next tokens against a row's.
@@ -12,6 +13,7 @@ import argparse
 import copy
 import math
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +34,7 @@ from anymla.methods.saap.structures import members
 from anymla.model_run.stream import decoder_layers
 from anymla.register import register
 
+ALLOCATIONS = ("uniform", "global", "fluctuation")
 ORDER = ("random", "magnitude", "vector", "element", "fused")
 
 
@@ -55,6 +58,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--structures", choices=KINDS, default="neurons")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6], help="of the structures to keep")
     parser.add_argument("--importance", nargs="+", choices=ORDER, default=ORDER)
+    parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform"])
+    parser.add_argument("--protect", type=int, nargs=2, help="first and last layers that stay whole")
     parser.add_argument("--multiple", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=6144, help="of calibration text")
     parser.add_argument("--length", type=int, default=256, help="of a window")
@@ -130,17 +135,23 @@ def main() -> None:
         text: [model(input_ids=each[None]).logits[0].float().log_softmax(-1) for each in texts[text]] for text in texts
     }
     whole = " | ".join(f"0, {quality(model, texts[text], before[text])[1]:.2f}" for text in texts)
-    print("| keeps | importance |", " | ".join(f"{text.stem}: KL, perplexity" for text in texts), "|")
-    print(f"|---|---|{'---|' * len(texts)}\n| 100% | | {whole} |", flush=True)
+    print(
+        "| keeps | importance | allocation: widths |", " | ".join(f"{text.stem}: KL, perplexity" for text in texts), "|"
+    )
+    print(f"|---|---|---|{'---|' * len(texts)}\n| 100% | | | {whole} |", flush=True)
     for share in given.shares:
-        for importance in given.importance:
-            others = dict.fromkeys(KINDS, 1.0) | {given.structures: share}
-            plan = SAAP(**others, importance=importance, multiple=given.multiple).plan(spec, facts)
+        for importance, allocation in product(given.importance, given.allocation):
+            first, last = given.protect or (None, None)
+            settings = dict.fromkeys(KINDS, 1.0) | {given.structures: share, "protect_first": first}
+            settings |= {"importance": importance, "allocation": allocation, "protect_last": last}
+            plan = SAAP(**settings, multiple=given.multiple).plan(spec, facts)
             narrow = copy.deepcopy(model)
             set_to_zero(layers_of(narrow, spec), plan)
             found = [quality(narrow, texts[text], before[text]) for text in texts]
             told = " | ".join(f"{lost:.4f}, {perplexity:.2f}" for lost, perplexity in found)
-            print(f"| {share:.0%} | {importance} | {told} |", flush=True)
+            widths = [None if choice is None else choice.kept[given.structures] for choice in plan.choices]
+            layers = " ".join("all" if width is None else str(width) for width in widths)
+            print(f"| {share:.0%} | {importance} | {allocation}: {layers} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from anymla.errors import AnymlaError, CheckpointError, UnsupportedModelError
 from anymla.io.sources.locate import locate
 from anymla.layouts import TARGETS
 from anymla.methods.base import method_of
+from anymla.methods.tune import Tune
 from anymla.modeling.packing import Packing
 from anymla.run_outcome import source_spec
 from anymla.training.tune import check_pair
@@ -176,9 +177,9 @@ def test_what_would_unpack_weights_refuses_them(sources, tmp_path):
     plans = anymla.Recipe.of({"model": str(folder), "steps": [HALF, {"rtn": {"group": 16}}]}).plan(spec)
     assert plans[0].layers[0].integers is None and plans[1].layers[0].integers is not None
     with pytest.raises(CheckpointError, match="packed weights, which do not learn"):
-        check_pair(folder, sources["stock"])
+        check_pair(folder, sources["stock"], Tune())
     with pytest.raises(CheckpointError, match="packed weights, which do not learn"):
-        check_pair(packed(sources["converted"], tmp_path / "latent", "rtn", 4), sources["stock"])
+        check_pair(packed(sources["converted"], tmp_path / "latent", "rtn", 4), sources["stock"], Tune())
     assert not (tmp_path / "out").exists()
 
 

@@ -83,7 +83,8 @@ class Recipe(Settings):
             if isinstance(step, MLA):  # reads integers as plain numbers, and says so
                 model = with_packing(model, None)
             reason = step.refuses(model)
-            if step.phase < Phase.WEIGHTS and any(layer.holds_packed for layer in model.layers):
+            learns = isinstance(step, Tune) and step.learns_zeros
+            if step.phase < Phase.WEIGHTS and not learns and any(layer.holds_packed for layer in model.layers):
                 reason = f"its weights are packed: put {step.name} before the step that packs them"
             if step.phase == Phase.HEAL and self.teacher is None and model == original and not _converted(model):
                 reason = "nothing in it was converted, so there is nothing to recover: put the step mla before it"
@@ -120,6 +121,8 @@ def check_order(steps: tuple[Method, ...], source: str = "recipe") -> None:
     """
     for number, step in enumerate(steps):
         for earlier in steps[:number]:
+            if isinstance(step, Tune) and step.learns_zeros and earlier.phase == Phase.WEIGHTS:
+                continue
             if (reason := refused_after(type(step), type(earlier))) is not None:
                 raise RecipeError(f"{source}: step {number + 1}, {step.name}, cannot follow {earlier.name}: {reason}")
 

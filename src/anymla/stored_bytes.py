@@ -60,7 +60,8 @@ def packed_bytes(files: Iterable[Path]) -> tuple[int, int]:
     """Bytes of all weights of packed integers in ``files``, and how many numbers they stand for."""
     stored = {name: tensor for file in files for name, tensor in read_header(file).items()}
     places = [name.removesuffix(PARTS[0]) for name in stored if name.endswith(f".{PARTS[0]}")]
-    size = sum(stored[f"{place}{part}"].size for place in places for part in PARTS)
+    zeros = [name for place in places if (name := f"{place.removesuffix('codes.')}zeros.weight") in stored]
+    size = sum(stored[name].size for name in [*(f"{place}{part}" for place in places for part in PARTS), *zeros])
     return size, sum(prod(stored[f"{place}{PARTS[-1]}"].read().tolist()) for place in places)
 
 
@@ -121,5 +122,6 @@ def _attention_path(spec: ModelSpec, index: int, names: set[str]) -> str | None:
     if index >= len(spec.layers) or spec.layers[index].attention is None:
         return None
     parts = ("k_proj", "v_proj", "kv_b_proj", "v_b_proj", "q_b_proj", *FUSED)
-    held = [f"{part}.{kind}" for part in parts for kind in ("weight", "weight_packed", "signs")]  # dense or packed
+    kinds = ("weight", "weight_packed", "signs", "codes.weight", "codes.weight_packed")  # dense or packed
+    held = [f"{part}.{kind}" for part in parts for kind in kinds]
     return next((path for path in PATHS if any(f"{path}.{each}" in names for each in held)), None)

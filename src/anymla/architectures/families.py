@@ -248,6 +248,8 @@ _MLA = "already multi-head latent attention"
 DROP_ARGUMENTS = frozenset(
     ("bloom", "codegen", "falcon", "falcon_h1", "gpt_neo", "gptj", "mpt", "nemotron", "stablelm")
 )
+# whose decoder layers no config and number alone make: the model's constructor says more
+LAYERS_BY_MODEL = frozenset(("bamba", "falcon_h1"))
 OWN_CACHE = (  # of families where all_layers_attend
     "its layers mix tokens beside attention too, and transformers has a cache of its own kind for them"
 )

@@ -85,9 +85,18 @@ def _already(config: Mapping[str, Any]) -> str:
         return "its cache is coded already"
     if any(layer.shared is not None for layer in layers):
         return "its layers share attention maps already"
-    if any(layer.packed is not None for layer in layers):
+    if any(layer.packed is not None or layer.zeros is not None for layer in layers):
         return "its weights are packed already"
     return "its KV heads are shared already" if any(layer.grouped is not None for layer in layers) else ALREADY
+
+
+def _only_narrower(config: Mapping[str, Any]) -> bool:
+    """Whether all that is not stock in a folder of anymla's are the widths of its layers."""
+    try:
+        layers = layers_of(config) or ()
+    except ValueError:
+        return False
+    return bool(layers) and all(replace(layer, width=None).stock for layer in layers)
 
 
 def _family_refusal(model_type: str) -> str | None:
@@ -109,6 +118,8 @@ def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
     Raises:
         UnsupportedModelError: the family, a size or the rope type cannot be converted; the message says which.
     """
+    if _only_narrower(config):
+        return converted_spec(config)
     if (reason := refusal(config)) is not None:
         raise UnsupportedModelError(reason)
     model_type, dtype = config["model_type"], config.get("dtype") or config.get("torch_dtype")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -14,13 +15,13 @@ from anymla.architectures.fewer_layers import renumber
 from anymla.architectures.fields import Fields
 from anymla.architectures.model_spec import spec_of
 from anymla.errors import UnsupportedModelError, shown
-from anymla.modeling.attention_spec import CONFIG_FIELDS
-from anymla.modeling.spec import KEY, ModelSpec, config_entry
+from anymla.modeling.attention_spec import CONFIG_FIELDS, AttentionSpec
+from anymla.modeling.spec import KEY, LayerSpec, ModelSpec, config_entry
 
 SIZES: dict[str, Callable[[ModelSpec], set[int]]] = {  # by the name in Fields: the values that the layers have
     "num_layers": lambda spec: {len(spec.layers)},
-    "num_kv_heads": lambda spec: {attention.num_kv_heads for attention in spec.attention_layers.values()},
-    "num_heads": lambda spec: {attention.num_heads for attention in spec.attention_layers.values()},
+    "num_kv_heads": lambda spec: {attention.num_kv_heads for attention in _attentions(spec)},
+    "num_heads": lambda spec: {attention.num_heads for attention in _attentions(spec)},
     "intermediate_size": lambda spec: {spec.intermediate_size},
     "routed_experts": lambda spec: {spec.routed_experts},
 }
@@ -42,15 +43,14 @@ def config_after(config: Any, before: ModelSpec, after: ModelSpec, removed: Coll
     if not changed:
         return config
     if "num_heads" in changed:  # most configs derive it from hidden_size where they do not say it
-        changed["head_dim"] = {attention.head_dim for attention in after.attention_layers.values()}
+        changed["head_dim"] = {attention.head_dim for attention in _attentions(after)}
     made = copy.deepcopy(config)
     text = made.get_text_config()
     renumber(text, len(before.layers), removed)
     for name, values in changed.items():
-        known = [each for each in _names(name) if hasattr(text, each)]
-        if not (known or name == "head_dim") or len(values) > 1:
+        if len(values) > 1:
             raise UnsupportedModelError(f"no config of '{text.model_type}' can say {name} {sorted(values)}")
-        setattr(text, known[0] if known else name, values.pop())
+        setattr(text, _field(text, name), values.pop())
     if hasattr(made, KEY):
         setattr(made, KEY, config_entry(after.layers))
     try:
@@ -61,6 +61,35 @@ def config_after(config: Any, before: ModelSpec, after: ModelSpec, removed: Coll
     if _facts(spec_of(made.to_dict())) != _facts(after):
         raise UnsupportedModelError(f"no config of '{text.model_type}' can say {' and '.join(changed)} of this step")
     return made
+
+
+def own_width(config: Any, layer: LayerSpec, path: str) -> LayerSpec:
+    """``layer``, at ``path`` in the model, with the fields of ``config`` that say its own sizes; as it is without any.
+
+    Raises:
+        UnsupportedModelError: no config of this family says one.
+    """
+    if (width := layer.width) is None:
+        return layer
+    sizes = {"intermediate_size": width.neurons, "routed_experts": width.experts, "num_kv_heads": width.heads}
+    if width.heads is not None and (attention := layer.attention) is not None:
+        sizes |= {"num_heads": attention.num_heads, "head_dim": attention.head_dim}
+    fields = {_field(config, name): size for name, size in sizes.items() if size is not None}
+    return replace(layer, width=replace(width, layer=path, config=fields))
+
+
+def _attentions(spec: ModelSpec) -> list[AttentionSpec]:
+    """The attention of all layers that have as many heads as the config says."""
+    own = {index for index, layer in enumerate(spec.layers) if layer.width is not None and layer.width.heads}
+    return [attention for index, attention in spec.attention_layers.items() if index not in own]
+
+
+def _field(config: Any, name: str) -> str:
+    """What ``config`` calls a field of Fields."""
+    known = [each for each in _names(name) if hasattr(config, each)]
+    if not known and name != "head_dim":
+        raise UnsupportedModelError(f"no config of '{config.model_type}' can say {name}")
+    return known[0] if known else name
 
 
 def _names(name: str) -> list[str]:

@@ -130,15 +130,8 @@ def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
     for layer in converted:
         if (wrong := _wrong(layer)) is not None:
             raise CheckpointError(f"{folder}/config.json: the layer at {layer.module!s:.60} has a wrong {wrong}")
-    if getattr(config, "quantization_config", None) or any(layer.packed is not None for layer in described):
-        raise UnsupportedModelError(
-            f"{folder}: its weights are packed, which transformers alone reads: export the model of before that step"
-        )
-    if any(layer.mfa is not None for layer in described):
-        raise UnsupportedModelError(
-            f"{folder}: its attention is factorised (mfa), which these layouts do not have: export what mla made, "
-            "before the step mfa; what was trained from scratch with fresh_config goes to anymla.exports.step3"
-        )
+    if (reason := _unsupported(config, described)) is not None:
+        raise UnsupportedModelError(f"{folder}: {reason}")
     if any(layer.coded is not None for layer in described):
         raise CheckpointError(
             f"{folder}: its cache holds codes, which transformers alone reads: convert with --codec none or a --target"
@@ -150,6 +143,23 @@ def _layers(folder: Path, config: Any) -> tuple[Layer, ...]:
     if not converted:
         raise CheckpointError(f"{folder}/config.json: {KEY} does not describe layers as anymla convert does")
     return tuple(Layer(index, str(layer.module), *layer.parts) for index, layer in enumerate(converted))
+
+
+def _unsupported(config: Any, described: Iterable[LayerSpec]) -> str | None:
+    """What of all layers these layouts do not have, or None."""
+    if getattr(config, "quantization_config", None) or any(layer.packed is not None for layer in described):
+        return "its weights are packed, which transformers alone reads: export the model of before that step"
+    if any(layer.width is not None for layer in described):
+        return (
+            "its layers have widths of their own, and these layouts have one for all: give saap allocation: uniform, "
+            "without protected layers"
+        )
+    if any(layer.mfa is not None for layer in described):
+        return (
+            "its attention is factorised (mfa), which these layouts do not have: export what mla made, before the step "
+            "mfa; what was trained from scratch with fresh_config goes to anymla.exports.step3"
+        )
+    return None
 
 
 def _wrong(layer: LayerSpec) -> str | None:

@@ -12,7 +12,7 @@ from anymla.methods.base import Facts, Method, Paper, Phase, Plan
 from anymla.modeling.spec import ModelSpec
 from anymla.settings import MOST
 
-Train = Literal["attention", "norms", "all", "lora"]
+Train = Literal["attention", "norms", "all", "lora", "zero_points"]
 Decay = Literal["cosine", "linear", "1-sqrt"]
 Precision = Literal["float32", "mixed", "bfloat16"]
 Parallel = Literal["ddp", "fsdp"]
@@ -23,6 +23,8 @@ class Tune(Method):
 
     Deviations from the paper: the original is the teacher, first layer by layer and then by its logits. The paper
     trains all weights on text alone (``cross_entropy: 1``), for 0.3 to 1 % of the pre-training data.
+
+    ``train: zero_points`` is QA-LoRA (arXiv 2309.14717, section 3.3), by the original's logits.
     """
 
     name: ClassVar[str] = "tune"
@@ -60,9 +62,10 @@ class Tune(Method):
     train: Train = Field(
         "attention",
         description="What learns: the converted attention, that and all norms, all weights, or LoRA on attention. Only "
-        "attention was changed, so by default only attention learns.",
+        "attention was changed, so by default only attention learns. zero_points: LoRA on the zero points of packed "
+        "weights, which rtn, hqq or gptq make with zeros: true; integers and scales stay.",
     )
-    lora_rank: int = Field(16, ge=1, le=MOST, description="Rank of --train lora.")
+    lora_rank: int = Field(16, ge=1, le=MOST, description="Rank of --train lora and zero_points.")
     learning_rate: float | None = Field(None, gt=0, le=1, description="Peak learning rate. Default: 0.2 / hidden size.")
     warmup: float = Field(0.05, ge=0, le=1, description="Share of a stage's steps over which the learning rate rises.")
     decay: Decay = Field("cosine", description="How the learning rate falls to 0 at a stage's end.")
@@ -122,8 +125,20 @@ class Tune(Method):
             raise ValueError("early_stop takes the best checkpoint that was scored: save_every must be eval_every")
         return self
 
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters learn, and not the weights themselves."""
+        return self.train in ("lora", "zero_points")
+
+    @property
+    def learns_zeros(self) -> bool:
+        """Whether zero points of packed weights learn, after the step that packs."""
+        return self.train == "zero_points"
+
     def refuses(self, model: ModelSpec) -> str | None:
         """Codes let no gradient through, and without text there is nothing to learn from."""
+        if self.learns_zeros and all(layer.zeros is None for layer in model.layers):
+            return "train: zero_points: its weights have none: put rtn, hqq or gptq with zeros: true before it"
         if any(layer.coded is not None and layer.coded.rounds for layer in model.layers):
             return "its cache is coded: put tune before the step that codes it"
         return "it has no data: name a text to learn from" if self.data is None else None

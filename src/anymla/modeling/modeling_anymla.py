@@ -32,6 +32,7 @@ from .shared_attention import MapSourceAttention, SharedAttention, hand_maps
 from .shared_latent import MapSourceLatentAttention, SharedLatentAttention
 from .shared_spec import SharedSpec
 from .spec import KEY, LayerSpec, config_entry, layers_of
+from .zeroed_linear import ZeroedLinear
 
 PREFIX = "Anymla"
 CODE_BUFFERS = (r"\.(key|value)_codec\.levels$", r"\.inv_freq$")  # that a cache of numbers has not
@@ -58,9 +59,11 @@ class LatentModelMixin(ReplacedAttention):
             self._keys_to_ignore_on_load_unexpected = {*known, *CODE_BUFFERS}
         layers = layers_of(config.to_dict()) or ()
         for layer in layers:
+            narrow_layer(self, layer)
             if layer.replaced is not None:
                 replace_attention(self, layer)
             pack_linears(self, layer)
+            add_zeros(self, layer)
         if (sharing := next((str(layer.module) for layer in layers if layer.shared is not None), None)) is not None:
             hand_maps(self.get_submodule(decoder_path(sharing)))  # type: ignore[attr-defined]
 
@@ -112,6 +115,19 @@ def replace_attention(model: Any, layer: LayerSpec) -> None:
     model.set_submodule(layer.module, attention.apply(model._init_weights))
 
 
+def narrow_layer(model: Any, layer: LayerSpec) -> None:
+    """Makes a decoder layer of ``model`` anew, where ``layer`` has sizes of its own."""
+    if (width := layer.width) is None:
+        return
+    config = model.config.get_text_config()
+    original, own = model.get_submodule(width.layer), width.config_of(config)
+    made = type(original)(own, int(width.layer.rpartition(".")[2]))
+    for part in made.modules():  # what is set later, as how to attend, is set for all layers at once
+        if getattr(part, "config", None) is own:
+            part.config = config
+    model.set_submodule(width.layer, made.apply(model._init_weights))
+
+
 def pack_linears(model: Any, layer: LayerSpec) -> None:
     """Makes room for packed weights in the linears of ``layer`` in ``model`` that have them."""
     if (packed := layer.packed) is None:
@@ -120,6 +136,15 @@ def pack_linears(model: Any, layer: LayerSpec) -> None:
         path = f"{packed.layer}.{name}"
         bias = model.get_submodule(path).bias is not None
         model.set_submodule(path, PackedLinear(packed, out, into, bias=bias))
+
+
+def add_zeros(model: Any, layer: LayerSpec) -> None:
+    """Makes room for zero points beside the linears of ``layer`` in ``model`` that have them."""
+    if (zeros := layer.zeros) is None:
+        return
+    for name in zeros.linears:
+        path = f"{zeros.layer}.{name}"
+        model.set_submodule(path, ZeroedLinear.over(model.get_submodule(path), zeros.group))
 
 
 def decoder_path(attention: str) -> str:

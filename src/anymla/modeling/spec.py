@@ -20,6 +20,8 @@ from .packed_spec import PackedSpec
 from .packing import Packing
 from .shared_spec import SharedSpec
 from .slot_spec import Slot
+from .width_spec import WidthSpec
+from .zeros_spec import ZerosSpec
 
 VERSION = 1
 KEY = "anymla"  # in config.json: {"version": .., "layers": [..]}
@@ -53,7 +55,8 @@ class LayerSpec:
 
     ``attention``: None in a layer without softmax attention. ``module``: path of the converted attention in the model.
     ``packed``: which of its linears hold binarised weights. ``integers``: how its linears are packed as integers, which
-    config.json says in ``quantization_config``.
+    config.json says in ``quantization_config``. ``zeros``: which of these have zero points. ``width``: its sizes, where
+    they are not its model's.
     ``attention_bytes``, ``other_bytes``: of the weights of a stock or packed attention, and of all others of this
     layer; None where only the config was read.
     """
@@ -65,6 +68,8 @@ class LayerSpec:
     mfa: MfaSpec | None = None
     shared: SharedSpec | None = None
     packed: PackedSpec | None = None
+    width: WidthSpec | None = None
+    zeros: ZerosSpec | None = None
     module: str | None = None
     attention_bytes: int | None = None
     other_bytes: int | None = None
@@ -125,8 +130,8 @@ class LayerSpec:
 
     @property
     def stock(self) -> bool:
-        """Whether all modules of the layer are those of the original's class."""
-        return self.kind is None and self.packed is None
+        """Whether all modules of the layer are those of the original's class, in the model's sizes."""
+        return self.kind is None and self.packed is None and self.width is None and self.zeros is None
 
     @property
     def replaced(self) -> AttentionSpec | None:
@@ -182,6 +187,8 @@ class LayerSpec:
             "attention": shortened(self.attention),
             **{name: kind.to_dict() for name in KINDS if (kind := getattr(self, name)) is not None},
             "packed": None if self.packed is None else self.packed.to_dict(),
+            "width": None if self.width is None else self.width.to_dict(),
+            "zeros": None if self.zeros is None else self.zeros.to_dict(),
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -199,7 +206,10 @@ class LayerSpec:
         attention = None if (found := described.get("attention")) is None else AttentionSpec.of(found)
         kinds = {name: KINDS[name].of(kind, attention) for name, kind in given.items()}
         packed = None if (found := described.get("packed")) is None else PackedSpec.of(found)
-        layer = cls(attention=attention, module=described.get("module"), packed=packed, **kinds)
+        width = None if (found := described.get("width")) is None else WidthSpec.of(found)
+        zeros = None if (found := described.get("zeros")) is None else ZerosSpec.of(found)
+        rest = {"module": described.get("module"), "packed": packed, "width": width, "zeros": zeros}
+        layer = cls(attention=attention, **rest, **kinds)
         if layer.coded is not None:
             latent = layer.latent is not None or layer.mfa is not None
             layer.coded.check(*replace(layer, coded=None).coded_sizes, gauge=not latent)

@@ -160,7 +160,8 @@ class Sequence:
             from_first(tensor)  # the algebra of another machine may differ in the last bit
         pass_through(layer.module, layer.converted, layer.arguments, layer.batch)
         after = self._cached(layer.index, 1)
-        spec = replace(changed.spec, integers=layer.old.integers or changed.spec.integers)
+        kept = {name: getattr(layer.old, name) or getattr(changed.spec, name) for name in ("integers", "width")}
+        spec = replace(changed.spec, **kept)
         return LayerRecord(spec=spec, result=changed.result, before=before, after=after)
 
     def _observe(self, layer: Layer, observer: Observer) -> None:

@@ -13,6 +13,7 @@ from anymla.methods.tune import Train, Tune
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling.attention import ConvertedAttention
 from anymla.modeling.spec import layers_of
+from anymla.modeling.zeroed_linear import ZeroedLinear
 
 ADAPTED = (  # the last one of stock attention
     *("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "k_proj", "k_a_proj_with_mqa", "v_a_proj", "v_proj"),
@@ -22,9 +23,10 @@ ADAPTED = (  # the last one of stock attention
 
 
 def attention_names(model: Any) -> list[str]:
-    """Where in ``model`` its converted attention modules are; of a stock model, which a step made smaller, all."""
-    if (layers := layers_of(model.config.to_dict())) is not None:
-        return [str(layer.module) for layer in layers if layer.replaced is not None]
+    """Where in ``model`` its converted attention modules are; all, where a step only made it smaller."""
+    layers = layers_of(model.config.to_dict()) or ()
+    if converted := [str(layer.module) for layer in layers if layer.replaced is not None]:
+        return converted
     names = {module: name for name, module in model.named_modules()}
     paths = {layer: attention_path(layer) for layer in decoder_layers(model)}
     return [f"{names[layer]}.{path}" for layer, path in paths.items() if path is not None]
@@ -50,7 +52,10 @@ def choose_learning(model: Any, train: Train) -> None:
 
 
 def with_adapters(model: Any, tuning: Tune) -> Any:
-    """``model`` with LoRA (arXiv 2106.09685) around the projections of its converted attention, which alone learns.
+    """``model`` with LoRA (arXiv 2106.09685), which alone learns.
+
+    It is around the projections of converted attention, or the zero points of packed weights. Adapters of the latter
+    read averages over groups of inputs, and merge into zero points exactly (QA-LoRA, arXiv 2309.14717).
 
     Raises:
         RecipeError: peft is not installed.
@@ -58,14 +63,17 @@ def with_adapters(model: Any, tuning: Tune) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise RecipeError("--train lora needs peft: pip install 'anymla[tune]'") from error
-    targets = [
+        raise RecipeError(f"--train {tuning.train} needs peft: pip install 'anymla[tune]'") from error
+    zeroed = {f"{name}.zeros": part.group for name, part in model.named_modules() if isinstance(part, ZeroedLinear)}
+    zeroed = zeroed if tuning.learns_zeros else {}
+    targets = [*zeroed] or [
         f"{name}.{part}"
         for name in attention_names(model)
         for part in ADAPTED
         if isinstance(getattr(model.get_submodule(name), part, None), nn.Linear)
     ]
-    config = LoraConfig(r=tuning.lora_rank, lora_alpha=2 * tuning.lora_rank, target_modules=targets, lora_dropout=0.0)
+    alpha = 2 * tuning.lora_rank / max(zeroed.values(), default=1)  # zero points read sums of groups, not averages
+    config = LoraConfig(r=tuning.lora_rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it has since changed
         return get_peft_model(model, config)

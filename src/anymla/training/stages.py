@@ -134,7 +134,7 @@ def run_stage(
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     layerwise = stage.name == LAYERWISE
     pairs = AttentionPairs(teacher, model, names) if layerwise else None
-    if tuning.train == "lora":
+    if tuning.adapts:
         torch.manual_seed(tuning.seed)
         model = with_adapters(model, tuning)
     else:
@@ -172,7 +172,7 @@ def save_tuned(student: Path, weights: dict[str, Any], tuning: Tune, output: Pat
     All others stay as they are, bit for bit; adapters are merged, and after the ``last`` stage gates are folded.
     """
     model = load_model(student)
-    if tuning.train == "lora":
+    if tuning.adapts:
         dtype = model.dtype
         adapted = with_adapters(load_model(student, dtype="float32"), tuning)
         adapted.load_state_dict(weights, strict=False)

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from anymla import __version__
 from anymla.account import measure, told_lengths
 from anymla.architectures.model_spec import context_of, read_config, spec_of
-from anymla.architectures.packed import packing_of
+from anymla.architectures.packed import packing_of, with_packing
 from anymla.data.mixture import Texts, check_data, read_texts
 from anymla.data.packing import check_packing
 from anymla.distributed import join_processes, rank, wait_for_all
@@ -29,13 +29,14 @@ from anymla.io.sources.locate import locate
 from anymla.io.sources.plain import plain_source
 from anymla.io.work import WorkFolder
 from anymla.methods.tune import Tune
-from anymla.modeling.spec import KEY, OLD_KEY, layers_of
+from anymla.modeling.spec import KEY, OLD_KEY
 from anymla.report.tuning import tuning_page
 from anymla.settings import DtypeName
 from anymla.stored_bytes import write_account
 from anymla.sweep.progress import claim, decide_computing
 from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, read_metrics, rewind_metrics
 from anymla.training.outcome import Quality, Recovery
+from anymla.training.packed import check_packed, pack_again, unpacked
 from anymla.training.resume import done_steps, keep_steps_when_stopped, tuning_fingerprint
 from anymla.training.stages import Stage, make_stages, mixed, run_stage, training_arguments
 from anymla.training.tuned_card import tuned_card
@@ -89,26 +90,30 @@ def tune(
     source, student = locate(teacher, adapter=adapter), find_model(with_revision(converted, revision))
     for path in (student, *source.paths):
         check_output(place, path, overwrite=overwrite)
-    with plain_source(source, beside=place) as plain:
+    with plain_source(source, beside=place) as plain, unpacked(student, tuning) as learner:
         if note is not None:
             for text in plain.notes:
                 note(f"{teacher}: {text}")
-        run = _prepared(student, plain.folder, tuning, note)
+        run = _prepared(student, learner, plain.folder, tuning, note)
         work = WorkFolder(place, kind="tuning", counted=("checkpoints",))
         claim(work, lambda: tuning_fingerprint(student, plain.folder, run.tuning), restart=restart)
         with keep_steps_when_stopped(work, run.stages, run.tuning):
             run.all_stages(work, progress, _reporters(report_to, work.model))
             report = _report(work, place, run, started)
             if rank() == 0:
+                pack_again(student, learner, work.model)
                 _write_report(work.model, student, str(teacher), report)
                 work.finish()
             wait_for_all()
     return report
 
 
-def _prepared(student: Path, teacher: Path, tuning: Tune, note: Callable[[str], None] | None) -> _Run:
-    """What all stages need, once it is known that the models belong together and that the texts are enough."""
-    check_pair(student, teacher)
+def _prepared(student: Path, learner: Path, teacher: Path, tuning: Tune, note: Callable[[str], None] | None) -> _Run:
+    """What all stages need, once it is known that the models belong together and that the texts are enough.
+
+    ``learner``: the student itself, or where its packed weights stand as numbers.
+    """
+    check_pair(student, teacher, tuning)
     tuning = _by_logits_where_layers_differ(tuning, student, teacher, note)
     tokenizer = load_tokenizer(student)
     length = min(tuning.length, context_of(student) or tuning.length)
@@ -117,13 +122,15 @@ def _prepared(student: Path, teacher: Path, tuning: Tune, note: Callable[[str], 
         tuning.data or (), tokenizer, length, held_out=tuning.eval_data, held_out_tokens=tuning.eval_tokens
     )
     device = join_processes(pick_device(tuning.device))
-    return _Run(student, teacher, tuning, stages, texts, tokenizer, device.partition(":")[0])
+    return _Run(learner, teacher, tuning, stages, texts, tokenizer, device.partition(":")[0])
 
 
 def _by_logits_where_layers_differ(
     tuning: Tune, student: Path, teacher: Path, note: Callable[[str], None] | None
 ) -> Tune:
-    """``tuning`` without its loss of layers, where the student has fewer of them than the teacher."""
+    """``tuning`` without its loss of layers, where the student has fewer of them, or learns in all parts of them."""
+    if tuning.learns_zeros:
+        return tuning.model_copy(update={"layerwise": 0.0})
     if not tuning.layerwise or _layers(student) >= _layers(teacher):
         return tuning
     if note is not None:
@@ -131,15 +138,14 @@ def _by_logits_where_layers_differ(
     return tuning.model_copy(update={"layerwise": 0.0})
 
 
-def check_pair(student: Path, teacher: Path) -> None:
+def check_pair(student: Path, teacher: Path, tuning: Tune) -> None:
     """Refuses a model that no step of anymla made another one, and a teacher that cannot be its original.
 
     Raises:
         CheckpointError: which of them, and why.
     """
     ours, theirs = read_config(student), read_config(teacher)
-    if packing_of(ours) is not None or any(layer.packed is not None for layer in layers_of(ours) or ()):
-        raise CheckpointError(f"{student} has packed weights, which do not learn: tune the model of before that step")
+    check_packed(student, ours, tuning)
     stock = not str(ours.get("model_type")).startswith("anymla_") or not {KEY, OLD_KEY} & ours.keys()
     if stock and (ours.get("model_type") != theirs.get("model_type") or _sizes(ours) == _sizes(theirs)):
         raise CheckpointError(f"{student} was not converted by anymla: first anymla convert {student} -o CONVERTED")
@@ -297,6 +303,7 @@ def _write_report(folder: Path, student: Path, teacher: str, report: Recovery) -
     with suppress(OSError, UnicodeDecodeError):
         card = (student / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(tuned_card(card, report), encoding="utf-8")
-    spec = spec_of(read_config(folder))
+    config = read_config(folder)
+    spec = with_packing(spec_of(config), packing_of(config))
     write_account(folder, spec, measure(load_model(folder), told_lengths(spec)).layers)
     tuning_page(report, folder, teacher, read_metrics(folder)).write(folder)

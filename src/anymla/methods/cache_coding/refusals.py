@@ -14,11 +14,8 @@ def coded_refusal(model: ModelSpec) -> str | None:
         return "its latent has an exact window, and a coded one has none: give the step mla exact_window 0"
     if any(layer.coded is not None and not layer.coded.low_rank for layer in model.layers):
         return "its cache is coded already"
-    if any(layer.packed is not None and layer.packed.attention and layer.latent is None for layer in model.layers):
-        return (
-            "the projections of its attention are packed, and codes would unpack them: give the step that packs them "
-            "attention: false, or put mla before it"
-        )
+    if (reason := _packed_refusal(model)) is not None:
+        return reason
     if any(layer.shared is not None for layer in model.layers):
         return "its layers share attention maps: codes need keys in every layer"
     if any(layer.grouped is not None for layer in model.layers):
@@ -31,4 +28,16 @@ def coded_refusal(model: ModelSpec) -> str | None:
         return f"its rope is {rope.rope_type}: it changes with the length of the text, and keys are cached before rope"
     if model.has_vision and "mrope_section" in rope.settings:
         return "its rope has several axes, for images: keys are cached before rope, by their place in the text"
+    return None
+
+
+def _packed_refusal(model: ModelSpec) -> str | None:
+    """Why codes would unpack weights of ``model``, or None."""
+    if any(layer.packed is not None and layer.packed.attention and layer.latent is None for layer in model.layers):
+        return (
+            "the projections of its attention are packed, and codes would unpack them: give the step that packs them "
+            "attention: false, or put mla before it"
+        )
+    if any(layer.zeros is not None for layer in model.layers):
+        return "its packed weights have zero points, which codes would unpack: give the step that packs zeros: false"
     return None

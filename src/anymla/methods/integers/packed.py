@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
-    """A weight [out,in] that is rounded, or is to be, to multiples of its scales [out,in/group]."""
+    """A weight [out,in] that is rounded, or is to be, to multiples of its scales [out,in/group].
+
+    ``zero`` [out,in/group]: what was taken off the weight before; None for nothing.
+    """
 
     weight: Tensor
     scale: Tensor
+    zero: Tensor | None = None
 
 
 def weight_args(bits: int, group: int) -> QuantizationArgs:
@@ -34,7 +38,7 @@ class IntegerLinear(nn.Module):
 
     def __init__(self, packed: dict[str, Tensor], bias: Tensor | None, scheme: Any) -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.dtype = scheme, packed["weight_scale"].dtype
         self.out_features, self.in_features = (int(size) for size in packed["weight_shape"])
         for name, tensor in packed.items():
             self.register_buffer(name, tensor)

@@ -15,8 +15,9 @@ from pydantic import Field
 
 from anymla.errors import UnsupportedModelError
 from anymla.methods.base import Changed, Facts, Phase, Plan, SweptMethod, Unheard
-from anymla.modeling.packing import Packing
+from anymla.modeling.packing import CACHE_BITS, Packing
 from anymla.modeling.spec import LayerSpec, ModelSpec
+from anymla.modeling.zeros_spec import ZerosSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,6 +35,8 @@ class IntegerWeights(SweptMethod):
     A converted attention keeps what makes its cache in 16 bits: latents, rope keys, shared keys and values, and what
     rebuilds them; and an output projection whose inputs the group does not divide, as mfa may make it. In a stock
     attention keys and values get at least four bits. Embeddings, norms and head stay too.
+
+    ``zeros: true`` needs the modelling files of the checkpoint. Without it, a stock model stays one for every engine.
     """
 
     phase: ClassVar[Phase] = Phase.WEIGHTS
@@ -49,6 +52,12 @@ class IntegerWeights(SweptMethod):
         64, description="Inputs that share a scale. Fewer lose less and cost more: 16 bits of scale for each group."
     )
 
+    zeros: bool = Field(
+        False,
+        description="Keep a zero point of 16 bits beside each scale, so that integers need not be around zero. tune "
+        "with train: zero_points learns these. It makes a checkpoint of anymla's own format, and needs 4 or 8 bits.",
+    )
+
     @property
     def packing(self) -> Packing:
         """What the step makes of a layer."""
@@ -62,6 +71,8 @@ class IntegerWeights(SweptMethod):
             return f"it needs {missing[0]}, which is not installed: pip install 'anymla[{self.extra}]'"
         if any(layer.holds_packed for layer in model.layers):
             return "its weights are packed already"
+        if self.zeros and self.bits < CACHE_BITS:
+            return f"zeros: integers of {self.bits} bits have no zero points here: give bits {CACHE_BITS} or 8"
         if model.text_model_type in NOT_LINEAR:
             return "its projections are no linear layers, and only these are packed"
         if model.experts:
@@ -77,8 +88,10 @@ class IntegerWeights(SweptMethod):
         """The same model, with packed weights in all layers that have softmax attention; ``choices``: their bits."""
         if self.bits == PLAIN:
             return Plan(after=model, choices=(None,) * len(model.layers))
+        zeros = ZerosSpec(group=self.group) if self.zeros else None
         layers = tuple(
-            layer if layer.attention is None else replace(layer, integers=self.packing) for layer in model.layers
+            layer if layer.attention is None else replace(layer, integers=self.packing, zeros=zeros)
+            for layer in model.layers
         )
         chosen = tuple(None if layer.integers is None else self.bits for layer in layers)
         return Plan(after=replace(model, layers=layers), choices=chosen)
@@ -94,17 +107,23 @@ class IntegerWeights(SweptMethod):
     def rounded(self, layer: Layer, linears: dict[str, nn.Linear], bits: dict[str, int]) -> dict[str, Rounded]:
         """Scales of ``linears``, as they are saved, and the weights to be rounded by them; all by name in the layer."""
         from anymla.methods.integers.packed import Rounded
+        from anymla.modeling.zeroed_linear import middles
 
-        weights = {name: linear.weight.float() for name, linear in linears.items()}
-        return {
-            name: Rounded(weight=weight, scale=self.scale_of(weight, bits[name]).to(layer.saved).float())
-            for name, weight in weights.items()
-        }
+        found = {}
+        for name, linear in linears.items():
+            weight, zero = linear.weight.float(), None
+            if self.zeros:
+                zero = middles(weight, self.group).to(layer.saved).float()
+                weight = weight - zero.repeat_interleave(self.group, 1)
+            scale = self.scale_of(weight, bits[name]).to(layer.saved).float()
+            found[name] = Rounded(weight=weight, scale=scale, zero=zero)
+        return found
 
     def apply(self, layer: Layer, observed: Any) -> Changed:
         """Puts packed linear modules in the places of plain ones."""
         from anymla.architectures.packed import packed_linears
         from anymla.methods.integers.packed import IntegerLinear
+        from anymla.modeling.zeroed_linear import ZeroedLinear
 
         bits = packed_linears(layer.module, layer.planned)
         linears = {name: layer.module.get_submodule(name) for name in bits}
@@ -117,13 +136,18 @@ class IntegerWeights(SweptMethod):
         if not linears:
             raise UnsupportedModelError(f"{layer.name} has no linear layers that {self.name} could pack")
         before = sum(linear.weight.numel() for linear in linears.values())
-        size = 0
+        spec, size = layer.planned, 0
         for name, found in self.rounded(layer, linears, bits).items():
             packed = IntegerLinear.of(found, linears[name], bits=bits[name], group=self.group)
-            layer.module.set_submodule(name, packed)
+            layer.module.set_submodule(
+                name, packed if found.zero is None else ZeroedLinear.of(packed, found.zero.to(packed.dtype))
+            )
             size += packed.packed_bytes(layer.saved.itemsize)
+            size += 0 if found.zero is None else found.zero.numel() * layer.saved.itemsize
         told = {"layer": layer.index, "bits_per_weight": 8 * size / before}
-        return Changed(spec=layer.planned, result=told)
+        if spec.zeros is not None:
+            spec = replace(spec, zeros=replace(spec.zeros, layer=layer.name, linears=tuple(linears)))
+        return Changed(spec=spec, result=told)
 
 
 def _inputs(layer: LayerSpec, model: ModelSpec) -> set[int]:
@@ -131,4 +155,5 @@ def _inputs(layer: LayerSpec, model: ModelSpec) -> set[int]:
     if (attention := layer.attention) is None:
         return set()
     heads = {attention.num_heads * attention.head_dim} if layer.kind is None else set()
-    return {model.hidden_size, model.intermediate_size} | heads
+    neurons = None if layer.width is None else layer.width.neurons
+    return {model.hidden_size, neurons or model.intermediate_size} | heads

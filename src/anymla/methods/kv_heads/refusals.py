@@ -13,7 +13,8 @@ def kv_heads_refusal(model: ModelSpec, variant: str, grouping: str) -> str | Non
     if any(layer.kind is not None for layer in model.layers):
         return "its attention is not stock any more: put kv_heads before the step that changed it"
     family, attention = FAMILIES[model.text_model_type], [*model.attention_layers.values()]
-    if len({each.num_kv_heads for each in attention}) > 1:
+    own = any(layer.width is not None and layer.width.heads for layer in model.layers)
+    if own or len({each.num_kv_heads for each in attention}) > 1:
         return "its layers have different numbers of KV heads"
     if any(each.stored_numbers != each.cached_numbers for each in attention):
         return "transformers repeats its KV heads before it caches them"

@@ -89,6 +89,8 @@ class MKA(LayerMethod):
             return "it is not told how many layers: give remove, layers or ratio"
         if any(layer.kind is not None for layer in model.layers):
             return "its attention is converted already: remove layers before that"
+        if any(layer.width is not None for layer in model.layers):
+            return "its layers have widths of their own: remove layers before the step saap"
         if model.has_vision:
             return "images enter layers of a vision-language model by their numbers"
         if self.strategy == "merge" and not _plain(model):

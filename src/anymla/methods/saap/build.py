@@ -11,14 +11,15 @@ from anymla.methods.saap.structures import Member, members, mixture
 from anymla.modeling.modeling_anymla import attention_class
 
 if TYPE_CHECKING:
+    from anymla.modeling.spec import LayerSpec
     from anymla.sweep.layer import Layer
 
 
-def shrink(layer: Layer, gone: dict[str, list[int]]) -> list[str]:
-    """Takes the structures ``gone``, by kind, out of ``layer.module``; gives the kinds that it has."""
+def shrink(layer: Layer, narrow: LayerSpec, gone: dict[str, list[int]]) -> list[str]:
+    """Takes the structures ``gone``, by kind, out of ``layer.module``, which becomes ``narrow``; gives their kinds."""
     owned = {kind: found for kind in gone if (found := members(kind, layer))}
     if {"heads", "latent"} & owned.keys():
-        _replace_attention(layer, owned, gone)
+        _replace_attention(layer, narrow, owned, gone)
     for kind in owned.keys() - {"heads", "latent"}:
         for member in owned[kind]:
             _put_smaller(layer.module, member, gone[kind])
@@ -46,14 +47,17 @@ def _count_experts(experts: nn.Module, fewer: int) -> None:
             part.num_experts = int(part.num_experts) - fewer
 
 
-def _replace_attention(layer: Layer, owned: dict[str, tuple[Member, ...]], gone: dict[str, list[int]]) -> None:
+def _replace_attention(
+    layer: Layer, narrow: LayerSpec, owned: dict[str, tuple[Member, ...]], gone: dict[str, list[int]]
+) -> None:
     """Puts an attention with fewer heads or latent channels in the place of the layer's own."""
     original: Any = layer.attention
+    config = layer.new_config if narrow.width is None else narrow.width.config_of(layer.new_config)
     with torch.device("meta"):
         attention: nn.Module = (
-            type(original)(layer.new_config, layer.index)
-            if layer.planned.kind is None
-            else attention_class(layer.planned)(original, layer.new_config, layer.planned)
+            type(original)(config, layer.index)
+            if narrow.kind is None
+            else attention_class(narrow)(original, config, narrow)
         )
     tensors: dict[str, Tensor] = {
         f"{layer.attention_path}.{name}": each for name, each in original.state_dict().items()

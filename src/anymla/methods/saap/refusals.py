@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anymla.architectures.families import FAMILIES, OUTPUT_NORM
+from anymla.architectures.families import FAMILIES, LAYERS_BY_MODEL, OUTPUT_NORM
 from anymla.architectures.vision import TEXT_WIDTH_OUTSIDE
 from anymla.modeling.spec import ModelSpec
 
@@ -13,8 +13,17 @@ def attention_refusal(model: ModelSpec) -> str | None:
         return (
             "its layers share attention maps, which a gradient does not pass layer by layer: put saap before that step"
         )
+    if any(layer.width is not None for layer in model.layers):
+        return "its layers have widths of their own already"
     if any(layer.coded is not None for layer in model.layers):
         return "its cache is coded, which no gradient passes: put saap before that step"
+    return None
+
+
+def own_width_refusal(model: ModelSpec) -> str | None:
+    """Why no layer of ``model`` can have a width of its own, or None."""
+    if model.text_model_type in LAYERS_BY_MODEL:
+        return "its family makes all layers at once, in one width: allocation: uniform, without protected layers"
     return None
 
 

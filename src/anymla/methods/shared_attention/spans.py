@@ -19,6 +19,8 @@ def sharing_refusal(model: ModelSpec) -> str | None:
         return "its layers share attention maps already"
     if any(layer.kind is not None and layer.latent is None for layer in model.layers):
         return "its attention is not stock any more: put shared_attention before the step that changed it"
+    if any(layer.width is not None and layer.width.heads for layer in model.layers):
+        return "its layers have different numbers of heads, and maps are shared head by head: give saap heads: 1.0"
     family, latents = FAMILIES[model.text_model_type], [layer for layer in model.layers if layer.latent is not None]
     if any(latent.exact_window for _, latent in (layer.parts for layer in latents)):
         return "its latent has an exact window, whose map is in two parts: give the step mla exact_window 0"
