@@ -37,7 +37,7 @@ def test_rows_of_the_probe_come_again_at_the_end():
     planted = [at for row in rows for at in range(copy.start) if list(copy.ids[at : at + 16]) == row]
     assert len(rows) == len(planted) == 8
     assert planted == sorted(planted)
-    assert len(copy.ids) <= 512
+    assert len(copy.ids) <= 1 + 512  # the first token, and so many
     assert all(len(needle.ids) == 512 for needle in needles)
     assert needles[0].ids != needles[1].ids
 
