@@ -3,6 +3,7 @@
     python benchmarks/long_context.py SmolLM2-135M-Instruct --text train.jsonl.xz --held-out wikitext.txt
     python benchmarks/long_context.py gemma-3-270m ... --length 4096 --layers all sliding full
     python benchmarks/long_context.py MODEL ... --only "12.5 %" --calibration-lengths 512
+    python benchmarks/long_context.py MODEL ... --only nothing --converted NAME=OUT      a conversion that is there
 
 A held-out text of ``--length`` tokens runs as one context, and once more cut into windows of 512. So each token is
 scored with a long and with a short context. ``--probe N`` plants rows of tokens, or a word, in N tokens of it and
@@ -15,12 +16,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from cache_bench import held_out
 from fidelity import Rows, text_of
 from long_context_page import write_page
@@ -29,6 +32,7 @@ from torch import Tensor
 
 import anymla
 from anymla.account import measure
+from anymla.data.text import bundled_text
 from anymla.demo import bundled_model
 from anymla.errors import AnymlaError
 from anymla.evaluation.likelihood import Query, answers, untracked
@@ -53,12 +57,26 @@ MIDDLE, NEEDLES = 0.5, 2
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """Text and sizes of all rows of a model."""
+class Calibration:
+    """Text and sizes that a model was calibrated on."""
 
     text: str
+    tokens: int
+    length: int
+
+    @classmethod
+    def of(cls, converted: Path) -> Calibration:
+        """That of a conversion of one step."""
+        (settings,) = yaml.safe_load((converted / "recipe.yaml").read_text())["steps"][0].values()
+        text = settings["calibration"] or bundled_text("train")
+        return cls(Path(text).name, settings["calibration_tokens"], settings["calibration_length"])
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Text and sizes that all rows of a model are scored on."""
+
     held_out: str
-    calibration_tokens: int
     length: int
     probe: int
 
@@ -68,37 +86,43 @@ class LongBench:
 
     def __init__(self, folder: Path, text: Path, held: Path, protocol: Protocol, scratch: Path) -> None:
         self.original, tokenizer = load_to_compute(folder), load_tokenizer(folder)
-        self.folder, self.out, self.tokens = folder, scratch / "out", protocol.calibration_tokens
-        self.calibration = sample([text], scratch / "calibration.jsonl", piece=16384)
+        self.folder, self.out = folder, scratch / "out"
+        self.text = sample([text], scratch / "calibration.jsonl", piece=16384)
         window = held_out(held, tokenizer, 1, protocol.length)
         begun = int(tokenizer.bos_token_id == int(window[0, 0]))
         first, rest = window[:, :begun], window[:, begun:]
-        self.begun, self.made = begun, ({}, 0)
+        self.begun, self.made = begun, None
         self.windows = [window, *(torch.cat([first, part], dim=1) for part in rest.split(SHORT, dim=1))]
         self.said = [logits_of_pass(self.original, {"input_ids": ids}) for ids in self.windows]
         self.probed = probe_queries(tokenizer, window[0].tolist(), protocol.probe) if protocol.probe else []
 
-    def converted(self, steps: dict[str, Any], length: int, layers: str) -> Any:
-        """The model after one step, calibrated on windows of ``length`` tokens; ``layers``: which of them change."""
+    def convert(self, steps: dict[str, Any], calibration: Calibration) -> Path:
+        """The folder of the model after one step."""
         ((name, settings),) = steps.items()
-        text = {"calibration": self.calibration, "calibration_tokens": self.tokens, "calibration_length": length}
-        if self.made != (steps, length):
+        text = {"calibration": self.text, "calibration_tokens": calibration.tokens}
+        text["calibration_length"] = calibration.length
+        if self.made != (steps, calibration):
             anymla.run(self.folder, self.out, [{name: text | settings}], overwrite=True, restart=True)
-            self.made = (steps, length)
-        model = load_to_compute(self.out)
+            self.made = (steps, calibration)
+        return self.out
+
+    def load(self, converted: Path, layers: str) -> Any:
+        """A converted model; ``layers``: those that keep what they became, the others are the original's again."""
+        model = load_to_compute(converted)
         kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
         for kind, layer, own in zip(kinds, decoder_layers(model), decoder_layers(self.original), strict=True):
             if layers not in ("all", kind.removesuffix("_attention")):
                 layer.self_attn = own.self_attn
         return model
 
-    def row(self, case: str, length: int, layers: str) -> dict[str, Any]:
-        """What is measured of a case, or why it is not."""
+    def row(self, case: str, calibration: Calibration | None, layers: str, ready: Path | None) -> dict[str, Any]:
+        """What is measured of a case, or why it is not; ``ready``: a conversion that is there."""
         started = time.monotonic()
         try:
-            model = self.converted(CASES[case], length, layers) if length else self.original
+            made = ready or (self.convert(CASES[case], calibration) if calibration else None)
         except AnymlaError as error:
             return {"refused": str(error)}
+        model = self.original if made is None else self.load(made, layers)
         found = {"buckets": self.buckets(model), **self.probe(model)}
         share = measure(model).cache_bytes_per_token / measure(self.original).cache_bytes_per_token
         return found | {"share": share, "seconds": time.monotonic() - started}
@@ -158,6 +182,16 @@ def model_folder(name: Path) -> Path:
     return real_model(str(name), print) if str(name) in PACKAGES else name
 
 
+def jobs(text: Path, given: argparse.Namespace) -> Iterator[tuple[str, Calibration | None, Path | None]]:
+    """Names of rows, what their models are calibrated on, and where these are if somebody made them."""
+    yield "original", None, None
+    for name, _, folder in (each.partition("=") for each in given.converted):
+        yield name, Calibration.of(Path(folder)), Path(folder)
+    named = [name for name in CASES if not given.only or any(part in name for part in given.only)]
+    for length, name in product(given.calibration_lengths, named):
+        yield name, Calibration(text.name, given.calibration_tokens, length), None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=bundled_model())
@@ -166,29 +200,29 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--only", nargs="+", default=[], metavar="PART")
     parser.add_argument("--calibration-lengths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--length", type=int, default=8192, help="tokens of the scored context")
     parser.add_argument("--probe", type=int, default=2048, help="tokens of the probe's context")
     parser.add_argument("--layers", nargs="+", default=["all"], choices=("all", "sliding", "full"))
+    parser.add_argument("--converted", nargs="+", default=[], metavar="NAME=FOLDER")
     given = parser.parse_args()
     folder = model_folder(given.model)
     text, held = (
         Path(text_of(folder, path and [path], name)[0])
         for path, name in ((given.text, "train"), (given.held_out, "valid"))
     )
-    protocol = Protocol(text.name, held.name, given.calibration_tokens, given.length, given.probe)
+    protocol = Protocol(held.name, given.length, given.probe)
     given.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(given.out / "long-context.json", again=False)
-    named = [name for name in CASES if not given.only or any(part in name for part in given.only)]
     with tempfile.TemporaryDirectory() as scratch:
         bench = LongBench(folder, text, held, protocol, Path(scratch))
-        jobs = [(name, length) for length, name in product(given.calibration_lengths, named)]
-        for name, length in [("original", 0), *jobs]:
-            for layers in given.layers if length else ["all"]:
-                key = {"model": folder.name, "case": name, "calibration_length": length, "layers": layers}
+        for name, calibration, ready in jobs(text, given):
+            for layers in given.layers if calibration else ["all"]:
+                calibrated = None if calibration is None else asdict(calibration)
+                key = {"model": folder.name, "case": name, "calibration": calibrated, "layers": layers}
                 key |= {"protocol": asdict(protocol)}
                 if not rows.has(key):
-                    rows.keep(key, bench.row(name, length, layers))
+                    rows.keep(key, bench.row(name, calibration, layers, ready))
                     write_page(given.out / "long-context.md", rows.rows)
                     print(rows.rows[-1], flush=True)
 

@@ -45,32 +45,29 @@ def write_page(path: Path, rows: list[Row]) -> None:
         probed = [[*_names(row), f"{row['copy']:.1%}", f"{row['needle']:.3f}"] for row in scored if "copy" in row]
         if probed:
             lines += [f"Probe, {mine[0]['protocol']['probe']:,} tokens:", ""]
-            lines += table(["system", "calibrated on windows of", "layers", "cache", "copy", "needle"], probed)
+            lines += table(["system", "calibrated on", "layers", "cache", "copy", "needle"], probed)
         lines += [f"- {row['case']}: {row['refused']}" for row in mine if "refused" in row]
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def _protocol(row: Row) -> str:
-    used = row["protocol"]
-    return (
-        f"Calibration: {used['calibration_tokens']:,} tokens of {used['text']}. "
-        f"Scored: {used['length']:,} tokens of {used['held_out']}."
-    )
+    return f"Scored: {row['protocol']['length']:,} tokens of {row['protocol']['held_out']}."
 
 
 def _names(row: Row) -> list[str]:
-    length = row["calibration_length"]
-    return [row["case"], f"{length:,}" if length else "-", row["layers"], f"{row['share']:.1%}"]
+    used = row["calibration"]
+    told = "-" if used is None else f"{used['tokens']:,} tokens of {used['text']}, windows of {used['length']:,}"
+    return [row["case"], told, row["layers"], f"{row['share']:.1%}"]
 
 
 def _by_position(rows: list[Row], cell: Callable[[dict[str, float]], str], *, ratios: bool = False) -> list[str]:
     """A line per row, a column per part of the context; with ``ratios``, those of KL behind each."""
     starts = [int(bucket["start"]) for bucket in rows[0]["buckets"]]
-    columns = ["system", "calibrated on windows of", "layers", "cache", *(f"from {start:,}" for start in starts)]
+    columns = ["system", "calibrated on", "layers", "cache", *(f"from {start:,}" for start in starts)]
     lines = []
     for row in rows:
         cells = [cell(bucket) + (_ratio(bucket) if ratios else "") for bucket in row["buckets"]]
-        if row["calibration_length"] or not ratios:
+        if row["calibration"] or not ratios:
             lines.append([*_names(row), *cells])
     return table(columns, lines)
 

@@ -47,19 +47,19 @@ def bucket(start, kl, short):
 
 
 def test_page_says_where_a_long_context_loses_more(tmp_path):
-    protocol = {"text": "t", "held_out": "h", "calibration_tokens": 512, "length": 1024, "probe": 64}
+    protocol, used = {"held_out": "h", "length": 1024, "probe": 64}, {"text": "t", "tokens": 2048, "length": 512}
     known = {"model": "tiny", "protocol": protocol, "share": 0.125, "copy": 0.5, "needle": 0.25, "layers": "all"}
-    original = known | {"case": "original", "calibration_length": 0}
+    original = known | {"case": "original", "calibration": None}
     rows = [
         original | {"buckets": [bucket(0, 0.0, 0.0), bucket(512, 0.0, 0.0)]},
-        known | {"case": "a", "calibration_length": 512, "buckets": [bucket(0, 0.1, 0.1), bucket(512, 0.13, 0.1)]},
-        known | {"case": "b", "calibration_length": 512, "buckets": [bucket(0, 0.1, 0.1), bucket(512, 0.12, 0.1)]},
+        known | {"case": "a", "calibration": used, "buckets": [bucket(0, 0.1, 0.1), bucket(512, 0.13, 0.1)]},
+        known | {"case": "b", "calibration": used, "buckets": [bucket(0, 0.1, 0.1), bucket(512, 0.12, 0.1)]},
         {"model": "tiny", "protocol": protocol, "case": "c", "refused": "it has no keys"},
     ]
     long_context_page.write_page(tmp_path / "page.md", rows)
     text = (tmp_path / "page.md").read_text()
-    assert "| a | 512 | all | 12.5% | 0.1000 | 0.1300 (ratio 1.30, missed) |" in text
-    assert "| b | 512 | all | 12.5% | 0.1000 | 0.1200 (ratio 1.20) |" in text
+    assert "| a | 2,048 tokens of t, windows of 512 | all | 12.5% | 0.1000 | 0.1300 (ratio 1.30, missed) |" in text
+    assert "| b | 2,048 tokens of t, windows of 512 | all | 12.5% | 0.1000 | 0.1200 (ratio 1.20) |" in text
     assert "| original | - | all | 12.5% | 2.72 | 2.72 |" in text
     assert "- c: it has no keys" in text
 
