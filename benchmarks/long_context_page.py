@@ -64,11 +64,11 @@ def _by_position(rows: list[Row], cell: Callable[[dict[str, float]], str], *, ra
     """A line per row, a column per part of the context; with ``ratios``, those of KL behind each."""
     starts = [int(bucket["start"]) for bucket in rows[0]["buckets"]]
     columns = ["system", "calibrated on", "layers", "cache", *(f"from {start:,}" for start in starts)]
-    lines = []
-    for row in rows:
-        cells = [cell(bucket) + (_ratio(bucket) if ratios else "") for bucket in row["buckets"]]
-        if row["calibration"] or not ratios:
-            lines.append([*_names(row), *cells])
+    lines = [
+        [*_names(row), *(cell(bucket) + (_ratio(bucket) if ratios else "") for bucket in row["buckets"])]
+        for row in rows
+        if row["calibration"] or not ratios  # the original has no KL
+    ]
     return table(columns, lines)
 
 
