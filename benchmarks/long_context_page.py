@@ -36,7 +36,8 @@ def write_page(path: Path, rows: list[Row]) -> None:
     for title, mine in sections.items():
         lines += [f"## {title}", "", _protocol(mine[0]), ""]
         scored = [row for row in mine if "buckets" in row]
-        lines += ["KL by position:", "", *_by_position(scored, lambda bucket: f"{bucket['kl']:.4f}", ratios=True)]
+        if any(row["calibration"] for row in scored):
+            lines += ["KL by position:", "", *_by_position(scored, lambda bucket: f"{bucket['kl']:.4f}", ratios=True)]
         lines += [
             "Perplexity by position:",
             "",
