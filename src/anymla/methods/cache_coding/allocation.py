@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from operator import mul
 
 from anymla.modeling.coding_spec import WIDTHS, Coding
 
@@ -111,10 +110,10 @@ def _most_steps(
     """
 
     def bits_only(count: int) -> int:
-        return -(-sum(map(mul, held, map(sum, _taken(rows, steps[:count])))) // 8)
+        return -(-sum(tokens * sum(row) for tokens, row in zip(held, _taken(rows, steps[:count]), strict=True)) // 8)
 
     def in_bytes(count: int) -> int:
-        return sum(map(mul, held, map(code_bytes, _taken(rows, steps[:count]))))
+        return sum(tokens * code_bytes(row) for tokens, row in zip(held, _taken(rows, steps[:count]), strict=True))
 
     counts = range(len(steps) + 1)
     found = bisect_right(counts, budget, lo=least, key=in_bytes) - 1
