@@ -67,7 +67,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
 def measure(folder: Path, tokens: int) -> dict[str, Any]:
     """Converts in a fresh process and reads its report."""
     command = [str(Path(sys.executable).parent / "anymla"), "convert", str(folder), "-o", str(folder.parent / "out")]
-    command += ["--overwrite", "--json", "--kv-cache", "0.25", "--calibration-tokens", str(tokens)]
+    command += ["--overwrite", "--json", "--codec", "none", "--kv-cache", "0.25", "--calibration-tokens", str(tokens)]
     command += ["--calibration-length", "512"]
     result: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return result
@@ -114,7 +114,8 @@ def effort_row(model: Path, effort: str, options: argparse.Namespace) -> tuple[A
         scores = anymla.evaluate(out, options.held_out, model, tokens=options.eval_tokens)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     recipe = report["recipe"]
-    spent = (recipe["calibration_tokens"], recipe["reconstruction_steps"])
+    steps = recipe["reconstruction_steps"]
+    spent = (recipe["calibration_tokens"], "by size" if steps is None else steps)
     taken = (f"{cpu:.0f}", f"{cpu / len(report['layers']):.1f}", f"{report['seconds']:.0f}")
     return (effort, *spent, *taken, size(report["peak_rss_bytes"]), f"{scores.kl:.4f}", f"{scores.perplexity:.2f}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
+from operator import mul
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from anymla.methods.cache_coding.basis import Moments, axes, channels, in_parts
 from anymla.methods.cache_coding.plan import Energies, decode_cost, ordered, plan_layers
 from anymla.methods.cache_coding.rope import frequencies
 from anymla.methods.cache_coding.transform_coding import TransformCoding
+from anymla.modeling.attention_spec import AttentionSpec
 from tests.families import make_model, save_model, token_ids
 
 HEADS, DIMS, PAIRS = 3, 10, 4
@@ -156,3 +159,21 @@ def test_a_coded_model_costs_what_was_planned_and_is_near_the_original(family, s
     assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.2
     layers = json.loads((tmp_path / "out" / "config.json").read_text())["anymla"]["layers"]
     assert Counter(layer["coded"].get("key_basis", "axes") for layer in layers).total() == 2
+
+
+def test_layers_with_windows_get_more_bits_where_the_context_is_long():
+    """At 64 tokens, the windows of 17 hold a quarter of them; the bytes of the whole cache are then the budget."""
+    full = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, rope_pairs=8, cached_heads=2)
+    attentions = [full, replace(full, sliding_window=17, cache_window=17)]
+    settings = TransformCoding(kv_cache=0.25, decode_cost="any", exact_window=0)
+    energies = [Energies.typical(each, settings) for each in attentions]
+    even = plan_layers(attentions, energies, settings)
+    far = plan_layers(attentions, energies, settings.model_copy(update={"context": 64}))
+    sizes = [[code_bytes(each.key_bits) + code_bytes(each.value_bits) for each in plan] for plan in (even, far)]
+    assert sizes[0][0] == sizes[0][1]
+    assert sizes[1][0] < sizes[0][0] < sizes[1][1]
+    held, numbers = (64, 16), full.cached_numbers
+    share = sum(map(mul, held, sizes[1])) / (2 * numbers * sum(held))
+    assert 0.24 < share <= 0.25
+    with pytest.raises(InfeasibleError, match="leaves 102 bytes at 64 tokens"):
+        plan_layers(attentions, energies, settings.model_copy(update={"context": 64, "kv_cache": 0.01}))

@@ -19,7 +19,7 @@ TRIES = 16  # prefixes of steps that are tried beyond the one that bisection fin
 MISSES = 500  # steps in a row that do not fit, after which no smaller one is looked for
 
 
-def allocate(rows: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
+def allocate(rows: Sequence[Sequence[float]], budget: int, held: Sequence[int] | None = None) -> list[list[int]]:
     """Bits from WIDTHS for every coefficient of every row, such that all rows take at most ``budget`` bytes.
 
     Where rows had no padding this is the optimum over the convex hull of DISTORTION: whoever gains most per bit is
@@ -28,9 +28,10 @@ def allocate(rows: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
 
     Args:
         rows: what each coefficient costs where it is left out; its error at b bits is DISTORTION[b] times that.
-        budget: bytes of all rows of one token, at least as many as there are rows.
+        budget: bytes of all rows, at least those of one byte in each.
+        held: tokens that each row is stored for. Default: one.
     """
-    hull = _hull()
+    hull, held = _hull(), held or [1] * len(rows)
     first = [
         (row, max(range(len(energies)), key=energies.__getitem__), hull[1])
         for row, energies in enumerate(rows)
@@ -39,32 +40,37 @@ def allocate(rows: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
     steps = first + [
         step
         for _, step in sorted(
-            (-energy * _gain(low, high), (row, place, high))
+            (-energy * _gain(low, high) / held[row], (row, place, high))
             for row, energies in enumerate(rows)
             for place, energy in enumerate(energies)
             if energy > 0
             for low, high in pairwise(hull)
         )
     ]
-    fits = _most_steps(rows, steps, budget, len(first))
+    fits = _most_steps(rows, steps, budget, len(first), held)
     bits = _taken(rows, steps[:fits])
-    sizes = [code_bytes(row) for row in bits]
+    sizes = [tokens * code_bytes(row) for tokens, row in zip(held, bits, strict=True)]
     budget, misses = budget - sum(sizes), 0
     for row, place, high in steps[fits:]:
         if bits[row][place] != hull[hull.index(high) - 1]:  # its step before did not fit
             continue
         changed = [*bits[row][:place], high, *bits[row][place + 1 :]]
-        if (more := code_bytes(changed) - sizes[row]) <= budget:
+        if (more := held[row] * code_bytes(changed) - sizes[row]) <= budget:
             misses, budget, bits[row], sizes[row] = 0, budget - more, changed, sizes[row] + more
         elif (misses := misses + 1) > MISSES:
             break
     return bits
 
 
-def price(rows: Sequence[Sequence[float]], budget: int) -> float:
-    """What the last bit of a budget of ``budget`` bytes gains, were nothing padded; 0 where all bits fit."""
+def price(rows: Sequence[Sequence[float]], budget: int, held: Sequence[int]) -> float:
+    """What the last bit, of one token, of ``budget`` bytes gains, were nothing padded; 0 where all bits fit."""
     gains = sorted(
-        ((energy * _gain(low, high), high - low) for row in rows for energy in row for low, high in pairwise(_hull())),
+        (
+            (energy * _gain(low, high) / tokens, (high - low) * tokens)
+            for row, tokens in zip(rows, held, strict=True)
+            for energy in row
+            for low, high in pairwise(_hull())
+        ),
         reverse=True,
     )
     left = 8 * budget
@@ -103,17 +109,23 @@ def code_bytes(bits: Sequence[int]) -> int:
     return Coding(bits=tuple(Counter(bits).items())).row_bytes
 
 
-def _most_steps(rows: Sequence[Sequence[float]], steps: Sequence[tuple[int, int, int]], budget: int, least: int) -> int:
+def _most_steps(
+    rows: Sequence[Sequence[float]],
+    steps: Sequence[tuple[int, int, int]],
+    budget: int,
+    least: int,
+    held: Sequence[int],
+) -> int:
     """How many of ``steps`` fit, at least ``least``: found by bisection, and among those whose bits alone would fit.
 
     Bytes do not always rise with the steps: a row in which two coefficients have the same bits has less padding.
     """
 
     def bits_only(count: int) -> int:
-        return -(-sum(map(sum, _taken(rows, steps[:count]))) // 8)
+        return -(-sum(tokens * sum(row) for tokens, row in zip(held, _taken(rows, steps[:count]), strict=True)) // 8)
 
     def in_bytes(count: int) -> int:
-        return sum(map(code_bytes, _taken(rows, steps[:count])))
+        return sum(tokens * code_bytes(row) for tokens, row in zip(held, _taken(rows, steps[:count]), strict=True))
 
     counts = range(len(steps) + 1)
     found = bisect_right(counts, budget, lo=least, key=in_bytes) - 1

@@ -69,11 +69,11 @@ class LatentCoding(BaseModel):
 
 
 def plan_latents(
-    layers: Sequence[LayerSpec], facts: Sequence[dict[str, Any] | None], budget: int
+    layers: Sequence[LayerSpec], facts: Sequence[dict[str, Any] | None], budget: int, held: Sequence[int]
 ) -> list[LatentCoding]:
-    """Bits for all layers from one ``budget`` of bytes per token."""
+    """Bits for all layers from one ``budget`` of bytes; ``held``: tokens that each of their two rows is stored for."""
     energies = [_energies(*each) for each in zip(layers, facts, strict=True)]
-    bits = allocate([row for pair in energies for row in pair], budget)
+    bits = allocate([row for pair in energies for row in pair], budget, held)
     return [
         LatentCoding(
             key_bits=tuple(keys),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -105,36 +105,52 @@ def plan_layers(
     Raises:
         InfeasibleError: the budget or the cost cannot be met; names what can.
     """
-    budget = byte_budget(attentions, settings)
+    budget, held = byte_budget(attentions, settings), [*rows_held(attentions, settings)]
     _check_cost(attentions, settings)
     layers = [_Layer(*each, settings) for each in zip(attentions, energies, strict=True)]
     chosen = [layer.pairs()[0] for layer in layers]
     for _ in range(ROUNDS if any(len(layer.pairs()) > 1 for layer in layers) else 0):
-        bit = price([row for layer, pair in zip(layers, chosen, strict=True) for row in layer.rows(pair)], budget)
+        bit = price([row for layer, pair in zip(layers, chosen, strict=True) for row in layer.rows(pair)], budget, held)
         before, chosen = chosen, [layer.best(bit) for layer in layers]
         if chosen == before:
             break
-    bit = price([row for layer, pair in zip(layers, chosen, strict=True) for row in layer.rows(pair)], budget)
+    bit = price([row for layer, pair in zip(layers, chosen, strict=True) for row in layer.rows(pair)], budget, held)
     rows = [row for layer, pair in zip(layers, chosen, strict=True) for row in layer.affordable(pair, bit)]
-    bits = allocate(rows, budget)
+    bits = allocate(rows, budget, held)
     made = zip(layers, chosen, bits[::2], bits[1::2], strict=True)
     return [layer.coding(pair, keys, values) for layer, pair, keys, values in made]
 
 
 def byte_budget(attentions: Sequence[AttentionSpec], settings: TransformCoding) -> int:
-    """Bytes of a token in all layers.
+    """Bytes of a token in all layers, or of a cache of ``context`` tokens.
 
     Raises:
         InfeasibleError: too few; names what can be.
     """
-    numbers = sum(attention.cached_numbers for attention in attentions)
+    held = [tokens_held(attention, settings) for attention in attentions]
+    numbers = sum(tokens * attention.cached_numbers for tokens, attention in zip(held, attentions, strict=True))
     budget = int(settings.kv_cache * 2 * numbers + 1e-9)
-    if budget < (least := 2 * len(attentions)):
+    if budget < (least := 2 * sum(held)):
+        where = "per token" if settings.context is None else f"at {settings.context} tokens"
         raise InfeasibleError(
-            f"kv_cache {settings.kv_cache:g} leaves {budget} bytes per token, and every layer takes 2 at least: the "
-            f"smallest possible is kv_cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
+            f"kv_cache {settings.kv_cache:g} leaves {budget} bytes {where}, and every layer takes 2 a token at least: "
+            f"the smallest possible is kv_cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
         )
     return budget
+
+
+def tokens_held(attention: AttentionSpec, settings: TransformCoding) -> int:
+    """Tokens that a layer holds of ``context``; 1 without it, for then all layers count the same."""
+    if settings.context is None:
+        return 1
+    window = attention.cache_window
+    return settings.context if window is None else max(1, min(settings.context, window - 1))
+
+
+def rows_held(attentions: Sequence[AttentionSpec], settings: TransformCoding) -> Iterator[int]:
+    """The same of each layer's two rows."""
+    for attention in attentions:
+        yield from (tokens_held(attention, settings),) * 2
 
 
 @dataclass(frozen=True)
@@ -149,16 +165,20 @@ class _Layer:
         """Those that may be chosen."""
         return [*product(*forms(self.attention, self.settings.decode_cost))]
 
+    @property
+    def _held(self) -> int:
+        return tokens_held(self.attention, self.settings)
+
     def rows(self, pair: tuple[Form, Form]) -> tuple[Sequence[float], Sequence[float]]:
         """Energies of keys and values."""
         return self.energies.keys[pair[0].name], self.energies.values[pair[1].name]
 
     def best(self, bit: float) -> tuple[Form, Form]:
-        """The pair that loses least where a bit costs ``bit``."""
+        """The pair that loses least where a bit of a token costs ``bit``."""
         return min(self.pairs(), key=lambda pair: self._lost(pair, bit))
 
     def _lost(self, pair: tuple[Form, Form], bit: float) -> float:
-        full, limited = self.rows(pair), self.affordable(pair, bit)
+        full, limited, bit = self.rows(pair), self.affordable(pair, bit), bit * self._held
         dropped = sum(sum(row) - sum(kept) for row, kept in zip(full, limited, strict=True))
         return dropped + sum(at_price(energy, bit)[1] for row in limited for energy in row if energy)
 
@@ -167,7 +187,7 @@ class _Layer:
 
         Those are kept that gain most per multiply-add where a bit costs ``bit``, the best of each row before all.
         """
-        rows = self.rows(pair)
+        rows, bit = self.rows(pair), bit * self._held
         if self.settings.decode_cost == "any":
             return rows
         left, groups = most_operations(self.attention, self.settings.decode_cost), []

@@ -10,7 +10,7 @@ from pydantic import Field
 from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey, Unheard
 from anymla.methods.cache_coding.latent_plan import LatentCoding, plan_latents
 from anymla.methods.cache_coding.papers import TRANSFORM_CODING
-from anymla.methods.cache_coding.plan import Energies, LayerCoding, byte_budget, plan_layers
+from anymla.methods.cache_coding.plan import Energies, LayerCoding, byte_budget, plan_layers, rows_held
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST
@@ -47,6 +47,13 @@ class TransformCoding(LayerMethod):
         2.0,
         description="Most multiply-adds per cached token and layer at decode, as a multiple of the original "
         "attention's. Bases then mix few heads. any: no limit, and keys are rebuilt from the best axes of all heads.",
+    )
+    context: int | None = Field(
+        None,
+        ge=1,
+        le=MOST,
+        description="Tokens in the cache at which kv_cache is the share of its bytes. A layer with a sliding window "
+        "holds fewer of them, so each of these may have more bits. Default: none, and all layers count the same.",
     )
     first_tokens: int = Field(
         4, ge=0, le=1024, description="Tokens at the start of every text that stay exact, for a constant size."
@@ -91,7 +98,8 @@ class TransformCoding(LayerMethod):
         planned: dict[int, LayerCoding | LatentCoding] = {}
         if _converted(model) and places:
             specs, found = [model.layers[index] for index in places], [known[index] for index in places]
-            planned |= zip(places, plan_latents(specs, found, byte_budget([*places.values()], self)), strict=True)
+            budget, held = byte_budget([*places.values()], self), [*rows_held([*places.values()], self)]
+            planned |= zip(places, plan_latents(specs, found, budget, held), strict=True)
         elif places:
             energies = [self._energies(attention, known[index]) for index, attention in places.items()]
             made = zip(places, plan_layers([*places.values()], energies, self), strict=True)
