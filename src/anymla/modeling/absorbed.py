@@ -1,6 +1,7 @@
 """Attention in latent space: the cache is read as it is and never expanded.
 
-One of the modelling files that travel with every converted checkpoint; it needs torch only.
+One of the modelling files that travel with every converted checkpoint; it needs torch only. What is here is torch's
+way and the reference; decode_kernel.py says when a kernel does it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_weight
+
+from .decode_kernel import decode_kernel
 
 # Sizes of one sequence's latents (numbers) from which, in float32 on a CPU, another way to write the products beats
 # the plain one, whose calls are the cheapest. Measured on two AVX-512 cores with benchmarks/decode.py.
@@ -38,6 +41,12 @@ def absorbed_attention(
     value. Returns softmax(cap(scale * scores) + mask) @ value, [B,H,T,V]; where ``summed``, also the logarithm of what
     the softmax divides by, [B,H,T], to merge this with attention to other tokens.
     """
+    if (value is None or value is latent) and (kernel := decode_kernel(query_latent, latent, rope_key)) is not None:
+        cached = (kernel.Cached(latent[:, 0]), kernel.Cached(rope_key[:, 0]))
+        found: tuple[Tensor, Tensor] = kernel.attend(
+            query_latent, query_rope, *cached, mask, scale, softcap=softcap, sinks=sinks
+        )
+        return found
     heads, new = query_latent.shape[1:3]
     # All heads share the cache: (head, token) pairs are the rows of one matrix product. Left to broadcast, matmul would
     # read (in bfloat16 even copy) the cache once per head.
@@ -54,8 +63,8 @@ def absorbed_attention(
         return _per_head(*both, heads)
     masks = [None] * len(query) if mask is None else mask
     sequences = zip(zip(query, query_rope, latent, rope_key, strict=True), value, masks, strict=True)
-    found = (_stream(*own, values, shown, softcap, sink_rows) for own, values, shown in sequences)
-    contexts, totals = zip(*found, strict=True)
+    streamed = (_stream(*own, values, shown, softcap, sink_rows) for own, values, shown in sequences)
+    contexts, totals = zip(*streamed, strict=True)
     return _per_head(torch.stack(contexts), torch.stack(totals) if summed else None, heads)
 
 
