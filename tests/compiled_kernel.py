@@ -7,9 +7,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anymla.modeling import triton_decode
 from anymla.modeling.code_layout import CodeForm, code_layout
 from anymla.modeling.coding_spec import Coding
+from anymla.modeling.triton_kernels import attend as attend_kernel
+from anymla.modeling.triton_kernels import combine as combine_kernel
 
 NUMBERS = {"parts", "totals", "log_totals"}
 
@@ -39,7 +40,7 @@ def attend(architecture, dtype, coding, rank, ropes, heads, tile, masked):
     held = number if coding is None else "*u8"
     pointers = {"query": number, "query_rope": number, "latent": held, "rope": held}
     return compiled(
-        triton_decode._attend, architecture, 8 if heads * wide > 1 << 14 else 4,
+        attend_kernel, architecture, 8 if heads * wide > 1 << 14 else 4,
         pointers | {"mask": "*u8" if masked == 1 else number},
         RANK=rank, ROPE=ropes, LATENT_FORM=tuple(form), ROPE_FORM=tuple(form), TURN=coding is not None,
         MASKED=masked, CAPPED=masked > 0, H=heads, N=tile, R=wide, K=max(16, triton.next_power_of_2(ropes // 2)),
@@ -52,7 +53,7 @@ def main():
     print(attend(90, "bf16", Coding(bits=((8, 20), (6, 50), (3, 440), (16, 2))), 512, 64, 64, 32, 2))
     print(attend(80, "fp16", Coding(bits=((4, 256),), kind="int", block=32), 256, 32, 32, 32, 1))
     context = {"sinks": "*bf16", "context": "*bf16"}
-    print(compiled(triton_decode._combine, 90, 4, context, RANK=300, R=512, SINKS=True))
+    print(compiled(combine_kernel, 90, 4, context, RANK=300, R=512, SINKS=True))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def random(*shape, seed=0):
 
 
 def inputs(dtype, batch, heads, new, length, rank, ropes):
-    shapes = [(batch, heads, new, rank), (batch, heads, new, ropes), (batch, 1, length, rank), (batch, 1, length, ropes)]
+    shapes = [(batch, *rows, width) for rows in ((heads, new), (1, length)) for width in (rank, ropes)]
     return [random(*shape, seed=index).to(dtype).to(DEVICE) for index, shape in enumerate(shapes)]
 
 
@@ -103,12 +103,13 @@ def test_numbers(shape, mask, dtype, kernel, monkeypatch):
     assert distance(with_kernel, expected(*tensors, mask, scale, **options)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("tokens", [16, 48, 304])
-def test_splits_are_merged(tokens, kernel, monkeypatch):
-    monkeypatch.setattr(kernel, "tile_tokens", lambda *_: 16)
-    monkeypatch.setattr(kernel, "_per_split", lambda *_: tokens)
-    tensors = inputs(torch.float32, 1, 3, 1, 301, 20, 4)
-    assert distance(absorbed_attention(*tensors, None, 1.0), expected(*tensors, None, 1.0)) < 3e-6
+@pytest.mark.parametrize("per_split", [16, 48, 304])
+def test_splits_are_merged(per_split, kernel):
+    query, rope, latent, keys = inputs(torch.float32, 1, 3, 1, 301, 20, 4)
+    tiling = kernel.Tiling(rows=16, tokens=16, per_split=per_split, warps=4)
+    held = (kernel.Cached(latent[:, 0]), kernel.Cached(keys[:, 0]))
+    found = kernel.attend(query, rope, *held, None, 1.0, tiling=tiling)
+    assert distance(found, expected(query, rope, latent, keys, None, 1.0)) < 3e-6
 
 
 def test_a_row_that_sees_nothing_stays_finite(kernel):
@@ -147,8 +148,9 @@ CODINGS = {  # of a latent, of a rope key
 
 def filled(coding, seed):
     codec = make_codec(Coding(**coding))
-    counts = codec.coding.counts if codec.coding.kind == "table" else {}
-    codec.set_tables({bits: random(n, 2**bits, seed=seed).sort(-1).values for bits, n in counts.items() if 0 < bits < 16})
+    counts = codec.coding.counts.items() if codec.coding.kind == "table" else ()
+    sizes = {bits: (n, 2**bits) for bits, n in counts if 0 < bits < 16}
+    codec.set_tables({bits: random(*size, seed=seed).sort(-1).values for bits, size in sizes.items()})
     return codec.to(DEVICE)
 
 
@@ -199,7 +201,8 @@ def test_a_cpu_keeps_torchs_way():
 
 def converted(family, folder, dtype=torch.float32, **settings):
     """A tiny model with a latent of half its cache."""
-    source = save_model(make_model("llama", dtype) if family == "llama" else tiny_model(family, dtype), folder / "source")
+    made = make_model(family, dtype) if family == "llama" else tiny_model(family, dtype)
+    source = save_model(made, folder / "source")
     steps = [{"mla": {"kv_cache": 0.5, "reconstruction_steps": 0, **TEXT, **settings}}]
     anymla.run(source, folder / "out", steps=steps)
     return AutoModelForCausalLM.from_pretrained(folder / "out", experts_implementation="eager").eval()

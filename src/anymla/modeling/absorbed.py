@@ -41,7 +41,8 @@ def absorbed_attention(
     value. Returns softmax(cap(scale * scores) + mask) @ value, [B,H,T,V]; where ``summed``, also the logarithm of what
     the softmax divides by, [B,H,T], to merge this with attention to other tokens.
     """
-    if (value is None or value is latent) and (kernel := decode_kernel(query_latent, latent, rope_key)) is not None:
+    read = (latent, rope_key) if sinks is None else (latent, rope_key, sinks)
+    if (value is None or value is latent) and (kernel := decode_kernel(query_latent, *read)) is not None:
         cached = (kernel.Cached(latent[:, 0]), kernel.Cached(rope_key[:, 0]))
         found: tuple[Tensor, Tensor] = kernel.attend(
             query_latent, query_rope, *cached, mask, scale, softcap=softcap, sinks=sinks

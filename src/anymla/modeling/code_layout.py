@@ -112,7 +112,7 @@ def _table_pieces(classes: dict[int, int], first: int) -> dict[int, list[list[Pi
 
 
 def _pieces(bits: int, place: int, cuts: list[tuple[int, int, int, int]]) -> list[Piece]:
-    """Those of coefficient ``place`` of its class; ``cuts``: where a plane begins, its bits, those below, first word."""
+    """Those of coefficient ``place`` of its class; ``cuts``: plane's begin, its bits, those below, first word."""
     word, second = (place // 2, place % 2) if bits <= PAIRED else (place, 0)
     low, pieces = second * bits, []
     for begin, plane, below, first in cuts:

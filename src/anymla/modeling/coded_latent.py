@@ -118,9 +118,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
         turns = kernel.Turns(*(table[:, self.channel_frequency].contiguous() for table in angles))
         first, softcap = rows.first, self.spec.softcap
         left_out, inputs = None if first is None else first.columns, (query_latent, query_rope)
-        parts = [
-            kernel.attend(*inputs, *cached, mask, self.scaling, softcap=softcap, turns=turns, left_out=left_out)
-        ]
+        parts = [kernel.attend(*inputs, *cached, mask, self.scaling, softcap=softcap, turns=turns, left_out=left_out)]
         return parts if first is None else [*parts, self._of_first(*inputs, first, mask)]
 
     def _of_first(self, query_latent: Tensor, query_rope: Tensor, first: PlacedTokens, mask: Tensor | None) -> Any:

@@ -1,31 +1,23 @@
 """Absorbed attention of few new tokens on a GPU, in Triton: the cache is read once, as numbers or as codes.
 
-One of the modelling files that travel with every converted checkpoint; decode_kernel.py says when it is used. Two
-kernels: ``_attend`` gives every program some of the cached tokens (split-KV, as in Flash-Decoding) and up to 64 or 128
-rows, a row being a head of a new token, which all read the same tile. ``_combine`` merges the parts by the logarithms
-of their sums.
+One of the modelling files that travel with every converted checkpoint; decode_kernel.py says when it is used, and
+triton_kernels.py has what a GPU runs.
 
 Shapes: B batch, T new tokens, S cached tokens, H query heads, r latent rank, R rope dims, K = ceil(R / 2) pairs, F
 tokens that are left out, N tokens of a tile, n coefficients.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .code_layout import LEFT, MASK, SHIFT, CodeForm
+from .code_layout import CodeForm
+from .triton_kernels import attend as attend_kernel
+from .triton_kernels import combine as combine_kernel
 
-try:  # transformers would ask a checkpoint's user for a package that is imported elsewhere
-    import triton
-    import triton.language as tl
-except ImportError as missing:
-    raise ImportError("the decode kernel needs the package triton") from missing
-
-LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32: no score is below it
-LOWEST = tl.constexpr(-1.7014117331926443e38)  # what a mask may add at most, as in absorbed.additive_mask
-_SHIFT, _LEFT, _MASK = tl.constexpr(SHIFT), tl.constexpr(LEFT), tl.constexpr(MASK)
-_GRID, _TOKEN = tl.constexpr(1), tl.constexpr(2)  # code_layout.GRID_SCALE, TOKEN_SCALE
 ONE_TILE = 1 << 15  # numbers of the sums that a program holds at most: 128 rows of 256, 64 of 512
 PROGRAMS_PER_CORE = 2
 
@@ -48,178 +40,13 @@ class Turns(NamedTuple):
     sin: Tensor
 
 
-@triton.jit
-def _cut(rows, piece, inside):
-    """The bits [N,n] of each row that a piece [1,n] names."""
-    found = tl.load(rows + (piece & 0xFFFF), mask=inside, other=0).to(tl.int32)
-    return ((found >> ((piece >> _SHIFT) & 7)) & (piece >> _MASK)) << ((piece >> _LEFT) & 15)
+class Tiling(NamedTuple):
+    """How the work is cut: rows and tokens of a program's tile, tokens of a split (whole tiles), warps."""
 
-
-@triton.jit
-def _half(rows, at, inside):
-    """The float16 whose first byte is ``at``; a row may start at an odd byte."""
-    low = tl.load(rows + at, mask=inside, other=0).to(tl.uint16)
-    high = tl.load(rows + at + 1, mask=inside, other=0).to(tl.uint16)
-    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _decoded(rows, dims, inside, used, WIDTH: tl.constexpr, FORM: tl.constexpr, places, levels):
-    """Coefficients ``dims`` [1,n] of the tokens whose ``rows`` [N,1] of bytes begin here: codecs.py."""
-    start = tl.load(places + 2 * WIDTH + dims, mask=used, other=-1)
-    code = _cut(rows, tl.load(places + dims, mask=used, other=0), inside)
-    if FORM[1]:
-        code |= _cut(rows, tl.load(places + WIDTH + dims, mask=used, other=0), inside)
-    known = (start >= 0) & inside
-    states = tl.load(levels + start + code, mask=known, other=0.0).to(tl.float32)
-    if FORM[3] == _GRID:
-        states *= _half(rows, dims // FORM[4] * 2, known)
-    if FORM[3] == _TOKEN:
-        zero, scale = _half(rows, 2 * FORM[5], inside), _half(rows, 2 * FORM[5] + 2, inside)
-        states = tl.where(known, states * scale + zero, 0.0)
-    if FORM[2]:
-        halves = code.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        states = tl.where(start < 0, halves, states)
-    for index in tl.static_range(FORM[5]):
-        place = tl.load(rows + 2 * index, mask=inside, other=0).to(tl.int32)
-        place |= tl.load(rows + 2 * index + 1, mask=inside, other=0).to(tl.int32) << 8
-        exact = _half(rows, 2 * (FORM[5] + 2 * (FORM[3] == _TOKEN) + index), inside)
-        states = tl.where(place == dims, exact, states)
-    return states
-
-
-@triton.jit
-def _read(rows, dims, inside, WIDTH: tl.constexpr, FORM: tl.constexpr, places, levels):
-    """Numbers [N,n] of some tokens; zero beyond the row."""
-    used = dims < WIDTH
-    if FORM[0]:
-        states = _decoded(rows, dims, inside, used, WIDTH, FORM, places, levels)
-    else:
-        states = tl.load(rows + dims, mask=inside & used, other=0.0)
-    return states
-
-
-@triton.jit
-def _product(a, b, sums, DTYPE: tl.constexpr, WIDENED: tl.constexpr):
-    """``sums`` and the product of a and b, rounded to DTYPE; the interpreter takes bfloat16 for integers."""
-    a, b = a.to(DTYPE), b.to(DTYPE)
-    if WIDENED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
-
-
-@triton.jit
-def _rope_scores(
-    scores, real, imag, rows, inside, tile, turns, R: tl.constexpr, K: tl.constexpr, FORM: tl.constexpr,
-    TURN: tl.constexpr, N: tl.constexpr, places, levels, DTYPE: tl.constexpr, WIDENED: tl.constexpr,
-):  # fmt: skip
-    """``scores`` [rows,N] and what rope adds, of queries [rows,K], real and imaginary parts; TURN: turns keys first."""
-    HALF: tl.constexpr = (R + 1) // 2
-    pairs = tl.arange(0, K)[None, :]
-    both = pairs < HALF
-    key_real = _read(rows, tl.where(both, pairs, R), inside, R, FORM, places, levels)
-    key_imag = _read(rows, tl.where(both, HALF + pairs, R), inside, R, FORM, places, levels)
-    if TURN:
-        at = tl.arange(0, N)[:, None] * HALF + pairs
-        cos, sin = tl.load(turns[2] + at, mask=both, other=1.0), tl.load(turns[3] + at, mask=both, other=0.0)
-        key_real, key_imag = key_real * cos - key_imag * sin, key_imag * cos + key_real * sin
-        at = tile * HALF + pairs  # the tile's first column turns the queries, the other way
-        cos, sin = tl.load(turns[0] + at, mask=both, other=1.0), tl.load(turns[1] + at, mask=both, other=0.0)
-        real, imag = real * cos + imag * sin, imag * cos - real * sin
-    scores = _product(real, tl.trans(key_real), scores, DTYPE, WIDENED)
-    return _product(imag, tl.trans(key_imag), scores, DTYPE, WIDENED)
-
-
-@triton.jit
-def _shown(scores, mask, columns, kept, MASKED: tl.constexpr):
-    """Scores with a bool or an additive mask at the pointers ``mask`` [rows,N]."""
-    if MASKED == 1:
-        scores = tl.where(tl.load(mask, mask=kept, other=1) != 0, scores, scores + LOWEST)
-    if MASKED == 2:
-        scores += tl.maximum(tl.load(mask, mask=kept, other=0.0).to(tl.float32), LOWEST)
-    return scores
-
-
-@triton.jit
-def _attend(
-    query, query_rope, latent, rope, latent_places, latent_levels, rope_places, rope_levels, turns, mask, left_out,
-    left, parts, totals, scale, softcap, heads_new, new, length, per_split, latent_strides, rope_strides, mask_strides,
-    RANK: tl.constexpr, ROPE: tl.constexpr, LATENT_FORM: tl.constexpr, ROPE_FORM: tl.constexpr, TURN: tl.constexpr,
-    MASKED: tl.constexpr, CAPPED: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    R: tl.constexpr, K: tl.constexpr, WIDENED: tl.constexpr,
-):  # fmt: skip
-    """Attention of H rows to the tokens of one split: sums [H,r] over their weights, and the weights' logarithm."""
-    split, splits, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    DTYPE: tl.constexpr = query.dtype.element_ty
-    row, dims, pairs = tl.program_id(0) * H + tl.arange(0, H), tl.arange(0, R), tl.arange(0, K)
-    real_row = row < heads_new
-    at = batch * heads_new + row
-    q = tl.load(query + at[:, None] * RANK + dims, mask=real_row[:, None] & (dims < RANK), other=0.0)
-    half: tl.constexpr = (ROPE + 1) // 2
-    if ROPE:
-        ropes = query_rope + at[:, None] * ROPE + pairs
-        real = tl.load(ropes, mask=real_row[:, None] & (pairs < half), other=0.0).to(tl.float32)
-        imag = tl.load(ropes + half, mask=real_row[:, None] & (pairs < ROPE - half), other=0.0).to(tl.float32)
-    latent += batch * latent_strides[0]
-    rope += batch * rope_strides[0]
-    mask_rows = mask + batch * mask_strides[0] + (row // new)[:, None] * mask_strides[1]
-    mask_rows += (row % new)[:, None] * mask_strides[2]
-    peak, total = tl.full([H], LEAST, tl.float32), tl.zeros([H], tl.float32)
-    sums = tl.zeros([H, R], tl.float32)
-    for first in range(split * per_split, min(length, (split + 1) * per_split), N):
-        columns = first + tl.arange(0, N)
-        inside = columns < length
-        kept = inside
-        for index in range(left):
-            kept &= columns != tl.load(left_out + batch * left + index)
-        wide = columns.to(tl.int64)[:, None]
-        c = _read(
-            latent + wide * latent_strides[1], dims[None, :], inside[:, None], RANK, LATENT_FORM, latent_places,
-            latent_levels,
-        ).to(DTYPE)  # fmt: skip
-        scores = _product(q, tl.trans(c), tl.zeros([H, N], tl.float32), DTYPE, WIDENED)
-        if ROPE:
-            scores = _rope_scores(
-                scores, real, imag, rope + wide * rope_strides[1], inside[:, None], first // N, turns, ROPE, K, ROPE_FORM, TURN,
-                N, rope_places, rope_levels, DTYPE, WIDENED,
-            )  # fmt: skip
-        scores *= scale
-        if CAPPED:
-            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # softcap tanh(scores / softcap)
-        seen = real_row[:, None] & kept[None, :]
-        scores = _shown(scores, mask_rows + wide.reshape(1, N) * mask_strides[3], columns, seen, MASKED)
-        scores = tl.where(kept[None, :], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        weights, less = tl.exp(scores - higher[:, None]), tl.exp(peak - higher)
-        peak, total = higher, total * less + tl.sum(weights, 1)
-        sums = _product(weights, c, sums * less[:, None], DTYPE, WIDENED)
-    at = at * splits + split
-    tl.store(totals + at, peak + tl.log(total), mask=real_row)
-    sums /= tl.maximum(total, 1e-37)[:, None]
-    tl.store(parts + at[:, None] * RANK + dims, sums, mask=real_row[:, None] & (dims < RANK))
-
-
-@triton.jit
-def _combine(
-    parts, totals, sinks, context, log_totals, splits, new, heads, RANK: tl.constexpr, R: tl.constexpr,
-    SINKS: tl.constexpr,
-):  # fmt: skip
-    """One row's parts, each with its share of the one softmax; a sink takes a share, too."""
-    row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, R)
-    peak, total, sums = tl.full([R], LEAST, tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
-    if SINKS:
-        peak, total = total + tl.load(sinks + row // new % heads).to(tl.float32), total + 1.0
-    for split in range(splits):
-        at = row * splits + split
-        found = tl.load(totals + at)
-        higher = tl.maximum(peak, found)
-        less, share = tl.exp(peak - higher), tl.exp(found - higher)
-        peak, total = higher, total * less + share
-        part = tl.load(parts + at * RANK + dims, mask=dims < RANK, other=0.0)
-        sums = sums * less + share * part
-    tl.store(log_totals + row, tl.max(peak + tl.log(total), 0))
-    sums /= tl.maximum(total, 1e-37)
-    tl.store(context + row * RANK + dims, sums, mask=dims < RANK)
+    rows: int
+    tokens: int
+    per_split: int
+    warps: int
 
 
 def attend(
@@ -234,6 +61,7 @@ def attend(
     sinks: Tensor | None = None,
     turns: Turns | None = None,
     left_out: Tensor | None = None,
+    tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every head over the one latent that they share, as absorbed.absorbed_attention.
 
@@ -248,56 +76,66 @@ def attend(
         sinks: logits [H] of a key without a value.
         turns: the angles of rope, of tiles of ``tile_tokens``.
         left_out: columns [B,F], int64, that are not attended to; those below zero mean nothing.
+        tiling: how the work is cut; None: as ``chosen_tiling`` says.
 
     Returns:
         The context [B,H,T,r] in the query's dtype, and in float32 the logarithm [B,H,T] of what the softmax divides by.
     """
     (batch, heads, new, rank), ropes = query_latent.shape, query_rope.shape[-1]
     rows, length, like = heads * new, latent.rows.shape[1], query_latent
-    wide, pairs = _padded(rank), _padded(-(-ropes // 2))
-    tall, tile = min(_padded(rows), max(16, min(128, ONE_TILE // wide))), tile_tokens(rank, like.dtype)
-    tiles = triton.cdiv(rows, tall)
-    per_split = _per_split(length, batch * tiles, tile, like.device)
-    splits = triton.cdiv(length, per_split)
+    tiling = tiling or chosen_tiling(like, length)
+    splits = cdiv(length, tiling.per_split)
     parts = torch.empty(batch, rows, splits, rank, dtype=torch.float32, device=like.device)
     totals = torch.empty(batch, rows, splits, dtype=torch.float32, device=like.device)
     given = like if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     spread = (0, 0, 0, 0) if mask is None else given.expand(batch, heads, new, length).stride()
-    _attend[tiles, splits, batch](
-        *(states.contiguous() for states in (query_latent, query_rope)),
-        latent.rows, rope.rows, *_explained(latent), *_explained(rope), tuple(turns or [like] * 4),
-        given, like if left_out is None else left_out.contiguous(), 0 if left_out is None else left_out.shape[1],
-        parts, totals, scale, softcap or 1.0, rows, new, length, per_split,
-        latent.rows.stride()[:2], rope.rows.stride()[:2], spread,
-        RANK=rank, ROPE=ropes, LATENT_FORM=tuple(latent.form), ROPE_FORM=tuple(rope.form), TURN=turns is not None,
-        MASKED=0 if mask is None else 1 if mask.dtype == torch.bool else 2, CAPPED=softcap is not None,
-        H=tall, N=tile, R=wide, K=pairs, WIDENED=like.device.type == "cpu", num_warps=8 if tall * wide >= ONE_TILE // 2 else 4,
-    )  # fmt: skip
     context = torch.empty_like(query_latent, memory_format=torch.contiguous_format)
     log_totals = torch.empty(batch, heads, new, dtype=torch.float32, device=like.device)
-    given = like if sinks is None else sinks.contiguous()
-    _combine[batch * rows,](
-        parts, totals, given, context, log_totals, splits, new, heads, RANK=rank, R=wide, SINKS=sinks is not None
-    )
+    with torch.cuda.device_of(like):  # Triton runs on the current device
+        attend_kernel[cdiv(rows, tiling.rows), splits, batch](
+            *(states.contiguous() for states in (query_latent, query_rope)),
+            latent.rows, rope.rows, *_explained(latent), *_explained(rope), tuple(turns or [like] * 4),
+            given, like if left_out is None else left_out.contiguous(), 0 if left_out is None else left_out.shape[1],
+            parts, totals, scale, softcap or 1.0, rows, new, length, tiling.per_split,
+            latent.rows.stride()[:2], rope.rows.stride()[:2], spread,
+            RANK=rank, ROPE=ropes, LATENT_FORM=tuple(latent.form), ROPE_FORM=tuple(rope.form), TURN=turns is not None,
+            MASKED=0 if mask is None else 1 if mask.dtype == torch.bool else 2, CAPPED=softcap is not None,
+            H=tiling.rows, N=tiling.tokens, R=_padded(rank), K=_padded(-(-ropes // 2)), WIDENED=like.device.type == "cpu",
+            num_warps=tiling.warps,
+        )  # fmt: skip
+        combine_kernel[batch * rows,](
+            parts, totals, like if sinks is None else sinks.contiguous(), context, log_totals, splits, new, heads,
+            RANK=rank, R=_padded(rank), SINKS=sinks is not None,
+        )  # fmt: skip
     return context, log_totals
 
 
+def chosen_tiling(query: Tensor, length: int) -> Tiling:
+    """One for queries [B,H,T,r] and so many cached tokens: as many programs as the device takes at once."""
+    batch, heads, new, rank = query.shape
+    wide, tokens, device = _padded(rank), tile_tokens(rank, query.dtype), query.device
+    rows = min(_padded(heads * new), max(16, min(128, ONE_TILE // wide)))
+    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    splits = max(1, PROGRAMS_PER_CORE * cores // (batch * cdiv(heads * new, rows)))
+    per_split = cdiv(cdiv(length, splits), tokens) * tokens
+    return Tiling(rows, tokens, per_split, warps=8 if rows * wide >= ONE_TILE // 2 else 4)
+
+
 def tile_tokens(rank: int, dtype: torch.dtype) -> int:
-    """Cached tokens that a program holds at a time."""
+    """Cached tokens that a program holds at a time, in all tilings of a cache before rope."""
     return max(16, min(64, ONE_TILE // (_padded(rank) * dtype.itemsize)))
 
 
 def _padded(size: int) -> int:
     """The next power of two that a matrix product takes."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def _per_split(length: int, others: int, tile: int, device: torch.device) -> int:
-    """Tokens of a split, whole tiles: as many programs as the device takes at once, ``others`` for each split."""
-    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    splits = max(1, PROGRAMS_PER_CORE * cores // others)
-    return triton.cdiv(triton.cdiv(length, splits), tile) * tile
+    return max(16, 1 << (size - 1).bit_length() if size else 0)
 
 
 def _explained(cached: Cached) -> tuple[Tensor, Tensor]:
-    return tuple(cached.rows if each is None else each for each in (cached.places, cached.levels))
+    places, levels = (cached.rows if each is None else each for each in (cached.places, cached.levels))
+    return places, levels
+
+
+def cdiv(size: int, part: int) -> int:
+    """Parts that hold all of it."""
+    return -(-size // part)
