@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import anymla
 from anymla.demo import bundled_model
-from anymla.modeling import decode_kernel, triton_decode
+from anymla.modeling import decode_kernel
 from anymla.report.tables import table
 
 LIMIT = 520.0  # seconds
@@ -88,10 +88,10 @@ def correctness(run: Run, folder: Path) -> None:
     ]
     lines = [(row["bits"], row["heads"], f"{row['relative_error']:.1e}") for row in rows]
     run.print("Kernel against float64", ("bits", "heads", "relative error"), lines)
-    checkpoint(folder / "tiny", TINY, 4)
+    checkpoint(folder / "tiny", TINY, 2)
     models = []
     for device in ("cpu", run.device):
-        converted(folder / "tiny", folder / "tiny-out", device, 4096)
+        converted(folder / "tiny", folder / "tiny-out", device, 512, reconstruction_steps=0)
         models.append(AutoModelForCausalLM.from_pretrained(folder / "tiny-out").eval().to(device))
     ids, options = torch.arange(3, 43)[None], {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     with torch.inference_mode():
@@ -122,12 +122,12 @@ def model_sizes(sizes: dict[str, int], layers: int) -> dict[str, int]:
     return own | heads | {"max_position_embeddings": 1 << 18}
 
 
-def converted(source: Path, output: Path, device: str, tokens: int) -> float:
-    """Seconds of a conversion to a quarter of the cache."""
+def converted(source: Path, output: Path, device: str, tokens: int, **settings: Any) -> float:
+    """Seconds of a conversion to a latent of a quarter of the cache."""
+    shutil.rmtree(output, ignore_errors=True)
     begun = time.monotonic()
-    anymla.convert(
-        source, output, kv_cache=0.25, device=device, calibration_tokens=tokens, calibration_length=256, overwrite=True
-    )
+    settings |= {"kv_cache": 0.25, "device": device, "calibration_tokens": tokens, "calibration_length": 256}
+    anymla.run(source, output, steps=[{"mla": settings}])
     return time.monotonic() - begun
 
 
@@ -195,7 +195,9 @@ def conversion(run: Run, folder: Path) -> None:
         found = []
         for layers in (1, 2):
             checkpoint(folder / name, sizes, layers)
-            found.append(converted(folder / name, folder / f"{name}-out", run.device, 2048 if run.interpret else 65536))
+            few: dict[str, Any] = {"reconstruction_steps": 2} if run.interpret else {}
+            tokens = 512 if run.interpret else 65536
+            found.append(converted(folder / name, folder / f"{name}-out", run.device, tokens, **few))
         per_layer = found[1] - found[0]
         whole = found[0] + (sizes["layers"] - 1) * per_layer
         peak = 0 if run.interpret else torch.cuda.max_memory_allocated()

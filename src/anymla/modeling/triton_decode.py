@@ -100,8 +100,8 @@ def attend(
             latent.rows.stride()[:2], rope.rows.stride()[:2], spread,
             RANK=rank, ROPE=ropes, LATENT_FORM=tuple(latent.form), ROPE_FORM=tuple(rope.form), TURN=turns is not None,
             MASKED=0 if mask is None else 1 if mask.dtype == torch.bool else 2, CAPPED=softcap is not None,
-            H=tiling.rows, N=tiling.tokens, R=_padded(rank), K=_padded(-(-ropes // 2)), WIDENED=like.device.type == "cpu",
-            num_warps=tiling.warps,
+            H=tiling.rows, N=tiling.tokens, R=_padded(rank), K=_padded(-(-ropes // 2)),
+            WIDENED=like.device.type == "cpu", num_warps=tiling.warps,
         )  # fmt: skip
         combine_kernel[batch * rows,](
             parts, totals, like if sinks is None else sinks.contiguous(), context, log_totals, splits, new, heads,
