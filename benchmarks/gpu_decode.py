@@ -16,7 +16,7 @@ from anymla.modeling.absorbed import absorbed_attention
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coding_spec import CodedSpec, Coding
-from anymla.modeling.decode_kernel import coded_kernel
+from anymla.modeling.decode_kernel import codes_for_kernel
 from anymla.modeling.latent_spec import LatentSpec
 from anymla.modeling.modeling_anymla import AnymlaLlamaConfig, AnymlaLlamaForCausalLM
 from anymla.modeling.spec import KEY, LayerSpec, config_entry
@@ -72,10 +72,10 @@ def held(
     places = torch.arange(0, length, tile, device=device), torch.arange(tile, device=device)
     waves = [turn(each) for each in places]
     turns = Turns(*(table.float().contiguous() for each in waves for table in (each.real, each.imag)))
-    found = coded_kernel(torch.zeros(batch, 1, 1, rank, dtype=dtype, device=device), *sides)
-    if found is None:
+    cached = codes_for_kernel(torch.zeros(batch, 1, 1, rank, dtype=dtype, device=device), *sides)
+    if cached is None:
         raise SystemExit(f"the kernel does not read {bits} bits on {device}")
-    return found[1], turns, sides
+    return cached, turns, sides
 
 
 def turn(columns: Tensor) -> Tensor:

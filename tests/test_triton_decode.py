@@ -17,7 +17,7 @@ from anymla.modeling import absorbed, decode_kernel
 from anymla.modeling.absorbed import absorbed_attention
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coding_spec import Coding
-from anymla.modeling.decode_kernel import coded_kernel
+from anymla.modeling.decode_kernel import codes_for_kernel, uses_kernel
 from tests.coded_models import coded_latent
 from tests.families import make_model, save_model, token_ids
 from tests.family_models import tiny_model
@@ -165,7 +165,7 @@ def test_codes_are_read_and_turned(codings, dtype, kernel):
     angles = [place[:, None] * theta for place in (torch.arange(0, length, tile), torch.arange(tile))]
     tables = [table.float().to(DEVICE) for each in angles for table in (each.cos(), each.sin())]
     left_out = torch.tensor([[0, 1, -1], [4, 5, 6]], device=DEVICE)
-    _, cached = coded_kernel(query, (latent_codec, rows[0]), (rope_codec, rows[1]))
+    cached = codes_for_kernel(query, (latent_codec, rows[0]), (rope_codec, rows[1]))
     found = kernel.attend(query, rope, *cached, None, 0.3, turns=kernel.Turns(*tables), left_out=left_out)
     latent, keys = latent_codec.decode(rows[0], dtype).cpu(), rope_codec.decode(rows[1], torch.float64).cpu()
     if ropes % 2:  # the last imaginary part is missing
@@ -182,21 +182,20 @@ def test_codes_are_read_and_turned(codings, dtype, kernel):
 
 def test_torch_does_what_the_kernel_does_not(kernel):
     query, _, latent, keys = inputs(torch.float32, 1, 2, 1, 9, 8, 4)
-    chosen = decode_kernel.decode_kernel
-    assert chosen(query, latent, keys) is kernel
+    assert uses_kernel(query, latent, keys)
     with torch.no_grad():
-        assert chosen(query.clone().requires_grad_(), latent, keys) is kernel
-    assert chosen(query.clone().requires_grad_(), latent, keys) is None
-    assert chosen(query.double(), latent, keys) is None
-    assert chosen(query.expand(1, 2, 17, 8), latent, keys) is None
-    assert chosen(query, latent[:, :, :0], keys[:, :, :0]) is None
-    assert chosen(query, latent.transpose(2, 3), keys) is None
+        assert uses_kernel(query.clone().requires_grad_(), latent, keys)
+    assert not uses_kernel(query.clone().requires_grad_(), latent, keys)
+    assert not uses_kernel(query.double(), latent, keys)
+    assert not uses_kernel(query.expand(1, 2, 17, 8), latent, keys)
+    assert not uses_kernel(query, latent[:, :, :0], keys[:, :, :0])
+    assert not uses_kernel(query, latent.transpose(2, 3), keys)
     many = filled({"bits": ((4, 64),), "outliers": 17}, 0)
-    assert coded_kernel(query, (many, many.encode(random(1, 9, 64)))) is None
+    assert codes_for_kernel(query, (many, many.encode(random(1, 9, 64)))) is None
 
 
 def test_a_cpu_keeps_torchs_way():
-    assert decode_kernel.decode_kernel(*inputs(torch.float32, 1, 2, 1, 9, 8, 4)[::2]) is None or DEVICE == "cuda"
+    assert not uses_kernel(*inputs(torch.float32, 1, 2, 1, 9, 8, 4)[::2]) or DEVICE == "cuda"
 
 
 def converted(family, folder, dtype=torch.float32, **settings):
@@ -221,6 +220,7 @@ def generated(model, cache=None):
 
 
 def counted(monkeypatch, kernel):
+    """The forms of latents that the kernel reads from now on."""
     calls, attend = [], kernel.attend
 
     def noted(*args, **options):
@@ -248,8 +248,8 @@ def test_whole_models_generate_the_same(name, kernel, tmp_path, monkeypatch):
     calls = counted(monkeypatch, kernel)
     tokens, logits = generated(model)
     assert len(calls) >= 4 * 2 and any(form.coded for form in calls) == ("bits" in name or "int" in name)
-    monkeypatch.setattr(decode_kernel, "decode_kernel", lambda *_: None)
-    monkeypatch.setattr(absorbed, "decode_kernel", lambda *_: None)
+    monkeypatch.setattr(decode_kernel, "uses_kernel", lambda *_: False)
+    monkeypatch.setattr(absorbed, "uses_kernel", lambda *_: False)
     done = len(calls)
     by_torch, wanted = generated(model)
     assert len(calls) == done
@@ -261,7 +261,7 @@ def test_a_static_cache(kernel, tmp_path, monkeypatch):
     calls = counted(monkeypatch, kernel)
     tokens, logits = generated(model, StaticCache(config=model.config, max_cache_len=40))
     assert calls
-    monkeypatch.setattr(absorbed, "decode_kernel", lambda *_: None)
+    monkeypatch.setattr(absorbed, "uses_kernel", lambda *_: False)
     by_torch, wanted = generated(model)
     assert (logits - wanted).abs().max() < 2e-5 * wanted.abs().max() and torch.equal(tokens, by_torch)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_weight
 
-from .decode_kernel import decode_kernel
+from .decode_kernel import uses_kernel
 
 # Sizes of one sequence's latents (numbers) from which, in float32 on a CPU, another way to write the products beats
 # the plain one, whose calls are the cheapest. Measured on two AVX-512 cores with benchmarks/decode.py.
@@ -42,12 +42,11 @@ def absorbed_attention(
     the softmax divides by, [B,H,T], to merge this with attention to other tokens.
     """
     read = (latent, rope_key) if sinks is None else (latent, rope_key, sinks)
-    if (value is None or value is latent) and (kernel := decode_kernel(query_latent, *read)) is not None:
-        cached = (kernel.Cached(latent[:, 0]), kernel.Cached(rope_key[:, 0]))
-        found: tuple[Tensor, Tensor] = kernel.attend(
-            query_latent, query_rope, *cached, mask, scale, softcap=softcap, sinks=sinks
-        )
-        return found
+    if (value is None or value is latent) and uses_kernel(query_latent, *read):
+        from .triton_decode import Cached, attend  # Triton is loaded only where it is used
+
+        cached = (Cached(latent[:, 0]), Cached(rope_key[:, 0]))
+        return attend(query_latent, query_rope, *cached, mask, scale, softcap=softcap, sinks=sinks)
     heads, new = query_latent.shape[1:3]
     # All heads share the cache: (head, token) pairs are the rows of one matrix product. Left to broadcast, matmul would
     # read (in bfloat16 even copy) the cache once per head.
@@ -64,8 +63,8 @@ def absorbed_attention(
         return _per_head(*both, heads)
     masks = [None] * len(query) if mask is None else mask
     sequences = zip(zip(query, query_rope, latent, rope_key, strict=True), value, masks, strict=True)
-    streamed = (_stream(*own, values, shown, softcap, sink_rows) for own, values, shown in sequences)
-    contexts, totals = zip(*streamed, strict=True)
+    found = (_stream(*own, values, shown, softcap, sink_rows) for own, values, shown in sequences)
+    contexts, totals = zip(*found, strict=True)
     return _per_head(torch.stack(contexts), torch.stack(totals) if summed else None, heads)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .absorbed import absorbed_attention, additive_mask
 from .coded_cache import PlacedTokens
-from .decode_kernel import coded_kernel
+from .decode_kernel import codes_for_kernel
 from .latent_attention import LatentAttention
 from .rows_attention import Rows, RowsAttention
 from .spec import LayerSpec
@@ -73,13 +73,13 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
         The parts are chunks, or what a kernel reads and the exact first tokens.
         """
         dtype, sides = query.dtype, ((self.key_codec, rows.keys), (self.value_codec, rows.values))
-        kernel = None if self.layer_spec.latent is None else coded_kernel(query, *sides)
-        precise = query if kernel else query.to(torch.promote_types(dtype, torch.float32))  # on a CPU faster, too
+        codes = None if self.layer_spec.latent is None else codes_for_kernel(query, *sides)
+        precise = query if codes else query.to(torch.promote_types(dtype, torch.float32))  # on a CPU faster, too
         if (up := self.up_projections(precise)) is None:
             return self.attend_all(query, whole := self._whole(rows, dtype), whole, rows.start, mask, {})[0]
         (query_nope, channels), (up_key, up_value) = self._parts(precise), (part.to(precise.dtype) for part in up)
         inputs = (self.into_latent(query_nope, up_key), channels, rows, mask)
-        parts = self._by_kernel(*inputs, *kernel) if kernel else self._by_chunks(*inputs, dtype)
+        parts = self._by_kernel(*inputs, codes) if codes else self._by_chunks(*inputs, dtype)
         totals = torch.stack([total for _, total in parts])
         contexts = torch.stack([context.to(totals.dtype) for context, _ in parts])
         context = (contexts * self._shares(totals).unsqueeze(-1)).sum(0).to(precise.dtype)
@@ -106,19 +106,21 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
         return parts
 
     def _by_kernel(
-        self, query_latent: Tensor, channels: Tensor, rows: Rows, mask: Tensor | None, kernel: Any, cached: list[Any]
+        self, query_latent: Tensor, channels: Tensor, rows: Rows, mask: Tensor | None, codes: list[Any]
     ) -> list[Any]:
         """The same of all codes at once, and of the exact first tokens, whose columns the kernel leaves out."""
+        from .triton_decode import Turns, attend, tile_tokens  # Triton is loaded only where it is used
+
         precise, length, device = channels.float(), rows.keys.shape[1], channels.device
         own = rows.start + torch.arange(channels.shape[2], device=device)
         query_rope = self.rotated_channels(precise, *self._angles(own, precise))
-        tile = kernel.tile_tokens(query_latent.shape[-1], query_latent.dtype)
+        tile = tile_tokens(query_latent.shape[-1], query_latent.dtype)
         columns = torch.arange(0, length, tile, device=device), torch.arange(tile, device=device)
         angles = [table for each in columns for table in self._angles(each, precise)]
-        turns = kernel.Turns(*(table[:, self.channel_frequency].contiguous() for table in angles))
+        turns = Turns(*(table[:, self.channel_frequency].contiguous() for table in angles))
         first, softcap = rows.first, self.spec.softcap
         left_out, inputs = None if first is None else first.columns, (query_latent, query_rope)
-        parts = [kernel.attend(*inputs, *cached, mask, self.scaling, softcap=softcap, turns=turns, left_out=left_out)]
+        parts = [attend(*inputs, *codes, mask, self.scaling, softcap=softcap, turns=turns, left_out=left_out)]
         return parts if first is None else [*parts, self._of_first(*inputs, first, mask)]
 
     def _of_first(self, query_latent: Tensor, query_rope: Tensor, first: PlacedTokens, mask: Tensor | None) -> Any:

@@ -20,44 +20,39 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_OUTLIERS = 16  # each is compared with every coefficient
 
 
-def decode_kernel(query: Tensor, *held: Tensor) -> Any | None:
-    """The module triton_decode for queries [B,H,T,..] and a cache of such tensors [..,S,n]; None: torch computes it.
+def uses_kernel(query: Tensor, *held: Tensor) -> bool:
+    """Whether the kernel does queries [B,H,T,..] and a cache of such tensors [..,S,n].
 
     Torch does where there is no CUDA device or no triton; in float64; for many new tokens; for gradients; and while a
     graph is traced.
     """
     runs = INTERPRETED or (query.is_cuda and _has_triton())
     if not runs or query.dtype not in DTYPES or query.shape[2] > FEW_TOKENS or torch.compiler.is_compiling():
-        return None
+        return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *held)):
-        return None
-    if not held[0].numel() or any(tensor.shape[-1] and tensor.stride(-1) != 1 for tensor in held):
-        return None
-    from . import triton_decode
-
-    return triton_decode
+        return False
+    return bool(held[0].numel()) and all(not tensor.shape[-1] or tensor.stride(-1) == 1 for tensor in held)
 
 
-def coded_kernel(query: Tensor, *sides: tuple[Any, Tensor]) -> tuple[Any, list[Any]] | None:
-    """The same for a cache of codes, and what the kernel reads; None: torch.
+def codes_for_kernel(query: Tensor, *sides: tuple[Any, Tensor]) -> list[Any] | None:
+    """The same for a cache of codes: what the kernel reads of it; None where it does not.
 
     ``sides``: the codecs of latent and rope key, each with its rows [B,S,..].
     """
-    if any(codec.coding.outliers > MOST_OUTLIERS for codec, _ in sides):
-        return None
-    if (kernel := decode_kernel(query, *(rows for _, rows in sides))) is None:
-        return None
-    return kernel, [_cached(kernel, *side) for side in sides]
+    few = all(codec.coding.outliers <= MOST_OUTLIERS for codec, _ in sides)
+    return [_cached(*side) for side in sides] if few and uses_kernel(query, *(rows for _, rows in sides)) else None
 
 
-def _cached(kernel: Any, codec: Any, rows: Tensor) -> Any:
+def _cached(codec: Any, rows: Tensor) -> Any:
+    from .triton_decode import Cached
+
     coding = codec.coding
     if coding.kind == "plain":
-        return kernel.Cached(rows)
+        return Cached(rows)
     table = coding.kind == "table"
     levels = codec.levels if table else grid_levels(coding.kind, coding.bits[0][0], rows.device)
     layout = code_layout(coding, rows.device)
-    return kernel.Cached(rows, layout.form, layout.places, levels if levels.numel() else None)
+    return Cached(rows, layout.form, layout.places, levels if levels.numel() else None)
 
 
 @cache
