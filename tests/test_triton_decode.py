@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 import anymla
-from anymla.modeling import absorbed, decode_kernel
+from anymla.modeling import absorbed, decode_kernel, modeling_anymla
 from anymla.modeling.absorbed import absorbed_attention
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coding_spec import Coding
 from anymla.modeling.decode_kernel import codes_for_kernel, uses_kernel
+from anymla.register import modelling_files
 from tests.coded_models import coded_latent
 from tests.families import make_model, save_model, token_ids
 from tests.family_models import tiny_model
@@ -264,6 +265,11 @@ def test_a_static_cache(kernel, tmp_path, monkeypatch):
     monkeypatch.setattr(absorbed, "uses_kernel", lambda *_: False)
     by_torch, wanted = generated(model)
     assert (logits - wanted).abs().max() < 2e-5 * wanted.abs().max() and torch.equal(tokens, by_torch)
+
+
+def test_the_kernel_travels_with_checkpoints():
+    files = {file.name for file in modelling_files(modeling_anymla)}
+    assert {"decode_kernel.py", "code_layout.py", "triton_decode.py", "triton_kernels.py"} <= files
 
 
 @pytest.mark.slow

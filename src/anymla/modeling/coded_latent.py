@@ -106,7 +106,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
         return parts
 
     def _by_kernel(
-        self, query_latent: Tensor, channels: Tensor, rows: Rows, mask: Tensor | None, codes: list[Any]
+        self, query_latent: Tensor, channels: Tensor, rows: Rows, mask: Tensor | None, codes: tuple[Any, ...]
     ) -> list[Any]:
         """The same of all codes at once, and of the exact first tokens, whose columns the kernel leaves out."""
         from .triton_decode import Turns, attend, tile_tokens  # Triton is loaded only where it is used
@@ -120,7 +120,9 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
         turns = Turns(*(table[:, self.channel_frequency].contiguous() for table in angles))
         first, softcap = rows.first, self.spec.softcap
         left_out, inputs = None if first is None else first.columns, (query_latent, query_rope)
-        parts = [attend(*inputs, *codes, mask, self.scaling, softcap=softcap, turns=turns, left_out=left_out)]
+        latent, rope_key = codes
+        read = (latent, rope_key, mask, self.scaling)
+        parts = [attend(*inputs, *read, softcap=softcap, turns=turns, left_out=left_out)]
         return parts if first is None else [*parts, self._of_first(*inputs, first, mask)]
 
     def _of_first(self, query_latent: Tensor, query_rope: Tensor, first: PlacedTokens, mask: Tensor | None) -> Any:

@@ -34,13 +34,14 @@ def uses_kernel(query: Tensor, *held: Tensor) -> bool:
     return bool(held[0].numel()) and all(not tensor.shape[-1] or tensor.stride(-1) == 1 for tensor in held)
 
 
-def codes_for_kernel(query: Tensor, *sides: tuple[Any, Tensor]) -> list[Any] | None:
+def codes_for_kernel(query: Tensor, *sides: tuple[Any, Tensor]) -> tuple[Any, ...] | None:
     """The same for a cache of codes: what the kernel reads of it; None where it does not.
 
     ``sides``: the codecs of latent and rope key, each with its rows [B,S,..].
     """
     few = all(codec.coding.outliers <= MOST_OUTLIERS for codec, _ in sides)
-    return [_cached(*side) for side in sides] if few and uses_kernel(query, *(rows for _, rows in sides)) else None
+    uses = few and uses_kernel(query, *(rows for _, rows in sides))
+    return tuple(_cached(*side) for side in sides) if uses else None
 
 
 def _cached(codec: Any, rows: Tensor) -> Any:
