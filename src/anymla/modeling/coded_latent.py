@@ -121,8 +121,8 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
         first, softcap = rows.first, self.spec.softcap
         left_out, inputs = None if first is None else first.columns, (query_latent, query_rope)
         latent, rope_key = codes
-        read = (latent, rope_key, mask, self.scaling)
-        parts = [attend(*inputs, *read, softcap=softcap, turns=turns, left_out=left_out)]
+        options: dict[str, Any] = {"softcap": softcap, "turns": turns, "left_out": left_out}
+        parts = [attend(*inputs, latent, rope_key, mask, self.scaling, **options)]
         return parts if first is None else [*parts, self._of_first(*inputs, first, mask)]
 
     def _of_first(self, query_latent: Tensor, query_rope: Tensor, first: PlacedTokens, mask: Tensor | None) -> Any:
