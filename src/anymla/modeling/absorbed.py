@@ -1,6 +1,7 @@
 """Attention in latent space: the cache is read as it is and never expanded.
 
-One of the modelling files that travel with every converted checkpoint; it needs torch only.
+One of the modelling files that travel with every converted checkpoint; it needs torch only. What is here is torch's
+way and the reference; decode_kernel.py says when a kernel does it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_weight
+
+from .decode_kernel import uses_kernel
 
 # Sizes of one sequence's latents (numbers) from which, in float32 on a CPU, another way to write the products beats
 # the plain one, whose calls are the cheapest. Measured on two AVX-512 cores with benchmarks/decode.py.
@@ -38,6 +41,12 @@ def absorbed_attention(
     value. Returns softmax(cap(scale * scores) + mask) @ value, [B,H,T,V]; where ``summed``, also the logarithm of what
     the softmax divides by, [B,H,T], to merge this with attention to other tokens.
     """
+    read = (latent, rope_key) if sinks is None else (latent, rope_key, sinks)
+    if (value is None or value is latent) and uses_kernel(query_latent, *read):
+        from .triton_decode import Cached, attend  # Triton is loaded only where it is used
+
+        cached = (Cached(latent[:, 0]), Cached(rope_key[:, 0]))
+        return attend(query_latent, query_rope, *cached, mask, scale, softcap=softcap, sinks=sinks)
     heads, new = query_latent.shape[1:3]
     # All heads share the cache: (head, token) pairs are the rows of one matrix product. Left to broadcast, matmul would
     # read (in bfloat16 even copy) the cache once per head.

@@ -57,7 +57,7 @@ class TableCodec(Codec):
         self._halves, self._zeros = (coding.counts.get(bits, 0) for bits in (16, 0))
         self._classes = {bits: count for bits, count in coding.counts.items() if 0 < bits < 16}
         self._coded = sum(self._classes.values())
-        self._planes = _planes(self._classes)
+        self._planes = planes_of(self._classes)
         found = {_source(bits) for bits in self._classes}
         self._sources = {each: [bits for bits in self._classes if _source(bits) == each] for each in sorted(found)}
         self._pieces = _pieces(coding)
@@ -255,7 +255,7 @@ def _source(bits: int) -> int:
     return HALVES if bits == 16 else SINGLES if bits > PAIRED else PAIRS if bits else ZEROS
 
 
-def _planes(classes: Mapping[int, int]) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
+def planes_of(classes: Mapping[int, int]) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
     """Planes of a row: their bits, bytes, and whose words' parts they hold: (class, bits of the word below, words)."""
     words = {bits: word(bits, count) for bits, count in classes.items()}
     planes = []

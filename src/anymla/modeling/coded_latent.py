@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .absorbed import absorbed_attention
+from .absorbed import absorbed_attention, additive_mask
+from .coded_cache import PlacedTokens
+from .decode_kernel import codes_for_kernel
 from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention
 from .rows_attention import Rows, RowsAttention
@@ -64,30 +66,75 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
         return self.attend_cached(query_nope, query_rope, latent, rope_key, mask, kwargs)
 
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
-        """Attends to one chunk after the other and weighs each with its share of the one softmax; [B,T,H,d]."""
-        dtype = query.dtype
-        precise = query.to(torch.promote_types(dtype, torch.float32))  # of 16 bits products are slower, too
+        """Attends to parts of the cache and weighs each with its share of the one softmax; returns [B,T,H,d].
+
+        The parts are chunks, or what a kernel reads and the exact first tokens.
+        """
+        dtype, sides = query.dtype, ((self.key_codec, rows.keys), (self.value_codec, rows.values))
+        codes = None if self.layer_spec.latent is None else codes_for_kernel(query, *sides)
+        precise = query if codes else query.to(torch.promote_types(dtype, torch.float32))  # on a CPU faster, too
         if (up := self.up_projections(precise)) is None:
             return self.attend_all(query, whole := self._whole(rows, dtype), whole, rows.start, mask, {})[0]
         (query_nope, channels), (up_key, up_value) = self._parts(precise), (part.to(precise.dtype) for part in up)
-        query_latent, chunks = self.into_latent(query_nope, up_key), self.chunks(rows)
-        tables = self._angles(torch.arange(chunks[0][1], device=query.device), precise)
-        own = rows.start + torch.arange(query.shape[2], device=query.device)
+        inputs = (self.into_latent(query_nope, up_key), channels, rows, mask)
+        parts = self._by_kernel(*inputs, codes) if codes else self._by_chunks(*inputs, dtype)
+        totals = torch.stack([total for _, total in parts])
+        contexts = torch.stack([context.to(totals.dtype) for context, _ in parts])
+        context = (contexts * self._shares(totals).unsqueeze(-1)).sum(0).to(precise.dtype)
+        return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
+
+    def _by_chunks(
+        self, query_latent: Tensor, channels: Tensor, rows: Rows, mask: Tensor | None, dtype: torch.dtype
+    ) -> list[Any]:
+        """Attention to each chunk, read in ``dtype``, and the logarithm of its softmax's sum."""
+        chunks = self.chunks(rows)
+        tables = self._angles(torch.arange(chunks[0][1], device=channels.device), channels)
+        own = rows.start + torch.arange(channels.shape[2], device=channels.device)
         parts: list[Any] = []
         for start, stop in chunks:  # keys and queries are turned from a chunk's first column on
             latent, rope_key = (
-                self._read(rows, start, stop, dtype, values=values).to(precise.dtype).unsqueeze(1)
+                self._read(rows, start, stop, dtype, values=values).to(channels.dtype).unsqueeze(1)
                 for values in (False, True)
             )
             rope_key = self.rotated_channels(rope_key, *(table[: stop - start] for table in tables))
-            query_rope = self.rotated_channels(channels, *self._angles(own - start, precise))
+            query_rope = self.rotated_channels(channels, *self._angles(own - start, channels))
             seen = None if mask is None else mask[..., start:stop]
             key, value = self.key_and_value(latent)
             inputs = (query_latent, query_rope, key, rope_key, seen, self.scaling)
             parts.append(absorbed_attention(*inputs, value=value, softcap=self.spec.softcap, summed=True))
-        contexts, totals = (torch.stack(part) for part in zip(*parts, strict=True))
-        context = (contexts * self._shares(totals).unsqueeze(-1)).sum(0)
-        return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
+        return parts
+
+    def _by_kernel(
+        self, query_latent: Tensor, channels: Tensor, rows: Rows, mask: Tensor | None, codes: tuple[Any, ...]
+    ) -> list[Any]:
+        """The same of all codes at once, and of the exact first tokens, whose columns the kernel leaves out."""
+        from .triton_decode import Turns, attend, tile_tokens  # Triton is loaded only where it is used
+
+        precise, length, device = channels.float(), rows.keys.shape[1], channels.device
+        own = rows.start + torch.arange(channels.shape[2], device=device)
+        query_rope = self.rotated_channels(precise, *self._angles(own, precise))
+        tile = tile_tokens(query_latent.shape[-1], query_latent.dtype)
+        columns = torch.arange(0, length, tile, device=device), torch.arange(tile, device=device)
+        angles = [table for each in columns for table in self._angles(each, precise)]
+        turns = Turns(*(table[:, self.channel_frequency].contiguous() for table in angles))
+        first, softcap = rows.first, self.spec.softcap
+        left_out, inputs = None if first is None else first.columns, (query_latent, query_rope)
+        latent, rope_key = codes
+        options: dict[str, Any] = {"softcap": softcap, "turns": turns, "left_out": left_out}
+        parts = [attend(*inputs, latent, rope_key, mask, self.scaling, **options)]
+        return parts if first is None else [*parts, self._of_first(*inputs, first, mask)]
+
+    def _of_first(self, query_latent: Tensor, query_rope: Tensor, first: PlacedTokens, mask: Tensor | None) -> Any:
+        """Attention to exact first tokens, with queries that are turned by their own positions."""
+        known = first.columns[:, None, None]
+        rope_key = self.rotated_channels(first.values.float()[:, None], *self._angles(known[:, 0], query_rope))
+        seen = additive_mask(known >= 0, torch.float32)
+        if mask is not None:
+            index = known.clamp(min=0).expand(-1, *mask.shape[1:3], -1)
+            given = additive_mask(mask, torch.float32).expand(len(known), -1, -1, -1)
+            seen = seen + given.gather(-1, index)
+        inputs = (query_latent.float(), query_rope, first.keys.float()[:, None], rope_key, seen, self.scaling)
+        return absorbed_attention(*inputs, softcap=self.spec.softcap, summed=True)
 
     def _shares(self, totals: Tensor) -> Tensor:
         """Each chunk's part of the softmax, of the logarithms of their sums [chunks,B,H,T]; a sink takes one, too."""

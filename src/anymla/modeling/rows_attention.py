@@ -37,6 +37,7 @@ class Rows(NamedTuple):
     places: tuple[Places, ...]
     start: int  # the column of the first new token
     latest: tuple[Tensor, Tensor] | None = None  # coefficients [B,E,n] of the last tokens, for an exact window
+    first: PlacedTokens | None = None  # the exact first tokens, by sequence; a column below zero is no token
 
     def before(self, stop: int) -> Rows:
         """Those in the columns before ``stop``."""
@@ -153,7 +154,8 @@ class RowsAttention(ConvertedAttention):
         (keys, values), (first, latest) = cache.update(keys, values, self.layer_idx, tokens)
         places = () if first is None else (first.placed(offset),)
         latest = None if latest is None else (latest[0][:, 0], latest[1][:, 0])
-        return Rows(keys[:, 0], values[:, 0], places, seen - offset, latest)
+        first = None if first is None else first._replace(columns=first.columns - offset)
+        return Rows(keys[:, 0], values[:, 0], places, seen - offset, latest, first)
 
     def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, *, values: bool) -> Tensor:
         """Coefficients [B,c,G d] of keys, or ``values``, of the columns from ``start`` to before ``stop``."""
