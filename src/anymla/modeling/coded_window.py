@@ -16,8 +16,8 @@ from torch.nn.functional import dropout
 from .absorbed import additive_mask
 from .block_maps import grouped
 from .coded_attention import CodedAttention
-from .coded_cache import Run
 from .heads import attention_weights
+from .placed_tokens import Run
 from .rows_attention import Rows
 
 BLOCK = 128  # queries at a time: bounds memory to their scores

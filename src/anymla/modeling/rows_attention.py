@@ -20,9 +20,10 @@ from torch import Tensor
 from .arguments import make_fit
 from .attention import ConvertedAttention
 from .codecs import make_codec
-from .coded_cache import NewTokens, PlacedTokens, Places, Run, make_room
+from .coded_cache import make_room
 from .coding_spec import CodedSpec
 from .heads import causal_mask, multiply_pairs, score_bias
+from .placed_tokens import NewTokens, PlacedTokens, Places, Run
 from .spec import LayerSpec
 
 CHUNK = 1 << 18  # numbers that are read at a time in decode: they stay in a CPU's cache

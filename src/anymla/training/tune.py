@@ -37,7 +37,7 @@ from anymla.sweep.progress import claim, decide_computing
 from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, read_metrics, rewind_metrics
 from anymla.training.outcome import Quality, Recovery
 from anymla.training.resume import done_steps, keep_steps_when_stopped, tuning_fingerprint
-from anymla.training.stages import Stage, make_stages, mixed, run_stage, training_arguments
+from anymla.training.stages import Stage, check_device, make_stages, mixed, run_stage, training_arguments
 from anymla.training.tuned_card import tuned_card
 
 REPORTERS = ("tensorboard", "trackio")
@@ -85,6 +85,7 @@ def tune(
     started, place = time.monotonic(), Path(os.path.expanduser(output))
     base = {} if recipe is None else recipe.model_dump(exclude_unset=True)
     tuning = Tune.of(base | settings, "settings")
+    check_device(tuning.device)
     source, student = locate(teacher, adapter=adapter), find_model(with_revision(converted, revision))
     for path in (student, *source.paths):
         check_output(place, path, overwrite=overwrite)
