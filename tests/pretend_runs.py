@@ -31,25 +31,10 @@ from anymla.training.parameters import always_expand, attention_names
 from anymla.training.trainer import TuneTrainer
 from tests.coded_models import coded_model
 from tests.families import make_model, save_model, token_ids
+from tests.pretend_kinds import CODECS, FIXED, OFFLOADED, SPREAD, STEPS
 from tests.pretend_gpu import NAME, Held, Pretend
 
 FIRST, SECOND = f"{NAME}:0", f"{NAME}:1"
-RUN = {"calibration_tokens": 256, "calibration_length": 32}
-FIXED = {"rope_dims": 4, "kv_rank": 16, "reconstruction_steps": 3, **RUN}
-MLA = {"mla": FIXED | {"reconstruction_steps": 0}}
-STEPS: dict[str, list[dict[str, Any]]] = {
-    "mla": [MLA],
-    "exact window": [{"mla": MLA["mla"] | {"exact_window": 4}}],
-    "transform_coding": [{"transform_coding": {"kv_cache": 0.5, "exact_window": 4, "first_tokens": 2, **RUN}}],
-    "kvquant": [{"kvquant": {"bits": 3, "first_tokens": 2, **RUN}}],
-    "kvquant after mla": [MLA, {"kvquant": {"bits": 3, "first_tokens": 2, **RUN}}],
-    "lorc": [{"lorc": {"kv_cache": 0.5}}],
-    "mfa": [{"mfa": {"kv_cache": 0.5, **RUN}}],
-    "shared_attention": [{"shared_attention": {"spans": [[1, 1]], **RUN}}],
-    "kv_heads": [{"kv_heads": {"kv_heads": 1, "variant": "post", **RUN}}],
-    "billm": [{"billm": {"block_size": 16, **RUN}}],
-}
-CODECS = {"int": 4, "fp8": 8, "plain": 16, "table": 3}
 PADDED = ("exact window", "transform_coding", "kvquant", "int")
 PROMPT, PAD, SETTLED = 12, 3, 2  # tokens; padding of the first sequence; decode steps before the count begins
 
@@ -205,11 +190,11 @@ def cases(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for kind in (*STEPS, *CODECS):
         models[kind] = made(kind, folder, original)
         yield f"decode {kind}", decoding(kind, models[kind])
-    for kind in ("kvquant", "exact window", "mla"):
+    for kind in OFFLOADED:
         yield f"offload {kind}", offloaded(models[kind])
     yield "score", scoring(models["mla"])
     yield "convert", conversion(folder, original)
-    for kind in ("shared_attention", "kvquant", "lorc"):
+    for kind in SPREAD:
         yield f"spread {kind}", spread(models[kind])
     for layerwise in (True, False):
         student = AutoModelForCausalLM.from_pretrained(folder / "mla")
