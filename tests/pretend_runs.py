@@ -31,8 +31,8 @@ from anymla.training.parameters import always_expand, attention_names
 from anymla.training.trainer import TuneTrainer
 from tests.coded_models import coded_model
 from tests.families import make_model, save_model, token_ids
-from tests.pretend_kinds import CODECS, FIXED, OFFLOADED, SPREAD, STEPS
 from tests.pretend_gpu import NAME, Held, Pretend
+from tests.pretend_kinds import CODECS, FIXED, OFFLOADED, SPREAD, STEPS
 
 FIRST, SECOND = f"{NAME}:0", f"{NAME}:1"
 PADDED = ("exact window", "transform_coding", "kvquant", "int")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from anymla.errors import RecipeError
 from tests.damage import TRAIN
 from tests.pretend_kinds import CODECS, OFFLOADED, SPREAD, STEPS
 
+ROOT = Path(__file__).parents[1]
 EXACT = 1e-4  # kernels for attention differ in their last bits, and a code may then be its neighbour
 
 
@@ -21,7 +23,7 @@ EXACT = 1e-4  # kernels for attention differ in their last bits, and a code may 
 def seen(tmp_path_factory):
     """What tests/pretend_runs.py found, in a process of its own: a backend of torch stays once it is there."""
     command = [sys.executable, "-m", "tests.pretend_runs", str(tmp_path_factory.mktemp("pretend"))]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
