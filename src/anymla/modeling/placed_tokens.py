@@ -68,7 +68,8 @@ class Places(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Places:
         """The same with every tensor changed."""
-        return Places(*(change(tensor) for tensor in self[:4]), self.known)
+        keys, values, row, column = (change(tensor) for tensor in self[:4])
+        return Places(keys, values, row, column, self.known)
 
     def shifted(self, columns: int) -> Places:
         """The same for rows that begin so many ``columns`` later."""
