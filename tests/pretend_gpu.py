@@ -31,7 +31,20 @@ WAITS = {  # the CPU must know their result, or how many numbers it has
     *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave),
 }
 
-_setup_privateuseone_for_python_backend(NAME)
+ASKED_BY = ("/anymla/", "/transformers/", "/accelerate/")  # whose line it is
+
+
+class _Backend:
+    """What torch asks of a backend."""
+
+    is_initialized = is_available = staticmethod(lambda: True)
+    _is_in_bad_fork = staticmethod(lambda: False)
+    device_count, current_device = staticmethod(lambda: 2), staticmethod(lambda: 0)
+    manual_seed_all = staticmethod(lambda seed: None)
+    get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
+
+
+_setup_privateuseone_for_python_backend(NAME, _Backend())
 
 
 class Held(Tensor):
@@ -42,6 +55,7 @@ class Held(Tensor):
 
     @staticmethod
     def __new__(cls, numbers: Tensor, where: torch.device) -> Held:
+        numbers = numbers.resolve_conj().resolve_neg()  # an alias would forget what is still to be done
         made = Tensor._make_subclass(cls, numbers, False, dispatch_device=True, device_for_backend_keys=where)
         made.held_on = where
         return made
@@ -149,10 +163,10 @@ class Pretend(TorchDispatchMode):
     @staticmethod
     def _count(counter: Counter[str], packet: Any) -> None:
         frame: Any = sys._getframe(1)
-        while frame is not None and "/anymla/" not in frame.f_code.co_filename:
+        while frame is not None and not any(name in frame.f_code.co_filename for name in ASKED_BY):
             frame = frame.f_back
-        place = "" if frame is None else f" at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-        counter[f"{packet}{place}"] += 1
+        file = "" if frame is None else frame.f_code.co_filename
+        counter[f"{packet}{f' at {Path(file).name}:{frame.f_lineno}' if ASKED_BY[0] in file else ''}"] += 1
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> Any:
