@@ -60,7 +60,7 @@ def coded_model(
     converted = made._from_config(config, dtype=model.dtype, experts_implementation="eager").eval()
     missing, unexpected = converted.load_state_dict(states, strict=False)
     assert not unexpected and all("levels" in name for name in missing), (missing, unexpected)
-    if bits < 16:
+    if bits < 16 and kind == "table":
         fit_levels(converted, bits)
     return converted
 

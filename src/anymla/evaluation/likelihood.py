@@ -92,7 +92,12 @@ def _answer(model: Any, batch: Sequence[Query]) -> list[Answer]:
             if first < last:
                 asked = Query(query.ids[: last + 1], first + 1, query.among)
                 found[row].append(_of_row(logits[row, first - part.start : last - part.start], asked))
-    return [Answer.joined(answers) for answers in found]
+    answers = Answer.joined([part for parts in found for part in parts])
+    if answers.log_probs.isnan().any():  # as all of a token's are if one is
+        raise CheckpointError("the model gives NaN on this text: its dtype may overflow, give --dtype float32")
+    sizes = [sum(len(part.log_probs) for part in parts) for parts in found]
+    rows = zip(answers.log_probs.cpu().split(sizes), answers.likeliest.cpu().split(sizes), strict=True)
+    return [Answer(*row) for row in rows]
 
 
 def _of_row(logits: Tensor, query: Query) -> Answer:
@@ -102,7 +107,4 @@ def _of_row(logits: Tensor, query: Query) -> Answer:
         among = torch.tensor(query.among, device=logits.device)
         logits, targets = logits[:, among], (targets[:, None] == among).long().argmax(-1)
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    if log_probs.isnan().any():
-        raise CheckpointError("the model gives NaN on this text: its dtype may overflow, give --dtype float32")
-    asked = log_probs.gather(-1, targets[:, None])[:, 0]
-    return Answer(asked.cpu(), (log_probs.argmax(-1) == targets).cpu())
+    return Answer(log_probs.gather(-1, targets[:, None])[:, 0], log_probs.argmax(-1) == targets)

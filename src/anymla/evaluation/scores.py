@@ -40,11 +40,14 @@ class Scores:
 
 
 class ScoreSums:
-    """Running sums over batches of windows."""
+    """Running sums over batches of windows, on the device of the logits: they are read once, at the end."""
 
     def __init__(self) -> None:
         self.tokens = self.scored = 0
-        self.loss = self.kl = self.agreed = self.original_loss = 0.0
+        self.loss: Any = 0.0
+        self.kl: Any = 0.0
+        self.agreed: Any = 0.0
+        self.original_loss: Any = 0.0
         self.compared = False
 
     def add(self, logits: Logits, ids: Tensor, reference: Logits | None) -> None:
@@ -55,12 +58,12 @@ class ScoreSums:
         for part in logits.parts(last=ids.shape[1] - 1):
             log_p = _log_softmax(logits.at(part))
             following = ids[:, part.start + 1 : part.stop + 1, None]
-            self.loss -= log_p.gather(-1, following).sum(dtype=torch.float64).item()
+            self.loss -= log_p.gather(-1, following).sum(dtype=torch.float64)
             if reference is not None:
                 log_q = log_p if reference is logits else _log_softmax(reference.at(part).to(log_p.dtype))
-                self.kl += (log_q.exp() * (log_q - log_p)).sum(-1).sum(dtype=torch.float64).item()
-                self.original_loss -= log_q.gather(-1, following).sum(dtype=torch.float64).item()
-                self.agreed += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
+                self.kl += (log_q.exp() * (log_q - log_p)).sum(-1).sum(dtype=torch.float64)
+                self.original_loss -= log_q.gather(-1, following).sum(dtype=torch.float64)
+                self.agreed += (log_q.argmax(-1) == log_p.argmax(-1)).sum(dtype=torch.float64)
 
     def over_all_processes(self, device: str) -> ScoreSums:
         """These sums and those of all other processes, which are then the same everywhere."""
@@ -77,9 +80,10 @@ class ScoreSums:
         Raises:
             CheckpointError: a logit was NaN.
         """
-        if math.isnan(self.loss + self.kl):
+        loss, kl = float(self.loss), float(self.kl)
+        if math.isnan(loss + kl):
             raise CheckpointError("the model gives NaN on this text: its dtype may overflow, give --dtype float32")
-        return _perplexity(self.loss / self.scored), max(0.0, self.kl / self.scored) if self.compared else None
+        return _perplexity(loss / self.scored), max(0.0, kl / self.scored) if self.compared else None
 
     def scores(self, cache: Account) -> Scores:
         """The means, with the cache's size.
@@ -91,7 +95,7 @@ class ScoreSums:
         return Scores(
             perplexity=perplexity,
             kl=kl,
-            top1_agreement=self.agreed / self.scored if self.compared else None,
+            top1_agreement=float(self.agreed) / self.scored if self.compared else None,
             cache_bytes_per_token=cache.cache_bytes_per_token,
             cache_numbers_per_token_per_layer=cache.numbers_per_layer,
             tokens=self.tokens,
@@ -101,7 +105,7 @@ class ScoreSums:
     def original_scores(self, cache: Account) -> Scores:
         """Returns those of the original, from the same logits; ``cache`` is its own."""
         same = replace(self.scores(cache), kl=0.0, top1_agreement=1.0)
-        return replace(same, perplexity=_perplexity(self.original_loss / self.scored))
+        return replace(same, perplexity=_perplexity(float(self.original_loss) / self.scored))
 
 
 def _perplexity(loss: float) -> float:

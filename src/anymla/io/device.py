@@ -9,11 +9,14 @@ import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from anymla.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pick_device(device: str) -> str:
@@ -51,6 +54,13 @@ def matmul_speed(device: str = "cpu") -> float:
         (matrix @ matrix)[0, 0].item()  # asking for a number waits for a GPU
         seconds.append(time.perf_counter() - started)
     return 3 * 2 * size**3 / sum(seconds[1:])  # the first one warms up
+
+
+def copied_to(device: str, tensor: Tensor) -> Tensor:
+    """A CPU ``tensor`` on ``device``. To CUDA it goes through pinned memory, so that the CPU need not wait for it."""
+    if not device.startswith("cuda"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def machine_memory() -> int:

@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from anymla.errors import CheckpointError
 from anymla.io.auto import model_class
 from anymla.io.checkpoint import check_loading, check_weights, implementations, safe_config
+from anymla.io.device import copied_to
 from anymla.io.extra import left_out
 from anymla.io.safetensors import Stored, read_header
 from anymla.io.shards import check_amount
@@ -269,8 +270,8 @@ class StreamedModel:
     def _ready(self, name: str, tensor: Tensor) -> Tensor:
         """A loaded tensor, rounded as it is saved, in what is computed in."""
         if self._computing == self._dtype or not tensor.is_floating_point():
-            return tensor.to(self.device)
-        return tensor.to(self.saved[name]).to(self.device, self._computing)
+            return copied_to(self.device, tensor)
+        return copied_to(self.device, tensor.to(self.saved[name])).to(self._computing)
 
 
 def _say_device(model: nn.Module, device: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymla.io.device import copied_to
 from anymla.io.safetensors import bytes_of, durable
 
 
@@ -51,14 +52,14 @@ class Activations:
 
     def __getitem__(self, windows: slice) -> Tensor:
         if self._memory is not None:
-            return self._memory[windows].to(self.device)
+            return copied_to(self.device, self._memory[windows])
         first, last, _ = windows.indices(len(self))
         content = torch.empty(max(0, last - first), *self.shape[1:], dtype=self.dtype)
         if content.numel():
             self._source.seek(first * self.window)
             if self._source.readinto(bytes_of(content)) != len(content) * self.window:
                 raise OSError(f"{self._source.name} ends too early")
-        return content.to(self.device)
+        return copied_to(self.device, content)
 
     def __setitem__(self, windows: slice, values: Tensor) -> None:
         if self._memory is not None:

@@ -19,8 +19,8 @@ from anymla.model_run.stream import LayerBatch, final_logits, first
 PART_BYTES = 64 << 20  # of logits at once
 
 
-def loss_gradient(model: Any, hidden: Tensor, ids: Tensor, *, tuples: bool) -> tuple[float, Tensor]:
-    """The loss of a window and its gradient [1,T,D] with respect to the final hidden states, before the last norm.
+def loss_gradient(model: Any, hidden: Tensor, ids: Tensor, *, tuples: bool) -> tuple[Tensor, Tensor]:
+    """The loss [] of a window and its gradient [1,T,D] with respect to the final hidden states, before the last norm.
 
     ``hidden`` [1,T,D], ``ids`` [1,T]. ``tuples``: whether layers of this family return tuples. Logits are made in parts
     of at most 64 MiB.
@@ -28,14 +28,14 @@ def loss_gradient(model: Any, hidden: Tensor, ids: Tensor, *, tuples: bool) -> t
     length = ids.shape[1] - 1
     states = hidden.detach().requires_grad_(True)
     size = max(1, PART_BYTES // (model.config.get_text_config().vocab_size * hidden.element_size()))
-    loss = 0.0
+    loss = hidden.new_zeros((), dtype=torch.float64)
     for start in range(0, length, size):
         part = slice(start, min(start + size, length))
         with torch.enable_grad():
             logits = final_logits(model, states[:, part], tuples=tuples)[0]
             lost = cross_entropy(logits, ids[0, part.start + 1 : part.stop + 1], reduction="sum") / length
         lost.backward()
-        loss += lost.item()
+        loss += lost.detach()
     return loss, torch.zeros_like(hidden) if states.grad is None else states.grad
 
 

@@ -126,7 +126,7 @@ class CodedAttention(RowsAttention):
 
         ``dtype``: of what is read, which prefill reads in the model's own.
         """
-        starts = torch.tensor([start for start, _ in chunks], device=query.device)
+        starts = torch.arange(len(chunks), device=query.device) * chunks[0][1]
         columns = rows.start + torch.arange(query.shape[2], device=query.device) - starts[:, None, None, None]
         queries = turned(query.expand(len(chunks), *query.shape), *self._angles(columns, query))
         tables = self._angles(torch.arange(chunks[0][1], device=query.device), query)

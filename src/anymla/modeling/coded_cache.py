@@ -2,105 +2,24 @@
 
 One of the modelling files that travel with every converted checkpoint; it needs torch and transformers only.
 
-Shapes: B batch, T new tokens, S cached tokens, F exact first tokens, n coefficients.
+Shapes: B batch, E latest tokens, n coefficients.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
 
 from .exact_cache import ExactTokens
+from .placed_tokens import NewTokens, PlacedTokens
 
 GROWTH = 8  # rows grow by one in so many, and by
 LEAST_GROWTH = 64  # this many at least: appending a token copies nothing but then
-
-
-class PlacedTokens(NamedTuple):
-    """Coefficients of some tokens [B,F,n] as they were before coding, and their columns [B,F] in the cache.
-
-    A column is the number of a token in its sequence, padding included; -1 where a sequence has fewer such tokens.
-    """
-
-    keys: Tensor
-    values: Tensor
-    columns: Tensor
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> PlacedTokens:
-        """The same with every tensor changed."""
-        return PlacedTokens(*(change(tensor) for tensor in self))
-
-    def last(self, count: int) -> PlacedTokens:
-        """The ``count`` tokens of each sequence with the largest columns."""
-        columns, index = self.columns.topk(min(count, self.columns.shape[1]), dim=1)
-        index = index[..., None]
-        keys, values = (states.gather(1, index.expand(-1, -1, states.shape[-1])) for states in self[:2])
-        return PlacedTokens(keys, values, columns)
-
-    def placed(self, start: int = 0) -> Places:
-        """Where they belong in a tensor whose first column is ``start``."""
-        row, token = ((self.columns >= 0) & (self.columns >= start)).nonzero(as_tuple=True)
-        columns = self.columns[row, token] - start
-        bounds = (int(columns.min()), int(columns.max()) + 1) if len(columns) else (0, 0)
-        return Places(self.keys[row, token], self.values[row, token], row, columns, *bounds)
-
-
-class Places(NamedTuple):
-    """Coefficients [m,n] of keys and of values that belong in ``column`` [m] of sequence ``row`` [m]."""
-
-    keys: Tensor
-    values: Tensor
-    row: Tensor
-    column: Tensor
-    begin: int  # the first column
-    stop: int  # after the last column
-
-    def put(self, states: Tensor, start: int, *, values: bool) -> Tensor:
-        """``states`` [B,c,n], keys or ``values`` of columns from ``start`` on, with those of these tokens in place."""
-        if start >= self.stop or start + states.shape[1] <= self.begin:
-            return states
-        column = self.column - start
-        inside = (column >= 0) & (column < states.shape[1])
-        exact = (self.values if values else self.keys)[inside]
-        return states.index_put((self.row[inside], column[inside]), exact.to(states.dtype))
-
-
-class NewTokens(NamedTuple):
-    """Coefficients of keys and values [B,T,n], and where the family says so the positions [B or 1,T], of new tokens."""
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor | None = None
-
-    def first(self, held: PlacedTokens | None, start: int, count: int) -> PlacedTokens | None:
-        """The exact first tokens once these were read, which begin at column ``start``; ``held``: those of before.
-
-        The last ``count`` tokens with a position below ``count``: padding on the left may have small ones, too.
-        """
-        batch, new = self.keys.shape[:2]
-        if self.positions is None:
-            found = self._early(slice(0, max(0, count - start)), start)
-            if not found.columns.shape[1]:
-                return held
-        else:
-            early = self.positions < count
-            if not early.any():
-                return held
-            columns = torch.arange(start, start + new, device=early.device).where(early, -1).expand(batch, -1)
-            found = PlacedTokens(self.keys, self.values, columns).last(count)
-        if held is None:
-            return found
-        return PlacedTokens(*(torch.cat(pair, dim=1) for pair in zip(held, found, strict=True))).last(count)
-
-    def _early(self, tokens: slice, start: int) -> PlacedTokens:
-        keys, values = self.keys[:, tokens].clone(), self.values[:, tokens].clone()
-        columns = torch.arange(start, start + keys.shape[1], device=keys.device).expand(len(keys), -1)
-        return PlacedTokens(keys, values, columns)
 
 
 class CodedLayer:
@@ -109,6 +28,7 @@ class CodedLayer:
     _layer_type = None  # not for the register of transformers
     first_tokens: int
     first: PlacedTokens | None = None
+    settled = False  # whether the first tokens were all read: then no single token asks the device for its position
     room: tuple[Tensor, Tensor] | None = None  # rows that keys and values begin, and more after them
     latest: ExactTokens | None = None  # room for the last tokens as they were before coding; None: they are not kept
     blank: NewTokens | None = None  # one token of zeros: how large an exact one is
@@ -125,7 +45,7 @@ class CodedLayer:
         """
         if self.blank is None:
             self.blank = NewTokens(*(torch.zeros_like(states[:1, :1]) for states in tokens[:2]))
-        self.first = tokens.first(self.first, int(self.get_seq_length()), self.first_tokens)
+        self._keep_first(tokens)
         latest = None if self.latest is None else self.latest.update(tokens.keys[:, None], tokens.values[:, None])
         exact = (self.first, latest)
         if isinstance(self, DynamicLayer) and not self.is_sliding:
@@ -136,6 +56,14 @@ class CodedLayer:
                 self.keys, self.values = self.keys.clone(), self.values.clone()
             self._forget()
         return rows, exact
+
+    def _keep_first(self, tokens: NewTokens) -> None:
+        """Keeps the first tokens once these were read."""
+        single = tokens.positions is not None and tokens.keys.shape[1] == 1
+        if not self.first_tokens or (single and self.settled):
+            return
+        self.first = tokens.first(self.first, int(self.get_seq_length()), self.first_tokens)
+        self.settled = tokens.settle(self.first_tokens)
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
         """As always; without rows the tensors have their widths already."""
@@ -164,12 +92,16 @@ class CodedLayer:
     def _forget(self) -> None:
         """Gives the exact first tokens up once their columns are out of the window."""
         start = self.get_seq_length() - self.keys.shape[2]
-        if self.first is not None and start > 0 and int(self.first.columns.max()) < start:
+        if self.first is not None and start > 0 and max(self.first.places.known, default=-1) < start:
             self.first = None
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.first is not None:
             self.first = self.first.each(change)
+
+    def _move(self, device: Any) -> None:
+        if self.first is not None:
+            self.first = self.first.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch, for beam search."""
@@ -204,7 +136,9 @@ class CodedLayer:
         if self.first is not None:
             length = int(self.get_seq_length())
             columns = self.first.columns.where(self.first.columns < length, -1)
-            self.first = self.first._replace(columns=columns).last(min(length, self.first_tokens)) if length else None
+            placed = PlacedTokens(*self.first[:2], columns)
+            self.first = placed.last(min(length, self.first_tokens)) if length else None
+        self.settled = False
         if isinstance(self, DynamicSlidingWindowLayer):
             self._forget()
 
@@ -221,6 +155,7 @@ class CodedLayer:
         if self.latest is not None:
             self.latest.reset()
         self.first = self.room = None
+        self.settled = False
 
     def offload(self) -> None:
         """Moves the layer to the CPU."""
@@ -228,7 +163,7 @@ class CodedLayer:
         if self.latest is not None:
             self.latest.offload()
         self.room = None
-        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
+        self._move("cpu")
 
     def prefetch(self) -> None:
         """Moves the layer back to its device."""
@@ -236,7 +171,7 @@ class CodedLayer:
         if self.latest is not None:
             self.latest.prefetch()
         if self.is_initialized:
-            self._change(lambda tensor: tensor.to(self.device, non_blocking=True))  # type: ignore[attr-defined]
+            self._move(self.device)  # type: ignore[attr-defined]
 
 
 def _fill(held: Tensor, room: Tensor, new: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch.nn.functional import dropout
 from .absorbed import additive_mask
 from .block_maps import grouped
 from .coded_attention import CodedAttention
-from .coded_cache import PlacedTokens
 from .heads import attention_weights
+from .placed_tokens import Run
 from .rows_attention import Rows
 
 BLOCK = 128  # queries at a time: bounds memory to their scores
@@ -44,9 +44,8 @@ class CodedWindowAttention(CodedAttention):
         inside = slice(max(0, last - self.coded.exact_window + 1), last + 1)
         keys, values = (states[:, inside] for states in rows.latest)
         column = rows.start + token
-        columns = torch.arange(column + 1 - keys.shape[1], column + 1, device=keys.device)
-        placed = PlacedTokens(keys, values, columns.expand(len(keys), -1)).placed()
-        return rows._replace(places=(*rows.places, placed), start=column)
+        latest = Run(keys, values, column + 1 - keys.shape[1])
+        return rows._replace(places=(*rows.places, latest), start=column)
 
     def attend_all(
         self,

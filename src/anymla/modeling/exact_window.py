@@ -50,8 +50,9 @@ class Pairs(NamedTuple):
             bias = like.new_zeros(1, 1, 1, columns.stop) if given is None else given.clone()
             bias[..., max(0, self.length - self.window) :] = lowest
             return bias
-        places = torch.arange(self.length - self.new + rows.start, self.length - self.new + rows.stop)
-        distance = (places[:, None] - torch.arange(columns.start, columns.stop)).to(like.device)
+        first = self.length - self.new
+        places = torch.arange(first + rows.start, first + rows.stop, device=like.device)
+        distance = places[:, None] - torch.arange(columns.start, columns.stop, device=like.device)
         allowed = distance >= self.window if old else (distance >= 0) & (distance < self.window)
         bias = additive_mask(allowed[None, None], like.dtype)
         return bias if given is None else (bias + given).clamp_min(lowest)

@@ -20,9 +20,10 @@ from torch import Tensor
 from .arguments import make_fit
 from .attention import ConvertedAttention
 from .codecs import make_codec
-from .coded_cache import NewTokens, PlacedTokens, Places, make_room
+from .coded_cache import make_room
 from .coding_spec import CodedSpec
 from .heads import causal_mask, multiply_pairs, score_bias
+from .placed_tokens import NewTokens, PlacedTokens, Places, Run
 from .spec import LayerSpec
 
 CHUNK = 1 << 18  # numbers that are read at a time in decode: they stay in a CPU's cache
@@ -34,7 +35,7 @@ class Rows(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    places: tuple[Places, ...]
+    places: tuple[Places | Run, ...]
     start: int  # the column of the first new token
     latest: tuple[Tensor, Tensor] | None = None  # coefficients [B,E,n] of the last tokens, for an exact window
     first: PlacedTokens | None = None  # the exact first tokens, by sequence; a column below zero is no token
@@ -138,10 +139,10 @@ class RowsAttention(ConvertedAttention):
     def _read_back(self, tokens: NewTokens) -> tuple[Tensor, Tensor]:
         """What would be read of the new tokens, were there a cache; gradients pass."""
         keys, values = self.key_codec(tokens.keys), self.value_codec(tokens.values)
-        if (first := tokens.first(None, 0, self.coded.first_tokens)) is None:
+        if not self.coded.first_tokens:
             return keys, values
-        places = first.placed()
-        return places.put(keys, 0, values=False), places.put(values, 0, values=True)
+        exact = tokens.early(self.coded.first_tokens)[..., None]
+        return tokens.keys.where(exact, keys), tokens.values.where(exact, values)
 
     def _cached(self, tokens: NewTokens, cache: Any) -> Rows:
         """Adds the new tokens to ``cache``; all that they see."""
@@ -152,7 +153,7 @@ class RowsAttention(ConvertedAttention):
         _, offset = cache.get_mask_sizes(keys.shape[2], self.layer_idx)
         first: PlacedTokens | None
         (keys, values), (first, latest) = cache.update(keys, values, self.layer_idx, tokens)
-        places = () if first is None else (first.placed(offset),)
+        places = () if first is None else (first.places.shifted(offset),)
         latest = None if latest is None else (latest[0][:, 0], latest[1][:, 0])
         first = None if first is None else first._replace(columns=first.columns - offset)
         return Rows(keys[:, 0], values[:, 0], places, seen - offset, latest, first)

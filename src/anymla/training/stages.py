@@ -107,6 +107,20 @@ def training_arguments(tuning: Tune, stage: Stage, folder: Path, *, device: str,
     return arguments
 
 
+def check_device(device: str) -> None:
+    """Refuses a GPU by a number that transformers' Trainer would pass over.
+
+    Raises:
+        RecipeError: another one than the first.
+    """
+    kind, _, index = device.partition(":")
+    if index not in ("", "0"):
+        raise RecipeError(
+            f"--device {device}: tuning takes the first GPU that it sees; give --device {kind}, and let it see one, "
+            f"as with CUDA_VISIBLE_DEVICES={index}"
+        )
+
+
 def mixed(tuning: Tune, device: str) -> bool:
     """Whether weights are in float32 and products in bfloat16."""
     return tuning.precision == "mixed" or (tuning.precision is None and device != "cpu")

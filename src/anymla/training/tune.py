@@ -38,7 +38,7 @@ from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, r
 from anymla.training.outcome import Quality, Recovery
 from anymla.training.packed import check_packed, pack_again, unpacked
 from anymla.training.resume import done_steps, keep_steps_when_stopped, tuning_fingerprint
-from anymla.training.stages import Stage, make_stages, mixed, run_stage, training_arguments
+from anymla.training.stages import Stage, check_device, make_stages, mixed, run_stage, training_arguments
 from anymla.training.tuned_card import tuned_card
 
 REPORTERS = ("tensorboard", "trackio")
@@ -261,6 +261,7 @@ def _check_early(tuning: Tune, report_to: list[str] | None) -> None:
     from transformers.integrations import integration_utils
 
     check_data(tuning.data, tuning.eval_data)
+    check_device(tuning.device)
     pick_device(tuning.device)
     for name in report_to or []:
         if name not in REPORTERS:

@@ -33,7 +33,7 @@ class Channels:
         matrix = torch.zeros(
             len(self.index), self.encode.shape[1], pairs, dtype=self.encode.dtype, device=self.encode.device
         )
-        matrix[torch.arange(len(self.index)), :, self.index] = self.encode
+        matrix[torch.arange(len(self.index), device=matrix.device), :, self.index] = self.encode
         matrix = matrix.view(self.fold, len(self), *matrix.shape[1:]).sum(0)
         rotated = _real_matrix(matrix.flatten(1), pairs).unflatten(1, (self.encode.shape[1], 2 * pairs))
         return torch.nn.functional.pad(rotated, (0, head_dim - 2 * pairs)).flatten(1)

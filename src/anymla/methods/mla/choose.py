@@ -193,7 +193,7 @@ class LayerFit:
     def _error(self, attention: LatentAttention, windows: slice) -> float:
         """Squared loss of the layer's output on ``windows`` of all processes."""
         batches = self._lost(attention, windows)
-        lost = sum(batch.lacking.double().square().sum().item() for batch in batches)
+        lost = float(sum(batch.lacking.double().square().sum() for batch in batches))
         return all_sum_number(lost, attention.o_proj.weight.device)
 
     def _lost(self, attention: LatentAttention, windows: slice) -> Iterator[OutputBatch]:

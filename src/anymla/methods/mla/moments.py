@@ -55,14 +55,13 @@ class MomentSums:
 
     def __init__(self, weights: AttentionWeights, window: int = 0) -> None:
         self.weights, self.window = weights, window
-        kv_heads, d = weights.key.shape[:2]
-        heads, device = weights.query.shape[0], weights.query.device
+        (kv_heads, d), heads, device = weights.key.shape[:2], len(weights.query), weights.query.device
         y, pairs = 2 * kv_heads * d, weights.rope_pairs
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.tokens, self.received, self.rope_scale = 0, zeros(), 1.0
+        self.tokens, self.received, self.rope_scale = 0, zeros(), zeros() + 1
         self.gram, self.mean, self.weighted_gram, self.weighted_mean = zeros(y, y), zeros(y), zeros(y, y), zeros(y)
         self.query_gram = zeros(heads, d, d)
         self.rotation = zeros(heads, pairs, dtype=torch.complex128)
@@ -70,6 +69,7 @@ class MomentSums:
         self.attended, self.key_weight, self.value_weight = zeros(heads), zeros(heads), zeros(heads)
         self.query_norm, self.key_norm = zeros(heads, pairs), zeros(kv_heads, pairs)
         self.sample: Sample | None = None
+        self.blocks: tuple[Tensor | None, list[tuple[slice, slice, bool]]] = (None, [])  # of the last mask
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> None:
         """Adds a batch: query [B,H,T,d], key and value [B,G,T,d] before rope, cos and sin [1,1,T,P].
@@ -85,7 +85,7 @@ class MomentSums:
         if self.sample is None:
             self.sample = Sample.of(query, key, turn / turn.abs(), mask)
         received = self._add_attention(query, key, value, turn, mask)
-        self.rope_scale = turn.abs().square().mean().item() if turn.numel() else 1.0
+        self.rope_scale = turn.abs().square().mean() if turn.numel() else self.rope_scale
         y = torch.cat([key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)], dim=-1).flatten(0, 1).double()
         weight = received.flatten().double()
         self.tokens += batch * length
@@ -109,12 +109,13 @@ class MomentSums:
         query, key = rotate(query, turn) * self.weights.scaling, rotate(key, turn)
         if self.weights.query_gain is not None:
             query = query * self.weights.query_gain.to(query.dtype)
-        starts = range(0, query.shape[2], BLOCK_ROWS)
-        blocks = [(rows, *seen_by(mask[:, :, rows])) for rows in (slice(at, at + BLOCK_ROWS) for at in starts)]
+        if self.blocks[0] is not mask:  # to find what rows see, the CPU waits for the device
+            starts = (slice(at, at + BLOCK_ROWS) for at in range(0, query.shape[2], BLOCK_ROWS))
+            self.blocks = mask, [(rows, *seen_by(mask[:, :, rows])) for rows in starts]
         for head in range(kv_heads):
             heads = slice(head * group, (head + 1) * group)
             sums = AttentionSums(query[:, heads], value[:, head], back)
-            for rows, seen, masked in blocks:  # a block of rows at a time bounds memory to its [B,n,R,S] scores
+            for rows, seen, masked in self.blocks[1]:  # a block of rows at a time bounds memory to its [B,n,R,S] scores
                 own = mask[:, heads if mask.shape[1] > 1 else slice(None), rows, seen] if masked else None
                 attention = self._attention(query[:, heads, rows], key[:, head, seen], own, heads)
                 sums.add(attention, rows, seen, self.window)
@@ -164,7 +165,7 @@ class MomentSums:
             all_sum(getattr(self, name)).div_(self.received.clamp_min(1e-300))
         all_sum(self.rotation).div_(all_sum(self.attended).clamp_min(1e-300)[:, None])
         means = {name: getattr(self, name) for name in (*over_tokens, "rotation", "weighted_gram", "weighted_mean")}
-        return Moments(rope_scale=self.rope_scale, sample=self.sample, **means)
+        return Moments(rope_scale=float(self.rope_scale), sample=self.sample, **means)
 
 
 class AttentionSums:

@@ -21,7 +21,7 @@ from anymla.model_run.activations import Activations
 from anymla.model_run.stream import AttentionRun, LayerBatch, attention_inputs, first
 from anymla.modeling.absorbed import additive_mask
 from anymla.modeling.arguments import without_cache
-from anymla.modeling.heads import rope_tables, score_bias
+from anymla.modeling.heads import causal_mask, rope_tables, score_bias
 from anymla.modeling.latent_attention import LatentAttention
 from anymla.modeling.shared_attention import MAPS
 
@@ -70,7 +70,8 @@ class TargetObserver:
         self.precision = torch.promote_types(layer.original.dtype, torch.float32)
         self.target = layer.original.like(self.precision)
         self.arguments: dict[str, Any] = {}
-        self.power, self.finite = 0.0, True
+        self.power = torch.zeros((), dtype=torch.float64, device=layer.original.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=layer.original.device)
 
     def run_of(self, batch: LayerBatch) -> AttentionRun:
         """What went through the attention of a batch; its target is written."""
@@ -82,7 +83,7 @@ class TargetObserver:
         self.power += _power(stream[self.chosen(batch)])
         target = stream - (self.layer.converted[batch.windows] if residual else 0)
         self.target[batch.windows] = target
-        self.finite = self.finite and bool(target.isfinite().all())
+        self.finite = self.finite & target.isfinite().all()
         return replace(run, arguments=self.arguments)
 
     def fitted(self, batch: LayerBatch, run: AttentionRun) -> Tensor:
@@ -100,7 +101,7 @@ class TargetObserver:
         Raises:
             CheckpointError: they did.
         """
-        if not (self.finite and bool(sums.isfinite().all())):
+        if not (bool(self.finite) and bool(sums.isfinite().all())):
             dtype = str(self.layer.original.dtype).removeprefix("torch.")
             wider = "float32 or bfloat16" if dtype == "float16" else "float64, or look for weights that are too large"
             raise CheckpointError(f"activations overflow in {dtype} at layer {self.layer.index}: give --dtype {wider}")
@@ -131,7 +132,8 @@ class AttentionObserver(TargetObserver):
         if self.static_norms:
             self.source = self._with_static_norms()
         self.sums = MomentSums(self.source.weights, self.window)
-        self.norms_lost = 0.0
+        self.mask: Tensor | None = None
+        self.norms_lost = self.sums.mean.new_zeros(())
 
     def add(self, batch: LayerBatch) -> None:
         """Takes one batch of the original's stream."""
@@ -150,7 +152,7 @@ class AttentionObserver(TargetObserver):
             CheckpointError: activations overflow.
         """
         device = self.sums.gram.device
-        power = all_sum_number(self.power, device)
+        power = all_sum_number(float(self.power), device)
         moments = self.sums.moments()
         self.check_finite(moments.weighted_gram)
         return Measured(
@@ -160,7 +162,7 @@ class AttentionObserver(TargetObserver):
             target=self.target,
             arguments=self.arguments,
             power=max(power, 1e-300),
-            norms_lost=all_sum_number(self.norms_lost, device) if self.static_norms else None,
+            norms_lost=all_sum_number(float(self.norms_lost), device) if self.static_norms else None,
         )
 
     def _with_static_norms(self) -> SourceAttention:
@@ -203,12 +205,19 @@ class AttentionObserver(TargetObserver):
                 f"rope turns {rope[0].shape[-1]} dims of a head, but config.json says {2 * pairs}"
             )
         cos, sin = rope_tables(spec.rope_table, pairs, rope, positions, inputs, self.layer.config)
-        mask = score_bias(mask, spec, self.layer.config, inputs, inputs.shape[1], rest)
-        if mask is None and not getattr(self.attention, "is_causal", True):  # PaliGemma's, which sees all of a prompt
-            mask = inputs.new_zeros(1, 1, inputs.shape[1], inputs.shape[1])
-        additive = None if mask is None else additive_mask(mask, inputs.dtype)
-        self.sums.add(*self.source.project(inputs), cos, sin, additive)
+        if self.mask is None:  # the same for all batches
+            self.mask = self._additive(score_bias(mask, spec, self.layer.config, inputs, inputs.shape[1], rest), inputs)
+        self.sums.add(*self.source.project(inputs), cos, sin, self.mask)
+
+    def _additive(self, mask: Tensor | None, inputs: Tensor) -> Tensor:
+        """The ``mask``, or the one that is meant where none is given."""
+        if mask is not None:
+            return additive_mask(mask, inputs.dtype)
+        length = inputs.shape[1]
+        if not getattr(self.attention, "is_causal", True):  # PaliGemma's, which sees all of a prompt
+            return inputs.new_zeros(1, 1, length, length)
+        return additive_mask(causal_mask(length, length, None, inputs.device), self.precision)
 
 
-def _power(values: Tensor) -> float:
-    return values.double().square().sum().item()
+def _power(values: Tensor) -> Tensor:
+    return values.double().square().sum()

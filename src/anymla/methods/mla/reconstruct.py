@@ -99,11 +99,11 @@ class Reconstruction:
     def _error(self, windows: slice) -> float:
         starts = range(windows.start, windows.stop, self.batch)
         parts = (list(range(start, min(start + self.batch, windows.stop))) for start in starts)
-        error = sum(self._loss(part).item() for part in parts)
+        error = float(sum(self._loss(part).double() for part in parts))
         return all_sum_number(error if math.isfinite(error) else math.inf, self.inputs.device)
 
     def _power(self, windows: slice) -> float:
-        power = sum(part.double().square().sum().item() for part in self.target.split(self.batch, windows))
+        power = float(sum(part.double().square().sum() for part in self.target.split(self.batch, windows)))
         return all_sum_number(power, self.inputs.device)
 
     def _keep(self) -> None:

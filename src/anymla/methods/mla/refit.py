@@ -37,13 +37,12 @@ class OutputBatch:
 
 def normal_equations(batches: Iterable[OutputBatch], *, bias: bool = True) -> NormalEquations:
     """Accumulates ``batches`` in float64; with ``bias``, a constant feature is appended for it."""
-    gram = cross = torch.zeros(())
-    total = 0.0
+    gram = cross = total = torch.zeros(())
     for batch in batches:
         x, e = batch.features.flatten(0, -2).double(), batch.lacking.flatten(0, -2).double()
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if bias else x
-        gram, cross, total = gram.to(x.device) + x.T @ x, cross.to(x.device) + x.T @ e, total + e.square().sum().item()
-    return NormalEquations(all_sum(gram), all_sum(cross), all_sum_number(total, gram.device))
+        gram, cross, total = x.T @ x + gram, x.T @ e + cross, e.square().sum() + total
+    return NormalEquations(all_sum(gram), all_sum(cross), all_sum_number(float(total), gram.device))
 
 
 def best_change(fit: NormalEquations, choice: NormalEquations, *, bias: bool = True) -> Tensor | None:

@@ -89,7 +89,7 @@ def fit_values(layer: Layer, observed: ValueObserver) -> Changed:
             hook.remove()
 
     lost = refit_output(attention, batches, layer.windows.fit, layer.windows.choice, layer.saved)
-    power = max(all_sum_number(observed.power, observed.gram.device), 1e-300)
+    power = max(all_sum_number(float(observed.power), observed.gram.device), 1e-300)
     layer.module.set_submodule(layer.attention_path, attention)
     _close(inputs, observed.target)
     rank = attention.v_b_proj.in_features
