@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .absorbed import absorbed_attention, additive_mask
-from .coded_cache import PlacedTokens
 from .decode_kernel import codes_for_kernel
 from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention
+from .placed_tokens import PlacedTokens
 from .rows_attention import Rows, RowsAttention
 from .spec import LayerSpec
 

@@ -12,7 +12,8 @@ from anymla.cards import public_name
 from anymla.report.chart import Chart, Series
 from anymla.report.page import Cell, Command, Page, Section, Table, number, record
 from anymla.report.results import RESULTS
-from anymla.report.tables import codes_table, table
+from anymla.report.tables import codes_table
+from anymla.report.terminal import table
 from anymla.report.units import duration, share, size, unit_of
 
 EXPLAINED = (
