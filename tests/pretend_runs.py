@@ -177,7 +177,9 @@ def tuning(model: Any, teacher: Any, *, layerwise: bool) -> dict[str, Any]:
     with Pretend() as mode:
         model.to(FIRST), teacher.to(FIRST)
         mode.forget()
-        return compared(expected, mode, loss(FIRST))
+        found = compared(expected, mode, loss(FIRST))
+        teacher.to("cpu")
+    return found
 
 
 def cases(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
