@@ -73,6 +73,6 @@ def test_rows_of_a_converted_model(monkeypatch, tmp_path):
     long_context.main()
     original, coded, untouched = long_context.Rows(tmp_path / "long-context.json", again=False).rows
     assert original["buckets"][0]["kl"] == 0
-    assert coded["buckets"][0]["kl"] > 0.01
+    assert coded["buckets"][0]["kl"] > 0.001
     assert untouched["buckets"][0]["kl"] < 1e-6  # it has no sliding layers
     assert (tmp_path / "long-context.md").is_file()

@@ -62,7 +62,7 @@ def test_your_own_model_and_what_loads_it(folder, monkeypatch, capfd):
 
 def test_steps(folder, monkeypatch, capfd):
     shutil.copytree(ROOT / "examples", folder / "examples")
-    assert run(STEPS, monkeypatch, capfd) == 4
+    assert run(STEPS, monkeypatch, capfd) == 5
 
 
 def test_sources(folder, monkeypatch, capfd):
