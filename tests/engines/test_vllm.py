@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import anymla
 from anymla.demo import bundled_model
+from anymla.exports.step3 import write_step3
 from anymla.exports.vllm import vllm_check
 from anymla.exports.vllm.vllm_check import ask_vllm
 from anymla.exports.vllm.writer import write_vllm
@@ -151,3 +152,22 @@ def test_bfloat16(story, tmp_path):
     difference = (torch.cat(expected) - found).abs()
     assert difference.max() < TOLERANCE["bfloat16"] and difference.mean() < BFLOAT16_MEAN
     assert answer["cache_bytes_per_token"] == 5 * 2 * PADDED
+
+
+def test_a_trained_mfa_in_the_layout_of_step3(tmp_path):
+    """vLLM's own model of that family computes what transformers does; its CPU attention takes keys of 64 numbers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    stock = LlamaConfig(vocab_size=512, num_attention_heads=4, num_key_value_heads=4, **sizes)
+    model = AutoModelForCausalLM.from_config(anymla.fresh_config(stock, cached_numbers=128, heads=8, query_rank=48))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_model(model, tmp_path / "trained")
+    AutoTokenizer.from_pretrained(bundled_model()).save_pretrained(tmp_path / "trained")
+    write_step3(tmp_path / "trained", tmp_path / "out")
+    prompts = story_prompts()[:2]
+    tokens, new, old = reference(tmp_path / "trained", prompts, torch.float32)
+    answer, _ = ask_vllm(PYTHON, tmp_path / "out", prompts, [NEW] * 2, trust=False, backend="CPU_ATTN")
+    assert answer["tokens"] == tokens and answer["backend"] == ["CPU_ATTN"]
+    pairs = [*zip(new, answer["logprobs"], strict=True), *zip(old, answer["prompt_logprobs"], strict=True)]
+    assert max((mine - torch.tensor(theirs)).abs().max().item() for mine, theirs in pairs) < TOLERANCE["float32"]

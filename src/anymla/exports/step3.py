@@ -37,7 +37,7 @@ BLOCK = (
 def write_step3(trained: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
     """Writes a model that was trained with MFA for vLLM's ``Step3TextForCausalLM``, exactly, in its own dtype.
 
-    Tests check it against the arithmetic of vLLM's model. It was run in vLLM 0.32.0 on a CPU by hand.
+    Tests check it against the arithmetic of vLLM's model, and in vLLM 0.32.0 on a CPU.
 
     Args:
         trained: a folder; its model was made by ``anymla.fresh_config`` without key reuse.

@@ -1,7 +1,7 @@
 """vLLM on one model folder, by any Python that has it: a JSON object on stdin, one on stdout after a marker.
 
 In:  model (a folder), dtype, trust (whether its code may run), length (most tokens of a sequence), prompts (lists of
-     ids), new (how many tokens to add to each, greedily).
+     ids), new (how many tokens to add to each, greedily), backend (vLLM's name of an attention).
 Out: tokens (the new ids of each prompt), logprobs (of these), prompt_logprobs (of each prompt's tokens from its second
      on), attention and backend (names), cache_bytes_per_token (in all layers together, measured), layers, version
      (vLLM's), anymla (whether it could be imported). Or unsuited alone: why this vLLM is not asked.
@@ -45,7 +45,7 @@ def load(job: dict[str, Any]) -> Any:
         max_num_batched_tokens=max(512, job["length"]),
         kv_cache_memory_bytes=64 << 20,
         distributed_executor_backend="uni",
-        attention_config={"backend": "CPU_MLA"},  # where a CPU has AMX, vLLM prefers a backend for bfloat16 alone
+        attention_config={"backend": job["backend"]},  # where a CPU has AMX, vLLM prefers a backend for bfloat16 alone
         compilation_config=rope,
     )
 

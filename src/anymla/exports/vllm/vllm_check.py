@@ -57,8 +57,9 @@ def ask_vllm(
     trust: bool,
     dtype: str = "float32",
     length: int = 512,
+    backend: str = "CPU_MLA",
 ) -> tuple[dict[str, Any], str]:
-    """Returns what run_vllm.py answers, and vLLM's log.
+    """Returns what run_vllm.py answers, and vLLM's log; ``backend``: the attention of vLLM that runs it.
 
     Raises:
         VllmError: vLLM did not start, or broke off.
@@ -67,7 +68,7 @@ def ask_vllm(
     own = python == Path(sys.executable)
     command = [python, "-P" if own else "-I", SCRIPT]  # the script's folder, and another Python's paths, stay out
     job = {"model": str(folder), "dtype": dtype, "trust": trust, "length": length}
-    job |= {"prompts": list(prompts), "new": list(new)}
+    job |= {"prompts": list(prompts), "new": list(new), "backend": backend}
     try:
         done = subprocess.run(
             command,
