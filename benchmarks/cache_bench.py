@@ -110,7 +110,7 @@ class Bench:
 
 def _qualities(sums: ScoreSums) -> dict[str, float | None]:
     perplexity, kl = sums.quality()
-    return {"kl": kl, "perplexity": perplexity, "top1_agreement": sums.agreed / sums.scored}
+    return {"kl": kl, "perplexity": perplexity, "top1_agreement": float(sums.agreed) / sums.scored}
 
 
 def held_out(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:

@@ -197,8 +197,8 @@ def test_what_cannot_follow_is_refused_before_weights_are_read(packed, source, t
     refused = {
         "mla": "its weights are packed: put mla before the step that packs them",
         "billm": "its weights are packed already",
-        "transform_coding": "the projections of its stock attention are packed",
-        "kvquant": "the projections of its stock attention are packed",
+        "transform_coding": "the projections of its attention are packed",
+        "kvquant": "the projections of its attention are packed",
     }
     for step, reason in refused.items():
         with pytest.raises(AnymlaError, match=reason):

@@ -48,6 +48,7 @@ LAYERS, NUMBERS, BYTES = 5, 64, 1280  # of the bundled model: cached numbers per
 OTHER_THAN_DEFAULT = {
     "kv_cache": 0.5,
     "target": "vllm",
+    "cache_type": "fp8",
     "rope": "uniform",
     "rope_dims": 4,
     "kv_rank": 9,
@@ -157,7 +158,7 @@ def test_inspect_table(anymla, wide):
 
 def test_what_comes_next_names_the_export(capsys):
     for target in (None, "gguf"):
-        print_next(Path("OUT"), "MODEL", 1.0, target)
+        print_next(Path("OUT"), "MODEL", 1.0, MLA(target=target))
         assert ("anymla export OUT --to gguf -o SERVED" in capsys.readouterr().out) == (target == "gguf")
 
 
