@@ -75,7 +75,10 @@ def test_what_can_follow(source, tmp_path, after):
         (["mla", "kv_heads"], "WIDTH comes before ATTENTION"),
         (["kvquant", "kv_heads"], "WIDTH comes before CACHE"),
         ([{"kv_heads": {"variant": "post", "kv_heads": 1}}, "mla"], "step 2, mla, .*put mla before"),
-        ([{"kv_heads": {"variant": "values", "kv_heads": 1}}, "kvquant"], "step 2, kvquant, .*not stock"),
+        (
+            [{"kv_heads": {"variant": "values", "kv_heads": 1}}, "kvquant"],
+            "step 2, kvquant, .*share keys after rope, or values",
+        ),
         ([{"kv_heads": {"kv_heads": 2}}], "does not divide the model's 3: take 3, 1"),
         ([{"kv_heads": {"kv_cache": 0.1}}], "the least is 0.3333"),
         ([{"kv_heads": {"kv_cache": 0.5, "kv_heads": 1}}], "give one of them"),
