@@ -1,10 +1,11 @@
-"""What weights in under three bits cost: the step `billm` and parts of it, beside plain rounding to 2, 3 and 4 bits.
+"""What weights in under three bits cost: the step `billm` and parts of it, beside integers of 2, 3 and 4 bits.
 
 python benchmarks/billm.py [MODEL] --text TEXT --held-out TEXT [--tokens 8192] [--only billm ...]
 
-Bits are those that are stored, of all linears in the decoder layers: planes and scales, or integers with a scale and a
-zero of 16 bits per group. KL is in nats per token, to the original, on text that calibration did not see. MODEL is a
-folder, or the name of a real model that comes as a Python package; default: the bundled one.
+Bits are those that are stored, of all linears in the decoder layers: planes and scales, or integers with a scale, and
+for RTN a zero, of 16 bits per group. The steps `gptq` and `hqq` give keys and values four bits at least. KL is in nats
+per token, to the original, on text that calibration did not see. MODEL is a folder, or the name of a real model that
+comes as a Python package; default: the bundled one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from testbed.corpus import sample
 from torch import Tensor, nn
 
 import anymla
-from anymla.architectures.model_spec import read_config, spec_of
 from anymla.data.text import bundled_text
 from anymla.demo import bundled_model
 from anymla.evaluation.evaluate import evaluate
@@ -44,6 +44,12 @@ BILLM: dict[str, dict[str, Any]] = {
 GROUPS = ((2, 32), *((bits, group) for bits in (2, 3, 4) for group in (64, 128)))
 RTN = {f"RTN {bits} bit, groups of {group}": (bits, group) for bits, group in GROUPS}
 
+STEPS: dict[str, dict[str, Any]] = {
+    f"{name} {bits} bit, groups of 64": {name: {"bits": bits, "group": 64}}
+    for bits in (2, 3)
+    for name in ("hqq", "gptq")
+}
+
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
@@ -54,7 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration text")
     parser.add_argument("--length", type=int, default=512, help="of a calibration window")
     parser.add_argument("--eval-tokens", type=int, default=8192)
-    parser.add_argument("--only", nargs="+", default=[*BILLM, *RTN])
+    parser.add_argument("--only", nargs="+", default=[*BILLM, *STEPS, *RTN])
     return parser.parse_args()
 
 
@@ -88,7 +94,11 @@ def row(name: str, model: str, text: dict[str, Any], held_out: list[str], tokens
         output, began = Path(scratch) / "out", time.monotonic()
         if name in BILLM:
             anymla.run(model, output, steps=[{"billm": BILLM[name] | text}])
-            bits = packed_bits(spec_of(read_config(output))) or 16
+            bits = packed_bits(output) or 16
+        elif name in STEPS:
+            [(step, settings)] = STEPS[name].items()
+            anymla.run(model, output, steps=[{step: settings | (text if step == "gptq" else {})}])
+            bits = packed_bits(output) or 16
         else:
             bits = write_rounded(model, output, *RTN[name])
         minutes = (time.monotonic() - began) / 60

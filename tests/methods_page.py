@@ -39,7 +39,10 @@ def methods_page() -> str:
         for each in known
     ]
     table = ["| step | phase | saves | paper |", "|---|---|---|---|", *rows]
-    phases = f"Steps are in the order of their phases: {order}. HEAL may be repeated before WEIGHTS."
+    phases = (
+        f"Steps are in the order of their phases: {order}. HEAL may be repeated before WEIGHTS. "
+        "Zero points learn after it (`tune` with `train: zero_points`)."
+    )
     return "\n".join([HEAD, phases, "", *table, "", *(_section(each, known) for each in known)])
 
 

@@ -92,7 +92,8 @@ def test_every_way_of_generating_agrees(before, source, tmp_path):
     greedy = model.generate(ids, **options)
     static = StaticCache(config=model.config, max_cache_len=32)
     assert torch.equal(model.generate(ids, past_key_values=static, **options), greedy)
-    assert torch.equal(model.generate(ids, num_beams=2, **options)[:, :12], ids)
+    beams = [model.generate(ids, num_beams=3, use_cache=cached, **options) for cached in (True, False)]
+    assert torch.equal(*beams)
     travelled = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert torch.equal(travelled.generate(ids, **options), greedy)
 

@@ -45,7 +45,7 @@ from anymla.sweep.checkpoint import converted_config
 from tests.damage import TRAIN, VALID
 from tests.families import FAST, make_model, save_model, token_ids
 from tests.families import logits as logits_of
-from tests.family_models import tiny_model
+from tests.family_models import tiny_config, tiny_model
 from tests.method_contract import Case, Sample, a_killed_run_goes_on_to_the_same_bytes, all_ways_of_reading_agree
 from tests.precision import Exact
 from tests.test_methods import SAMPLES
@@ -452,6 +452,20 @@ def test_protected_layers_stay_whole():
         SAAP(neurons=0.5, multiple=8, protect_first=9).plan(spec)
     bamba = read_model_spec(tiny_model("bamba").config.to_dict())
     assert "makes all layers at once" in (SAAP(multiple=8, protect_last=1).refuses(bamba) or "")
+
+
+def test_dense_layers_below_a_mixture_have_no_part_in_its_budget():
+    spec = read_model_spec(tiny_config("dots1", num_hidden_layers=3, first_k_dense_replace=1).to_dict())
+    worth = torch.arange(1.0, 1 + spec.routed_experts)
+    facts = [{}, *({"experts.element": Held(scale * worth)} for scale in (1, 10))]
+    plan = SAAP(**WHOLE | {"experts": 0.75, "allocation": "global"}).plan(spec, facts)
+    assert [each and (each.kept, each.gone) for each in plan.choices] == [
+        None,
+        ({"experts": 2}, {"experts": [0, 1]}),
+        None,
+    ]
+    plan = SAAP(**WHOLE | {"experts": 0.75, "protect_last": 1}).plan(spec, facts)
+    assert [each and each.kept for each in plan.choices] == [None, {"experts": 2}, None]
 
 
 def test_blocks_that_are_worth_most_are_kept():

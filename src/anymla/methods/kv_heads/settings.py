@@ -36,10 +36,11 @@ class KVHeads(LayerMethod):
     - ``mean`` takes means of the group's key and value weights, without compensation (Ainslie et al., arXiv
       2305.13245). It is the baseline, a stock checkpoint too, and needs training.
 
-    Deviations from the paper: ``freq`` is anymla's own. It is the default, because it is stock and loses less than the
-    paper's ``post`` on a small model. Errors are weighted by the queries and output weights that read them. With
-    ``weighting: none`` components are the paper's plain ones. ``grouping: overlap`` groups heads that are alike. The
-    paper trains the result with LoRA. Here the step ``tune`` can follow.
+    Deviations from the paper: ``freq`` is anymla's own. It is the default, because its checkpoint is stock. On
+    stories260K it loses less than the paper's ``post``, and on SmolLM2-135M far more (docs/benchmarks.md). Errors are
+    weighted by the queries and output weights that read them. With ``weighting: none`` components are the paper's plain
+    ones. ``grouping: overlap`` groups heads that are alike. The paper trains the result with LoRA. Here the step
+    ``tune`` can follow.
     """
 
     name: ClassVar[str] = "kv_heads"

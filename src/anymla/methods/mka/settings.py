@@ -21,8 +21,8 @@ class MKA(LayerMethod):
     """Settings of a model with fewer layers. It stays a stock checkpoint, which every engine reads.
 
     A removed layer saves its weights, its compute and its part of the cache. By default, layers are dropped one after
-    the other, always the one that costs the model the least KL. That loses less than all other strategies here
-    (docs/benchmarks.md).
+    the other, always the one that costs the model the least KL. On stories260K that loses less than all other
+    strategies. On SmolLM2-135M ``influence`` and ``angular`` lose no more, and are faster (docs/benchmarks.md).
 
     ``strategy: merge`` is MKA: the two neighbours with the most similar outputs become one layer. Outputs are states of
     each window's last token. Their similarity is the normalised information bottleneck of their diffusion maps. Merged

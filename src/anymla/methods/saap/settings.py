@@ -188,18 +188,26 @@ class SAAP(LayerMethod):
 
     def _kept(self, model: ModelSpec, facts: Facts | None) -> list[dict[str, int]]:
         """How many structures each layer keeps of each kind of which it loses some."""
-        found = [dict[str, int]() for _ in model.layers]
+        found, own = [dict[str, int]() for _ in model.layers], self._own_widths(model)
         for kind in self._asked():
             wholes = {
-                index: whole for index, layer in enumerate(model.layers) if (whole := structures(model, layer, kind))
+                index: whole
+                for index, layer in enumerate(model.layers)
+                if (whole := structures(model, layer, kind)) and not (own and self._has_none(kind, index, facts))
             }
             counts = {index: self._nearest(kind, whole, model, index) for index, whole in wholes.items()}
-            if counts and self._own_widths(model):
+            if counts and own:
                 counts = self._spread(kind, wholes, sum(counts.values()), model, facts)
             for index, count in counts.items():
                 if count < wholes[index]:
                     found[index][kind] = count
         return found
+
+    def _has_none(self, kind: str, index: int, facts: Facts | None) -> bool:
+        """Whether the survey found no such structure in a layer, such as a dense layer below a mixture's."""
+        if not facts or self.importance == "random":
+            return False
+        return not any(name.startswith(f"{kind}.") for name in facts[index] or ())
 
     def _spread(
         self, kind: str, wholes: dict[int, int], budget: int, model: ModelSpec, facts: Facts | None
