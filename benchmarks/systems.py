@@ -39,6 +39,7 @@ Written by `python benchmarks/systems.py`. Nothing is trained. "cache" and "weig
 original's. "step" is the time of one decode step over the original's, after the context that the script is given, on a
 CPU in float32. Methods with settings of their own choose them on calibration text.
 """
+FEW = {"calibration_tokens": 1024, "calibration_length": 128}  # for a search over all spans
 SHARES = (0.5, 1 / 3)  # a third: one KV head of SmolLM2's three
 
 
@@ -59,7 +60,9 @@ def systems() -> dict[str, dict[str, Any]]:
         f"kv_heads {variant}, {SHARES[-1]:.0%}": {"kv_heads": {"kv_cache": SHARES[-1], "variant": variant}}
         for variant in ("freq", "post", "mean")
     }
-    return rows | {f"shared_attention, {count} layers": {"shared_attention": {"layers": count}} for count in (2, 4)}
+    return rows | {
+        f"shared_attention, {count} layers": {"shared_attention": {"layers": count} | FEW} for count in (2, 4)
+    }
 
 
 def converted(bench: Bench, settings: dict[str, Any]) -> Path:

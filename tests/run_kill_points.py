@@ -1,5 +1,7 @@
 """Kills runs at counted points and lets them go on, as kill_points does to conversions; a script, so that it may fork.
 
+Every step has as many kills.
+
     python -m tests.run_kill_points MODEL FOLDER SEED KILLS STEPS
 
 Prints one JSON object: points in all, and per kill the point, the step it was in and the files that differ at the end.
@@ -8,6 +10,8 @@ Prints one JSON object: points in all, and per kill the point, the step it was i
 import json
 import random
 import sys
+from bisect import bisect_right
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,9 +47,9 @@ def main() -> None:
     model, folder, seed, kills, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     steps = json.loads(steps)
     whole = in_child(model, folder / "whole" / "out", steps)
-    expected, total, second = files_of(folder / "whole" / "out"), whole["points"], whole["begun"][1]
-    chosen = random.Random(seed)
-    points = chosen.sample(range(second), kills // 2) + chosen.sample(range(second, total), kills - kills // 2)
+    expected, total = files_of(folder / "whole" / "out"), whole["points"]
+    bounds, chosen = [0, *whole["begun"][1:], total], random.Random(seed)
+    points = [point for part in pairwise(bounds) for point in chosen.sample(range(*part), kills // (len(bounds) - 1))]
     trials = []
     for point in points:
         output = folder / str(point) / "out"
@@ -55,7 +59,7 @@ def main() -> None:
         trials.append(
             {
                 "point": point,
-                "step": 1 if point < second else 2,
+                "step": bisect_right(bounds, point),
                 "killed": first["killed"],
                 "code": again["code"],
                 "different": sorted(name for name in names if expected.get(name) != found.get(name)),
