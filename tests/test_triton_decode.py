@@ -5,8 +5,10 @@ Without a GPU it runs in Triton's interpreter, which shows that it computes the 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from tests.families import make_model, save_model, token_ids
 from tests.family_models import tiny_model
 
 pytest.importorskip("triton", reason="the decode kernel needs triton: pip install anymla[gpu]")
+ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 TEXT = {"calibration_tokens": 512, "calibration_length": 32}
@@ -113,6 +116,18 @@ def test_splits_are_merged(per_split, kernel):
     assert distance(found, expected(query, rope, latent, keys, None, 1.0)) < 3e-6
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank", [24, 128, 256, 512])
+def test_tiles_fit_into_the_shared_memory(rank, dtype, kernel):
+    """Of an H100, an A100 and a consumer GPU."""
+    found = [kernel.most_rows(rank, dtype, size << 10) for size in (227, 163, 99)]
+    held = 2 * kernel.tile_tokens(rank, dtype) * max(32, rank) * dtype.itemsize  # two tiles of the cache
+    assert all(16 <= rows <= 128 for rows in found) and found == sorted(found, reverse=True)
+    for rows, size in zip(found, (227, 163, 99)):
+        assert held + rows * rank * dtype.itemsize <= size << 10
+    assert dtype == torch.float32 or found[1] == min(128, kernel.ONE_TILE // rank)
+
+
 def test_a_row_that_sees_nothing_stays_finite(kernel):
     tensors, mask = inputs(torch.float32, 2, 2, 1, 40, 20, 4), torch.ones(2, 1, 1, 40, dtype=torch.bool, device=DEVICE)
     mask[1] = False
@@ -139,6 +154,7 @@ CODINGS = {  # of a latent, of a rope key
     "4 bits": ({"bits": ((4, 33),)}, {"bits": ((4, 8),)}),
     "3 bits": ({"bits": ((3, 20),)}, {"bits": ((3, 6),)}),
     "mixed": ({"bits": MIXED}, {"bits": ((5, 2), (0, 1), (3, 1))}),
+    "no bits": ({"bits": ((4, 33),)}, {"bits": ((0, 8),)}),
     "outliers": ({"bits": ((4, 33),), "outliers": 2}, {"bits": ((3, 8),), "outliers": 1}),
     "per token": ({"bits": ((4, 33),), "outliers": 3, "token_scale": True}, {"bits": ((3, 8),), "token_scale": True}),
     "int 4": ({"bits": ((4, 33),), "kind": "int", "block": 8}, {"bits": ((4, 7),), "kind": "int"}),
@@ -199,11 +215,11 @@ def test_a_cpu_keeps_torchs_way():
     assert not uses_kernel(*inputs(torch.float32, 1, 2, 1, 9, 8, 4)[::2]) or DEVICE == "cuda"
 
 
-def converted(family, folder, dtype=torch.float32, **settings):
+def converted(family, folder, method="mla", **settings):
     """A tiny model with a latent of half its cache."""
-    made = make_model(family, dtype) if family == "llama" else tiny_model(family, dtype)
+    made = make_model(family, torch.float32) if family == "llama" else tiny_model(family, torch.float32)
     source = save_model(made, folder / "source")
-    steps = [{"mla": {"kv_cache": 0.5, "reconstruction_steps": 0, **TEXT, **settings}}]
+    steps = [{method: {"kv_cache": 0.5, "reconstruction_steps": 0, **TEXT, **settings}}]
     anymla.run(source, folder / "out", steps=steps)
     return AutoModelForCausalLM.from_pretrained(folder / "out", experts_implementation="eager").eval()
 
@@ -236,6 +252,7 @@ MODELS = {  # plain latents, soft-caps and windows, sinks, exact window, codes
     "llama": lambda folder: converted("llama", folder),
     "gemma2": lambda folder: converted("gemma2", folder),
     "gpt_oss": lambda folder: converted("gpt_oss", folder),
+    "mfa": lambda folder: converted("llama", folder, "mfa", key_reuse=True),
     "exact window": lambda folder: converted("llama", folder, exact_window=6),
     "4 bits": lambda folder: coded_latent(make_model("llama", torch.float32), folder, bits=4),
     "3 bits, gemma2": lambda folder: coded_latent(tiny_model("gemma2", torch.float32), folder, bits=3),
@@ -275,9 +292,9 @@ def test_the_kernel_travels_with_checkpoints():
 @pytest.mark.slow
 def test_the_kernel_compiles_for_gpus_that_are_not_here():
     """Types and shared memory, which the interpreter does not check."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compiled_kernel"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compiled_kernel"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     shared = [int(line.split()[-1]) for line in done.stdout.splitlines()]
     assert len(shared) == 4 and max(shared) <= 227 << 10  # of a Hopper GPU

@@ -20,6 +20,7 @@ from .triton_kernels import combine as combine_kernel
 
 ONE_TILE = 1 << 15  # numbers of the sums that a program holds at most: 128 rows of 256, 64 of 512
 PROGRAMS_PER_CORE = 2
+MOST_SHARED = 227 << 10  # bytes of shared memory that a program has on the largest GPUs
 
 
 class Cached(NamedTuple):
@@ -114,11 +115,25 @@ def chosen_tiling(query: Tensor, length: int) -> Tiling:
     """One for queries [B,H,T,r] and so many cached tokens: as many programs as the device takes at once."""
     batch, heads, new, rank = query.shape
     wide, tokens, device = _padded(rank), tile_tokens(rank, query.dtype), query.device
-    rows = min(_padded(heads * new), max(16, min(128, ONE_TILE // wide)))
-    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    shared = getattr(gpu, "shared_memory_per_block_optin", MOST_SHARED)
+    rows = min(_padded(heads * new), most_rows(rank, query.dtype, shared))
+    cores = gpu.multi_processor_count if gpu else 2
     splits = max(1, PROGRAMS_PER_CORE * cores // (batch * cdiv(heads * new, rows)))
     per_split = cdiv(cdiv(length, splits), tokens) * tokens
     return Tiling(rows, tokens, per_split, warps=8 if rows * wide >= ONE_TILE // 2 else 4)
+
+
+def most_rows(rank: int, dtype: torch.dtype, shared: int) -> int:
+    """Rows of a program whose tile fits into ``shared`` bytes of memory, in 16 rows at least.
+
+    It holds the queries, two tiles of the cache, as one is fetched while the other is read, and the weights.
+    """
+    wide, tokens = _padded(rank), tile_tokens(rank, dtype)
+    rows = max(16, min(128, ONE_TILE // wide))
+    while rows > 16 and (rows * (wide + tokens) + 2 * tokens * wide) * dtype.itemsize > shared:
+        rows //= 2
+    return rows
 
 
 def tile_tokens(rank: int, dtype: torch.dtype) -> int:

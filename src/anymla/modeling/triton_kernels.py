@@ -23,8 +23,8 @@ _GRID, _TOKEN = tl.constexpr(GRID_SCALE), tl.constexpr(TOKEN_SCALE)
 
 @triton.jit
 def _cut(rows, piece, inside):
-    """The bits [N,n] of each row that a piece [1,n] names."""
-    found = tl.load(rows + (piece & 0xFFFF), mask=inside, other=0).to(tl.int32)
+    """The bits [N,n] of each row that a piece [1,n] names; of piece 0 nothing is read: rows may have no bytes."""
+    found = tl.load(rows + (piece & 0xFFFF), mask=inside & (piece != 0), other=0).to(tl.int32)
     return ((found >> ((piece >> _SHIFT) & 7)) & (piece >> _MASK)) << ((piece >> _LEFT) & 15)
 
 
