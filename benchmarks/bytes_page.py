@@ -19,6 +19,7 @@ KNOWN = {  # systems of the README's picture, and what it calls them
     "KVQuant": "KVQuant",
     "KVTC-like": "KVTC-like",
     "static NUQ tables": "static tables",
+    "CARE": "CARE",
     "TransMLA": "TransMLA",
     "MHA2MLA": "MHA2MLA",
 }

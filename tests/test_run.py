@@ -222,7 +222,7 @@ BAD = [
         "run {tmp}/typo.yaml -o {out}",
         ("typo.yaml", "step 2", "no setting 'tokenz' (did you mean tokens?)"),
     ),
-    Case("no-steps", "run {tmp}/flat.yaml -o {out}", ("flat.yaml", "steps must be a list")),
+    Case("no-steps", "run {tmp}/flat.yaml -o {out}", ("flat.yaml", "there are no steps")),
     Case("two-of-the-same", f"{RUN} mla --step mla", ("step 2, mla", "cannot follow mla")),
     Case("nothing-to-tune", f"{RUN} tune", ("step 1, tune", "put the step mla before it")),
     Case("no-data", f"{RUN} mla --step tune", ("step 2, tune", "no data")),

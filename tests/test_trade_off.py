@@ -78,7 +78,7 @@ def test_the_command_shows_the_curve_and_writes_a_page(tmp_path, monkeypatch, ca
     ("options", "named"),
     [
         (("--codec", "none"), "the step here is mla"),
-        (("--target", "gguf"), "the step here is mla (target is a setting of that step alone)"),
+        (("--target", "gguf"), "the step here is mla (no other step has the setting target)"),
         (("--codec", "kvquant"), "the step here is kvquant"),
         (("-o", str(VALID)), "-o"),
         (("--kv-cache", "0.001"), "smallest possible is kv_cache"),

@@ -16,6 +16,10 @@ TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText
 USE, FILES = "Use", "Files"  # sections that are written anew
 FOLDER = "THIS_FOLDER"  # the hub's name of it, once it has one
 LIBRARY = "library_name: transformers"
+LOADS = (
+    "It loads as the original does, after `import anymla` or with `trust_remote_code=True`. The original's licence and "
+    "limits apply."
+)
 
 
 def model_card(report: Mapping[str, Any], auto: str) -> str:
@@ -150,13 +154,22 @@ def step_card(method: Method, source: str | Path, card: str | None, told: str = 
 
     ``told``: what the method says of its plan, in Markdown.
     """
-    rows = "".join(f"| `{name}` | {shown} |\n" for name, shown in method.model_dump(mode="json").items())
+    rows = "".join(f"| `{name}` | {_public(value)} |\n" for name, value in method.model_dump(mode="json").items())
     title, link = method.paper.title, method.paper.link
     paper = f"[{title}]({link})" if link else title
     text = f"{method.summary}\n\nPaper: {paper}.\n\n| setting | value |\n|---|---|\n{rows}\n{told}"
     if card is None:
-        card = f"---\n{LIBRARY}\ntags: [anymla]\n---\n\n# {public_name(source)} after {method.name}\n"
+        card = f"---\n{LIBRARY}\ntags: [anymla]\n---\n\n# {public_name(source)} after {method.name}\n\n{LOADS}\n"
     return with_section(card, f"The step `{method.name}`", text)
+
+
+def _public(value: Any) -> str:
+    """A setting as a published card shows it: files and folders by their names alone."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_public, value))
+    if isinstance(value, str) and "/" in value:
+        return public_name(value)
+    return "default" if value is None else str(value)
 
 
 def static_norms_cost(lost: Sequence[float]) -> str:

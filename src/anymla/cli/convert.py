@@ -221,7 +221,7 @@ def conversion_progress(report: Report) -> pipeline.Progress:
         if done == total:
             report(0, None, "scoring and writing")
 
-    report(0, None, "reading, then the first layer")
+    report(0, None, "reading")
     return progress
 
 
