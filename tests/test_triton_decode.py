@@ -128,6 +128,16 @@ def test_tiles_fit_into_the_shared_memory(rank, dtype, kernel):
     assert dtype == torch.float32 or found[1] == min(128, kernel.ONE_TILE // rank)
 
 
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((9, 0), True)])
+def test_torch_computes_on_gpus_with_little_shared_memory(capability, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    decode_kernel._new_enough.cache_clear()
+    try:
+        assert decode_kernel._new_enough(torch.device("cuda")) is runs
+    finally:
+        decode_kernel._new_enough.cache_clear()
+
+
 def test_a_row_that_sees_nothing_stays_finite(kernel):
     tensors, mask = inputs(torch.float32, 2, 2, 1, 40, 20, 4), torch.ones(2, 1, 1, 40, dtype=torch.bool, device=DEVICE)
     mask[1] = False

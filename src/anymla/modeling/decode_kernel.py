@@ -17,16 +17,17 @@ from .code_layout import code_layout, grid_levels
 INTERPRETED = False  # tests set it: the kernel then runs on the CPU, in Triton's interpreter
 FEW_TOKENS = 16  # new tokens at most: of more the products bind, which other kernels do better
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_GPU = (8, 0)  # compute capability: older ones have too little shared memory for large ranks
 MOST_OUTLIERS = 16  # each is compared with every coefficient
 
 
 def uses_kernel(query: Tensor, *held: Tensor) -> bool:
     """Whether the kernel does queries [B,H,T,..] and a cache of such tensors [..,S,n].
 
-    Torch does where there is no CUDA device or no triton; in float64; for many new tokens; for gradients; and while a
-    graph is traced.
+    Torch does where there is no CUDA device, or one from before Ampere, or no triton; in float64; for many new tokens;
+    for gradients; and while a graph is traced.
     """
-    runs = INTERPRETED or (query.is_cuda and _has_triton())
+    runs = INTERPRETED or (query.is_cuda and _has_triton() and _new_enough(query.device))
     if not runs or query.dtype not in DTYPES or query.shape[2] > FEW_TOKENS or torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *held)):
@@ -54,6 +55,11 @@ def _cached(codec: Any, rows: Tensor) -> Any:
     levels = codec.levels if table else grid_levels(coding.kind, coding.bits[0][0], rows.device)
     layout = code_layout(coding, rows.device)
     return Cached(rows, layout.form, layout.places, levels if levels.numel() else None)
+
+
+@cache
+def _new_enough(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= LEAST_GPU
 
 
 @cache
