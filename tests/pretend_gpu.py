@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import anymla
+
 NAME = "pretend"
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -31,7 +33,7 @@ WAITS = {  # the CPU must know their result, or how many numbers it has
     *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave),
 }
 
-ASKED_BY = ("/anymla/", "/transformers/", "/accelerate/")  # whose line it is
+ASKED_BY = (f"{Path(anymla.__file__).parent}/", "/transformers/", "/accelerate/")  # whose line it is
 
 
 class _Backend:
