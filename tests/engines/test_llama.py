@@ -216,3 +216,21 @@ def test_a_model_with_fewer_kv_heads_is_a_stock_one(tmp_path, kept):
     config, (before, after, steps) = model.config, found["bytes"][0]
     numbers = 2 * kept * config.hidden_size // config.num_attention_heads * config.num_hidden_layers
     assert (after - before) / steps == CELL + 4 * numbers
+
+
+@pytest.mark.parametrize(
+    "step",
+    [{"saap": {"neurons": 0.75, "multiple": 16}}, {"mka": {"remove": 1, "protect_first": 1, "protect_last": 1}}],
+    ids=["fewer neurons", "fewer layers"],
+)
+def test_a_narrower_or_shallower_model_is_a_stock_one(tmp_path, step):
+    """``saap`` and ``mka`` write a Llama, too."""
+    text = {"calibration_tokens": 2048, "calibration_length": 128}
+    anymla.run(bundled_model(), tmp_path / "out", steps=[{name: own | text for name, own in step.items()}])
+    model, prompts = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), prompts_of(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    write_gguf_of(model, load_tokenizer(tmp_path / "out"), tmp_path / "m.gguf", Kind.F32)
+    found, logits = llama.run(tmp_path / "m.gguf", prompts, new=NEW, cache="f32")
+    tokens, expected = llama.reference(model, prompts, NEW)
+    assert found["tokens"] == tokens
+    assert largest_error(logits, expected, prompts) < TOLERANCE["f32", "f32"]
