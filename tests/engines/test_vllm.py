@@ -171,3 +171,28 @@ def test_a_trained_mfa_in_the_layout_of_step3(tmp_path):
     assert answer["tokens"] == tokens and answer["backend"] == ["CPU_ATTN"]
     pairs = [*zip(new, answer["logprobs"], strict=True), *zip(old, answer["prompt_logprobs"], strict=True)]
     assert max((mine - torch.tensor(theirs)).abs().max().item() for mine, theirs in pairs) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [{"saap": {"neurons": 0.75, "multiple": 16}}, {"mka": {"remove": 1, "protect_first": 1, "protect_last": 0}}],
+    ids=["fewer neurons", "fewer layers"],
+)
+def test_a_narrower_or_shallower_model_is_a_stock_one(tmp_path, step):
+    """``saap`` and ``mka`` write a Llama that vLLM's own model reads."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    config = LlamaConfig(vocab_size=512, num_attention_heads=2, num_key_value_heads=2, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    save_model(model, tmp_path / "source")
+    AutoTokenizer.from_pretrained(bundled_model()).save_pretrained(tmp_path / "source")
+    text = {"calibration_tokens": 2048, "calibration_length": 128}
+    anymla.run(tmp_path / "source", tmp_path / "out", steps=[{name: own | text for name, own in step.items()}])
+    prompts = story_prompts()[:2]
+    tokens, new, old = reference(tmp_path / "out", prompts, torch.float32)
+    answer, _ = ask_vllm(PYTHON, tmp_path / "out", prompts, [NEW] * 2, trust=False, backend="CPU_ATTN")
+    assert answer["tokens"] == tokens
+    pairs = [*zip(new, answer["logprobs"], strict=True), *zip(old, answer["prompt_logprobs"], strict=True)]
+    assert max((mine - torch.tensor(theirs)).abs().max().item() for mine, theirs in pairs) < TOLERANCE["float32"]
