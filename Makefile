@@ -10,10 +10,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENGINES ?= llama vllm
 # of the tests those that a release of a library can change: not bad inputs, how good a conversion is, its memory, how a
-# killed run goes on, what pages and tables say, our own algebra and
-# kernels; test_methods has every step
-OF_OURS := exact_attention kv_heads lorc mfa mka saap billm coded_after shared_latents zero_points triton_decode \
-	engine_shapes trade_off early_checks step_help terminal_tables bad_input export_bad_input resume quality docs \
+# killed run goes on, what pages and tables say, our own algebra and kernels; test_methods has every step
+OF_OURS := exact_attention kv_heads lorc mfa mka saap saap_widths billm coded_after shared_latents zero_points \
+	triton_decode engine_shapes trade_off early_checks step_help terminal_tables bad_input export_bad_input resume quality docs \
 	site pages house examples readme paper algebra ranks survey compositions fuzz fidelity bytes progress
 ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" $(OF_OURS:%=--ignore tests/test_%.py)
 

@@ -152,9 +152,9 @@ def test_zero_points_that_learn_keep_promises(promise, source, tmp_path):
 
 def test_what_has_or_needs_no_zero_points_is_refused(source, tmp_path):
     spec = _spec(source)
-    assert "zeros: integers of 3 bits" in (
-        method_of("rtn", {"bits": 3, "group": 16, "zeros": True}).refuses(spec) or ""
-    )
+    for bits in (3, 16):
+        refused = method_of("rtn", {"bits": bits, "group": 16, "zeros": True}).refuses(spec)
+        assert f"zeros: integers of {bits} bits have no zero points" in (refused or "")
     for steps, reason in (
         ([{"rtn": {"group": 16}}, {"tune": LEARN}], "zero_points: its weights have none"),
         ([{"tune": LEARN}, ZEROS], "there is nothing to recover"),

@@ -29,7 +29,7 @@ def curve_tables(planned: Mapping[str, Any]) -> Group:
     columns = ["kv_cache", "per token", *(f"KL, {_cost(cost)}" for cost in points), "multiply-adds of each"]
     rows = []
     for same in zip(*points.values(), strict=True):
-        each = ["-" if point["predicted_kl"] is None else f"{point['predicted_kl']:.3g}" for point in same]
+        each = [NONE if point["predicted_kl"] is None else f"{point['predicted_kl']:.3g}" for point in same]
         operations = " / ".join(_times(point) for point in same)
         rows.append((f"{same[0]['kv_cache']:g}", _held(same), *each, operations))
     shown = table("Predicted KL at other budgets, by the cost of decoding", columns, rows)

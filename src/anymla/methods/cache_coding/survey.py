@@ -154,11 +154,8 @@ class Made:
     def __init__(self, attention: LatentAttention | CodedAttention) -> None:
         self.outputs: dict[str, Tensor] = {}
         if isinstance(attention, CodedAttention):  # of low rank
-            encoders = {"k_proj": attention.key_encoder, "v_proj": attention.value_encoder}
-            self.beside = [
-                name if encoder is None else f"{'key' if name == 'k_proj' else 'value'}_encoder"
-                for name, encoder in encoders.items()
-            ]
+            parts = (("key_encoder", "k_proj"), ("value_encoder", "v_proj"))  # the first of each that it has
+            self.beside = [plain if getattr(attention, name) is None else name for name, plain in parts]
             self.added: list[str] = []
         else:
             linear = attention.spec.linear_keys

@@ -65,14 +65,14 @@ class IntegerWeights(SweptMethod):
 
     def refuses(self, model: ModelSpec) -> str | None:
         """Why the weights of this model cannot be packed."""
+        if self.zeros and not CACHE_BITS <= self.bits < PLAIN:
+            return f"zeros: integers of {self.bits} bits have no zero points here: give bits {CACHE_BITS} or 8"
         if self.bits == PLAIN:
             return None
         if missing := [module for module in self.needs if importlib.util.find_spec(module) is None]:
             return f"it needs {missing[0]}, which is not installed: pip install 'anymla[{self.extra}]'"
         if any(layer.holds_packed for layer in model.layers):
             return "its weights are packed already"
-        if self.zeros and self.bits < CACHE_BITS:
-            return f"zeros: integers of {self.bits} bits have no zero points here: give bits {CACHE_BITS} or 8"
         if model.text_model_type in NOT_LINEAR:
             return "its projections are no linear layers, and only these are packed"
         if model.experts:

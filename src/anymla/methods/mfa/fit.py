@@ -43,9 +43,8 @@ class SeparateLatents(OutputAware):
     def __call__(self, problem: LatentProblem, rank: int) -> Latent:
         """The latent: first the keys' numbers, then the values', which are one at least."""
         size, mean = problem.key_size, problem.weighted_mean
-        covariance = torch.addr(problem.weighted_gram, mean, mean, alpha=-1)
         root, inverse = self.roots(problem.metric)
-        white = blockwise(root, blockwise(root, covariance).T)
+        white = self.seen(problem, root)
         values, vectors = zip(*map(torch.linalg.eigh, (white[:size, :size], white[size:, size:])), strict=True)
         places = torch.cat(values).topk(rank).indices
         keys = min(int((places < size).sum()), rank - 1)

@@ -34,7 +34,7 @@ class OutputAware(Factorization):
         from anymla.methods.mla.latent import Latent, blockwise, top_eigenvectors
 
         root, inverse = self.roots(problem.metric)
-        vectors = top_eigenvectors(self._seen(problem, root), rank)
+        vectors = top_eigenvectors(self.seen(problem, root), rank)
         encoder, decoder = blockwise(root, vectors).T, blockwise(inverse, vectors)
         size = encoder.norm(dim=1)  # unit rows: latents of one size suit 16-bit and quantised caches
         return Latent(encoder / size[:, None], decoder * size, problem.weighted_mean)
@@ -43,11 +43,11 @@ class OutputAware(Factorization):
         """What each of the latent's axes [2Gd] adds to the layer's output, squared, summed over heads; falling."""
         import torch
 
-        seen = self._seen(problem, self.roots(problem.metric)[0])
+        seen = self.seen(problem, self.roots(problem.metric)[0])
         found: Tensor = torch.linalg.eigvalsh(seen).flip(0).clamp_min(0)
         return found
 
-    def _seen(self, problem: LatentProblem, root: Tensor) -> Tensor:
+    def seen(self, problem: LatentProblem, root: Tensor) -> Tensor:
         """M^{1/2} Cov(y) M^{1/2} [2Gd,2Gd]."""
         import torch
 
