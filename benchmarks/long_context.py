@@ -46,6 +46,8 @@ from anymla.model_run.stream import decoder_layers
 CASES: dict[str, dict[str, Any]] = {
     "anymla 12.5 %, decode cost 2": {"transform_coding": {"kv_cache": 0.125}},
     "anymla 12.5 %, decode cost any": {"transform_coding": {"kv_cache": 0.125, "decode_cost": "any"}},
+    "anymla 12.5 %, no exact tokens": {"transform_coding": {"kv_cache": 0.125, "first_tokens": 0, "exact_window": 0}},
+    "anymla 12.5 %, no exact window": {"transform_coding": {"kv_cache": 0.125, "exact_window": 0}},
     "mla 25 %, 16 bits": {"mla": {"kv_cache": 0.25, "reconstruction_steps": 0}},  # nothing here is trained
     "KVQuant, 4 bits": {"kvquant": {"bits": 4}},
     "anymla 25 %, decode cost 2": {"transform_coding": {"kv_cache": 0.25}},

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ FEW = {"calibration_tokens": 1024, "calibration_length": 128}  # for a search ov
 SHARES = (0.5, 1 / 3)  # a third: one KV head of SmolLM2's three
 
 
-def systems() -> dict[str, dict[str, Any]]:
-    """A step and its settings, by the name of a row; ``peer``: a conversion of peers.py at a share."""
+def systems(query_ranks: list[int]) -> dict[str, dict[str, Any]]:
+    """A step and its settings, by the name of a row; ``peer``: a conversion of peers.py at a share.
+
+    ``query_ranks``: more rows of `mfa`, which then takes fewer weights.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for share in SHARES:
         told, cache = f"{share:.0%}", {"kv_cache": share}
@@ -56,6 +60,10 @@ def systems() -> dict[str, dict[str, Any]]:
             f"lorc, axes of the weights, {told}": {"lorc": cache | {"axes": "weights"}},
             **{f"{peer}, {told}": {"peer": peer, "share": share} for peer in PEERS},
         }
+    few = {"kv_cache": SHARES[-1], "reconstruction_steps": 0}
+    for rank, reused in product(query_ranks, (True, False)):
+        named = "mfa with key_reuse" if reused else "mfa"
+        rows[f"{named}, {SHARES[-1]:.0%}, query_rank {rank}"] = {"mfa": few | {"key_reuse": reused, "query_rank": rank}}
     rows |= {
         f"kv_heads {variant}, {SHARES[-1]:.0%}": {"kv_heads": {"kv_cache": SHARES[-1], "variant": variant}}
         for variant in ("freq", "post", "mean")
@@ -158,6 +166,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=2, help="of each held-out text")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--query-ranks", type=int, nargs="+", default=[], help="rows of mfa with fewer weights")
     parser.add_argument("--context", type=int, default=1024, help="tokens in the cache of a timed step")
     given = parser.parse_args()
     folder = real_model(str(given.model), print) if str(given.model) in PACKAGES else given.model
@@ -167,7 +176,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(folder, protocol, Path(scratch))
         original, plain = measure(bench.original), bench.scores(bench.plain)
-        for name, settings in systems().items():
+        for name, settings in systems(given.query_ranks).items():
             key = {"model": folder.name, "system": "systems", "case": name}
             known = {"protocol": protocol.names(), "original": plain}
             if (given.only and not any(part in name for part in given.only)) or rows.has(
