@@ -75,6 +75,8 @@ def test_doctor(offline, monkeypatch, capfd):
     run = run_main(["doctor"], monkeypatch, capfd)
     assert (run.code, run.err) == (0, "")
     assert all(word in run.out for word in ("torch", "transformers", "bfloat16", "free disk", "llama.cpp"))
+    missing = [each["install"] for each in found["engines"] if not each["found"]]
+    assert missing and all(f"not found: {how}" in run.out for how in missing)
 
 
 def test_doctor_says_how_to_get_what_is_missing(installed, monkeypatch, capfd):

@@ -181,8 +181,9 @@ def convert(
             plain = replace(plain, notes=(*plain.notes, EARLIER))
         called = origin or name
         if not isinstance(choice.method, MLA):
+            places = (called, plain, model_spec, output, progress)
             sizes = {"shard_size": shards, "memory": memory}
-            return convert_coded(choice.method, called, plain, model_spec, output, progress, restart=restart, **sizes)
+            return convert_coded(choice.method, *places, started=started, restart=restart, **sizes)
         chosen = _chosen_plan(called, model_spec, recipe or choice.method, settings)
         if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
             all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)
