@@ -195,8 +195,8 @@ def _codes(title: str, layers: Iterable[Mapping[str, Any]]) -> FittedTable | Tex
 
 
 CODE_LEGEND = (
-    "Per layer: where keys and values are coded, numbers per token, their average bits, and bytes; multiply-adds of one "
-    "new token per cached one."
+    "Per layer: where keys and values are coded, numbers per token, their average bits, and bytes; multiply-adds of "
+    "one new token per cached one."
 )
 CODE_COLUMNS = (
     "layers",
