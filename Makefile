@@ -9,12 +9,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENGINES ?= llama vllm
-# The tests that a release of transformers can break: every family, caches, loading and saving, every step, tuning, sources,
-# exports. The others are of our own algebra, messages, tables and files.
-OF_TRANSFORMERS := absorbed backward cache cache_bytes chat checkpoint coded_attention dense_weight exact_window export families \
-	foreign_code identity kv_heads_checkpoint logits methods newer_transformers reading shared_attention source_adapters \
-	source_gguf source_quantised static_norms streamed ties tune vision
-ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" $(OF_TRANSFORMERS:%=tests/test_%.py)
+# The tests that a release of another library can break: every family, caches, kernels, loading and saving, every step,
+# tuning, sources, exports. The others are of our own algebra, messages, tables and files.
+OF_LIBRARIES := absorbed backward cache cache_bytes chat checkpoint coded_attention dense_weight exact_window export families \
+	foreign_code logits methods newer_transformers reading shared_attention source_adapters source_gguf source_quantised streamed \
+	ties tune vision
+ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" $(OF_LIBRARIES:%=tests/test_%.py)
 TESTS := $(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: env demo methods docs wheel test test-slow test-all lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
