@@ -33,7 +33,7 @@ class OtherProcess:
     def __init__(self, absent: str | None, environment: dict[str, str]) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command = [sys.executable, "-P", str(Path(__file__).absolute()), *([] if absent is None else [absent])]
-        self.process = subprocess.Popen(command, **pipes, text=True, env=environment)
+        self.process = subprocess.Popen(command, **pipes, text=True, cwd=Path(__file__).parent, env=environment)
 
     def run(self, code: str, **names: Any) -> Any:
         """Runs ``code`` with ``names``, and returns what it leaves as ``answer``."""
