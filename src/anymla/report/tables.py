@@ -105,8 +105,7 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
     columns = ("layers", "2K", "r", "cache per token", "numbers", "parameters", "FLOPs per token")
     cache = costs["cache_bytes_per_token"]
     notes = [
-        f"{LEGEND} numbers: what a token holds in the cache. Parameters and FLOPs are of the attention, FLOPs of one "
-        "decoded token at 4096 cached tokens.",
+        f"{LEGEND} Parameters and FLOPs are of the attention, FLOPs of one decoded token at 4096 cached tokens.",
         f"Cache per token{_while_short(costs)}: {size(cache['before'])} -> {size(cache['after'])}"
         + (f", and {size(costs['exact_window_bytes'])} for the exact window" if costs["exact_window_bytes"] else "")
         + f"{_at_lengths(costs['cache_bytes_at'])}. "
@@ -148,7 +147,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}G"
 
 
-LEGEND = "2K: rope dims. r: rank of the latent. Both are in the cache."
+LEGEND = "2K: rope dims. r: rank of the latent. numbers: what a layer caches of a token, 2K + r."
 
 
 def conversion_layers_table(conversion: Conversion) -> Group:
