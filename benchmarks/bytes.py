@@ -12,7 +12,6 @@ OUT/images/smollm2.png, the README's picture.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Any
 from bytes_page import plot, plot_model, write_page
 from bytes_systems import SYSTEMS, measured
 from cache_bench import Bench, Protocol
-from fidelity import Rows, find_models, text_of
+from command import folder_of, parser_of, protocol_of
+from fidelity import Rows, find_models
 
 from anymla.demo import bundled_model
-from anymla.io.real_models import PACKAGES, real_model
 
 
 def measure_model(folder: Path, protocol: Protocol, only: list[str], rows: Rows, again: bool) -> None:
@@ -47,24 +46,14 @@ def measure_model(folder: Path, protocol: Protocol, only: list[str], rows: Rows,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, calibration_tokens=32768, windows=16)
     parser.add_argument("models", type=Path, nargs="*", default=[bundled_model()])
-    parser.add_argument("-o", "--out", type=Path, default=Path("docs"))
-    parser.add_argument("--text", type=Path, nargs="+")
-    parser.add_argument("--held-out", type=Path, nargs="+")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART")
-    parser.add_argument("--calibration-tokens", type=int, default=32768)
-    parser.add_argument("--windows", type=int, default=16, help="of each held-out text")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     (options.out / "images").mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out / "bytes.json", again=False)
-    folders = [real_model(str(model), print) if str(model) in PACKAGES else model for model in options.models]
-    for model in find_models(folders):
-        texts = (text_of(model, options.text, "train"), text_of(model, options.held_out, "valid"))
-        protocol = Protocol(*texts, options.calibration_tokens, options.windows, options.length)
-        measure_model(model, protocol, options.only, rows, options.again)
+    for model in find_models([folder_of(model) for model in options.models]):
+        measure_model(model, protocol_of(model, options), options.only, rows, options.again)
     write_page(options.out / "bytes.md", rows.rows, list(SYSTEMS))
     plot(options.out / "images" / "bytes.png", rows.rows, list(SYSTEMS))
     plot_model(options.out / "images" / "smollm2.png", rows.rows, "SmolLM2-135M-Instruct")

@@ -10,7 +10,6 @@ trained. "cache" and "weights" are measured bytes over the original's. "step" is
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from itertools import product
@@ -19,8 +18,9 @@ from typing import Any
 
 import torch
 from bytes_systems import forward_of
-from cache_bench import Bench, Protocol
-from fidelity import Rows, convert_best, text_of
+from cache_bench import Bench
+from command import folder_of, parser_of, protocol_of
+from fidelity import Rows, convert_best
 from machine import fastest_of
 from page import table
 from peers import METHODS
@@ -30,7 +30,6 @@ from anymla.account import measure
 from anymla.demo import bundled_model
 from anymla.errors import AnymlaError
 from anymla.io.checkpoint import load_model
-from anymla.io.real_models import PACKAGES, real_model
 
 PEERS = ("TransMLA", "MHA2MLA")
 NAMES = ("system", "cache", "weights", "KL", "perplexity", "same top token", "CPU seconds", "step")
@@ -157,21 +156,13 @@ def _protocol(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures what is missing, and writes the page after every row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, calibration_tokens=8192, windows=2)
     parser.add_argument("model", type=Path, nargs="?", default=bundled_model())
-    parser.add_argument("-o", "--out", type=Path, default=Path("docs"))
-    parser.add_argument("--text", type=Path, nargs="+")
-    parser.add_argument("--held-out", type=Path, nargs="+")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART")
-    parser.add_argument("--calibration-tokens", type=int, default=8192)
-    parser.add_argument("--windows", type=int, default=2, help="of each held-out text")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--query-ranks", type=int, nargs="+", default=[], help="rows of mfa with fewer weights")
     parser.add_argument("--context", type=int, default=1024, help="tokens in the cache of a timed step")
     given = parser.parse_args()
-    folder = real_model(str(given.model), print) if str(given.model) in PACKAGES else given.model
-    texts = (text_of(folder, given.text, "train"), text_of(folder, given.held_out, "valid"))
-    protocol = Protocol(*texts, given.calibration_tokens, given.windows, given.length)
+    folder = folder_of(given.model)
+    protocol = protocol_of(folder, given)
     rows = Rows(given.out / "systems.json", again=False)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(folder, protocol, Path(scratch))

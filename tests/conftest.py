@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import anymla
 from anymla.demo import bundled_model
+from tests.damage import run_main
+from tests.other_process import WithoutAnymla
 
 torch.set_num_threads(1)
 
@@ -41,6 +43,24 @@ def converted_folder(tmp_path_factory):
 def converted(converted_folder):
     """The converted model, loaded."""
     return AutoModelForCausalLM.from_pretrained(converted_folder).eval()
+
+
+@pytest.fixture(name="anymla")
+def successful(monkeypatch, capfd):
+    """Runs a command in this process; it must go well and say on stderr how far it is and no more. Gives its stdout."""
+
+    def run(*arguments):
+        done = run_main([str(argument) for argument in arguments], monkeypatch, capfd)
+        assert (done.code, done.err) == (0, "")
+        return done.out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def without_anymla(tmp_path_factory):
+    """A process that cannot import anymla."""
+    return WithoutAnymla(tmp_path_factory.mktemp("without"))
 
 
 @pytest.fixture(scope="session", params=[0.5, 0.3125])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from anymla.architectures.model_spec import read_config, read_model_spec
 from anymla.errors import AnymlaError
 from anymla.methods.base import method_of
 from tests.families import token_ids
+from tests.other_process import forking
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 
@@ -38,11 +38,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Case:
-    """A method, its sample, and the tiny model it is tried on."""
+    """A method, its sample, and the tiny model it is tried on; ``kept``: where promises find a run that was made."""
 
     name: str
     sample: Sample
     source: Path
+    kept: Path | None = None
 
     def steps(self, *, neutral: bool = False) -> list[dict[str, Any]]:
         """The whole recipe."""
@@ -52,6 +53,11 @@ class Case:
         """Runs it into ``output``."""
         anymla.run(self.source, output, steps=self.steps(neutral=neutral))
         return output
+
+    def done(self, folder: Path) -> Path:
+        """A finished run, to be read only: in ``folder``, or the kept one."""
+        output = (self.kept or folder) / "out"
+        return output if output.exists() else self.run(output)
 
     def base(self, folder: Path) -> Path:
         """The model as it is before the method."""
@@ -85,7 +91,7 @@ def all_ways_of_reading_agree(case: Case, folder: Path) -> None:
 
     In float64: where float32 rounds another way, a number may get its other neighbour's code.
     """
-    model, ids = load(case.run(folder / "out")).double(), token_ids()
+    model, ids = load(case.done(folder)).double(), token_ids()
     whole = logits(model, ids)
     for width in (1, 5):
         cache, parts = None, []
@@ -103,15 +109,15 @@ def all_ways_of_reading_agree(case: Case, folder: Path) -> None:
 
 
 def account_is_what_is_measured(case: Case, folder: Path) -> None:
-    account = json.loads((case.run(folder / "out") / "account.json").read_text())
+    account = json.loads(((done := case.done(folder)) / "account.json").read_text())
     names = ("weight_bytes", "cache_bytes_per_token", "cache_bytes_once")
     assert all(account[name] == account["measured"][name] for name in names)
-    live = measure(load(folder / "out"))
+    live = measure(load(done))
     assert [account[name] for name in names] == [getattr(live, name) for name in names]
 
 
 def saved_again_it_is_the_same(case: Case, folder: Path) -> None:
-    first = load(case.run(folder / "out"))
+    first = load(case.done(folder))
     first.save_pretrained(folder / "again")
     second = load(folder / "again")
     assert torch.equal(logits(first, token_ids()), logits(second, token_ids()))
@@ -137,11 +143,8 @@ def plans_are_pure(case: Case, folder: Path) -> None:
 
 
 KILLED = """
-import json, os, signal, sys
-import torch, transformers
+import os, signal, transformers
 import anymla, anymla.runner, anymla.sweep.run
-torch.set_num_threads(1)  # forked processes have no others
-source, steps, outputs = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
 for kill_at, output in enumerate(outputs, 1):
     if not (child := os.fork()):
         seen = []
@@ -149,17 +152,18 @@ for kill_at, output in enumerate(outputs, 1):
             seen.append(1)
             if len(seen) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-        anymla.run(source, output, steps=steps, progress=progress)
-        os._exit(0)
+        try:
+            anymla.run(source, output, steps=steps, progress=progress)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
 
 
 def a_killed_run_goes_on_to_the_same_bytes(case: Case, folder: Path) -> None:
-    whole = files(case.run(folder / "whole"))
+    whole = files(case.done(folder))
     outputs = [folder / f"killed-{kill_at}" for kill_at in (1, 2)]
-    given = [str(case.source), json.dumps(case.steps()), *map(str, outputs)]
-    subprocess.run([sys.executable, "-c", KILLED, *given], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    forking().run(KILLED, source=str(case.source), steps=case.steps(), outputs=list(map(str, outputs)))
     for output in outputs:
         assert not output.exists()
         case.run(output)

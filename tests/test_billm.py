@@ -21,7 +21,6 @@ from anymla.modeling.spec import LayerSpec
 from tests.families import FAST, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 from tests.method_contract import load, logits
-from tests.test_checkpoint import run_without_anymla
 
 TEXT = {"calibration_tokens": 1024, "calibration_length": 64}
 LEVELS = ("own", "centred", "symmetric")
@@ -166,9 +165,9 @@ def test_what_is_kept_stays(source, packed):
 
 
 @torch.no_grad()
-def test_it_loads_without_anymla(packed, tmp_path):
+def test_it_loads_without_anymla(packed, without_anymla):
     ids = token_ids()
-    found = run_without_anymla(packed, tmp_path, {"input_ids": ids})
+    found = without_anymla.logits(packed, {"input_ids": ids})
     assert torch.equal(found, load(packed)(input_ids=ids).logits)
     assert {"packed_linear.py", "packed_spec.py"} <= {path.name for path in packed.iterdir()}
 

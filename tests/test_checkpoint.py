@@ -20,41 +20,6 @@ from anymla.modeling.spec import KEY, OLD_KEY
 from tests.families import FAST, SHAPES, converted_layers, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 
-WITHOUT_ANYMLA = """
-import sys, torch
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name == "anymla" or name.startswith("anymla."):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-torch.set_num_threads(1)
-import transformers
-folder, inputs, out, resaved, auto = sys.argv[1:]
-model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
-assert "anymla" not in sys.modules
-with torch.no_grad():
-    torch.save(model(**torch.load(inputs, weights_only=True)).logits, out)
-transformers.AutoTokenizer.from_pretrained(folder)
-model.save_pretrained(resaved)
-"""
-
-
-def run_without_anymla(folder, tmp_path, inputs, auto="AutoModelForCausalLM"):
-    script = tmp_path / "load.py"
-    script.write_text(WITHOUT_ANYMLA)
-    torch.save(inputs, tmp_path / "inputs.pt")
-    arguments = [folder, tmp_path / "inputs.pt", tmp_path / "logits.pt", tmp_path / "resaved", auto]
-    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return torch.load(tmp_path / "logits.pt", weights_only=True)
-
 
 @pytest.mark.parametrize(("family", "changes"), [case[1:] for case in SHAPES], ids=[case[0] for case in SHAPES])
 def test_save_and_load_round_trip_exactly(tmp_path, family, changes):
@@ -75,12 +40,16 @@ def test_save_and_load_round_trip_exactly(tmp_path, family, changes):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_loads_without_anymla(tmp_path, family):
+def test_loads_without_anymla(tmp_path, family, without_anymla):
     source = save_model(make_model(family, torch.float32, head_dim=8), tmp_path / "source")
     anymla.convert(source, tmp_path / "out", kv_cache=0.5, **FAST)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     expected = logits(model, token_ids())
-    assert torch.equal(run_without_anymla(tmp_path / "out", tmp_path, {"input_ids": token_ids()}), expected)
+    found = without_anymla.logits(tmp_path / "out", {"input_ids": token_ids()}, resaved=tmp_path / "resaved")
+    assert torch.equal(found, expected)
+    without_anymla.run(
+        "import transformers; transformers.AutoTokenizer.from_pretrained(folder)", folder=str(tmp_path / "out")
+    )
     resaved = AutoModelForCausalLM.from_pretrained(tmp_path / "resaved").eval()
     assert torch.equal(logits(resaved, token_ids()), expected)
     assert (tmp_path / "resaved" / "modeling_anymla.py").is_file()
@@ -109,14 +78,14 @@ def as_written_by_0_1(folder):
 
 
 @pytest.mark.parametrize(("model_type", "settings"), OLD.values(), ids=OLD)
-def test_a_folder_of_0_1_loads_unchanged(tmp_path, model_type, settings):
+def test_a_folder_of_0_1_loads_unchanged(tmp_path, model_type, settings, without_anymla):
     source = save_model(tiny_model(model_type, torch.float32), tmp_path / "source")
     anymla.convert(source, tmp_path / "out", kv_cache=0.5, **settings, **FAST)
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), token_ids())
     as_written_by_0_1(tmp_path / "out")
     old = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(logits(old, token_ids()), expected)
-    assert torch.equal(run_without_anymla(tmp_path / "out", tmp_path, {"input_ids": token_ids()}), expected)
+    assert torch.equal(without_anymla.logits(tmp_path / "out", {"input_ids": token_ids()}), expected)
 
 
 def test_sharded_files(tmp_path):
@@ -157,7 +126,7 @@ def test_config_has_deepseeks_names(converted_folder):
 
 
 def test_loads_after_import_in_either_order(converted_folder):
-    for imports in ("import anymla, transformers", "import transformers, anymla", "import anymla\nimport transformers"):
+    for imports in ("import anymla, transformers", "import transformers, anymla"):
         code = (
             f"{imports}\n"
             "from transformers import AutoConfig, AutoModelForCausalLM\n"

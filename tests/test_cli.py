@@ -12,29 +12,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from anymla import cli, pipeline
+from anymla import cli
 from anymla.cli.options import print_next
-from anymla.errors import AnymlaError
 from anymla.methods.mla.settings import MLA
 from tests.damage import BUNDLED, FAST, TRAIN, VALID, Run, run_main
 
-COMMANDS = (
-    "demo",
-    "inspect",
-    "plan",
-    "convert",
-    "compare",
-    "tune",
-    "eval",
-    "generate",
-    "chat",
-    "doctor",
-    "export",
-    "push",
-    "refresh",
-    "run",
-    "methods",
-)
 SCORES = {
     "perplexity",
     "kl",
@@ -45,42 +27,8 @@ SCORES = {
     "tokens",
 }
 LAYERS, NUMBERS, BYTES = 5, 64, 1280  # of the bundled model: cached numbers per token and layer, bytes per token
-OTHER_THAN_DEFAULT = {
-    "kv_cache": 0.5,
-    "target": "vllm",
-    "cache_type": "fp8",
-    "rope": "uniform",
-    "rope_dims": 4,
-    "kv_rank": 9,
-    "ranks": "energy",
-    "effort": "quick",
-    "exact_window": 16,
-    "static_qk_norm": True,
-    "factorization": "joint-svd",
-    "expected_rotation": False,
-    "reconstruction_steps": 11,
-    "calibration": "stories.txt",
-    "calibration_tokens": 999,
-    "calibration_length": 77,
-    "adapter": "none",
-    "device": "cuda:3",
-    "dtype": "bfloat16",
-    "seed": 5,
-}
 PROMPT = "Once upon a time"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: threads share sums out in their own order
-
-
-@pytest.fixture
-def anymla(monkeypatch, capfd):
-    """Runs a command in this process; it must go well and say on stderr how far it is and no more. Gives its stdout."""
-
-    def run(*arguments):
-        done = run_main([str(argument) for argument in arguments], monkeypatch, capfd)
-        assert (done.code, done.err) == (0, "")
-        return done.out
-
-    return run
 
 
 @pytest.fixture
@@ -95,13 +43,6 @@ def convert_arguments(output, *options):
 
 def weights(folder):
     return (Path(folder) / "model.safetensors").read_bytes()
-
-
-def option(name, value):
-    """A setting as a command line gives it."""
-    if isinstance(value, bool):
-        return [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
-    return [f"--{name.replace('_', '-')}", str(value)]
 
 
 @pytest.fixture(scope="module")
@@ -363,62 +304,3 @@ def test_generate_draws_by_the_seed(anymla):
         )
 
     assert draw(1) == draw(1) != draw(2)
-
-
-def test_options_override_the_recipe_file(anymla, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("kv_cache: 0.5\nrope: high\nseed: 3\n")
-    chosen = json.loads(anymla("plan", BUNDLED, "--recipe", recipe, "--kv-cache", "0.25", "--json"))["recipe"]
-    assert (chosen["kv_cache"], chosen["rope"], chosen["seed"]) == (0.25, "high", 3)
-    assert chosen["factorization"] == MLA().factorization
-
-
-def test_every_setting_of_a_recipe_is_tried():
-    assert set(OTHER_THAN_DEFAULT) == set(MLA.model_fields)
-    default = MLA().model_dump()
-    assert [name for name, value in OTHER_THAN_DEFAULT.items() if value == default[name]] == []
-
-
-@pytest.mark.parametrize("name", OTHER_THAN_DEFAULT)
-def test_every_setting_is_an_option_of_convert(name, monkeypatch, capfd, tmp_path):
-    taken = []
-
-    def convert(model, output, recipe, **given):
-        taken.append({key: value for key, value in given.items() if key in MLA.model_fields})
-        raise AnymlaError("far enough")
-
-    monkeypatch.setattr(pipeline, "convert", convert)
-    arguments = [*option(name, OTHER_THAN_DEFAULT[name]), "-o", str(tmp_path / "out")]
-    run = run_main(["convert", str(BUNDLED), *arguments], monkeypatch, capfd)
-    assert run.err.endswith("error: far enough\n")
-    assert taken == [{name: OTHER_THAN_DEFAULT[name]}]
-
-
-def test_every_setting_is_an_option_of_plan(anymla):
-    settings = OTHER_THAN_DEFAULT | {
-        "static_qk_norm": False,
-        "exact_window": 0,
-        "ranks": "uniform",
-    }  # which do not go with all
-    given = [part for name, value in settings.items() for part in option(name, value)]
-    chosen = json.loads(anymla("plan", BUNDLED, "--json", *given))["recipe"]
-    assert chosen == settings
-
-
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help(command, anymla):
-    text = anymla(*command.split(), "--help")
-    assert f"Usage: anymla {command}".strip() in text
-    assert all(name in text for name in (COMMANDS if not command else ["--help"]))
-
-
-def test_help_of_convert_tells_every_setting(anymla, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    text = "".join(anymla("convert", "--help").split())  # lines also break at hyphens
-    for name, field in MLA.model_fields.items():
-        assert f"--{name.replace('_', '-')}" in text
-        assert "".join(field.description.split()) in text
-
-
-def test_the_commands_are_known():
-    assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == set(COMMANDS)

@@ -29,13 +29,6 @@ CODES = {
 }
 
 
-class Once(Case):
-    """A case that runs once for several promises."""
-
-    def run(self, output, *, neutral=False):
-        return output if output.exists() else super().run(output, neutral=neutral)
-
-
 def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
@@ -57,7 +50,7 @@ def source(tmp_path_factory):
     ],
 )
 def test_it_keeps_the_promises_of_a_method(before, codes, source, tmp_path):
-    case = Once(codes, Sample(*CODES[codes], before=(BEFORE[before],)), source)
+    case = Case(codes, Sample(*CODES[codes], before=(BEFORE[before],)), source)
     for promise in (all_ways_of_reading_agree, account_is_what_is_measured):
         promise(case, tmp_path)
     kind = CodedMfaAttention if "mfa" in before else CodedAttention

@@ -6,10 +6,9 @@ import re
 from urllib.parse import unquote
 
 import pytest
-import typer
 import yaml
 
-from anymla.cli import app
+from anymla.cli import command_line
 from tests.markdown import PAGES, ROOT, anchors, commands, links, paths, undefined
 from tests.prose import complaints
 
@@ -38,7 +37,7 @@ def test_files_that_are_named_exist(page):
 
 def parse(words):
     """Parses a command as the command line does, without running it."""
-    command, context = typer.main.get_command(app), None
+    command, context = command_line(), None
     while words and hasattr(command, "commands"):
         assert words[0] in command.commands, f"no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]

@@ -10,11 +10,10 @@ import zipfile
 from importlib.util import find_spec
 
 import pytest
-import typer
 
 import anymla
 from anymla import doctor
-from anymla.cli import app, groups, out
+from anymla.cli import command_line, groups, out
 from anymla.errors import RecipeError, TextError
 from tests.damage import run_main
 from tests.markdown import ROOT
@@ -75,6 +74,8 @@ def test_doctor(offline, monkeypatch, capfd):
     run = run_main(["doctor"], monkeypatch, capfd)
     assert (run.code, run.err) == (0, "")
     assert all(word in run.out for word in ("torch", "transformers", "bfloat16", "free disk", "llama.cpp"))
+    missing = [each["install"] for each in found["engines"] if not each["found"]]
+    assert missing and all(f"not found: {how}" in run.out for how in missing)
 
 
 def test_doctor_says_how_to_get_what_is_missing(installed, monkeypatch, capfd):
@@ -107,7 +108,7 @@ def test_doctor_finds_engines(monkeypatch, tmp_path):
 
 def parameters():
     """Every option of every command, but --help."""
-    for name, command in typer.main.get_command(app).commands.items():
+    for name, command in command_line().commands.items():
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 yield name, parameter.name

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,15 +26,6 @@ from tests.test_methods import FAST_RUN, SAMPLES
 
 HALF = {"mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0}}
 STEPS = {"rtn": {}, "hqq": {}, "gptq": FAST_RUN}
-WITHOUT_ANYMLA = """
-import sys
-import torch
-sys.modules["anymla"] = None
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-with torch.no_grad():
-    torch.save(model(input_ids=torch.load(sys.argv[2])).logits.double(), sys.argv[3])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +93,11 @@ def test_gptq_makes_up_for_its_errors(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["stock", "converted"])
-def test_the_output_is_read_everywhere(sources, kind, tmp_path):
+def test_the_output_is_read_everywhere(sources, kind, tmp_path, without_anymla):
     """By eval and generate; without anymla by its own files or as a stock model."""
     folder = packed(sources[kind], tmp_path / "out", "hqq", 4)
     expected = logits(load(folder), token_ids())
-    torch.save(token_ids(), tmp_path / "ids")
-    given = [str(folder), str(tmp_path / "ids"), str(tmp_path / "logits")]
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_ANYMLA, *given], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+    assert torch.equal(without_anymla.logits(folder, {"input_ids": token_ids()}).double(), expected)
     scores = anymla.evaluate(folder, VALID, sources[kind], tokens=256, length=64)
     assert 0 < scores.kl < 1
 

@@ -140,7 +140,7 @@ def contract():
 
 @pytest.mark.parametrize(("case", "promise"), contract())
 def test_contract(case, promise, source, tmp_path):
-    promise(Case(*CASES[case], source), tmp_path)
+    promise(Case(*CASES[case], source, source.with_name(f"{case} done")), tmp_path)
 
 
 def test_a_new_method_is_one_file(toy, source, tmp_path, monkeypatch, capfd):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -138,7 +136,7 @@ def test_constraints_are_the_newest_tested():
     assert f"\ntransformers=={model_classes.NEWEST_TESTED}." in pinned
 
 
-def test_refresh_replaces_old_modelling_files(folder, tmp_path, monkeypatch, capfd):
+def test_refresh_replaces_old_modelling_files(folder, tmp_path, monkeypatch, capfd, without_anymla):
     old = tmp_path / "old"
     shutil.copytree(folder, old)
     (old / "latent_attention.py").write_text("raise RuntimeError('old')\n")
@@ -147,7 +145,7 @@ def test_refresh_replaces_old_modelling_files(folder, tmp_path, monkeypatch, cap
     assert refresh(old) == ["arguments.py", "latent_attention.py"]
     assert refresh(old) == []
     assert (old / "model.safetensors").read_bytes() == weights
-    assert difference_in_remote_code(old) < 1e-9
+    assert difference_in_remote_code(old, without_anymla) < 1e-9
     said = run_main(["refresh", str(old)], monkeypatch, capfd)
     assert (said.code, said.out) == (0, f"{old} has the modelling files of this anymla already\n")
     source = folder.parent / "source"
@@ -155,27 +153,25 @@ def test_refresh_replaces_old_modelling_files(folder, tmp_path, monkeypatch, cap
         refresh(source)
 
 
-def test_remote_code_without_anymla_decodes_right(folder):
-    assert difference_in_remote_code(folder) < 1e-9
+def test_remote_code_without_anymla_decodes_right(folder, without_anymla):
+    assert difference_in_remote_code(folder, without_anymla) < 1e-9
 
 
-def difference_in_remote_code(folder):
+def difference_in_remote_code(folder, without_anymla):
     """Decode less prefill by the folder's own files, in a process where anymla was never imported."""
-    code = f"""
-import sys, torch
+    code = """
+import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 ids = torch.arange(3, 43)[None]
 with torch.no_grad():
     whole = model(input_ids=ids, use_cache=False).logits
     out = model(input_ids=ids[:, :30], use_cache=True)
     name = "cache" if "cache" in out else "past_key_values"
-    late = model(input_ids=ids[:, 30:], **{{name: out[name]}}).logits
-assert "anymla" not in sys.modules
-print((late - whole[:, 30:]).abs().max().item())
+    late = model(input_ids=ids[:, 30:], **{name: out[name]}).logits
+answer = (late - whole[:, 30:]).abs().max().item()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return without_anymla.run(code, folder=str(folder))
 
 
 def test_continuous_batching_is_refused(model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +16,7 @@ from anymla.io.checkpoint import load_tokenizer
 
 SETTINGS = {"calibration_tokens": 16384, "calibration_length": 256, "reconstruction_steps": 40}
 PAPER = ("high", "low", "uniform", "two-norm")
-CEILING = {0.5: 1.15, 0.3125: 1.5, 0.25: 1.95, 0.125: 9.0}  # perplexity over the original's; measured 1.11 to 8.1
+CEILING = {0.5: 1.15, 0.25: 1.95, 0.125: 9.0}  # perplexity over the original's; measured 1.11 to 8.1
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,7 @@ def windows():
 def scores_of(windows, original, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
 
+    @functools.cache
     def convert_and_score(**settings):
         anymla.convert(bundled_model(), folder / "model", overwrite=True, **SETTINGS | settings)
         return score_model(AutoModelForCausalLM.from_pretrained(folder / "model").eval(), windows, original)
@@ -51,9 +54,7 @@ def test_default_is_ahead_of_every_paper_strategy(scores_of, windows, original, 
             compared += 1
             assert theirs.cache_numbers_per_token_per_layer == ours.cache_numbers_per_token_per_layer
             assert ours.kl < theirs.kl
-    assert (
-        compared == {0.5: 8, 0.3125: 8, 0.25: 4, 0.125: 0}[budget]
-    )  # 16 numbers hold no 4 dims of 4 heads and a latent
+    assert compared == {0.5: 8, 0.25: 4, 0.125: 0}[budget]  # 16 numbers hold no 4 dims of 4 heads and a latent
 
 
 @pytest.mark.slow

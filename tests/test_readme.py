@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -20,9 +19,10 @@ from tests.markdown import ROOT, blocks
 from tests.page_commands import anymla_commands, make_folder, run_commands, run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft's doing
-README = ROOT / "README.md"
+README, RECIPES = ROOT / "README.md", ROOT / "examples" / "README.md"
 SHELL = [text for language, text in blocks(README) if language == "sh"]
-USE, STEPS = (next(block for block in SHELL if command in block) for command in ("anymla chat", "anymla methods"))
+USE = next(block for block in SHELL if "anymla chat" in block)
+STEPS = next(text for _, text in blocks(RECIPES) if "anymla methods kvquant" in text)
 PYTHON = [text for language, text in blocks(README) if language == "python"]
 FROM_THE_HUB = "Qwen/"  # tests have no network: tests/test_docs.py parses these
 
@@ -57,12 +57,10 @@ def test_your_own_model_and_what_loads_it(folder, monkeypatch, capfd):
     assert run(USE, monkeypatch, capfd) == 4
     names = run_python(PYTHON, monkeypatch)
     assert names["model"].config.model_type == "anymla_llama" and names["tokenizer"]("Once")["input_ids"]
-    assert names["report"].output.name == "OUT" and names["scores"].perplexity > 1
 
 
 def test_steps(folder, monkeypatch, capfd):
-    shutil.copytree(ROOT / "examples", folder / "examples")
-    assert run(STEPS, monkeypatch, capfd) == 5
+    assert run(STEPS, monkeypatch, capfd) == 4
 
 
 def test_sources(folder, monkeypatch, capfd):
@@ -76,8 +74,8 @@ def test_pages_of_steps_that_follow(page, folder, monkeypatch, capfd):
 
 
 def test_no_block_is_left_out():
-    assert len(PYTHON) == 2
-    ran = [line for block in (USE, STEPS) for line in block.splitlines()]
+    assert len(PYTHON) == 1
+    ran = [line for line in USE.splitlines() if line.startswith("anymla ")]
     assert [line for block in SHELL for line in block.splitlines() if line.startswith("anymla ")] == ran
 
 

@@ -187,8 +187,9 @@ def test_a_file_size_limit_behind_the_layers(tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_signals_keep_the_work_and_say_so(tmp_path, sent):
     command = [sys.executable, "-c", "from anymla.cli import main; main()", "convert", str(bundled_model()), "-o"]
+    command += [str(tmp_path / "out"), "--kv-cache", "0.5", "--calibration-tokens", "8192"]
     process = subprocess.Popen(
-        [*command, str(tmp_path / "out"), "--kv-cache", "0.5", "--reconstruction-steps", "10"],
+        [*command, "--reconstruction-steps", "20"],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it

@@ -107,7 +107,7 @@ def test_inspect_plan_and_convert(cache, way, monkeypatch, capfd):
     run = run_main(["inspect", *model, "--json"], monkeypatch, capfd)
     facts = json.loads(run.out)
     assert (facts["model"], facts["commit"], facts["num_layers"]) == ("org/name@v1.0", OLD, 1)
-    run = run_main(["plan", *model, "-o", "plan.yaml", "--kv-cache", "0.5"], monkeypatch, capfd)
+    run = run_main(["plan", *model, "-o", "plan.yaml", *OPTIONS.split()], monkeypatch, capfd)
     assert "anymla convert org/name@v1.0 -o OUT" in run.out
     run = run_main(["convert", *model, "-o", "out", *OPTIONS.split()], monkeypatch, capfd)
     assert run.code == 0, run.err

@@ -16,13 +16,13 @@ from anymla.modeling.shared_latent import MapSourceLatentAttention, SharedLatent
 from tests.families import FAST, logits, make_model, save_model, token_ids
 from tests.family_models import tiny_model
 from tests.method_contract import (
+    Case,
     Sample,
     account_is_what_is_measured,
     all_ways_of_reading_agree,
     saved_again_it_is_the_same,
 )
 from tests.precision import Exact
-from tests.test_coded_after import Once
 from tests.test_methods import FAST_RUN
 from tests.test_shared_attention import twin_layers
 
@@ -48,11 +48,11 @@ def made(request, source, tmp_path_factory):
     *before, last = ORDERS[request.param]
     ((name, settings),) = last.items()
     folder = tmp_path_factory.mktemp("made")
-    return Once(name, Sample(settings, {}, before=tuple(before)), source).run(folder / "out").parent
+    return Case(name, Sample(settings, {}, before=tuple(before)), source).run(folder / "out").parent
 
 
 def test_it_keeps_the_promises_of_a_method(made):
-    case = Once("", Sample({}, {}), made)  # it ran already
+    case = Case("", Sample({}, {}), made)  # it ran already
     for promise in (all_ways_of_reading_agree, account_is_what_is_measured, saved_again_it_is_the_same):
         promise(case, made)
 

@@ -19,7 +19,6 @@ from anymla.evaluation.generation import stream_continuation
 from anymla.modeling.latent_attention import LatentAttention
 from tests.families import converted_layers, save_model
 from tests.precision import Exact
-from tests.test_checkpoint import run_without_anymla
 from tests.vision_models import CASES, TEXT_MODELS, image_prompt, tiny_vision_config, tiny_vision_model
 
 FAST = {"calibration_tokens": 512, "calibration_length": 32, "reconstruction_steps": 2}
@@ -151,12 +150,12 @@ def test_folder_says_what_it_is_and_keeps_the_processor(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl"])
-def test_loads_without_anymla(tmp_path, model_type):
+def test_loads_without_anymla(tmp_path, model_type, without_anymla):
     source = save_tiny(tmp_path, model_type, torch.float32)
     anymla.convert(source, tmp_path / "out", kv_cache=0.5, **FAST)
     inputs = image_prompt(model_type, torch.float32)
     expected = prefill(load(tmp_path / "out"), inputs)
-    actual = run_without_anymla(tmp_path / "out", tmp_path, inputs, auto="AutoModelForImageTextToText")
+    actual = without_anymla.logits(tmp_path / "out", inputs, auto="AutoModelForImageTextToText")
     assert torch.equal(actual, expected)
 
 

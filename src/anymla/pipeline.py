@@ -181,8 +181,10 @@ def convert(
             plain = replace(plain, notes=(*plain.notes, EARLIER))
         called = origin or name
         if not isinstance(choice.method, MLA):
-            sizes = {"shard_size": shards, "memory": memory}
-            return convert_coded(choice.method, called, plain, model_spec, output, progress, restart=restart, **sizes)
+            places = (called, plain, model_spec, output, progress)
+            return convert_coded(
+                choice.method, *places, started=started, memory=memory, shard_size=shards, restart=restart
+            )
         chosen = _chosen_plan(called, model_spec, recipe or choice.method, settings)
         if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
             all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)

@@ -29,6 +29,7 @@ from anymla.architectures.parts import norm_names as names_of_norms
 from anymla.modeling.attention_spec import AttentionSpec, Temperature
 from anymla.modeling.heads import query_temperature, split_heads
 from anymla.modeling.shared_attention import MapSourceAttention
+from anymla.modeling.shared_spec import SharedSpec
 
 NORMS = ("q_norm", "k_norm", "v_norm", "output_norm")  # as anymla's own attention calls them
 
@@ -69,7 +70,7 @@ class SourceAttention:
     """An attention module as anymla sees it.
 
     ``norms``: the stock modules by LatentAttention's names, in anymla's order of dims. ``spec``: all that the module
-    does. ``biases``, ``exact_window``: of the latent attention that it is converted to.
+    does. ``biases``, ``exact_window``, ``shared``: of the latent attention that it is converted to.
     """
 
     weights: AttentionWeights
@@ -77,6 +78,7 @@ class SourceAttention:
     spec: AttentionSpec
     biases: bool = True
     exact_window: int = 0
+    shared: SharedSpec | None = None
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """True query [B,H,T,d], key and value [B,G,T,d] of ``hidden`` [B,T,D]: norms applied, rope not yet."""

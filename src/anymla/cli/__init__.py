@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -16,6 +17,7 @@ from anymla.errors import AnymlaError
 
 __all__ = [
     "app",
+    "command_line",
     "compare",
     "convert",
     "doctor",
@@ -59,13 +61,19 @@ def options(
         out.print(GREETING, soft_wrap=True)
 
 
+@functools.cache
+def command_line() -> Any:
+    """The command of all commands."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     _quiet_libraries()
     try:
-        code = app(prog_name="anymla", standalone_mode=False)
+        code = command_line()(prog_name="anymla", standalone_mode=False)
         if code == 130:  # typer makes Ctrl-C this code
             raise KeyboardInterrupt
         sys.exit(code)

@@ -19,6 +19,8 @@ def doctor(as_json: Json = False) -> None:
         from anymla.report.doctor import doctor_table
 
         out.print(doctor_table(found, {extra: pip_line(extra) for extra in found.extras}))
+        if any(found.extras.values()):
+            out.print("In a clone of the project, '.[tune]' takes the place of 'anymla[tune]'.")
         out.print("Next: anymla demo" if not found.missing else "Something that anymla needs is missing: see above.")
     if found.missing:
         raise typer.Exit(1)

@@ -39,7 +39,7 @@ def _groups(found: Examination, install: dict[str, str]) -> Iterator[tuple[str, 
         "optional",
         [(name, "installed" if not lacking else install[name]) for name, lacking in found.extras.items()],
     )
-    yield "engines", [(each.name, ", ".join(each.found) or "not found") for each in found.engines]
+    yield "engines", [(each.name, ", ".join(each.found) or f"not found: {each.install}") for each in found.engines]
 
 
 def _of_device(device: DeviceFound) -> str:

@@ -105,8 +105,7 @@ def plan_table(costs: Mapping[str, Any]) -> Group:
     columns = ("layers", "2K", "r", "cache per token", "numbers", "parameters", "FLOPs per token")
     cache = costs["cache_bytes_per_token"]
     notes = [
-        "2K rope dims and latent rank r, both in the cache; parameters and FLOPs are of the attention, FLOPs of one "
-        "decoded token at 4096 cached tokens.",
+        f"{LEGEND} Parameters and FLOPs are of the attention, FLOPs of one decoded token at 4096 cached tokens.",
         f"Cache per token{_while_short(costs)}: {size(cache['before'])} -> {size(cache['after'])}"
         + (f", and {size(costs['exact_window_bytes'])} for the exact window" if costs["exact_window_bytes"] else "")
         + f"{_at_lengths(costs['cache_bytes_at'])}. "
@@ -148,7 +147,10 @@ def _short(value: float) -> str:
     return f"{value:.3g}G"
 
 
-def conversion_layers_table(conversion: Conversion) -> FittedTable:
+LEGEND = "2K: rope dims. r: rank of the latent. numbers: what a layer caches of a token, 2K + r."
+
+
+def conversion_layers_table(conversion: Conversion) -> Group:
     """Every layer: converted to what, at what loss; or kept, where it has no softmax attention."""
     done, counted = {layer.layer: layer for layer in conversion.layers}, account(conversion.spec).layers
     rows: list[tuple[Any, ...]] = []
@@ -159,7 +161,8 @@ def conversion_layers_table(conversion: Conversion) -> FittedTable:
             cached = size(counted[index].cache_bytes_per_token)
             rows.append((index, "converted", layer.rope_dims, layer.kv_rank, cached, f"{layer.error:.2%}"))
     columns = ("layer", "attention", "2K", "r", "cache per token", "error")
-    return table(str(conversion.output), columns, rows)
+    legend = f"{LEGEND} error: squared change of the hidden states after the attention, over their squared size."
+    return Group(table(str(conversion.output), columns, rows), Text(legend))
 
 
 def codes_table(planned: Mapping[str, Any]) -> Group:
@@ -168,7 +171,7 @@ def codes_table(planned: Mapping[str, Any]) -> Group:
     cache, once = planned["cache_bytes_per_token"], planned["cache_bytes_once"]
     exact = f", and {size(once)} once for exact tokens" if once else ""
     coded = [
-        "Per layer: numbers per token, their average bits, and bytes; multiply-adds of one new token per cached one.",
+        CODE_LEGEND,
         "Bits and axes are those that a conversion with these settings chooses."
         if "curve" in planned
         else "Bits and axes are those of typical layers; conversion chooses them on calibration text (--curve too).",
@@ -190,6 +193,10 @@ def _codes(title: str, layers: Iterable[Mapping[str, Any]]) -> FittedTable | Tex
     return table(title, CODE_COLUMNS, rows) if rows else nothing
 
 
+CODE_LEGEND = (
+    "Per layer: where keys and values are coded, numbers per token, their average bits, and bytes; multiply-adds of "
+    "one new token per cached one."
+)
 CODE_COLUMNS = (
     "layers",
     "keys in",
@@ -220,9 +227,10 @@ def _place(place: Mapping[str, Any]) -> tuple[str, int, str, int]:
     return f"{place['basis']}{mixed}", place["numbers"], f"{place['bits']:.2f}", place["bytes"]
 
 
-def coded_layers_table(conversion: CodedConversion) -> FittedTable | Text:
+def coded_layers_table(conversion: CodedConversion) -> Group:
     """Every layer with a cache of codes: where keys and values live, and what they cost."""
-    return _codes(str(conversion.output), coded_layers(conversion.spec))
+    rows = coded_layers(conversion.spec)
+    return Group(_codes(str(conversion.output), rows), *([Text(CODE_LEGEND)] if rows else []))
 
 
 def scores_table(scores: Mapping[str, Scores], title: str) -> FittedTable:

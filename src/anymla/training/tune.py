@@ -148,7 +148,10 @@ def check_pair(student: Path, teacher: Path, tuning: Tune) -> None:
     check_packed(student, ours, tuning)
     stock = not str(ours.get("model_type")).startswith("anymla_") or not {KEY, OLD_KEY} & ours.keys()
     if stock and (ours.get("model_type") != theirs.get("model_type") or _sizes(ours) == _sizes(theirs)):
-        raise CheckpointError(f"{student} was not converted by anymla: first anymla convert {student} -o CONVERTED")
+        raise CheckpointError(
+            f"{student} was not converted by anymla, so it lost nothing that tuning could bring back: first anymla "
+            f"convert {student} -o CONVERTED"
+        )
     family = str(ours["model_type"]).removeprefix("anymla_")
     if theirs.get("model_type") != family:
         raise CheckpointError(

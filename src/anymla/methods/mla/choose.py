@@ -22,7 +22,6 @@ from anymla.methods.mla.rope.grid import GridPCA
 from anymla.methods.mla.split import RopeSplit
 from anymla.methods.mla.weights import build_attention, convert_layer
 from anymla.modeling.latent_attention import LatentAttention
-from anymla.modeling.modeling_anymla import attention_class
 from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ class LayerFit:
 
     def _build(self, rope_dims: int, rope: RopeChoice) -> LatentAttention:
         kv_rank = self.plan.cached_numbers - rope_dims if self.plan.kv_rank is None else self.plan.kv_rank
-        source = self.measured.source
+        source = replace(self.measured.source, shared=self.layer.old.shared)  # it may hand its map on
         converted = convert_layer(
             source.weights,
             self.measured.moments,
@@ -168,11 +167,7 @@ class LayerFit:
             kv_rank=kv_rank,
             expected_rotation=self.settings.expected_rotation,
         )
-        attention = build_attention(self.original, source, converted, self.layer.config, self.layer.saved)
-        if (shared := self.layer.old.shared) is not None:  # it hands its map on
-            attention.layer_spec = replace(attention.layer_spec, shared=shared)
-            attention.__class__ = attention_class(attention.layer_spec)
-        return attention
+        return build_attention(self.original, source, converted, self.layer.config, self.layer.saved)
 
     def _rule(self, rope_step: int | None) -> RopeChoice:
         return ROPE_CHOICES[self.settings.rope] if rope_step is None else GridPCA(rope_step)

@@ -138,6 +138,7 @@ def build_attention(
             biases=source.biases,
             exact_window=source.exact_window,
         ),
+        shared=source.shared,
     )
     with torch.device("meta"):
         attention: LatentAttention = attention_class(spec)(original, config, spec)
