@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import Trainer
 
@@ -17,6 +19,7 @@ from anymla.evaluation.scores import ScoreSums
 from anymla.methods.tune import Tune
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling.attention import ConvertedAttention
+from anymla.training.best import Best
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
 
@@ -24,14 +27,21 @@ from anymla.training.pairs import AttentionPairs
 class TuneTrainer(Trainer):  # type: ignore[misc]
     """Trains towards ``teacher``; ``pairs`` of attention layers are set in the layer-wise stage only.
 
-    ``windows`` [N,T]: held-out text, which every process scores whole.
+    ``windows`` [N,T]: held-out text, which every process scores whole; ``best``: what keeps the best weights.
     """
 
     def __init__(
-        self, *, teacher: Any, tuning: Tune, windows: Tensor, pairs: AttentionPairs | None, **options: Any
+        self,
+        *,
+        teacher: Any,
+        tuning: Tune,
+        windows: Tensor,
+        pairs: AttentionPairs | None,
+        best: Best | None,
+        **options: Any,
     ) -> None:
         super().__init__(eval_dataset=[{} for _ in windows], **options)
-        self.tuning, self.windows, self.pairs = tuning, windows, pairs
+        self.tuning, self.windows, self.pairs, self.best = tuning, windows, pairs, best
         self.model_accepts_loss_kwargs = False  # the losses are means: over parts of a batch they are averaged
         if self.is_fsdp_enabled and not isinstance(teacher, FSDPModule):  # an earlier stage has done it
             for part in (*decoder_layers(teacher), teacher):
@@ -113,7 +123,21 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         metrics = {"eval_perplexity": perplexity, "eval_kl": kl or 0.0}
         self.log(metrics | {"original_perplexity": original.quality()[0]})
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.best is not None:
+            self.best.take(self.score(metrics), self.learned)
+            self.control.should_training_stop |= self.best.ends
         return metrics
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The one of ``metrics`` that is to fall."""
+        return metrics[self.tuning.scored_by]
+
+    def learned(self) -> dict[str, Tensor]:
+        """The weights that learn, as they are; empty in all processes but the first where they are sharded."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model_wrapped, options=whole)
+        names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: weights[name] for name in names & weights.keys()}
 
     def _plain_model(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

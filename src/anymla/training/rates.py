@@ -1,0 +1,39 @@
+"""The learning rate, found by short trials from the same start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from anymla.training.stages import TRIAL, Stage
+
+WIDTH_RATE = 0.2  # the first rate that is tried falls with the hidden size
+FACTOR = 3  # between two rates
+LOWEST, HIGHEST = -6, 3  # powers of the factor
+SHARE, FEWEST = 0.02, 24  # a trial's steps: a share of the run's, and at least so many
+
+
+def rate_of(power: int, hidden: int) -> float:
+    """The rate of a trial, for a model of ``hidden`` numbers, in three digits."""
+    return float(f"{WIDTH_RATE / hidden * FACTOR**power:.3g}")
+
+
+def next_power(scores: Mapping[int, float]) -> int | None:
+    """Which power to try next, by the scores of those that were tried; None if the best has worse ones on both sides.
+
+    A score has one minimum over the rate: too low a rate learns little, too high a one does harm.
+    """
+    if not scores:
+        return 0
+    best = best_power(scores)
+    return next((power for power in (best - 1, best + 1) if power not in scores and LOWEST <= power <= HIGHEST), None)
+
+
+def best_power(scores: Mapping[int, float]) -> int:
+    """The one with the lowest score."""
+    return min(scores, key=lambda power: (scores[power], power))
+
+
+def trial_of(stage: Stage) -> Stage:
+    """A short run like ``stage``."""
+    return replace(stage, name=TRIAL, steps=min(stage.steps, max(FEWEST, round(SHARE * stage.steps))))
