@@ -148,11 +148,9 @@ class Tune(Method):
         return self.train == "zero_points"
 
     def refuses(self, model: ModelSpec) -> str | None:
-        """Codes let no gradient through, and without text there is nothing to learn from."""
+        """Without text there is nothing to learn from."""
         if self.learns_zeros and all(layer.zeros is None for layer in model.layers):
             return "train: zero_points: its weights have none: put rtn, hqq or gptq with zeros: true before it"
-        if any(layer.coded is not None and layer.coded.rounds for layer in model.layers):
-            return "its cache is coded: put tune before the step that codes it"
         return "it has no data: name a text to learn from" if self.data is None else None
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:

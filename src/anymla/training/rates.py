@@ -8,8 +8,8 @@ from dataclasses import replace
 from anymla.training.stages import TRIAL, Stage
 
 WIDTH_RATE = 0.2  # the first rate that is tried falls with the hidden size
-FACTOR = 3  # between two rates
-LOWEST, HIGHEST = -6, 3  # powers of the factor
+FACTOR = 2  # between two rates
+LOWEST, HIGHEST = -8, 3  # powers of the factor
 SHARE, FEWEST = 0.02, 24  # a trial's steps: a share of the run's, and at least so many
 
 

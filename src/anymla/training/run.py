@@ -127,39 +127,39 @@ class Run:
         arguments.eval_on_start = starts
         if tuning.parallel != "fsdp":
             teacher = teacher.to(arguments.device)
-        model, names = self._learner(student, stage)
-        seed, layerwise = tuning.seed, stage.name == LAYERWISE
+        model, pairs = self._learner(student, teacher, layerwise=stage.name == LAYERWISE)
+        seed = tuning.seed + (pairs is not None)
         rows = partial(training_rows, self.texts, self.tokenizer, length=stage.length, packing=tuning.packing)
         trainer = TuneTrainer(
             model=model,
             teacher=teacher,
             tuning=tuning,
             windows=self.texts.held_out,
-            pairs=AttentionPairs(teacher, model, names) if layerwise else None,
+            pairs=pairs,
             best=best,
             args=arguments,
             data_collator=collate,
-            train_dataset=rows(seed=seed + layerwise),
+            train_dataset=rows(seed=seed),
             callbacks=callbacks,
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         return trainer
 
-    def _learner(self, student: Path, stage: Stage) -> tuple[Any, list[str]]:
-        """The model at ``student`` with what learns in ``stage``, and where its attention is."""
+    def _learner(self, student: Path, teacher: Any, *, layerwise: bool) -> tuple[Any, AttentionPairs | None]:
+        """The model at ``student`` with what learns, and its attention beside the original's where that is learnt."""
         tuning = self.tuning
         model = load_model(student, dtype="bfloat16" if tuning.precision == "bfloat16" else "float32")
-        names = attention_names(model)
+        pairs = AttentionPairs(teacher, model, attention_names(model)) if layerwise else None
         always_expand(model)
         if tuning.gradient_checkpointing:
             newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
             (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if tuning.adapts:
             torch.manual_seed(tuning.seed)
-            return with_adapters(model, tuning), names
-        choose_learning(model, "attention" if stage.name == LAYERWISE else tuning.train)
-        return model, names
+            return with_adapters(model, tuning), pairs
+        choose_learning(model, "attention" if layerwise else tuning.train)
+        return model, pairs
 
     def _save(self, trainer: TuneTrainer, student: Path, output: Path, best: Best | None) -> None:
         """Writes what a stage made of ``student``: at its best score, or at its end where none is kept."""

@@ -131,9 +131,7 @@ def _as_long_as_it_helps(tuning: Tune, a_pass: int | None, note: Callable[[str],
     tokens = MOST_TOKENS if a_pass is None else max(256, min(PASSES * a_pass, MOST_TOKENS))
     if note is not None:
         passes = "" if a_pass is None else f", {tokens / a_pass:.3g} passes over the data"
-        note(
-            f"learns from up to {tokens:,} tokens{passes}, as long as the held-out score falls; --tokens sets another limit"
-        )
+        note(f"up to {tokens:,} tokens{passes}, as long as scores become better; --tokens sets another limit")
     return tuning.model_copy(update={"tokens": tokens, "early_stop": tuning.early_stop or PATIENCE})
 
 
