@@ -135,7 +135,7 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     def learned(self) -> dict[str, Tensor]:
         """The weights that learn, as they are; empty in all processes but the first where they are sharded."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model_wrapped, options=whole)
+        weights: dict[str, Any] = get_model_state_dict(self.model_wrapped, options=whole)
         names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return {name: weights[name] for name in names & weights.keys()}
 
