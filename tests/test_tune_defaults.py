@@ -8,11 +8,13 @@ from safetensors.torch import load_file
 
 import anymla
 from anymla.data.mixture import Source, Texts, tokens_of_a_pass
+from anymla.evaluation.logits import Logits
 from anymla.io.checkpoint import load_tokenizer
 from anymla.methods.tune import Tune
 from anymla.recipe import read_tune
 from anymla.training.best import Best
-from anymla.training.rates import best_power, next_power, rate_of
+from anymla.training.rates import best_power, first_power, next_power, rate_of
+from anymla.training.redraw import redrawn
 from tests.damage import BUNDLED, TRAIN, VALID
 from tests.families import FAST, make_model, save_model
 
@@ -39,17 +41,17 @@ def whole(pair, tmp_path_factory):
 
 @pytest.mark.parametrize("lowest", [-4, 0, 2])
 def test_the_rate_is_walked_to_its_best(lowest):
-    scores, tried = {}, []
+    scores = {0: abs(lowest)}
     while (power := next_power(scores)) is not None:
+        assert power not in scores
         scores[power] = abs(power - lowest)
-        tried.append(power)
-    assert best_power(scores) == lowest
-    assert tried[0] == 0 and len(tried) == len(set(tried)) <= abs(lowest) + 3
+    assert best_power(scores) == lowest and len(scores) <= abs(lowest) + 3
+    assert [first_power(kl) for kl in (2.0, 0.5, 0.06, 0.0065, 0.0)] == [0, 0, -2, -4, -8]
     assert rate_of(0, 64) == 0.00313 and rate_of(-1, 64) == pytest.approx(0.2 / 64 / 2, rel=1e-2)
 
 
 def test_rates_have_an_end():
-    scores = {}
+    scores = {0: 0}
     while (power := next_power(scores)) is not None:
         scores[power] = power  # the lower the better
     assert best_power(scores) == min(scores) and len(scores) == 9
@@ -90,6 +92,23 @@ def test_nothing_given_but_text(pair, tmp_path):
     assert Tune.of(read_tune(tmp_path / "out" / "tuning.yaml")) == report.tuning
 
 
+def test_the_original_draws_tokens_anew():
+    """By its distribution; rows apart from each other; first tokens of documents stay."""
+    ids = torch.arange(4000).reshape(2, 2000) % 5
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4, 1e-9]).log().expand(2, 2000, 5)
+    begins = torch.zeros(2, 2000, dtype=torch.bool)
+    begins[:, 1000:] = True
+    found = redrawn(Logits.of(logits), ids, begins, 1.0, 0)
+    assert torch.equal(found[:, 1000:], ids[:, 1000:]) and torch.equal(found[:, 0], ids[:, 0])
+    assert torch.equal(redrawn(Logits.of(logits[1:]), ids[1:], begins[1:], 1.0, 0)[0], found[1])
+    assert not torch.equal(redrawn(Logits.of(logits), ids, begins, 1.0, 1), found)
+    assert torch.equal(redrawn(Logits.of(logits), ids, begins, 0.0, 0), ids)
+    many = [redrawn(Logits.of(logits), ids, begins, 1.0, seed)[:, :1000] for seed in range(20)]
+    shares = torch.bincount(torch.cat([each[ids[:, :1000] == 4] for each in many]), minlength=5).double()
+    assert torch.allclose(shares[:4] / shares[:4].sum(), torch.tensor([0.1, 0.2, 0.3, 0.4]).double(), atol=0.03)
+    assert 0.3 < shares[:4].sum() / shares.sum() < 0.7
+
+
 @pytest.mark.parametrize("stop", ["trial", "step"])
 def test_stopped_in_a_trial_or_after_it(pair, whole, tmp_path, stop):
     """The same trials, steps, losses and weights as without the stop."""
@@ -97,7 +116,7 @@ def test_stopped_in_a_trial_or_after_it(pair, whole, tmp_path, stop):
 
     def progress(now):
         seen.append(now.what)
-        if (len(set(seen)) == 2 and stop == "trial") or (now.what == "step" and now.step == 10):
+        if (len(set(seen)) == 3 and stop == "trial") or (now.what == "step" and now.step == 10):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as stopped:
@@ -105,7 +124,7 @@ def test_stopped_in_a_trial_or_after_it(pair, whole, tmp_path, stop):
     assert ("8 of 16 steps are kept" if stop == "step" else "1 trials of the rate") in stopped.value.__notes__[0]
     first, again = list(dict.fromkeys(seen)), []
     anymla.tune(pair[1], tmp_path / "out", teacher=pair[0], progress=lambda now: again.append(now.what), **SHORT)
-    assert first[0] not in again
+    assert not set(first[:2]) & set(again)
     assert (again[0] == "step") == (stop == "step")
     for name in ("metrics.jsonl", "tuning.yaml"):
         assert (tmp_path / "out" / name).read_text() == (whole / name).read_text()

@@ -66,6 +66,13 @@ class Tune(Method):
     cross_entropy: float = Field(
         0.0, ge=0, le=1, description="Weight of the plain next-token loss in the second stage. KL has the rest."
     )
+    redraw: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Largest share of a row's tokens that the original draws anew, each by what stands before it, so "
+        "that little text lasts for many passes. Default: 0.5 for several passes over local text by KL alone.",
+    )
     train: Train = Field(
         "all",
         description="What learns: the converted attention, that and all norms, all weights, or LoRA on attention. "
@@ -130,6 +137,8 @@ class Tune(Method):
     def _fits_together(self) -> Tune:
         if self.warmup + self.decay_share > 1 and self.decay_share < 1:
             raise ValueError("warmup and decay_share are shares of the same steps: together at most 1")
+        if self.redraw and self.cross_entropy:
+            raise ValueError("redraw changes the text, which cross_entropy learns from: one of them must be 0")
         return self
 
     @property

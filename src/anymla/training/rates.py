@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from anymla.training.stages import TRIAL, Stage
 
-WIDTH_RATE = 0.2  # the first rate that is tried falls with the hidden size
+WIDTH_RATE = 0.2  # rates fall with the hidden size
 FACTOR = 2  # between two rates
 LOWEST, HIGHEST = -8, 3  # powers of the factor
 SHARE, FEWEST = 0.02, 24  # a trial's steps: a share of the run's, and at least so many
@@ -18,13 +19,16 @@ def rate_of(power: int, hidden: int) -> float:
     return float(f"{WIDTH_RATE / hidden * FACTOR**power:.3g}")
 
 
+def first_power(kl: float) -> int:
+    """Which power to try first, by the KL [nats] at the start: what a rate can spoil grows with its square."""
+    return max(LOWEST, min(0, round(math.log(max(kl, 1e-12), FACTOR) / 2)))
+
+
 def next_power(scores: Mapping[int, float]) -> int | None:
     """Which power to try next, by the scores of those that were tried; None if the best has worse ones on both sides.
 
     A score has one minimum over the rate: too low a rate learns little, too high a one does harm.
     """
-    if not scores:
-        return 0
     best = best_power(scores)
     return next((power for power in (best - 1, best + 1) if power not in scores and LOWEST <= power <= HIGHEST), None)
 

@@ -24,7 +24,7 @@ from anymla.training.best import Best
 from anymla.training.logs import Keep, Metrics, Place, Progress, TuneProgress, read_metrics, rewind_metrics, scored_in
 from anymla.training.pairs import AttentionPairs
 from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
-from anymla.training.rates import best_power, next_power, rate_of, trial_of
+from anymla.training.rates import LOWEST, best_power, first_power, next_power, rate_of, trial_of
 from anymla.training.resume import done_steps
 from anymla.training.stages import LAYERWISE, LOGITS, TRIAL, Stage, mixed, save_tuned, training_arguments
 from anymla.training.trainer import TuneTrainer
@@ -57,25 +57,31 @@ class Run:
         def with_rate(power: int) -> Run:
             return replace(self, tuning=self.tuning.model_copy(update={"learning_rate": rate_of(power, hidden)}))
 
-        while (power := next_power(scores)) is not None:
-            scores[power] = with_rate(power)._trial(teacher, work.path / "trial", progress)
+        def trial(power: int, stage: Stage) -> dict[str, float]:
+            return with_rate(power)._trial(teacher, stage, work.path / TRIAL, progress)
+
+        stage = trial_of(self.stages[-1])
+        probe = replace(stage, steps=1)  # at a rate that changes next to nothing
+        power = next_power(scores) if scores else first_power(trial(LOWEST, probe)["eval_kl"])
+        while power is not None:
+            scores[power] = trial(power, stage)[self.tuning.scored_by]
             if rank() == 0:
                 work.commit(trials=[*scores.items()])
+            power = next_power(scores)
         return with_rate(best_power(scores))
 
-    def _trial(self, teacher: Any, folder: Path, progress: Progress | None) -> float:
-        """How good the model is after a few steps; infinite where it breaks."""
-        stage = trial_of(self.stages[-1])
+    def _trial(self, teacher: Any, stage: Stage, folder: Path, progress: Progress | None) -> dict[str, float]:
+        """Scores after the few steps of ``stage``; infinite where the model breaks."""
         what = f"trial of rate {self.tuning.learning_rate:g}: step"
         place = Place(TRIAL, 0, stage.steps, stage.step_tokens, what)
         trainer = self._trainer(self.student, teacher, stage, folder, [Metrics(None, place, progress)])
         trainer.train()
         try:
-            score = trainer.score(trainer.evaluate())
+            scores = trainer.evaluate()
         except CheckpointError:  # NaN
-            score = float("inf")
+            scores = dict.fromkeys(("eval_kl", "eval_perplexity"), float("inf"))
         trainer.accelerator.free_memory()
-        return float(first_decides(score))
+        return dict(first_decides(scores))
 
     def _stages(
         self, teacher: Any, work: WorkFolder, progress: Progress | None, reporters: list[TrainerCallback]

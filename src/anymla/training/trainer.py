@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from anymla.modeling.attention import ConvertedAttention
 from anymla.training.best import Best
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
+from anymla.training.redraw import redrawn
 
 
 class TuneTrainer(Trainer):  # type: ignore[misc]
@@ -78,6 +78,8 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
             self._teach(inputs)
             model(**inputs, use_cache=False)
             return layer_loss(self.pairs.outputs, self.pairs.targets, weight)
+        if self.tuning.redraw:
+            inputs = inputs | {"input_ids": self._redrawn(inputs)}
         reference = self._teach(inputs) if self.tuning.cross_entropy < 1 else None
         loss: Tensor = at_head(
             model, self._plain_model(), inputs, lambda logits: self._text_loss(logits, reference, inputs, weight)
@@ -104,6 +106,14 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         return sum_of_parts(loss, logits.parts())
 
     @torch.no_grad()
+    def _redrawn(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The rows [B,T] of ``inputs`` with tokens that the teacher draws anew."""
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        begins = torch.zeros_like(ids, dtype=torch.bool) if positions is None else positions == 0
+        seed = self.tuning.seed + self.state.global_step
+        return redrawn(self._teach(inputs), ids, begins, float(self.tuning.redraw or 0), seed)
+
+    @torch.no_grad()
     def _teach(self, inputs: dict[str, Tensor]) -> Logits:
         return logits_of_pass(self.teacher, inputs)
 
@@ -124,13 +134,9 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         self.log(metrics | {"original_perplexity": original.quality()[0]})
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.best is not None:
-            self.best.take(self.score(metrics), self.learned)
+            self.best.take(metrics[self.tuning.scored_by], self.learned)
             self.control.should_training_stop |= self.best.ends
         return metrics
-
-    def score(self, metrics: Mapping[str, float]) -> float:
-        """The one of ``metrics`` that is to fall."""
-        return metrics[self.tuning.scored_by]
 
     def learned(self) -> dict[str, Tensor]:
         """The weights that learn, as they are; empty in all processes but the first where they are sharded."""

@@ -37,6 +37,7 @@ from anymla.training.stages import LOGITS, make_stages
 from anymla.training.tuned_card import tuned_card
 
 PASSES, MOST_TOKENS = 20, 4_000_000  # by default: over local text, and at most
+REDRAWN = 0.5  # by default, of text that is read more than once
 PATIENCE = 3  # scorings without a better one that end a run of as many passes
 
 
@@ -116,8 +117,12 @@ def _prepared(student: Path, learner: Path, teacher: Path, tuning: Tune, note: C
     texts = read_texts(
         tuning.data or (), tokenizer, length, held_out=tuning.eval_data, held_out_tokens=tuning.eval_tokens
     )
+    a_pass = tokens_of_a_pass(texts, tokenizer, length, tuning.tokens or MOST_TOKENS)
     if tuning.tokens is None:
-        tuning = _as_long_as_it_helps(tuning, tokens_of_a_pass(texts, tokenizer, length, MOST_TOKENS), note)
+        tuning = _as_long_as_it_helps(tuning, a_pass, note)
+    if tuning.redraw is None:
+        repeats = a_pass is not None and int(tuning.tokens or 0) > a_pass
+        tuning = tuning.model_copy(update={"redraw": REDRAWN if repeats and not tuning.cross_entropy else 0.0})
     stages = make_stages(tuning, int(tuning.tokens or 0), length, int(os.environ.get("WORLD_SIZE", "1")))
     device = join_processes(pick_device(tuning.device))
     return Run(learner, teacher, tuning, stages, texts, tokenizer, device.partition(":")[0])
