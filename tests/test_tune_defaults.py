@@ -81,12 +81,12 @@ def test_tokens_of_a_mixture_until_one_begins_anew(tmp_path):
 
 
 def test_nothing_given_but_text(pair, tmp_path):
-    """As many tokens as there are in 20 passes, or fewer; what was found is told, and gives the same again."""
+    """As many tokens as there are in 30 passes, or fewer; what was found is told, and gives the same again."""
     text, told = tmp_path / "little.txt", []
     text.write_text(TRAIN.read_text()[:3000])
     settings = SETTINGS | {"data": [str(text)], "length": 64, "batch": 16}
     report = anymla.tune(pair[1], tmp_path / "out", teacher=pair[0], note=told.append, **settings)
-    assert any("20 passes over the data" in text for text in told)
+    assert any("30 passes over the data" in text for text in told)
     assert report.tuning.early_stop == 3 and report.tuning.learning_rate and report.tuning.train == "all"
     assert report.tokens <= report.tuning.tokens and report.after.kl <= report.before.kl
     assert Tune.of(read_tune(tmp_path / "out" / "tuning.yaml")) == report.tuning

@@ -49,7 +49,7 @@ class Tune(Method):
         None,
         ge=256,
         le=MOST,
-        description="Tokens to learn from, over all stages and processes. Default: 20 passes over local text, at most "
+        description="Tokens to learn from, over all stages and processes. Default: 30 passes over local text, at most "
         "4,000,000 tokens; the run ends earlier where three scores in a row were no better.",
     )
     layerwise: float = Field(

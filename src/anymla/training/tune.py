@@ -36,7 +36,7 @@ from anymla.training.run import Run
 from anymla.training.stages import LOGITS, make_stages
 from anymla.training.tuned_card import tuned_card
 
-PASSES, MOST_TOKENS = 20, 4_000_000  # by default: over local text, and at most
+PASSES, MOST_TOKENS = 30, 4_000_000  # by default: over local text, and at most
 REDRAWN = 0.5  # by default, of text that is read more than once
 PATIENCE = 3  # scorings without a better one that end a run of as many passes
 
