@@ -10,7 +10,7 @@ from anymla.training.stages import TRIAL, Stage
 
 WIDTH_RATE = 0.2  # rates fall with the hidden size
 FACTOR = 2  # between two rates
-LOWEST, HIGHEST = -8, 3  # powers of the factor
+LOWEST, HIGHEST = -10, 3  # powers of the factor
 SHARE, FEWEST = 0.02, 24  # a trial's steps: a share of the run's, and at least so many
 
 
