@@ -35,9 +35,9 @@ STARTS: dict[str, dict[str, Any]] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"layerwise": 0.0, "cross_entropy": 1.0, "train": "all", "learning_rate": 1e-4, "warmup": 0.1}
     | {"decay": "1-sqrt", "decay_share": 0.1667},
-    "KL": {"layerwise": 0.0},
-    "KL, all weights": {"layerwise": 0.0, "train": "all"},
-    "layer-wise, KL": {"layerwise": 0.1},
+    "KL": {"train": "attention"},
+    "KL, all weights": {},
+    "layer-wise, KL": {"layerwise": 0.1, "train": "attention"},
 }
 
 

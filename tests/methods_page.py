@@ -40,8 +40,9 @@ def methods_page() -> str:
     ]
     table = ["| step | phase | saves | paper |", "|---|---|---|---|", *rows]
     phases = (
-        f"Steps are in the order of their phases: {order}. HEAL may be repeated before WEIGHTS. "
-        "Zero points learn after it (`tune` with `train: zero_points`)."
+        f"Steps are in the order of their phases: {order}. HEAL may be repeated before WEIGHTS, "
+        "and it may follow CACHE: `tune` then learns with the codes in the forward pass. Zero points learn after "
+        "WEIGHTS (`tune` with `train: zero_points`)."
     )
     return "\n".join([HEAD, phases, "", *table, "", *(_section(each, known) for each in known)])
 

@@ -13,7 +13,7 @@ from tests.damage import BUNDLED, TRAIN, VALID, run_main
 CALIBRATED = {"calibration_tokens": 512, "calibration_length": 64}
 TRAINED = CALIBRATED | {"reconstruction_steps": 2}  # of the step mla
 SHRUNK = {
-    "tune": "--tokens 256 --length 64 --eval-tokens 256",
+    "tune": "--tokens 256 --length 64 --eval-tokens 256 --learning-rate 0.001",
     "compare": "--tokens 256 --length 64",
     "eval": "--tokens 256 --length 64 --limit 1",
     "generate": "--max-new-tokens 4",
@@ -22,7 +22,7 @@ SHRUNK = {
 }
 OF_STEPS = {
     "mla": TRAINED,
-    "tune": {"tokens": 256, "length": 64, "eval_tokens": 256},
+    "tune": {"tokens": 256, "length": 64, "eval_tokens": 256, "learning_rate": 0.001},
     "transform_coding": CALIBRATED,
     "kvquant": CALIBRATED,
     "rounding": CALIBRATED,  # of docs/howto/write-a-method.md

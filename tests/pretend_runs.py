@@ -165,7 +165,7 @@ def tuning(model: Any, teacher: Any, *, layerwise: bool) -> dict[str, Any]:
         trainer: Any = object.__new__(TuneTrainer)
         trainer.model, trainer.teacher = model.to(device).train(), teacher.to(device)
         trainer.pairs = AttentionPairs(teacher, model, attention_names(model)) if layerwise else None
-        trainer.tuning = SimpleNamespace(cross_entropy=0.5, temperature=1.0, top_k=None)
+        trainer.tuning = SimpleNamespace(cross_entropy=0.5, temperature=1.0, top_k=None, redraw=0.0)
         inputs = {"input_ids": token_ids(2, 24).to(device)}
         with trainer.pairs.hooked() if layerwise else torch.enable_grad():
             total = trainer.compute_loss(model, inputs)

@@ -156,6 +156,7 @@ def test_tune_writes_it(tmp_path):
     source = save_model(make_model("llama", torch.float32), tmp_path / "source")
     anymla.convert(source, tmp_path / "converted", exact_window=5, **FAST)
     tuned = {"data": [str(TRAIN)], "eval_data": str(VALID), "eval_tokens": 256, "length": 32, "tokens": 256}
+    tuned |= {"learning_rate": 0.001}
     anymla.tune(tmp_path / "converted", tmp_path / "out", teacher=source, device="cpu", **tuned)
     check_written(tmp_path / "out")
     texts = [(tmp_path / name / "account.json").read_text() for name in ("converted", "out")]

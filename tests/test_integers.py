@@ -17,7 +17,7 @@ from anymla.methods.base import method_of
 from anymla.methods.tune import Tune
 from anymla.modeling.packing import Packing
 from anymla.run_outcome import source_spec
-from anymla.training.tune import check_pair
+from anymla.training.pair_checks import check_pair
 from tests.damage import VALID
 from tests.families import FAST, make_model, save_model, token_ids
 from tests.family_models import tiny_model

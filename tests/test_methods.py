@@ -27,6 +27,7 @@ TINY = {
     "tokens": 2048,
     "length": 64,
     "batch": 4,
+    "learning_rate": 0.001,
     "save_every": 1,
     "eval_every": 1,
     "device": "cpu",

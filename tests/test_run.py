@@ -31,6 +31,7 @@ TUNE = {
     "length": 32,
     "batch": 4,
     "eval_tokens": 256,
+    "learning_rate": 0.001,
     "save_every": 2,
     "device": "cpu",
 }
@@ -100,7 +101,7 @@ def test_shipped_recipes_can_be_planned(name):
     assert account(after[0]).cache_bytes_per_token <= conversion.kv_cache * before
     assert after[1] == after[0]
     assert sum(Source.of(text).share for text in tuning.data) == pytest.approx(1)
-    assert make_stages(tuning, tuning.length, 8)
+    assert make_stages(tuning, tuning.tokens or 1_000_000, tuning.length, 8)
 
 
 def test_a_shipped_recipe_runs_with_another_model_and_text(source, tmp_path, monkeypatch, capfd):
@@ -178,7 +179,12 @@ def test_fewer_layers_are_not_tuned_layer_by_layer(source, tmp_path):
     fewer = {"remove": 1, "strategy": "last", "protect_first": 0, "protect_last": 0}
     fewer |= {"calibration_tokens": 512, "calibration_length": 64}
     told = []
-    anymla.run(source, tmp_path / "out", steps=[{"mka": fewer}, {"tune": TUNE | {"tokens": 256}}], note=told.append)
+    anymla.run(
+        source,
+        tmp_path / "out",
+        steps=[{"mka": fewer}, {"tune": TUNE | {"tokens": 256, "layerwise": 0.1}}],
+        note=told.append,
+    )
     assert [note for note in told if "layerwise 0" in note]
 
 

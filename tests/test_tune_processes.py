@@ -22,6 +22,7 @@ SETTINGS = {
     "batch": 4,
     "micro_batch": 2,
     "eval_tokens": 256,
+    "learning_rate": 0.003,
     "save_every": 2,
     "eval_every": 4,
     "device": "cpu",

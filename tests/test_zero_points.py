@@ -43,6 +43,7 @@ LEARN = {
     "eval_every": 48,
     "tokens": 24576,
     "length": 64,
+    "learning_rate": 0.003,
     "batch": 8,
     "device": "cpu",
 }

@@ -133,6 +133,8 @@ def refused_after(later: type[Method], earlier: type[Method]) -> str | None:
         return "they do not go together"
     if later is earlier and later.phase != Phase.HEAL:
         return "a recipe has it once"
+    if (later.phase, earlier.phase) == (Phase.HEAL, Phase.CACHE):  # gradients pass codes straight through
+        return None
     last = earlier.phase if earlier.phase != Phase.HEAL else min(later.phase, earlier.phase)
     if later.phase < last:
         order = ", ".join(phase.name for phase in Phase)

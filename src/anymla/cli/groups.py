@@ -35,7 +35,7 @@ GROUPS = {  # by the names of parameters; those in none come last
     "Quality": (
         *("effort", "rope", "static_qk_norm", "factorization", "expected_rotation", "reconstruction_steps"),
         *("calibration", "calibration_tokens", "calibration_length", "layerwise", "temperature", "top_k"),
-        *("cross_entropy", "train"),
+        *("cross_entropy", "redraw", "train"),
         *("lora_rank", "learning_rate", "warmup", "decay", "decay_share", "beta2", "weight_decay", "clip", "batch"),
         *("packing", "eval_every", "early_stop", "seed"),
     ),

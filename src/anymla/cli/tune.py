@@ -23,7 +23,7 @@ from anymla.cli.options import (
     print_note,
 )
 from anymla.cli.progress import Report, shown
-from anymla.methods.tune import Tune
+from anymla.methods.tune import STEP, Tune
 from anymla.recipe import read_tune
 
 if TYPE_CHECKING:
@@ -32,17 +32,20 @@ if TYPE_CHECKING:
 
 def tuning_progress(report: Report) -> Progress:
     """Reports each step, with tokens per second of this run."""
-    begun = (0, time.monotonic())
+    begun, tokens, since = "", 0, time.monotonic()
 
     def progress(now: TuneProgress) -> None:
-        nonlocal begun
+        nonlocal begun, tokens, since
         if now.loss is None:
             err.print(f"going on after step {now.step} of {now.steps}; --restart begins anew")
-            begun = (now.tokens, time.monotonic())
-            return report(now.step, now.steps, "step")
-        rate = (now.tokens - begun[0]) / max(time.monotonic() - begun[1], 1e-9)
-        report(now.step, now.steps, "step", f"{now.stage}, loss {now.loss:.4f}, {rate:,.0f} tokens/s")
-        if now.step == now.steps:
+            begun, tokens, since = now.what, now.tokens, time.monotonic()
+            return report(now.step, now.steps, now.what)
+        if now.what != begun:  # the first step tells when it ends
+            begun, tokens, since = now.what, now.tokens, time.monotonic()
+        rate = (now.tokens - tokens) / max(time.monotonic() - since, 1e-9)
+        speed = f", {rate:,.0f} tokens/s" if rate else ""
+        report(now.step, now.steps, now.what, f"{now.stage}, loss {now.loss:.4f}{speed}")
+        if now.step == now.steps and now.what == STEP:
             report(0, None, "scoring and writing")
 
     report(0, None, "reading, then the first step")
@@ -102,8 +105,8 @@ def tune(
         return
     if as_json:
         return print_json(report.to_dict())
-    if report.after.kl > report.before.kl:
-        err.print("note: the held-out KL rose: give a lower --learning-rate", soft_wrap=True)
+    if not report.helped:
+        err.print("note: nothing was better than the model as it came, so its weights are unchanged", soft_wrap=True)
     from anymla.report.tables import recovery_table
 
     out.print(recovery_table(report))

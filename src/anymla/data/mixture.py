@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,21 @@ def _take(source: Source, tokenizer: Any, tokens: int, length: int) -> tuple[lis
         f"--data {source.name} has only {len(ids)} tokens; the first documents are to score on, and others to learn "
         "from: lower --eval-tokens, or give --eval-data"
     )
+
+
+def tokens_of_a_pass(texts: Texts, tokenizer: Any, length: int, most: int) -> int | None:
+    """Tokens of the mixture until its first source begins anew; counts no more than ``most`` of a source.
+
+    None where one of them is streamed: nobody knows its end.
+    """
+    if not all(source.is_text for source in texts.sources):
+        return None
+    whole, passes = sum(source.share for source in texts.sources), []
+    for source, skipped in zip(texts.sources, texts.skipped, strict=True):
+        documents = (row["text"] for row in source.documents(length).skip(skipped))
+        counted = sum(1 for _ in islice(tokenize(documents, tokenizer), most))
+        passes.append(round(counted * whole / source.share))
+    return min(passes)
 
 
 def training_rows(texts: Texts, tokenizer: Any, *, length: int, packing: bool, seed: int) -> Any:

@@ -15,6 +15,7 @@ from anymla.settings import MOST
 Train = Literal["attention", "norms", "all", "lora", "zero_points"]
 Decay = Literal["cosine", "linear", "1-sqrt"]
 Precision = Literal["float32", "mixed", "bfloat16"]
+STEP = "step"  # what is counted while a run lasts
 Parallel = Literal["ddp", "fsdp"]
 
 
@@ -44,9 +45,15 @@ class Tune(Method):
         None, min_length=1, description="Text to score on while tuning. Default: some documents of the data."
     )
     eval_tokens: int = Field(8192, ge=256, le=MOST, description="Tokens to score on, from the start of --eval-data.")
-    tokens: int = Field(200_000, ge=256, le=MOST, description="Tokens to learn from, over all stages and processes.")
+    tokens: int | None = Field(
+        None,
+        ge=256,
+        le=MOST,
+        description="Tokens to learn from, over all stages and processes. Default: 30 passes over local text, at most "
+        "4,000,000 tokens; the run ends earlier where three scores in a row were no better.",
+    )
     layerwise: float = Field(
-        0.1,
+        0.0,
         ge=0,
         lt=1,
         description="Share of the tokens for the first stage: each layer learns the original's output. None where "
@@ -59,14 +66,23 @@ class Tune(Method):
     cross_entropy: float = Field(
         0.0, ge=0, le=1, description="Weight of the plain next-token loss in the second stage. KL has the rest."
     )
+    redraw: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Largest share of a row's tokens that the original draws anew, each by what stands before it, so "
+        "that little text lasts for many passes. Default: 0.5 for several passes over local text by KL alone.",
+    )
     train: Train = Field(
-        "attention",
-        description="What learns: the converted attention, that and all norms, all weights, or LoRA on attention. Only "
-        "attention was changed, so by default only attention learns. zero_points: LoRA on the zero points of packed "
+        "all",
+        description="What learns: the converted attention, that and all norms, all weights, or LoRA on attention. "
+        "zero_points: LoRA on the zero points of packed "
         "weights, which rtn, hqq or gptq make with zeros: true; integers and scales stay.",
     )
     lora_rank: int = Field(16, ge=1, le=MOST, description="Rank of --train lora and zero_points.")
-    learning_rate: float | None = Field(None, gt=0, le=1, description="Peak learning rate. Default: 0.2 / hidden size.")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="Peak learning rate. Default: the best of a few short trials from the same start."
+    )
     warmup: float = Field(0.05, ge=0, le=1, description="Share of a stage's steps over which the learning rate rises.")
     decay: Decay = Field("cosine", description="How the learning rate falls to 0 at a stage's end.")
     decay_share: float = Field(
@@ -77,7 +93,7 @@ class Tune(Method):
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     length: int = Field(1024, ge=8, le=MOST, description="Tokens per row (at most the model's context).")
     batch: int | None = Field(
-        None, ge=1, le=MOST, description="Rows per step, over all processes. Default: what makes about 400 steps."
+        None, ge=1, le=MOST, description="Rows per step, over all processes. Default: what makes about 2000 steps."
     )
     micro_batch: int = Field(8, ge=1, le=MOST, description="Most rows at once on one device. Fewer save memory.")
     packing: bool = Field(True, description="Fill rows with several documents. None sees another.")
@@ -100,7 +116,7 @@ class Tune(Method):
         description="Steps between checkpoints. A stopped run goes on from the last. Default: a tenth of a stage.",
     )
     early_stop: int | None = Field(
-        None, ge=1, le=MOST, description="End a stage after this many scores without a better one, and take the best."
+        None, ge=1, le=MOST, description="End after this many scores without a better one. The best is taken anyway."
     )
     device: str = Field("auto", max_length=60, description="cpu, cuda, ...; auto takes a GPU if there is one.")
     seed: int = Field(
@@ -121,8 +137,8 @@ class Tune(Method):
     def _fits_together(self) -> Tune:
         if self.warmup + self.decay_share > 1 and self.decay_share < 1:
             raise ValueError("warmup and decay_share are shares of the same steps: together at most 1")
-        if self.early_stop is not None and self.save_every != self.eval_every:
-            raise ValueError("early_stop takes the best checkpoint that was scored: save_every must be eval_every")
+        if self.redraw and self.cross_entropy:
+            raise ValueError("redraw changes the text, which cross_entropy learns from: one of them must be 0")
         return self
 
     @property
@@ -131,16 +147,19 @@ class Tune(Method):
         return self.train in ("lora", "zero_points")
 
     @property
+    def scored_by(self) -> str:
+        """Which score is to fall."""
+        return "eval_kl" if self.cross_entropy < 1 else "eval_perplexity"
+
+    @property
     def learns_zeros(self) -> bool:
         """Whether zero points of packed weights learn, after the step that packs."""
         return self.train == "zero_points"
 
     def refuses(self, model: ModelSpec) -> str | None:
-        """Codes let no gradient through, and without text there is nothing to learn from."""
+        """Without text there is nothing to learn from."""
         if self.learns_zeros and all(layer.zeros is None for layer in model.layers):
             return "train: zero_points: its weights have none: put rtn, hqq or gptq with zeros: true before it"
-        if any(layer.coded is not None and layer.coded.rounds for layer in model.layers):
-            return "its cache is coded: put tune before the step that codes it"
         return "it has no data: name a text to learn from" if self.data is None else None
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:

@@ -11,19 +11,24 @@ from typing import Any
 from transformers import TrainerCallback
 
 from anymla.io.work import WorkFolder
+from anymla.methods.tune import STEP
 
 METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneProgress:
-    """Where a run is: ``step`` of ``steps`` over all stages, tokens learned from, and the last loss."""
+    """Where a run is: ``step`` of ``steps`` over all stages, tokens learned from, and the last loss.
+
+    ``what`` is counted: steps of the run, or those of one of the trials before it.
+    """
 
     stage: str
     step: int
     steps: int
     tokens: int
     loss: float | None
+    what: str = STEP
 
 
 Progress = Callable[[TuneProgress], None]
@@ -37,13 +42,17 @@ class Place:
     before: int
     steps: int
     step_tokens: int
+    what: str = STEP
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
-    """Appends a line to metrics.jsonl per step and per scoring, in the first process, and tells ``progress``."""
+    """Appends a line to metrics.jsonl per step and per scoring, in the first process, and tells ``progress``.
 
-    def __init__(self, folder: Path, place: Place, progress: Progress | None) -> None:
-        self.path, self.place, self.progress = folder / METRICS, place, progress
+    ``folder``: where the file is; None: it is not written.
+    """
+
+    def __init__(self, folder: Path | None, place: Place, progress: Progress | None) -> None:
+        self.path, self.place, self.progress = None if folder is None else folder / METRICS, place, progress
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Takes from ``logs`` what belongs there; transformers also logs a summary, which does not."""
@@ -52,16 +61,17 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             return
         names = ("loss", "learning_rate", "grad_norm", "eval_perplexity", "eval_kl", "original_perplexity")
         line = {"stage": self.place.stage, "step": step, "tokens": step * self.place.step_tokens}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {name: float(logs[name]) for name in names if name in logs}) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line | {name: float(logs[name]) for name in names if name in logs}) + "\n")
         if self.progress is not None and "loss" in logs:
-            self.progress(TuneProgress(**line, steps=self.place.steps, loss=logs["loss"]))
+            self.progress(TuneProgress(**line, steps=self.place.steps, loss=logs["loss"], what=self.place.what))
 
 
 class Keep(TrainerCallback):  # type: ignore[misc]
     """Scores at a stage's end, and counts a checkpoint in ``work`` once every process has written its part.
 
-    The checkpoint of the last step is not counted: what follows it is the stage's result.
+    The checkpoint of the last step, or of an early end, is not counted: what follows it is the stage's result.
     """
 
     def __init__(self, work: WorkFolder, stage: str) -> None:
@@ -76,7 +86,7 @@ class Keep(TrainerCallback):  # type: ignore[misc]
         from anymla.distributed import rank, wait_for_all
 
         wait_for_all()
-        if rank() == 0 and state.global_step < state.max_steps:
+        if rank() == 0 and state.global_step < state.max_steps and not control.should_training_stop:
             self.work.commit(checkpoints=[[self.stage, state.global_step]])
         wait_for_all()
 
@@ -91,6 +101,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return lines
+
+
+def scored_in(lines: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+    """Those that hold scores: of the run's start, and of ``stage``."""
+    scored = [line for line in lines if "eval_kl" in line]
+    return scored[:1] + [line for line in scored[1:] if line["stage"] == stage]
 
 
 def rewind_metrics(folder: Path, step: int) -> None:

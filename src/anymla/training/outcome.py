@@ -33,6 +33,11 @@ class Recovery:
     anymla_version: str
 
     @property
+    def helped(self) -> bool:
+        """Whether any score was better than the start's; else the model is as it came."""
+        return self.after != self.before
+
+    @property
     def gap_closed(self) -> float:
         """Share of the gap in log-perplexity to the original that was closed; 0 where there was none."""
         gap = math.log(self.before.perplexity / self.original_perplexity)

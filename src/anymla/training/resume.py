@@ -53,7 +53,12 @@ def keep_steps_when_stopped(work: WorkFolder, stages: list[Stage], tuning: Tune)
         RecipeError: out of memory; names the settings that take less, and what they are.
     """
     steps = sum(stage.steps for stage in stages)
-    with keep_when_stopped(work, lambda: f"{done_steps(work, stages)} of {steps} steps", always=True):
+
+    def done() -> str:
+        trials = f"{len(work.progress['trials'])} trials of the rate and " if work.progress.get("trials") else ""
+        return f"{trials}{done_steps(work, stages)} of {steps} steps"
+
+    with keep_when_stopped(work, done, always=True):
         try:
             yield
         except (MemoryError, RuntimeError) as error:

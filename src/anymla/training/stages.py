@@ -1,4 +1,4 @@
-"""One stage of a run: a Trainer set up by the recipe, run from its start or its last checkpoint, its result saved."""
+"""One stage of a run: its steps, what transformers' Trainer must know of it, and its result."""
 
 from __future__ import annotations
 
@@ -7,25 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainingArguments
 
-from anymla.data.mixture import Texts, collate, training_rows
-from anymla.distributed import rank, wait_for_all
 from anymla.errors import RecipeError
 from anymla.io.checkpoint import load_model
 from anymla.methods.tune import Tune
 from anymla.modeling.mfa_attention import fold_value_gates
-from anymla.training.pairs import AttentionPairs
-from anymla.training.parameters import always_expand, attention_names, choose_learning, with_adapters
-from anymla.training.trainer import TuneTrainer
+from anymla.training.parameters import with_adapters
 
-LAYERWISE, LOGITS = "layerwise", "logits"
-RATE_TIMES_WIDTH = 0.2  # the default learning rate falls with the hidden size
-USUAL_STEPS = 400
-RECENT = 3  # checkpoints that stay: the one that counts, the one being written, the best
+LAYERWISE, LOGITS, TRIAL = "layerwise", "logits", "trial"
+USUAL_STEPS = 2000
+RECENT = 2  # checkpoints that stay: the one that counts, and the one being written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +37,27 @@ class Stage:
         return self.rows * self.length
 
 
-def make_stages(tuning: Tune, length: int, processes: int) -> list[Stage]:
+def make_stages(tuning: Tune, tokens: int, length: int, processes: int) -> list[Stage]:
     """The stages that ``tokens`` make, in rows of ``length`` tokens.
 
     Raises:
         RecipeError: the processes cannot share a step's rows.
     """
-    batch = tuning.batch or processes * max(1, round(tuning.tokens / (length * USUAL_STEPS * processes)))
+    batch = tuning.batch or processes * max(1, round(tokens / (length * USUAL_STEPS * processes)))
     if batch % processes:
         raise RecipeError(f"--batch {batch} rows cannot be shared by {processes} processes: give a multiple of it")
     own = batch // processes
     micro = max(rows for rows in range(1, min(own, tuning.micro_batch) + 1) if own % rows == 0)
-    steps = max(1, tuning.tokens // (batch * length))
+    steps = max(1, tokens // (batch * length))
     first = round(steps * tuning.layerwise)
     parts = ((LAYERWISE, first), (LOGITS, steps - first))
     shape = {"rows": batch, "length": length, "micro": micro, "accumulation": own // micro}
     return [Stage(name=name, steps=part, **shape) for name, part in parts if part]
 
 
-def training_arguments(tuning: Tune, stage: Stage, folder: Path, *, device: str, hidden: int) -> TrainingArguments:
-    """The recipe in transformers' words."""
+def training_arguments(tuning: Tune, stage: Stage, folder: Path, *, device: str) -> TrainingArguments:
+    """The recipe in transformers' words. A trial is scored and saved by nothing in it."""
+    strategy = "no" if stage.name == TRIAL else "steps"
     tenth = max(1, stage.steps // 10)
     warmup = round(tuning.warmup * stage.steps)
     falling = min(round(tuning.decay_share * stage.steps), stage.steps - warmup)
@@ -74,7 +67,7 @@ def training_arguments(tuning: Tune, stage: Stage, folder: Path, *, device: str,
         max_steps=stage.steps,
         per_device_train_batch_size=stage.micro,
         gradient_accumulation_steps=stage.accumulation,
-        learning_rate=tuning.learning_rate or RATE_TIMES_WIDTH / hidden,
+        learning_rate=tuning.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={
             "num_decay_steps": falling,
@@ -85,20 +78,18 @@ def training_arguments(tuning: Tune, stage: Stage, folder: Path, *, device: str,
         weight_decay=tuning.weight_decay,
         max_grad_norm=tuning.clip,
         bf16=mixed(tuning, device),
-        eval_strategy="steps",
+        eval_strategy=strategy,
         eval_steps=tuning.eval_every or tenth,
+        save_strategy=strategy,
         save_steps=tuning.save_every or tenth,
         save_total_limit=RECENT,
-        load_best_model_at_end=tuning.early_stop is not None,
-        metric_for_best_model="eval_kl" if tuning.cross_entropy < 1 else "eval_perplexity",
-        greater_is_better=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=[],
         seed=tuning.seed,
         use_cpu=device == "cpu",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=tuning.train in ("norms", "all") and stage.name == LOGITS,  # experts may be
+        ddp_find_unused_parameters=tuning.train in ("norms", "all") and stage.name != LAYERWISE,  # experts may be
         dataloader_pin_memory=device != "cpu",
         disable_tqdm=True,
         **(sharded if tuning.parallel == "fsdp" else {}),
@@ -124,60 +115,6 @@ def check_device(device: str) -> None:
 def mixed(tuning: Tune, device: str) -> bool:
     """Whether weights are in float32 and products in bfloat16."""
     return tuning.precision == "mixed" or (tuning.precision is None and device != "cpu")
-
-
-def run_stage(
-    student: Path,
-    teacher: Any,
-    texts: Texts,
-    tokenizer: Any,
-    tuning: Tune,
-    stage: Stage,
-    arguments: TrainingArguments,
-    *,
-    resume: Path | None,
-    callbacks: list[TrainerCallback],
-    output: Path,
-) -> None:
-    """Trains the model at ``student``, from checkpoint ``resume`` on where there is one, and saves it to ``output``."""
-    model = load_model(student, dtype="bfloat16" if tuning.precision == "bfloat16" else "float32")
-    names = attention_names(model)
-    always_expand(model)
-    if tuning.gradient_checkpointing:
-        newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    layerwise = stage.name == LAYERWISE
-    pairs = AttentionPairs(teacher, model, names) if layerwise else None
-    if tuning.adapts:
-        torch.manual_seed(tuning.seed)
-        model = with_adapters(model, tuning)
-    else:
-        choose_learning(model, "attention" if layerwise else tuning.train)
-    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if tuning.early_stop is not None:
-        callbacks = [*callbacks, EarlyStoppingCallback(tuning.early_stop)]
-    trainer = TuneTrainer(
-        model=model,
-        teacher=teacher,
-        tuning=tuning,
-        windows=texts.held_out,
-        pairs=pairs,
-        args=arguments,
-        data_collator=collate,
-        train_dataset=training_rows(
-            texts, tokenizer, length=stage.length, packing=tuning.packing, seed=tuning.seed + layerwise
-        ),
-        callbacks=callbacks,
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(trainer.model_wrapped, options=whole)  # empty in all processes but the first
-    if rank() == 0:
-        save_tuned(student, {name: weights[name] for name in learning}, tuning, output, last=stage.name == LOGITS)
-    wait_for_all()
-    trainer.accelerator.free_memory()
 
 
 def save_tuned(student: Path, weights: dict[str, Any], tuning: Tune, output: Path, *, last: bool) -> None:

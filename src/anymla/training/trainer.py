@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import Trainer
 
@@ -17,21 +18,30 @@ from anymla.evaluation.scores import ScoreSums
 from anymla.methods.tune import Tune
 from anymla.model_run.stream import decoder_layers
 from anymla.modeling.attention import ConvertedAttention
+from anymla.training.best import Best
 from anymla.training.losses import layer_loss, shares, sum_of_parts, token_kl, token_loss
 from anymla.training.pairs import AttentionPairs
+from anymla.training.redraw import redrawn
 
 
 class TuneTrainer(Trainer):  # type: ignore[misc]
     """Trains towards ``teacher``; ``pairs`` of attention layers are set in the layer-wise stage only.
 
-    ``windows`` [N,T]: held-out text, which every process scores whole.
+    ``windows`` [N,T]: held-out text, which every process scores whole; ``best``: what keeps the best weights.
     """
 
     def __init__(
-        self, *, teacher: Any, tuning: Tune, windows: Tensor, pairs: AttentionPairs | None, **options: Any
+        self,
+        *,
+        teacher: Any,
+        tuning: Tune,
+        windows: Tensor,
+        pairs: AttentionPairs | None,
+        best: Best | None,
+        **options: Any,
     ) -> None:
         super().__init__(eval_dataset=[{} for _ in windows], **options)
-        self.tuning, self.windows, self.pairs = tuning, windows, pairs
+        self.tuning, self.windows, self.pairs, self.best = tuning, windows, pairs, best
         self.model_accepts_loss_kwargs = False  # the losses are means: over parts of a batch they are averaged
         if self.is_fsdp_enabled and not isinstance(teacher, FSDPModule):  # an earlier stage has done it
             for part in (*decoder_layers(teacher), teacher):
@@ -68,6 +78,8 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
             self._teach(inputs)
             model(**inputs, use_cache=False)
             return layer_loss(self.pairs.outputs, self.pairs.targets, weight)
+        if self.tuning.redraw:
+            inputs = inputs | {"input_ids": self._redrawn(inputs)}
         reference = self._teach(inputs) if self.tuning.cross_entropy < 1 else None
         loss: Tensor = at_head(
             model, self._plain_model(), inputs, lambda logits: self._text_loss(logits, reference, inputs, weight)
@@ -94,6 +106,14 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         return sum_of_parts(loss, logits.parts())
 
     @torch.no_grad()
+    def _redrawn(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The rows [B,T] of ``inputs`` with tokens that the teacher draws anew."""
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        begins = torch.zeros_like(ids, dtype=torch.bool) if positions is None else positions == 0
+        seed = self.tuning.seed + self.state.global_step
+        return redrawn(self._teach(inputs), ids, begins, float(self.tuning.redraw or 0), seed)
+
+    @torch.no_grad()
     def _teach(self, inputs: dict[str, Tensor]) -> Logits:
         return logits_of_pass(self.teacher, inputs)
 
@@ -113,7 +133,17 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         metrics = {"eval_perplexity": perplexity, "eval_kl": kl or 0.0}
         self.log(metrics | {"original_perplexity": original.quality()[0]})
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.best is not None:
+            self.best.take(metrics[self.tuning.scored_by], self.learned)
+            self.control.should_training_stop |= self.best.ends
         return metrics
+
+    def learned(self) -> dict[str, Tensor]:
+        """The weights that learn, as they are; empty in all processes but the first where they are sharded."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = get_model_state_dict(self.model_wrapped, options=whole)
+        names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: weights[name] for name in names & weights.keys()}
 
     def _plain_model(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
