@@ -109,12 +109,14 @@ class TableCodec(Codec):
         return joined(parts) if parts else x.new_empty(len(x), 0, dtype=torch.uint8)
 
     def _read(self, columns: Tensor, x: Tensor, dtype: torch.dtype, room: Room) -> None:
-        coding, tables = self.coding, self._kept.get(self.levels, self._reading, dtype)
+        rounds = dtype if dtype.itemsize < 4 else torch.float32
+        coding, tables = self.coding, self._kept.get(self.levels, self._reading, rounds)
         sparse, scales = coding.outliers, 2 * coding.token_scale
         start = 2 * (2 * sparse + scales + self._halves)
         numbers = room.empty("numbers", (sum(self._parts), columns.shape[1]), torch.float32, x.device)
         parts = [part.view(-1) for part in numbers.split_with_sizes(self._parts)]
-        for index, levels, part in zip(self._look_ups(columns[start:], tables.starts, room), tables.levels, parts, strict=False):
+        found = self._look_ups(columns[start:], tables.starts, room)
+        for index, levels, part in zip(found, tables.levels, parts[:-1], strict=True):
             _look_up(levels, index, part.unflatten(0, (-1, len(index))), room)
         others, halves = numbers[len(numbers) - self._parts[-1] :].zero_(), None
         if start:
@@ -122,8 +124,8 @@ class TableCodec(Codec):
             others[: self._halves] = halves[2 * sparse + scales :]
         if halves is not None and scales:
             numbers[: len(numbers) - len(others)].mul_(halves[sparse + 1]).add_(halves[sparse])
-        for found, part in zip(numbers.view(len(numbers), len(x), -1).unbind(1), x, strict=True):
-            torch.index_select(found, 0, tables.places, out=part)
+        for read, part in zip(numbers.view(len(numbers), len(x), -1).unbind(1), x, strict=True):
+            torch.index_select(read, 0, tables.places, out=part)
         if halves is not None and sparse:
             halves = halves.view(len(halves), len(x), -1).transpose(0, 1)
             places = halves[:, :sparse].contiguous().view(torch.int16).long() & 0xFFFF
@@ -194,7 +196,8 @@ class TableCodec(Codec):
                 of_class[bits] = iter([first + at + side for at in range(self._words[bits]) for side in sides])
                 first += self._words[bits]
             parts.append(size * len(sides))
-        of_class[16], of_class[0] = iter(range(sum(parts), sum(parts) + self._halves)), repeat(sum(parts) + self._halves)
+        zero = sum(parts) + self._halves
+        of_class[16], of_class[0] = iter(range(sum(parts), zero)), repeat(zero)
         places = [next(of_class[bits]) for bits, count in self.coding.bits for _ in range(count)]
         return [*parts, self._halves + (0 in self.coding.counts)], places
 
@@ -237,8 +240,10 @@ class TableCodec(Codec):
             sizes = torch.tensor([each.shape[1] for each, *_ in sides for _ in each], device=self.levels.device)
             starts.append((sizes.cumsum(0) - sizes)[:, None])
             flat = [torch.cat([each.flatten() for each in side]) for side in zip(*sides, strict=True)]
-            both = dtype == torch.bfloat16 and len(flat) == 2
-            levels.append([torch.stack(flat[::-1], -1).view(torch.int32)[:, 0]] if both else [each.float() for each in flat])
+            if dtype == torch.bfloat16 and len(flat) == 2:
+                levels.append([torch.stack(flat[::-1], -1).view(torch.int32)[:, 0]])
+            else:
+                levels.append([each.float() for each in flat])
         return _Reading(levels, torch.cat(starts).int(), torch.tensor(self._places, device=self.levels.device))
 
 

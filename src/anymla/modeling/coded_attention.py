@@ -165,7 +165,8 @@ class CodedAttention(RowsAttention):
         of_rest = (query[..., turned_dims:] * mean[..., turned_dims:]).sum(-1, keepdim=True)
         waves, blocks = self._waves(size, query), self.num_kv_heads * self.head_dim // self.key_width
         of_mean = (turned(of_mean, *turns) @ torch.cat(waves) + of_rest).unflatten(2, (blocks, -1)).flatten(3, 4)
-        channels = self.channel_index.view(blocks, -1)
+        index: Any = self.channel_index
+        channels = index.view(blocks, -1)
         of_channels = (table[..., channels].permute(0, 1, 4, 2, 3, 5) for table in turns)
         absorbed = grouped(query, weight[None]).unflatten(1, (blocks, -1))
         absorbed = turned(absorbed, *of_channels).flatten(3, 4)  # [chunks,B,blocks,H T/blocks,w]

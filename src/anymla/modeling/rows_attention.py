@@ -161,9 +161,7 @@ class RowsAttention(ConvertedAttention):
         first = None if first is None else first._replace(columns=first.columns - offset)
         return Rows(keys[:, 0], values[:, 0], places, seen - offset, latest, first)
 
-    def _read(
-        self, rows: Rows, start: int, stop: int, dtype: torch.dtype, room: Room, *, values: bool
-    ) -> Tensor:
+    def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, room: Room, *, values: bool) -> Tensor:
         """Coefficients [B,c,G d] of keys, or ``values``, of the columns from ``start`` to before ``stop``.
 
         They are numbers of ``dtype``, in float32 or finer. Tokens lie side by side in memory.
