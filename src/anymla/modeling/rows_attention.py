@@ -185,7 +185,9 @@ class RowsAttention(ConvertedAttention):
 
     def _waves(self, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cos and sin [P,size] of rope in the first columns, in the dtype of ``like``."""
-        return self._kept.get(self.inv_freq, self._made_waves, size, like.dtype)
+        made = 1 << (size - 1).bit_length()  # a growing cache makes few tables
+        cos, sin = self._kept.get(self.inv_freq, self._made_waves, made, like.dtype)
+        return cos[:, :size], sin[:, :size]
 
     def _made_waves(self, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         columns = torch.arange(size, device=self.inv_freq.device)
