@@ -89,7 +89,7 @@ class Kept:
         version = 0 if tensor.is_inference() else tensor._version
         if self._of is None or self._of[0] is not tensor or self._of[1] != version:
             self._made, self._of = {}, (tensor, version)
-        key = (make.__name__, *settings)
+        key = (make.__name__, torch.is_inference_mode_enabled(), *settings)
         if key not in self._made:
             self._made[key] = make(*settings)
         return self._made[key]
