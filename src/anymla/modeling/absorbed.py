@@ -56,7 +56,7 @@ def absorbed_attention(
     if mask is not None:
         mask = additive_mask(mask, query.dtype).expand(len(query), -1, -1, -1)
     thin = query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[1] <= FEW_ROWS
-    size = latent[0].numel()
+    size = latent[0].numel() if latent.stride(-1) == 1 else 0  # coded ones have all tokens of a number side by side
     if not (thin and size >= STREAM_SIZE and latent.shape[1] >= BLOCK):
         tall = thin and size >= TALL_SIZE
         both = _attend(query, query_rope, latent, rope_key, value, mask, new, tall, softcap, sink_rows, summed)

@@ -27,6 +27,13 @@ def mapped(states: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
     return blocks.transpose(1, 2).flatten(2) + constant
 
 
+def mapped_columns(states: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
+    """The same of states [B,n,t] whose tokens lie side by side."""
+    width = weight.shape[1]
+    blocks = weight.unflatten(0, (-1, width)) @ states.unflatten(1, (-1, width))
+    return blocks.flatten(1, 2) + constant[:, None]
+
+
 def through(module: nn.Module, states: Tensor, width: int) -> Tensor:
     """What an encoder or a decoder with blocks of ``width`` makes of states [B,t,n]."""
     if width == states.shape[-1]:

@@ -5,16 +5,17 @@ One of the modelling files that travel with every converted checkpoint; it needs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .coding_spec import Coding
+from .room import Room
 
+Made = TypeVar("Made")
 FLOAT16_MAX = torch.finfo(torch.float16).max
 FLOAT16_TINY = 2.0**-24  # its smallest number
 
@@ -43,6 +44,22 @@ class Codec(nn.Module):
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The coefficients [..., width] that the rows hold."""
+        return self.read(rows, dtype, Room()).to(dtype)
+
+    def read(self, rows: Tensor, dtype: torch.dtype, room: Room) -> Tensor:
+        """The same in float32 or finer, with levels that ``dtype`` rounds, in ``room``.
+
+        All tokens of a coefficient lie side by side, and so loops over numbers are loops over tokens.
+        """
+        lines = rows[(None,) * (3 - rows.dim())].flatten(0, -3)
+        batch, tokens, size = lines.shape
+        columns = room.empty("columns", (size, batch, tokens), torch.uint8, rows.device).copy_(lines.permute(2, 0, 1))
+        x = room.empty("coefficients", (batch, self.width, tokens), torch.float32, rows.device)
+        self._read(columns.flatten(1), x, dtype, room)
+        return x.mT.view(*rows.shape[:-1], self.width)
+
+    def _read(self, columns: Tensor, x: Tensor, dtype: torch.dtype, room: Room) -> None:
+        """Puts into ``x`` [B,width,c] what the bytes [row_bytes,B c] hold."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,6 +77,24 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
+class Kept:
+    """What was made of a tensor, kept until the tensor changes."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Tensor, int] | None = None
+        self._made: dict[Any, Any] = {}
+
+    def get(self, tensor: Tensor, make: Callable[..., Made], *settings: Any) -> Made:
+        """``make(*settings)``, made anew only if ``tensor`` changed."""
+        version = 0 if tensor.is_inference() else tensor._version
+        if self._of is None or self._of[0] is not tensor or self._of[1] != version:
+            self._made, self._of = {}, (tensor, version)
+        key = (make.__name__, torch.is_inference_mode_enabled(), *settings)
+        if key not in self._made:
+            self._made[key] = make(*settings)
+        return self._made[key]
+
+
 def pack(words: Tensor, bits: int) -> Tensor:
     """Words [..., n], uint8 and below 2**bits, as bytes [..., ceil(n bits / 8)]; the first word is a byte's lowest."""
     per_byte = 8 // bits
@@ -69,19 +104,14 @@ def pack(words: Tensor, bits: int) -> Tensor:
     return (parts << torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)).sum(-1, dtype=torch.uint8)
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The words [..., n], uint8, that ``pack`` put into bytes, and those that fill up the last byte."""
+def unpack(packed: Tensor, bits: int, room: Room) -> Tensor:
+    """The words [n,N], uint8, that ``pack`` put into bytes, here [bytes,N], and those that fill up the last byte."""
     if bits == 8:
         return packed
-    words = _words_of_bytes(bits, packed.device).index_select(0, packed.flatten().int())
-    return words.view(packed.shape).view(torch.uint8)
-
-
-@cache
-def _words_of_bytes(bits: int, device: torch.device) -> Tensor:
-    """For each byte [256] the 8 / bits words in it, side by side as one integer: one look-up cuts a byte."""
-    words = torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, bits, device=device)
-    return (words & 2**bits - 1).to(torch.uint8).view({4: torch.int16, 2: torch.int32, 1: torch.int64}[bits])[:, 0]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
+    words = room.empty(f"words of {bits}", (len(packed), len(shifts), packed.shape[1]), torch.uint8, packed.device)
+    torch.bitwise_right_shift(packed[:, None], shifts, out=words)
+    return words.bitwise_and_(2**bits - 1).view(-1, packed.shape[1])
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -95,7 +125,5 @@ def encode_half(x: Tensor) -> Tensor:
 
 
 def decode_half(packed: Tensor) -> Tensor:
-    """The float16 of these bytes, wherever they lie."""
-    numbers = torch.empty(*packed.shape[:-1], packed.shape[-1] // 2, dtype=torch.float16, device=packed.device)
-    numbers.view(torch.uint8).copy_(packed)  # a row may start at an odd byte
-    return numbers
+    """The float16 [n, N] of bytes [2 n, N]."""
+    return (packed[::2] | packed[1::2].to(torch.int16) << 8).view(torch.float16)

@@ -5,19 +5,20 @@ One of the modelling files that travel with every converted checkpoint; it needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .codec import FLOAT16_MAX, FLOAT16_TINY, Codec, decode_half, encode_half, joined, pack, unpack
+from .codec import FLOAT16_MAX, FLOAT16_TINY, Codec, Kept, decode_half, encode_half, joined, pack, unpack
 from .coding_spec import PAIRED, PLANES, Coding, word
+from .room import Room
 
-Made = TypeVar("Made")
 IN_CACHE = 2**17  # numbers that are encoded at once: what is made of them stays in a CPU's cache
-HALVES, SINGLES, PAIRS, ZEROS = range(4)  # where a coefficient is read from: 16 bits, up to 8, up to 4, none
+HIGH = -(1 << 16)  # the bits of a float32 that a bfloat16 has
 
 
 class _Writing(NamedTuple):
@@ -32,10 +33,11 @@ class _Writing(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """What decoding needs of words of one code or of two: the numbers of every word's values, flat."""
+    """What decoding needs."""
 
-    numbers: Tensor  # both numbers of a pair are one element, so that one look-up reads them
-    starts: Tensor  # [words]
+    levels: list[list[Tensor]]  # of each source, flat, of every word's values: of its first code, of its second one
+    starts: Tensor  # [words,1], int32, where a word's levels start
+    places: Tensor  # [width], the row of each coefficient among all that are read
 
 
 class TableCodec(Codec):
@@ -54,15 +56,15 @@ class TableCodec(Codec):
         widths = [bits for bits, count in coding.bits for _ in range(count)]
         order = sorted(range(len(widths)), key=lambda place: -widths[place])
         self._order = None if order == sorted(order) else order
-        self._halves, self._zeros = (coding.counts.get(bits, 0) for bits in (16, 0))
+        self._halves = coding.counts.get(16, 0)
         self._classes = {bits: count for bits, count in coding.counts.items() if 0 < bits < 16}
         self._coded = sum(self._classes.values())
         self._planes = planes_of(self._classes)
-        found = {_source(bits) for bits in self._classes}
-        self._sources = {each: [bits for bits in self._classes if _source(bits) == each] for each in sorted(found)}
-        self._pieces = _pieces(coding)
-        self._kept: dict[Any, Any] = {}
-        self._kept_of: tuple[Tensor, int] | None = None
+        self._words = {bits: word(bits, count)[1] for bits, count in self._classes.items()}
+        singles, pairs = ([bits for bits in self._words if (bits <= PAIRED) == paired] for paired in (False, True))
+        self._sources = [widths for widths in (singles, pairs) if widths]
+        self._parts, self._places = self._placed()
+        self._kept = Kept()
 
     def set_tables(self, tables: Mapping[int, Tensor]) -> None:
         """Takes over levels.
@@ -78,11 +80,11 @@ class TableCodec(Codec):
             raise ValueError(f"levels of a coded cache: the tables must have shapes {needed}, got {found}")
         flat = [tables[bits].flatten() for bits in self._classes]
         self.levels = torch.cat(flat).to(self.levels) if flat else self.levels
-        self._made(self._writing)
+        self._kept.get(self.levels, self._writing)
 
     def encode(self, x: Tensor) -> Tensor:
         """The rows, uint8 [..., row_bytes], of coefficients [..., width]."""
-        tables = self._made(self._writing)
+        tables = self._kept.get(self.levels, self._writing)
         tokens = x.reshape(-1, self.width).float()
         parts = [self._encode(part, tables) for part in tokens.split(max(1, IN_CACHE // self.width))]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], self.row_bytes)
@@ -106,30 +108,48 @@ class TableCodec(Codec):
             parts.insert(0, places.to(torch.int16).view(torch.uint8))
         return joined(parts) if parts else x.new_empty(len(x), 0, dtype=torch.uint8)
 
-    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """The coefficients [..., width] that the rows hold."""
-        if dtype.itemsize > 4:
-            return self.decode(rows, torch.float32).to(dtype)
-        coding, parts = self.coding, {}
+    def _read(self, columns: Tensor, x: Tensor, dtype: torch.dtype, room: Room) -> None:
+        rounds = dtype if dtype.itemsize < 4 else torch.float32
+        coding, tables = self.coding, self._kept.get(self.levels, self._reading, rounds)
         sparse, scales = coding.outliers, 2 * coding.token_scale
         start = 2 * (2 * sparse + scales + self._halves)
-        for source, words in self._unpack(rows[..., start:]).items():
-            tables = self._made(self._reading, source, dtype)
-            found = tables.numbers.index_select(0, (words + tables.starts).flatten())
-            parts[source] = found.view(words.shape).view(dtype)
+        numbers = room.empty("numbers", (sum(self._parts), columns.shape[1]), torch.float32, x.device)
+        parts = [part.view(-1) for part in numbers.split_with_sizes(self._parts)]
+        found = self._look_ups(columns[start:], tables.starts, room)
+        for index, levels, part in zip(found, tables.levels, parts[:-1], strict=True):
+            _look_up(levels, index, part.unflatten(0, (-1, len(index))), room)
+        others, halves = numbers[len(numbers) - self._parts[-1] :].zero_(), None
         if start:
-            stored = decode_half(rows[..., :start])
-            places, numbers = stored[..., :sparse], stored[..., sparse:].to(dtype)
-            if scales:
-                zero, scale = numbers[..., :1], numbers[..., 1:2]
-                parts = {source: part.mul_(scale).add_(zero) for source, part in parts.items()}
-            parts[HALVES] = numbers[..., scales + sparse :]
-        if self._zeros:
-            parts[ZEROS] = torch.zeros(*rows.shape[:-1], self._zeros, dtype=dtype, device=rows.device)
-        x = joined([parts[source][..., first:stop] for source, first, stop in self._pieces])
-        if sparse:
-            x.scatter_(-1, places.view(torch.int16).long() & 0xFFFF, numbers[..., scales : scales + sparse])
-        return x
+            halves = decode_half(columns[:start])
+            others[: self._halves] = halves[2 * sparse + scales :]
+        if halves is not None and scales:
+            numbers[: len(numbers) - len(others)].mul_(halves[sparse + 1]).add_(halves[sparse])
+        for read, part in zip(numbers.view(len(numbers), len(x), -1).unbind(1), x, strict=True):
+            torch.index_select(read, 0, tables.places, out=part)
+        if halves is not None and sparse:
+            halves = halves.view(len(halves), len(x), -1).transpose(0, 1)
+            places = halves[:, :sparse].contiguous().view(torch.int16).long() & 0xFFFF
+            x.scatter_(1, places, halves[:, sparse + scales :][:, :sparse].float())
+
+    def _look_ups(self, packed: Tensor, starts: Tensor, room: Room) -> list[Tensor]:
+        """Of each source, where in its levels the words [W N] lie."""
+        shape, counts = (len(starts), packed.shape[1]), [*self._words.values()]
+        words = room.empty("words", shape, torch.uint8, packed.device)
+        of_class = dict(zip(self._words, words.split_with_sizes(counts), strict=True))
+        begun = set()
+        for plane, size, held in self._planes:
+            parts = unpack(packed[:size], plane, room)
+            for bits, below, count in held:
+                part, parts = parts[:count], parts[count:]
+                if bits in begun:
+                    of_class[bits].add_(part, alpha=2**below)
+                else:
+                    torch.bitwise_left_shift(part, below, out=of_class[bits])
+                begun.add(bits)
+            packed = packed[size:]
+        index = torch.add(words, starts, out=room.empty("index", shape, torch.int32, packed.device))
+        sizes = [sum(self._words[bits] for bits in widths) for widths in self._sources]
+        return [part.view(-1) for part in index.split_with_sizes(sizes)]
 
     def _token_scale(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Outliers' places, zero point and scale [N,1] of tokens: the rest of a token lies within -1 and 1."""
@@ -165,26 +185,21 @@ class TableCodec(Codec):
             planes.append(pack(joined(cut), plane))
         return planes
 
-    def _unpack(self, packed: Tensor) -> dict[int, Tensor]:
-        """The words [..., W] that lie in the planes: of one code, of two."""
-        words: dict[int, Tensor] = {}
-        for plane, size, held in self._planes:
-            counts = [count for _, _, count in held]
-            parts = unpack(packed[..., :size], plane)[..., : sum(counts)].split(counts, -1)
-            for (bits, _, _), part in zip(held, parts, strict=True):
-                words[bits] = torch.add(part, words[bits], alpha=2**plane) if bits in words else part
-            packed = packed[..., size:]
-        return {source: joined([words[bits] for bits in widths]) for source, widths in self._sources.items()}
-
-    def _made(self, make: Callable[..., Made], *settings: Any) -> Made:
-        """``make(*settings)``, kept until the levels change."""
-        version = 0 if self.levels.is_inference() else self.levels._version
-        if self._kept_of is None or self._kept_of[0] is not self.levels or self._kept_of[1] != version:
-            self._kept, self._kept_of = {}, (self.levels, version)
-        key = (make.__name__, *settings)
-        if key not in self._kept:
-            self._kept[key] = make(*settings)
-        return self._kept[key]
+    def _placed(self) -> tuple[list[int], list[int]]:
+        """Rows of numbers that are read: how many of each source and side, and which of them a coefficient is."""
+        parts: list[int] = []
+        of_class: dict[int, Iterator[int]] = {}
+        for widths in self._sources:
+            first, size = sum(parts), sum(self._words[bits] for bits in widths)
+            sides = [0, size] if widths[0] <= PAIRED else [0]
+            for bits in widths:
+                of_class[bits] = iter([first + at + side for at in range(self._words[bits]) for side in sides])
+                first += self._words[bits]
+            parts.append(size * len(sides))
+        zero = sum(parts) + self._halves
+        of_class[16], of_class[0] = iter(range(sum(parts), zero)), repeat(zero)
+        places = [next(of_class[bits]) for bits, count in self.coding.bits for _ in range(count)]
+        return [*parts, self._halves + (0 in self.coding.counts)], places
 
     def _tables(self) -> dict[int, Tensor]:
         """The levels by bits, [coefficients, 2**bits].
@@ -218,16 +233,18 @@ class TableCodec(Codec):
             order=order,
         )
 
-    def _reading(self, source: int, dtype: torch.dtype) -> _Reading:
-        tables = {bits: self._tables()[bits].to(dtype) for bits in self._sources[source]}
-        if source == PAIRS:
-            tables = {bits: _pairs(each) for bits, each in tables.items()}
-        sizes = torch.tensor([each[0].numel() for each in tables.values() for _ in each], dtype=torch.long)
-        starts = (sizes.cumsum(0) - sizes).int().to(self.levels.device)
-        numbers = torch.cat([each.flatten() for each in tables.values()])
-        if source == PAIRS:
-            starts, numbers = starts // 2, numbers.view({2: torch.int32, 4: torch.int64}[dtype.itemsize])
-        return _Reading(numbers, starts)
+    def _reading(self, dtype: torch.dtype) -> _Reading:
+        tables, levels, starts = self._tables(), [], [self.levels.new_zeros(0, 1, dtype=torch.long)]
+        for widths in self._sources:
+            sides = [_sides(tables[bits].to(dtype), bits) for bits in widths]
+            sizes = torch.tensor([each.shape[1] for each, *_ in sides for _ in each], device=self.levels.device)
+            starts.append((sizes.cumsum(0) - sizes)[:, None])
+            flat = [torch.cat([each.flatten() for each in side]) for side in zip(*sides, strict=True)]
+            if dtype == torch.bfloat16 and len(flat) == 2:
+                levels.append([torch.stack(flat[::-1], -1).view(torch.int32)[:, 0]])
+            else:
+                levels.append([each.float() for each in flat])
+        return _Reading(levels, torch.cat(starts).int(), torch.tensor(self._places, device=self.levels.device))
 
 
 def _search(x: Tensor, bounds: Tensor, first: Tensor) -> Tensor:
@@ -243,16 +260,27 @@ def _search(x: Tensor, bounds: Tensor, first: Tensor) -> Tensor:
     return (place.view(x.shape) - first).to(torch.uint8)
 
 
-def _pairs(table: Tensor) -> Tensor:
-    """Levels [n, L] as both levels of every two codes, [n / 2, L, L, 2]: the first one's code is the last index."""
+def _sides(table: Tensor, bits: int) -> list[Tensor]:
+    """Levels [n,L]; of pairs those of the first and of the second of every two codes, [n/2,L L] each."""
+    if bits > PAIRED:
+        return [table]
     table = pad(table, (0, 0, 0, len(table) % 2))
     size = table.shape[1]
-    first, second = table[::2, None, :], table[1::2, :, None]
-    return torch.stack([first.expand(-1, size, -1), second.expand(-1, -1, size)], -1)
+    return [table[::2].repeat(1, size), table[1::2].repeat_interleave(size, 1)]
 
 
-def _source(bits: int) -> int:
-    return HALVES if bits == 16 else SINGLES if bits > PAIRED else PAIRS if bits else ZEROS
+def _look_up(levels: list[Tensor], index: Tensor, found: Tensor, room: Room) -> None:
+    """Puts what is in ``levels`` at ``index`` [W N] into ``found`` [sides,W N].
+
+    Two bfloat16 are one integer, so that one look-up reads both: each is the upper half of a float32.
+    """
+    if levels[0].dtype == torch.int32:
+        both = torch.index_select(levels[0], 0, index, out=room.empty("pairs", index.shape, torch.int32, index.device))
+        torch.bitwise_and(both, HIGH, out=found[0].view(torch.int32))
+        torch.bitwise_left_shift(both, 16, out=found[1].view(torch.int32))
+        return
+    for table, part in zip(levels, found, strict=True):
+        torch.index_select(table, 0, index, out=part)
 
 
 def planes_of(classes: Mapping[int, int]) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
@@ -264,20 +292,3 @@ def planes_of(classes: Mapping[int, int]) -> list[tuple[int, int, list[tuple[int
         if held:
             planes.append((plane, -(-plane * sum(count for _, _, count in held) // 8), held))
     return planes
-
-
-def _pieces(coding: Coding) -> list[tuple[int, int, int]]:
-    """Slices (source, first, stop) that make up a token's coefficients in their order."""
-    ends, first = dict.fromkeys(range(4), 0), {}
-    for bits, count in coding.counts.items():
-        source = _source(bits)
-        first[bits] = ends[source]
-        ends[source] += count + (count % 2 if source == PAIRS else 0)
-    pieces: list[tuple[int, int, int]] = []
-    for bits, count in coding.bits:
-        source, start = _source(bits), first[bits]
-        first[bits] = stop = start + count
-        if pieces and pieces[-1][0] == source and pieces[-1][2] == start:
-            start = pieces.pop()[1]
-        pieces.append((source, start, stop))
-    return pieces

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .codec import FLOAT16_TINY, Codec, decode_half, encode_half, pack, unpack
 from .codec_tables import TableCodec
 from .coding_spec import Coding
+from .room import Room
 
 
 def make_codec(coding: Coding) -> Codec:
@@ -32,6 +33,10 @@ class PlainCodec(Codec):
         """A copy of the numbers, which a reader may turn in place."""
         return rows.to(dtype, copy=True)
 
+    def read(self, rows: Tensor, dtype: torch.dtype, room: Room) -> Tensor:
+        """The same in float32 or finer."""
+        return self.decode(rows, torch.promote_types(dtype, torch.float32))
+
 
 class _ScaledCodec(Codec):
     """A grid, with a scale per token and block, as engines' own cache types have it."""
@@ -44,11 +49,12 @@ class _ScaledCodec(Codec):
         scaled = (blocks / scales.view(torch.float16).float()[..., None]).clamp(-self.top, self.top)
         return torch.cat([scales, self._pack(scaled.flatten(-2)[..., : self.width])], -1)
 
-    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def _read(self, columns: Tensor, x: Tensor, dtype: torch.dtype, room: Room) -> None:
         scale_bytes = self.row_bytes - self._code_bytes
-        scales = decode_half(rows[..., :scale_bytes])
-        blocks = self._blocks(self._unpack(rows[..., scale_bytes:]))
-        return (blocks * scales.float()[..., None]).flatten(-2)[..., : self.width].to(dtype)
+        scales = decode_half(columns[:scale_bytes]).float()
+        block = self.coding.block or self.width
+        found = self._unpack(columns[scale_bytes:], room).mul_(scales.repeat_interleave(block, 0)[: self.width])
+        x.copy_(found.view(self.width, len(x), -1).transpose(0, 1))
 
     @property
     def _code_bytes(self) -> int:
@@ -62,7 +68,7 @@ class _ScaledCodec(Codec):
     def _pack(self, scaled: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _unpack(self, codes: Tensor) -> Tensor:
+    def _unpack(self, codes: Tensor, room: Room) -> Tensor:
         raise NotImplementedError
 
 
@@ -77,8 +83,8 @@ class IntCodec(_ScaledCodec):
     def _pack(self, scaled: Tensor) -> Tensor:
         return pack((scaled.round() + 2 ** (self.bits - 1)).to(torch.uint8), self.bits)
 
-    def _unpack(self, codes: Tensor) -> Tensor:
-        return unpack(codes, self.bits)[..., : self.width].float() - 2 ** (self.bits - 1)
+    def _unpack(self, codes: Tensor, room: Room) -> Tensor:
+        return unpack(codes, self.bits, room)[: self.width].float().sub_(2 ** (self.bits - 1))
 
 
 class Fp8Codec(_ScaledCodec):
@@ -89,5 +95,5 @@ class Fp8Codec(_ScaledCodec):
     def _pack(self, scaled: Tensor) -> Tensor:
         return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
 
-    def _unpack(self, codes: Tensor) -> Tensor:
+    def _unpack(self, codes: Tensor, room: Room) -> Tensor:
         return codes.view(torch.float8_e4m3fn).float()

@@ -30,12 +30,14 @@ from torch import Tensor, nn
 
 from .absorbed import additive_mask
 from .attention import joined
-from .block_maps import grouped, mapped, matrix, through
+from .block_maps import grouped, mapped_columns, matrix, through
 from .heads import attention_weights, multiply_pairs
+from .room import room_of_thread
 from .rows_attention import Rows, RowsAttention, turn, turned
 from .spec import LayerSpec
 
-Product = Callable[[int, Tensor], Tensor]  # of a chunk's number and coefficients [B,c,G d]: scores [B,H,T,c]
+Turns = tuple[Tensor, ...]  # cos and sin [chunks,1,1,T,P], of queries from a chunk's first column on
+Product = Callable[[int, Tensor], Tensor]  # of a chunk's number and coefficients [B,G d,c]: scores [B,H T,c]
 
 
 class CodedAttention(RowsAttention):
@@ -117,64 +119,76 @@ class CodedAttention(RowsAttention):
         mask = None if mask is None else additive_mask(mask, query.dtype)
         chunks = self.chunks(rows)
         precise = query.to(torch.promote_types(query.dtype, torch.float32))  # of 16 bits products are slower, too
-        scores = torch.cat(self._scores(precise * self.scaling, rows, chunks, query.dtype), dim=-1)
+        scores = self._scores(precise * self.scaling, rows, chunks, query.dtype)
         weights = attention_weights(scores, mask, self.spec.softcap, self.sinks)
         return self._context(weights, rows, chunks, query.dtype).transpose(1, 2).to(query.dtype)
 
-    def _scores(self, query: Tensor, rows: Rows, chunks: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
-        """Scores [B,H,T,c] of each chunk; in it keys and queries are turned from its first column on.
+    def _scores(self, query: Tensor, rows: Rows, chunks: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+        """Scores [B,H,T,S]; in each chunk keys and queries are turned from its first column on.
 
         ``dtype``: of what is read, which prefill reads in the model's own.
         """
-        starts = torch.arange(len(chunks), device=query.device) * chunks[0][1]
-        columns = rows.start + torch.arange(query.shape[2], device=query.device) - starts[:, None, None, None]
-        queries = turned(query.expand(len(chunks), *query.shape), *self._angles(columns, query))
-        tables = self._angles(torch.arange(chunks[0][1], device=query.device), query)
-        product = (self._by_heads if self.channel_index is None else self._by_channels)(queries, *tables)
-        read = (self._read(rows, *chunk, dtype, values=False).to(query.dtype) for chunk in chunks)
-        return [product(index, states) for index, states in enumerate(read)]
+        size, device, room = chunks[0][1], query.device, room_of_thread()
+        starts = torch.arange(0, len(chunks) * size, size, device=device)
+        own = rows.start + torch.arange(query.shape[2], device=device) - starts[:, None]  # [chunks,T]
+        turns = tuple(table[:, None, None] for table in self._angles(own, query))
+        product = (self._by_heads if self.channel_index is None else self._by_channels)(query, turns, size)
+        found = []
+        for index, (start, stop) in enumerate(chunks):
+            keys = self._read(rows, start, stop, dtype, room, values=False).to(query.dtype).mT
+            found.append(product(index, keys))
+        return torch.cat(found, -1).unflatten(1, (-1, query.shape[2]))
 
-    def _by_heads(self, queries: Tensor, cos: Tensor, sin: Tensor) -> Product:
-        """Rebuilds keys; ``queries`` [chunks,B,H,T,d] turned, ``cos``, ``sin`` [c,P] of a chunk's columns."""
-        decoder = None if self.key_decoder is None else matrix(self.key_decoder, self.key_width, cos)
-        cos, sin = cos[:, None], sin[:, None]
+    def _by_heads(self, query: Tensor, turns: Turns, size: int) -> Product:
+        """Rebuilds keys. ``query`` [B,H,T,d]; ``turns``: what turns it for each chunk; ``size``: columns of a chunk."""
+        decoder = None if self.key_decoder is None else matrix(self.key_decoder, self.key_width, query)
+        queries = turned(query, *turns).unflatten(2, (self.num_kv_heads, -1)).flatten(3, 4)
+        cos, sin = self._waves(size, query)
 
         def product(index: int, states: Tensor) -> Tensor:
-            keys = (states if decoder is None else mapped(states, *decoder)).unflatten(-1, (-1, self.head_dim))
-            turn(keys, cos[: keys.shape[1]], sin[: keys.shape[1]])
-            return grouped(queries[index], keys.permute(0, 2, 3, 1))
+            keys = states if decoder is None else mapped_columns(states, *decoder)
+            keys, length = keys.unflatten(1, (-1, self.head_dim)), keys.shape[-1]
+            turn(keys, cos[:, :length], sin[:, :length], room_of_thread())
+            return (queries[index] @ keys).flatten(1, 2)
 
         return product
 
-    def _by_channels(self, queries: Tensor, cos: Tensor, sin: Tensor) -> Product:
+    def _by_channels(self, query: Tensor, turns: Turns, size: int) -> Product:
         """Takes a query to the channels of its block, for the decoder commutes with rope; the mean of keys turns, too.
 
-        ``queries`` [chunks,B,H,T,d] turned, ``cos``, ``sin`` [c,P] of a chunk's columns.
+        Arguments as above.
         """
-        weight, mean = self._by_head(self.key_decoder, self.key_width, cos)
+        weight, mean = self._by_head(self.key_decoder, self.key_width, query)
         mean, turned_dims = mean.repeat_interleave(self.num_key_value_groups, dim=0)[:, None], 2 * self.rope_pairs
         real, imag = mean[..., :turned_dims].chunk(2, dim=-1)
-        of_mean = multiply_pairs(queries[..., :turned_dims], real, -imag)  # the conjugate of what turns with a column
-        of_rest = (queries[..., turned_dims:] * mean[..., turned_dims:]).sum(-1, keepdim=True)
-        blocks = self.num_kv_heads * self.head_dim // self.key_width
-        channels: Any = self.channel_index
-        channel_cos, channel_sin = (table[:, channels].unflatten(-1, (blocks, -1)) for table in (cos, sin))
-        waves = torch.cat([cos, sin], -1)
+        of_mean = multiply_pairs(query[..., :turned_dims], real, -imag)  # the conjugate of what turns with a column
+        of_rest = (query[..., turned_dims:] * mean[..., turned_dims:]).sum(-1, keepdim=True)
+        waves, blocks = self._waves(size, query), self.num_kv_heads * self.head_dim // self.key_width
+        of_mean = (turned(of_mean, *turns) @ torch.cat(waves) + of_rest).unflatten(2, (blocks, -1)).flatten(3, 4)
+        index: Any = self.channel_index
+        channels = index.view(blocks, -1)
+        of_channels = (table[..., channels].permute(0, 1, 4, 2, 3, 5) for table in turns)
+        absorbed = grouped(query, weight[None]).unflatten(1, (blocks, -1))
+        absorbed = turned(absorbed, *of_channels).flatten(3, 4)  # [chunks,B,blocks,H T/blocks,w]
+        cos, sin = (table[channels] for table in waves)
 
         def product(index: int, states: Tensor) -> Tensor:
-            states, length = states.unflatten(-1, (blocks, -1)), states.shape[1]
-            turn(states, channel_cos[:length], channel_sin[:length])
-            absorbed = grouped(queries[index], weight[None]).unflatten(1, (blocks, -1)).flatten(2, 3)
-            scores = (states.transpose(1, 2) @ absorbed.mT).mT.flatten(1, 2).unflatten(1, queries.shape[2:4])
-            return scores + of_mean[index] @ waves[:length].mT + of_rest[index]
+            states, length = states.unflatten(1, (blocks, -1)), states.shape[-1]
+            turn(states, cos[..., :length], sin[..., :length], room_of_thread())
+            scores = of_mean[index, ..., :length].flatten(0, 1)
+            return scores.baddbmm(absorbed[index].flatten(0, 1), states.flatten(0, 1)).view(len(states), -1, length)
 
         return product
 
     def _context(self, weights: Tensor, rows: Rows, chunks: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
         """Values weighted with ``weights`` [B,H,T,S]: [B,H,T,d]."""
-        read = ((slice(*chunk), self._read(rows, *chunk, dtype, values=True).to(weights.dtype)) for chunk in chunks)
-        blocks = ((weights[..., at], states.unflatten(-1, (-1, self.value_width))) for at, states in read)
-        context = torch.stack([grouped(part, states.transpose(1, 2)) for part, states in blocks]).sum(0)
+        blocks = self.value_codec.width // self.value_width
+        shares = weights.unflatten(1, (blocks, -1)).flatten(2, 3).flatten(0, 1)
+        context = weights.new_zeros(*shares.shape[:2], self.value_width)
+        for start, stop in chunks:
+            values = self._read(rows, start, stop, dtype, room_of_thread(), values=True).to(weights.dtype).mT
+            context.baddbmm_(shares[..., start:stop], values.reshape(len(context), self.value_width, -1).mT)
+        context = context.view(*weights.shape[:3], -1)
         if self.value_decoder is None:
             return context
         weight, mean = self._by_head(self.value_decoder, self.value_width, weights)

@@ -181,7 +181,11 @@ def _fill(held: Tensor, room: Tensor, new: Tensor) -> Tensor:
     begins = room.data_ptr() == held.data_ptr() and room.shape[0] == batch and room.stride() == held.stride()
     writable = torch.is_inference_mode_enabled() or not room.is_inference()
     if not (begins and writable) or room.shape[2] < total:
-        room = new.new_empty(batch, heads, total + max(total // GROWTH, LEAST_GROWTH), width)
+        columns = total + max(total // GROWTH, LEAST_GROWTH)
+        if new.device.type == "cpu":  # one byte of all tokens lies side by side, as codecs read them
+            room = new.new_empty(batch, heads, width, columns).mT
+        else:
+            room = new.new_empty(batch, heads, columns, width)
         room[:, :, :length] = held
     room[:, :, length:total] = new
     return room

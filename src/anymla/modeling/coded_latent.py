@@ -19,7 +19,8 @@ from .decode_kernel import codes_for_kernel
 from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention
 from .placed_tokens import PlacedTokens
-from .rows_attention import Rows, RowsAttention
+from .room import Room, room_of_thread
+from .rows_attention import Rows, RowsAttention, turn
 from .spec import LayerSpec
 
 
@@ -88,15 +89,16 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
     ) -> list[Any]:
         """Attention to each chunk, read in ``dtype``, and the logarithm of its softmax's sum."""
         chunks = self.chunks(rows)
-        tables = self._angles(torch.arange(chunks[0][1], device=channels.device), channels)
+        cos, sin = (table[self.channel_frequency] for table in self._waves(chunks[0][1], channels))
+        rooms = room_of_thread(), Room()  # a latent and its rope key are read together
         own = rows.start + torch.arange(channels.shape[2], device=channels.device)
         parts: list[Any] = []
         for start, stop in chunks:  # keys and queries are turned from a chunk's first column on
             latent, rope_key = (
-                self._read(rows, start, stop, dtype, values=values).to(channels.dtype).unsqueeze(1)
-                for values in (False, True)
+                self._read(rows, start, stop, dtype, room, values=values).to(channels.dtype).unsqueeze(1)
+                for room, values in zip(rooms, (False, True), strict=True)
             )
-            rope_key = self.rotated_channels(rope_key, *(table[: stop - start] for table in tables))
+            turn(rope_key.mT, cos[:, : stop - start], sin[:, : stop - start], rooms[0])
             query_rope = self.rotated_channels(channels, *self._angles(own - start, channels))
             seen = None if mask is None else mask[..., start:stop]
             key, value = self.key_and_value(latent)

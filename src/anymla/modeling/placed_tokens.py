@@ -77,14 +77,13 @@ class Places(NamedTuple):
             return self
         return self._replace(column=self.column - columns, known=[each - columns for each in self.known])
 
-    def put(self, states: Tensor, start: int, *, values: bool) -> Tensor:
-        """``states`` [B,c,n], keys or ``values`` of columns from ``start`` on, with those of these tokens in place."""
+    def put(self, states: Tensor, start: int, *, values: bool) -> None:
+        """Puts those of these tokens into ``states`` [B,c,n], keys or ``values`` of columns from ``start`` on."""
         first, stop = (bisect_left(self.known, column) for column in (start, start + states.shape[1]))
-        if first == stop:
-            return states
-        exact = (self.values if values else self.keys)[first:stop]
-        places = (self.row[first:stop], self.column[first:stop] - start)
-        return states.index_put(places, exact.to(states.dtype))
+        if first < stop:
+            exact = (self.values if values else self.keys)[first:stop]
+            places = (self.row[first:stop], self.column[first:stop] - start)
+            states.index_put_(places, exact.to(states.dtype))
 
 
 class Run(NamedTuple):
@@ -94,14 +93,12 @@ class Run(NamedTuple):
     values: Tensor
     first: int
 
-    def put(self, states: Tensor, start: int, *, values: bool) -> Tensor:
+    def put(self, states: Tensor, start: int, *, values: bool) -> None:
         """As ``Places`` does."""
         exact = self.values if values else self.keys
         begin, stop = max(start, self.first), min(start + states.shape[1], self.first + exact.shape[1])
-        if begin >= stop:
-            return states
-        inside = exact[:, begin - self.first : stop - self.first].to(states.dtype)
-        return states.slice_scatter(inside, 1, begin - start, stop - start)
+        if begin < stop:
+            states[:, begin - start : stop - start] = exact[:, begin - self.first : stop - self.first]
 
 
 class NewTokens(NamedTuple):

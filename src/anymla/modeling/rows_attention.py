@@ -19,14 +19,16 @@ from torch import Tensor
 
 from .arguments import make_fit
 from .attention import ConvertedAttention
+from .codec import Kept
 from .codecs import make_codec
 from .coded_cache import make_room
 from .coding_spec import CodedSpec
 from .heads import causal_mask, multiply_pairs, score_bias
 from .placed_tokens import NewTokens, PlacedTokens, Places, Run
+from .room import Room
 from .spec import LayerSpec
 
-CHUNK = 1 << 18  # numbers that are read at a time in decode: they stay in a CPU's cache
+CHUNK = 1 << 19  # numbers that are read at a time in decode: more leave a CPU's caches, fewer cost more calls
 FEW = 16  # new tokens up to which the cache is read in chunks
 
 
@@ -64,6 +66,7 @@ class RowsAttention(ConvertedAttention):
         self.coded = spec.codes
         self.key_codec, self.value_codec = make_codec(self.coded.keys), make_codec(self.coded.values)
         self.register_buffer("inv_freq", torch.zeros(self.rope_pairs, dtype=torch.int32))
+        self._kept = Kept()
 
     def coefficients(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """What is coded of the new tokens, in both rows: [B,T,n] each."""
@@ -158,23 +161,38 @@ class RowsAttention(ConvertedAttention):
         first = None if first is None else first._replace(columns=first.columns - offset)
         return Rows(keys[:, 0], values[:, 0], places, seen - offset, latest, first)
 
-    def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, *, values: bool) -> Tensor:
-        """Coefficients [B,c,G d] of keys, or ``values``, of the columns from ``start`` to before ``stop``."""
+    def _read(self, rows: Rows, start: int, stop: int, dtype: torch.dtype, room: Room, *, values: bool) -> Tensor:
+        """Coefficients [B,c,G d] of keys, or ``values``, of the columns from ``start`` to before ``stop``.
+
+        They are numbers of ``dtype``, in float32 or finer. Tokens lie side by side in memory.
+        """
         codec, held = (self.value_codec, rows.values) if values else (self.key_codec, rows.keys)
-        states: Tensor = codec.decode(held[:, start:stop], dtype)
+        states: Tensor = codec.read(held[:, start:stop], dtype, room).to(torch.promote_types(dtype, torch.float32))
         for places in rows.places:
-            states = places.put(states, start, values=values)
+            places.put(states, start, values=values)
         return states
 
     def _whole(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Coefficients [B,S,G d] of all keys and values."""
         length = rows.keys.shape[1]
-        return self._read(rows, 0, length, dtype, values=False), self._read(rows, 0, length, dtype, values=True)
+        keys, values = (self._read(rows, 0, length, dtype, Room(), values=values) for values in (False, True))
+        return keys.to(dtype), values.to(dtype)
 
     def _angles(self, columns: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cos and sin [..,t,P] of rope at ``columns`` [..,t], in the dtype of ``like``."""
         angles = columns[..., None].double() * self.inv_freq.view(torch.float32).double()
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+    def _waves(self, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin [P,size] of rope in the first columns, in the dtype of ``like``."""
+        made = 1 << (size - 1).bit_length()  # a growing cache makes few tables
+        cos, sin = self._kept.get(self.inv_freq, self._made_waves, made, like.dtype)
+        return cos[:, :size], sin[:, :size]
+
+    def _made_waves(self, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        columns = torch.arange(size, device=self.inv_freq.device)
+        cos, sin = self._angles(columns, torch.empty(0, dtype=dtype))
+        return cos.T.contiguous(), sin.T.contiguous()
 
     def reads_chunks(self, new: int, mask: Tensor | None) -> bool:
         """Whether the cache is read a chunk at a time: few new tokens, and a mask of single tokens or none."""
@@ -201,17 +219,14 @@ class RowsAttention(ConvertedAttention):
 
 def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """States [..,t,n] whose first 2 m numbers are pairs, half-split, turned by the angle of cos and sin [..,t,m]."""
-    size = 2 * cos.shape[-1]
-    if not size:
-        return states
-    pairs, rest = states.split([size, states.shape[-1] - size], dim=-1)
-    return torch.cat([multiply_pairs(pairs, cos, sin), rest], dim=-1)
+    pairs = multiply_pairs(states[..., : 2 * cos.shape[-1]], cos, sin)
+    return torch.cat([pairs, states[..., pairs.shape[-1] :].expand(*pairs.shape[:-1], -1)], dim=-1)
 
 
-def turn(states: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """The same in place."""
-    size = cos.shape[-1]
-    real, imag = states[..., :size], states[..., size : 2 * size]
-    swapped = real * sin
+def turn(states: Tensor, cos: Tensor, sin: Tensor, room: Room) -> None:
+    """The same in place, of states [..,n,t] and tables [..,m,t]; ``room``: for what is made on the way."""
+    size = cos.shape[-2]
+    real, imag = states[..., :size, :], states[..., size : 2 * size, :]
+    swapped = room.product(real, sin)
     real.mul_(cos).addcmul_(imag, sin, value=-1)
     imag.mul_(cos).add_(swapped)
