@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
 
+from .decode_kernel import kernel_runs
 from .exact_cache import ExactTokens
 from .placed_tokens import NewTokens, PlacedTokens
 
@@ -182,10 +183,10 @@ def _fill(held: Tensor, room: Tensor, new: Tensor) -> Tensor:
     writable = torch.is_inference_mode_enabled() or not room.is_inference()
     if not (begins and writable) or room.shape[2] < total:
         columns = total + max(total // GROWTH, LEAST_GROWTH)
-        if new.device.type == "cpu":  # one byte of all tokens lies side by side, as codecs read them
-            room = new.new_empty(batch, heads, width, columns).mT
-        else:
+        if kernel_runs(new.device):
             room = new.new_empty(batch, heads, columns, width)
+        else:  # one byte of all tokens lies side by side, as codecs read them
+            room = new.new_empty(batch, heads, width, columns).mT
         room[:, :, :length] = held
     room[:, :, length:total] = new
     return room

@@ -27,12 +27,21 @@ def uses_kernel(query: Tensor, *held: Tensor) -> bool:
     Torch does where there is no CUDA device, or one from before Ampere, or no triton; in float64; for many new tokens;
     for gradients; and while a graph is traced.
     """
-    runs = INTERPRETED or (query.is_cuda and _has_triton() and _new_enough(query.device))
-    if not runs or query.dtype not in DTYPES or query.shape[2] > FEW_TOKENS or torch.compiler.is_compiling():
+    if (
+        not kernel_runs(query.device)
+        or query.dtype not in DTYPES
+        or query.shape[2] > FEW_TOKENS
+        or torch.compiler.is_compiling()
+    ):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *held)):
         return False
     return bool(held[0].numel()) and all(not tensor.shape[-1] or tensor.stride(-1) == 1 for tensor in held)
+
+
+def kernel_runs(device: torch.device) -> bool:
+    """Whether the kernel runs there: it reads a token's bytes or numbers one after the other."""
+    return INTERPRETED or (device.type == "cuda" and _has_triton() and _new_enough(device))
 
 
 def codes_for_kernel(query: Tensor, *sides: tuple[Any, Tensor]) -> tuple[Any, ...] | None:
