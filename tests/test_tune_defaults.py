@@ -22,6 +22,14 @@ SETTINGS = {"data": [str(TRAIN)], "eval_data": str(VALID), "eval_tokens": 256, "
 SHORT = SETTINGS | {"length": 16, "batch": 1, "tokens": 256, "save_every": 4, "eval_every": 4}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_rows_to_draw_from():
+    """Each trial draws its rows anew, which takes longer than a trial of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anymla.data.mixture.SHUFFLED_TOKENS", 2048)
+        yield
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A tiny original and its conversion at half the cache."""
@@ -83,7 +91,7 @@ def test_tokens_of_a_mixture_until_one_begins_anew(tmp_path):
 def test_nothing_given_but_text(pair, tmp_path):
     """As many tokens as there are in 30 passes, or fewer; what was found is told, and gives the same again."""
     text, told = tmp_path / "little.txt", []
-    text.write_text(TRAIN.read_text()[:3000])
+    text.write_text(TRAIN.read_text()[:1500])
     settings = SETTINGS | {"data": [str(text)], "length": 64, "batch": 16}
     report = anymla.tune(pair[1], tmp_path / "out", teacher=pair[0], note=told.append, **settings)
     assert any("30 passes over the data" in text for text in told)
