@@ -272,7 +272,8 @@ def test_tune_says_how_far_it_is(converted_folder, monkeypatch, capfd, tmp_path)
     arguments = ["tune", converted_folder, "--teacher", BUNDLED, "-o", tmp_path / "out", "--tokens", 256]
     arguments += ["--data", TRAIN, "--length", 32, "--eval-tokens", 256, "--json"]
     run = run_main([str(part) for part in arguments], monkeypatch, capfd)
-    steps = steps_of(run)
+    trials, steps = ([line for line in steps_of(run) if ("trial" in line) is found] for found in (True, False))
+    assert re.match(r"tune: trial of rate [\d.e-]+: step 1 of \d+ \(trial, loss [\d.]+\)", trials[0])
     assert [numbers(line)[:2] for line in steps] == [(step, 8) for step in range(1, 9)]
     assert re.match(r"tune: step 2 of 8 \(\w+, loss [\d.]+, [\d,]+ tokens/s\), \d+ s, about \d+ s left\n", steps[1])
     assert json.loads(run.out)["steps"] == 8

@@ -28,9 +28,9 @@ def mapped(states: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
 
 
 def mapped_columns(states: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
-    """The same of states [B,n,t] whose tokens lie side by side."""
-    width = weight.shape[1]
-    blocks = weight.unflatten(0, (-1, width)) @ states.unflatten(1, (-1, width))
+    """The same of states [B,m,t] whose tokens lie side by side; a single block may have more rows than numbers."""
+    count = states.shape[1] // weight.shape[1]
+    blocks = weight.unflatten(0, (count, -1)) @ states.unflatten(1, (count, -1))
     return blocks.flatten(1, 2) + constant[:, None]
 
 
