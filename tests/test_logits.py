@@ -191,7 +191,8 @@ def test_memory_of_an_evaluation_does_not_grow_with_length(large_vocabulary, aga
 def test_memory_of_a_tuning_does_not_grow_with_length(large_vocabulary, tmp_path):
     source, converted = large_vocabulary
     text = ["--data", bundled_text("train"), "--tokens", 2048, "--eval-data", bundled_text("valid"), "--batch", 1]
-    text += ["--teacher", source, "--layerwise", 0, "--eval-tokens", 2048, "--eval-every", 100, "--json"]
+    text += ["--teacher", source, "--eval-tokens", 2048, "--eval-every", 100, "--json"]
+    text += ["--train", "attention", "--learning-rate", 1e-4]  # no trials
     peaks = [
         peak_of("tune", converted, "-o", tmp_path / str(length), *text, "--length", length) for length in (256, 2048)
     ]
