@@ -138,7 +138,7 @@ def coded_model(kv_heads: int, dtype: torch.dtype, bits: int) -> Any:
 
 def make_models(kv_heads: int, dtype: torch.dtype) -> dict[str, Any]:
     """The original with both attentions, and converted models; random weights."""
-    AttentionInterface.register("plain", _plain_interface)
+    AttentionInterface.register("plain", plain_interface)
     sizes = sizes_of(kv_heads, dtype)
     torch.set_default_dtype(dtype)
     models: dict[str, Any] = {
@@ -153,7 +153,7 @@ def make_models(kv_heads: int, dtype: torch.dtype) -> dict[str, Any]:
     return models
 
 
-def _plain_interface(module, query, key, value, attention_mask, scaling, **kwargs):
+def plain_interface(module, query, key, value, attention_mask, scaling, **kwargs):
     return plain_attention(query, key, value, scaling).transpose(1, 2), None
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import anymla
 from anymla.demo import bundled_model
 from tests.damage import run_main
+from tests.families import FAST, make_model, save_model
 from tests.other_process import WithoutAnymla
 
 torch.set_num_threads(1)
@@ -43,6 +44,15 @@ def converted_folder(tmp_path_factory):
 def converted(converted_folder):
     """The converted model, loaded."""
     return AutoModelForCausalLM.from_pretrained(converted_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A tiny original and its conversion at half the cache."""
+    folder = tmp_path_factory.mktemp("pair")
+    source = save_model(make_model("llama", torch.float32), folder / "source")
+    anymla.convert(source, folder / "converted", kv_cache=0.5, **FAST)
+    return source, folder / "converted"
 
 
 @pytest.fixture(name="anymla")

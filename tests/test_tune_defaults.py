@@ -16,7 +16,6 @@ from anymla.training.best import Best
 from anymla.training.rates import best_power, first_power, next_power, rate_of
 from anymla.training.redraw import redrawn
 from tests.damage import BUNDLED, TRAIN, VALID
-from tests.families import FAST, make_model, save_model
 
 SETTINGS = {"data": [str(TRAIN)], "eval_data": str(VALID), "eval_tokens": 256, "device": "cpu"}
 SHORT = SETTINGS | {"length": 16, "batch": 1, "tokens": 256, "save_every": 4, "eval_every": 4}
@@ -28,15 +27,6 @@ def few_rows_to_draw_from():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("anymla.data.mixture.SHUFFLED_TOKENS", 2048)
         yield
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A tiny original and its conversion at half the cache."""
-    folder = tmp_path_factory.mktemp("pair")
-    source = save_model(make_model("llama", torch.float32), folder / "source")
-    anymla.convert(source, folder / "converted", kv_cache=0.5, **FAST)
-    return source, folder / "converted"
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import anymla
 from anymla.errors import OutputError
 from tests.damage import TRAIN
-from tests.families import FAST, make_model, save_model
 
 SETTINGS = {
     "data": [str(TRAIN)],
@@ -29,15 +27,6 @@ SETTINGS = {
 }
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A tiny original and its conversion at half the cache."""
-    folder = tmp_path_factory.mktemp("pair")
-    source = save_model(make_model("llama", torch.float32), folder / "source")
-    anymla.convert(source, folder / "converted", kv_cache=0.5, **FAST)
-    return source, folder / "converted"
 
 
 @pytest.fixture(scope="module")

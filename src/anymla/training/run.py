@@ -169,12 +169,14 @@ class Run:
 
     def _save(self, trainer: TuneTrainer, student: Path, output: Path, best: Best | None) -> None:
         """Writes what a stage made of ``student``: at its best score, or at its end where none is kept."""
-        weights = trainer.learned() if best is None else {}
-        if rank() == 0 and best is None:
-            save_tuned(student, weights, self.tuning, output, last=False)
-        elif rank() == 0 and best is not None:
-            came = student if best.place else self.student
-            save_tuned(came, best.weights(), self.tuning, output, last=True)
+        if best is None:
+            weights = trainer.learned()  # of all processes together
+        if rank() == 0:
+            if best is None:
+                save_tuned(student, weights, self.tuning, output, last=False)
+            else:
+                came = student if best.place else self.student
+                save_tuned(came, best.weights(), self.tuning, output, last=True)
         wait_for_all()
         trainer.accelerator.free_memory()
 
