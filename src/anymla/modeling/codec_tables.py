@@ -82,6 +82,18 @@ class TableCodec(Codec):
         self.levels = torch.cat(flat).to(self.levels) if flat else self.levels
         self._kept.get(self.levels, self._writing)
 
+    def levels_in(self, dtype: torch.dtype) -> Tensor:
+        """The levels in float32, as ``dtype`` rounds them, and eight zeros after them: C reads eight at once.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        return self._kept.get(self.levels, self._rounded, dtype)
+
+    def _rounded(self, dtype: torch.dtype) -> Tensor:
+        flat = [each.flatten() for each in self._tables().values()]
+        return joined([*flat, self.levels.new_zeros(8)]).to(dtype).float()
+
     def encode(self, x: Tensor) -> Tensor:
         """The rows, uint8 [..., row_bytes], of coefficients [..., width]."""
         tables = self._kept.get(self.levels, self._writing)

@@ -22,8 +22,7 @@ a chunk, m blocks of w coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +30,21 @@ from torch import Tensor, nn
 from .absorbed import additive_mask
 from .attention import joined
 from .block_maps import grouped, mapped_columns, matrix, through
+from .c_decode import TILE, Turning, context_in_c, runs_in_c, scores_in_c
 from .heads import attention_weights, multiply_pairs
 from .room import room_of_thread
 from .rows_attention import Rows, RowsAttention, turn, turned
 from .spec import LayerSpec
 
-Turns = tuple[Tensor, ...]  # cos and sin [chunks,1,1,T,P], of queries from a chunk's first column on
-Product = Callable[[int, Tensor], Tensor]  # of a chunk's number and coefficients [B,G d,c]: scores [B,H T,c]
+
+class Asked(NamedTuple):
+    """Queries before rope, as they meet what is cached or the keys that are rebuilt of it, in g groups of heads."""
+
+    query: Tensor  # [B,g,H/g,T,w]: a group meets w numbers of its own
+    channels: Tensor  # [g,p], the rope pair with which each of the first p pairs of these numbers turns
+    of_mean: Tensor | None = None  # [B,H,T,2 P], what meets cos and sin of a column, for the mean of keys
+    constant: Tensor | None = None  # [B,H,T,1], what it adds to all scores
+    decoder: tuple[Tensor, Tensor] | None = None  # weight and constant, if keys are rebuilt
 
 
 class CodedAttention(RowsAttention):
@@ -117,77 +124,100 @@ class CodedAttention(RowsAttention):
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
         """Reads the keys of all chunks for the scores, then the values; returns [B,T,H,d]."""
         mask = None if mask is None else additive_mask(mask, query.dtype)
-        chunks = self.chunks(rows)
         precise = query.to(torch.promote_types(query.dtype, torch.float32))  # of 16 bits products are slower, too
-        scores = self._scores(precise * self.scaling, rows, chunks, query.dtype)
+        scores = self._scores(precise * self.scaling, rows, query.dtype)
         weights = attention_weights(scores, mask, self.spec.softcap, self.sinks)
-        return self._context(weights, rows, chunks, query.dtype).transpose(1, 2).to(query.dtype)
+        return self._context(weights, rows, query.dtype).transpose(1, 2).to(query.dtype)
 
-    def _scores(self, query: Tensor, rows: Rows, chunks: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
-        """Scores [B,H,T,S]; in each chunk keys and queries are turned from its first column on.
+    def _scores(self, query: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Scores [B,H,T,S]. ``dtype``: of what is read, which prefill reads in the model's own."""
+        asked = (self._of_keys if self.channel_index is None else self._of_channels)(query)
+        by_c = runs_in_c(query, self.key_codec)
+        scores = (self._scores_in_c if by_c else self._scores_in_torch)(asked, rows, dtype)
+        scores = scores.unflatten(1, (-1, query.shape[2]))
+        return scores if asked.constant is None else scores + asked.constant
 
-        ``dtype``: of what is read, which prefill reads in the model's own.
-        """
-        size, device, room = chunks[0][1], query.device, room_of_thread()
-        starts = torch.arange(0, len(chunks) * size, size, device=device)
-        own = rows.start + torch.arange(query.shape[2], device=device) - starts[:, None]  # [chunks,T]
-        turns = tuple(table[:, None, None] for table in self._angles(own, query))
-        product = (self._by_heads if self.channel_index is None else self._by_channels)(query, turns, size)
+    def _scores_in_c(self, asked: Asked, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Scores [B,H T,S] but for the constant."""
+        query, of_mean = self._from_columns(asked, rows.start, rows.keys.new_zeros(1, dtype=torch.long))
+        tiles = 1 << (rows.keys.shape[1] // TILE).bit_length()  # a growing cache makes few tables
+        turning = self._kept.get(self.inv_freq, self._turning, tiles, query.shape[-1])
+        if of_mean is not None:
+            of_mean = of_mean[0].unflatten(1, (query.shape[2], -1)).flatten(2, 3)
+        return scores_in_c(self.key_codec, rows.keys, rows.places, dtype, query[0], turning, of_mean, asked.decoder)
+
+    def _turning(self, tiles: int, width: int) -> Turning:
+        """How the numbers of all groups turn, ``width`` of each."""
+        like, channels = torch.empty(0), self._channels()
+        groups, pairs = channels.shape
+        real = torch.arange(0, groups * width, width)[:, None] + torch.arange(pairs)
+        turned_pairs = torch.stack([real.flatten(), real.flatten() + pairs, channels.flatten()]).int()
+        starts = torch.stack(self._angles(torch.arange(0, tiles * TILE, TILE), like), 1)
+        return Turning(turned_pairs, torch.stack(self._waves(TILE, like)), starts)
+
+    def _scores_in_torch(self, asked: Asked, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """The same. In each chunk keys and queries are turned from its first column on."""
+        chunks, room, like = self.chunks(rows), room_of_thread(), asked.query
+        size = chunks[0][1]
+        starts = torch.arange(0, len(chunks) * size, size, device=like.device)
+        queries, of_mean = self._from_columns(asked, rows.start, starts)
+        waves = self._waves(size, like)
+        if of_mean is not None:
+            of_mean = (of_mean @ torch.cat(waves)).unflatten(2, (queries.shape[2], -1)).flatten(3, 4)
+        cos, sin = (table[asked.channels] for table in waves)
         found = []
         for index, (start, stop) in enumerate(chunks):
-            keys = self._read(rows, start, stop, dtype, room, values=False).to(query.dtype).mT
-            found.append(product(index, keys))
-        return torch.cat(found, -1).unflatten(1, (-1, query.shape[2]))
+            states, length = self._read(rows, start, stop, dtype, room, values=False).to(like.dtype).mT, stop - start
+            keys = states if asked.decoder is None else mapped_columns(states, *asked.decoder)
+            keys = keys.unflatten(1, (queries.shape[2], -1))
+            turn(keys, cos[..., :length], sin[..., :length], room)
+            scores = queries[index] @ keys
+            found.append((scores if of_mean is None else scores.add_(of_mean[index, ..., :length])).flatten(1, 2))
+        return torch.cat(found, -1)
 
-    def _by_heads(self, query: Tensor, turns: Turns, size: int) -> Product:
-        """Rebuilds keys. ``query`` [B,H,T,d]; ``turns``: what turns it for each chunk; ``size``: columns of a chunk."""
-        decoder = None if self.key_decoder is None else matrix(self.key_decoder, self.key_width, query)
-        queries = turned(query, *turns).unflatten(2, (self.num_kv_heads, -1)).flatten(3, 4)
-        cos, sin = self._waves(size, query)
+    def _from_columns(self, asked: Asked, own: int, starts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries [chunks,B,g,H T/g,w], the first of them in column ``own``, turned from the columns ``starts`` on.
 
-        def product(index: int, states: Tensor) -> Tensor:
-            keys = states if decoder is None else mapped_columns(states, *decoder)
-            keys, length = keys.unflatten(1, (-1, self.head_dim)), keys.shape[-1]
-            turn(keys, cos[:, :length], sin[:, :length], room_of_thread())
-            return (queries[index] @ keys).flatten(1, 2)
-
-        return product
-
-    def _by_channels(self, query: Tensor, turns: Turns, size: int) -> Product:
-        """Takes a query to the channels of its block, for the decoder commutes with rope; the mean of keys turns, too.
-
-        Arguments as above.
+        And what meets the mean of keys, [chunks,B,H,T,2 P].
         """
+        columns = own + torch.arange(asked.query.shape[3], device=starts.device) - starts[:, None]
+        turns = self._angles(columns, asked.query)  # [chunks,T,P]
+        of_channels = (table[..., asked.channels].transpose(1, 2)[:, None, :, None] for table in turns)
+        queries = turned(asked.query, *of_channels).flatten(3, 4)
+        if asked.of_mean is None:
+            return queries, None
+        return queries, turned(asked.of_mean, *(table[:, None, None] for table in turns))
+
+    def _of_keys(self, query: Tensor) -> Asked:
+        """A query [B,H,T,d] meets the keys of its head, which are rebuilt."""
+        decoder = None if self.key_decoder is None else matrix(self.key_decoder, self.key_width, query)
+        return Asked(query.unflatten(1, (self.num_kv_heads, -1)), self._channels(), decoder=decoder)
+
+    def _of_channels(self, query: Tensor) -> Asked:
+        """A query meets the channels of its block, for the decoder commutes with rope; the mean of keys turns, too."""
         weight, mean = self._by_head(self.key_decoder, self.key_width, query)
         mean, turned_dims = mean.repeat_interleave(self.num_key_value_groups, dim=0)[:, None], 2 * self.rope_pairs
         real, imag = mean[..., :turned_dims].chunk(2, dim=-1)
         of_mean = multiply_pairs(query[..., :turned_dims], real, -imag)  # the conjugate of what turns with a column
         of_rest = (query[..., turned_dims:] * mean[..., turned_dims:]).sum(-1, keepdim=True)
-        waves, blocks = self._waves(size, query), self.num_kv_heads * self.head_dim // self.key_width
-        of_mean = (turned(of_mean, *turns) @ torch.cat(waves) + of_rest).unflatten(2, (blocks, -1)).flatten(3, 4)
-        index: Any = self.channel_index
-        channels = index.view(blocks, -1)
-        of_channels = (table[..., channels].permute(0, 1, 4, 2, 3, 5) for table in turns)
-        absorbed = grouped(query, weight[None]).unflatten(1, (blocks, -1))
-        absorbed = turned(absorbed, *of_channels).flatten(3, 4)  # [chunks,B,blocks,H T/blocks,w]
-        cos, sin = (table[channels] for table in waves)
+        channels = self._channels()
+        absorbed = grouped(query, weight[None]).unflatten(1, (len(channels), -1))
+        return Asked(absorbed, channels, of_mean, of_rest if turned_dims < self.head_dim else None)
 
-        def product(index: int, states: Tensor) -> Tensor:
-            states, length = states.unflatten(1, (blocks, -1)), states.shape[-1]
-            turn(states, cos[..., :length], sin[..., :length], room_of_thread())
-            scores = of_mean[index, ..., :length].flatten(0, 1)
-            return scores.baddbmm(absorbed[index].flatten(0, 1), states.flatten(0, 1)).view(len(states), -1, length)
+    def _channels(self) -> Tensor:
+        """The rope pair [g,p] of each pair of what a group of queries meets: a block's channels, or keys of a head."""
+        if self.channel_index is None:
+            return torch.arange(self.rope_pairs, device=self.inv_freq.device).expand(self.num_kv_heads, -1)
+        return self.channel_index.view(self.num_kv_heads * self.head_dim // self.key_width, -1)
 
-        return product
-
-    def _context(self, weights: Tensor, rows: Rows, chunks: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    def _context(self, weights: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Values weighted with ``weights`` [B,H,T,S]: [B,H,T,d]."""
         blocks = self.value_codec.width // self.value_width
-        shares = weights.unflatten(1, (blocks, -1)).flatten(2, 3).flatten(0, 1)
-        context = weights.new_zeros(*shares.shape[:2], self.value_width)
-        for start, stop in chunks:
-            values = self._read(rows, start, stop, dtype, room_of_thread(), values=True).to(weights.dtype).mT
-            context.baddbmm_(shares[..., start:stop], values.reshape(len(context), self.value_width, -1).mT)
+        shares = weights.unflatten(1, (blocks, -1)).flatten(2, 3)
+        if runs_in_c(weights, self.value_codec):
+            context = context_in_c(self.value_codec, rows.values, rows.places, dtype, shares)
+        else:
+            context = self._context_in_torch(shares.flatten(0, 1), rows, dtype)
         context = context.view(*weights.shape[:3], -1)
         if self.value_decoder is None:
             return context
@@ -195,6 +225,14 @@ class CodedAttention(RowsAttention):
         heads = grouped(context, weight.mT[None])
         mean = mean.repeat_interleave(self.num_key_value_groups, dim=0)
         return heads + weights.sum(-1, keepdim=True) * mean[:, None]  # a sink takes a part of the weights
+
+    def _context_in_torch(self, shares: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Coefficients weighted with ``shares`` [B blocks,H T/blocks,S]: [B blocks,H T/blocks,w]."""
+        context = shares.new_zeros(*shares.shape[:2], self.value_width)
+        for start, stop in self.chunks(rows):
+            values = self._read(rows, start, stop, dtype, room_of_thread(), values=True).to(shares.dtype).mT
+            context.baddbmm_(shares[..., start:stop], values.reshape(len(context), self.value_width, -1).mT)
+        return context
 
     def _by_head(self, decoder: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [G,d,w] and constant [G,d] of a decoder."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .arguments import make_fit
 from .attention import ConvertedAttention
+from .c_decode import encoded
 from .codec import Kept
 from .codecs import make_codec
 from .coded_cache import make_room
@@ -150,7 +151,8 @@ class RowsAttention(ConvertedAttention):
     def _cached(self, tokens: NewTokens, cache: Any) -> Rows:
         """Adds the new tokens to ``cache``; all that they see."""
         self.make_room(cache)
-        keys, values = self.key_codec.encode(tokens.keys)[:, None], self.value_codec.encode(tokens.values)[:, None]
+        sides = ((self.key_codec, tokens.keys), (self.value_codec, tokens.values))
+        keys, values = (encoded(codec, states)[:, None] for codec, states in sides)
         make_fit(cache, self.layer_idx, keys, values)
         seen = int(cache.get_seq_length(self.layer_idx))
         _, offset = cache.get_mask_sizes(keys.shape[2], self.layer_idx)

@@ -1,0 +1,235 @@
+"""Attention of few new tokens over rows of codes on a CPU, in C: compiled once, in the user's cache folder.
+
+One of the modelling files that travel with every converted checkpoint; c_kernels.py has what is compiled. Torch does
+where there is no C compiler, and it is the reference.
+
+Shapes: B batch, T new tokens, S cached tokens, g groups of query heads, R queries of a group (its heads, T each), w
+coefficients of a group, P rope pairs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .c_kernels import SOURCE
+from .code_layout import code_layout, grid_levels
+from .codec import encode_half
+from .coding_spec import Coding
+from .placed_tokens import Places, Run
+
+SWITCH = "ANYMLA_C_KERNELS"  # "0" in the environment: torch does
+OF_CPU = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma")}
+LONGEST = 120  # seconds that compiling may take
+
+
+TILE = 128  # tokens that C reads at a time, a multiple of 16
+FLAGS = ("-O3", "-shared", "-fPIC", "-fopenmp", "-fno-tree-loop-distribute-patterns", f"-DTILE={TILE}")
+
+
+class Turning(NamedTuple):
+    """How keys turn with their columns: angles of tiles of ``TILE`` columns, and what turns."""
+
+    pairs: Tensor  # int32 [3,n]: places of the real and of the imaginary part among all numbers, and the rope pair
+    wave: Tensor  # [2,P,TILE]: cos and sin of the columns of a tile
+    starts: Tensor  # [tiles or more,2,P]: of the first column of each tile
+
+
+class _Side(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "places", "bits", "levels")),
+        *((name, ctypes.c_void_p) for name in ("exact_row", "exact_column", "exact_numbers")),
+        *((name, ctypes.c_int64) for name in ("row_step", "token_step", "byte_step", "width", "row_bytes")),
+        *((name, ctypes.c_int64) for name in ("outliers", "scale", "block", "exact")),
+    )
+
+
+class _Keys(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("pair", "wave", "starts", "decoder", "constant", "query", "of_mean")),
+        *((name, ctypes.c_int64) for name in ("pairs", "frequencies", "groups", "rows", "numbers", "block")),
+    )
+
+
+def runs_in_c(query: Tensor, codec: Any) -> bool:
+    """Whether C reads rows of ``codec`` for float32 queries or weights: on a CPU, without gradients."""
+    if query.device.type != "cpu" or query.dtype != torch.float32 or codec.coding.kind == "plain":
+        return False
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and library() is not None
+
+
+def encoded(codec: Any, x: Tensor) -> Tensor:
+    """What ``codec`` makes of coefficients [..,n]: by tables without outliers and scales in C, where C runs."""
+    coding = codec.coding
+    single = coding.kind == "table" and not coding.outliers and not coding.token_scale
+    if not single or not runs_in_c(x.new_empty(0, dtype=torch.float32), codec):
+        made: Tensor = codec.encode(x)
+        return made
+    numbers = x.reshape(-1, codec.width).float().contiguous()
+    rows = torch.zeros(len(numbers), codec.row_bytes, dtype=torch.uint8)
+    if halves := coding.counts.get(16, 0):
+        exact = [place for place, bits in enumerate(_bits(coding).tolist()) if bits == 16]
+        rows[:, : 2 * halves] = encode_half(numbers[:, exact])
+    side, held = _side(codec, rows[None], (), torch.float32, values=False)
+    _library().anymla_encode(ctypes.byref(side), _address(numbers), _address(rows), len(rows), _threads(len(rows)))
+    del held
+    return rows.view(*x.shape[:-1], codec.row_bytes)
+
+
+def scores_in_c(
+    codec: Any,
+    rows: Tensor,
+    exact: Sequence[Places | Run],
+    dtype: torch.dtype,
+    query: Tensor,
+    turning: Turning,
+    of_mean: Tensor | None = None,
+    decoder: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Scores [B,g R,S] of queries with cached keys.
+
+    Args:
+        codec: how ``rows`` [B,S,row_bytes] hold coefficients.
+        rows: of all keys.
+        exact: what belongs in some columns instead.
+        dtype: what rounds levels.
+        query: [B,g,R,w], turned by its own positions.
+        turning: how what a query meets turns: coefficients, or the keys rebuilt of them.
+        of_mean: [B,g,R,2 P], turned likewise: what meets cos and sin of a column.
+        decoder: weight [n,m] and constant [n] that rebuild keys; its blocks of rows meet m coefficients each.
+    """
+    batch, groups, queries = query.shape[:3]
+    scores = query.new_empty(batch, groups * queries, rows.shape[1])
+    side, held = _side(codec, rows, exact, dtype, values=False)
+    weight, constant = (None, None) if decoder is None else (part.contiguous() for part in decoder)
+    numbers = codec.width if weight is None else len(weight)
+    tensors = [query.contiguous(), None if of_mean is None else of_mean.contiguous()]
+    keys = _Keys(
+        *(_address(each) for each in (*turning, weight, constant, *tensors)),
+        *(turning.pairs.shape[1], turning.wave.shape[1], groups, queries),
+        *(numbers, 0 if weight is None else weight.shape[1]),
+    )
+    places = (_address(scores), batch, rows.shape[1], _threads(batch * rows.shape[1]))
+    _library().anymla_scores(ctypes.byref(side), ctypes.byref(keys), *places)
+    del held
+    return scores
+
+
+def context_in_c(
+    codec: Any, rows: Tensor, exact: Sequence[Places | Run], dtype: torch.dtype, weights: Tensor
+) -> Tensor:
+    """Coefficients [B,g,R,w] of cached values, weighted with ``weights`` [B,g,R,S]; other arguments as above."""
+    batch, groups, queries, length = weights.shape
+    threads, width = _threads(batch * length), codec.width // groups
+    parts = weights.new_zeros(threads, batch, groups, queries, width)  # added up in order: always the same sum
+    side, held = _side(codec, rows, exact, dtype, values=True)
+    weights = weights.contiguous()
+    places = (groups, queries, _address(weights), _address(parts), batch, length, threads)
+    _library().anymla_context(ctypes.byref(side), *places)
+    del held
+    return parts.sum(0)
+
+
+def _side(
+    codec: Any, rows: Tensor, exact: Sequence[Places | Run], dtype: torch.dtype, *, values: bool
+) -> tuple[_Side, list[Tensor]]:
+    """How C reads ``rows``, and the tensors that it points to."""
+    coding, device = codec.coding, rows.device
+    layout = code_layout(coding, device)
+    by_table = coding.kind == "table"
+    levels = codec.levels_in(dtype) if by_table else grid_levels(coding.kind, coding.bits[0][0], device)
+    row, column, numbers = _exact(exact, len(rows), codec.width, device, values=values)
+    tensors = [rows, layout.places, _bits(coding), levels, row, column, numbers]
+    side = _Side(
+        *(_address(each) for each in tensors),
+        *(*rows.stride(), codec.width, codec.row_bytes),
+        *(coding.outliers, layout.form.scale, layout.form.block, len(row)),
+    )
+    return side, tensors
+
+
+def _exact(
+    exact: Sequence[Places | Run], batch: int, width: int, device: torch.device, *, values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequence, column and float32 coefficients of the tokens that are exact."""
+    rows, columns, numbers = [], [], []
+    for each in exact:
+        found = each.values if values else each.keys
+        if isinstance(each, Run):
+            rows.append(torch.arange(batch, device=device).repeat_interleave(found.shape[1]))
+            columns.append(torch.arange(each.first, each.first + found.shape[1], device=device).repeat(batch))
+            found = found.expand(batch, -1, -1).flatten(0, 1)
+        else:
+            rows.append(each.row)
+            columns.append(each.column)
+        numbers.append(found.float())
+    if not numbers:
+        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0, width)
+    return torch.cat(rows), torch.cat(columns), torch.cat(numbers)
+
+
+@cache
+def _bits(coding: Coding) -> Tensor:
+    return torch.tensor([bits for bits, count in coding.bits for _ in range(count)], dtype=torch.int32)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads(tokens: int) -> int:
+    """How many pay for themselves."""
+    return min(torch.get_num_threads(), -(-tokens // TILE))
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    if found is None:
+        raise RuntimeError("attention over codes in C: there is no C compiler")
+    return found
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where torch does: without a C compiler, or where the user says so."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or sys.platform == "win32" or os.environ.get(SWITCH) == "0":
+        return None
+    flags = (*FLAGS, *OF_CPU.get(torch.backends.cpu.get_cpu_capability(), ()))
+    name = hashlib.sha256("\n".join((compiler, *flags, SOURCE)).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anymla" / "kernels"
+    made = folder / f"{name}.so"
+    try:
+        if not made.exists():
+            _compile([compiler, *flags], made)
+        found = ctypes.CDLL(str(made))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    integer, address = ctypes.c_int64, ctypes.c_void_p
+    found.anymla_scores.argtypes = [address, address, address, integer, integer, integer]
+    found.anymla_context.argtypes = [address, integer, integer, address, address, integer, integer, integer]
+    found.anymla_encode.argtypes = [address, address, address, integer, integer]
+    found.anymla_scores.restype = found.anymla_context.restype = found.anymla_encode.restype = None
+    return found
+
+
+def _compile(command: list[str], made: Path) -> None:
+    """Compiles to the file ``made``, which is whole from its first moment on."""
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+        source, target = Path(folder) / "codes.c", Path(folder) / "codes.so"
+        source.write_text(SOURCE)
+        subprocess.run([*command, str(source), "-o", str(target)], check=True, capture_output=True, timeout=LONGEST)
+        os.replace(target, made)
