@@ -36,7 +36,16 @@ LONGEST = 120  # seconds that compiling may take
 
 
 TILE = 128  # tokens that C reads at a time, a multiple of 16
-FLAGS = ("-O3", "-shared", "-fPIC", "-fopenmp", "-fno-tree-loop-distribute-patterns", f"-DTILE={TILE}")
+LANES = 8  # numbers of a vector
+FLAGS = (
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-tree-loop-distribute-patterns",
+    f"-DTILE={TILE}",
+    f"-DLANES={LANES}",
+)
 
 
 class Turning(NamedTuple):
@@ -45,20 +54,24 @@ class Turning(NamedTuple):
     pairs: Tensor  # int32 [3,n]: places of the real and of the imaginary part among all numbers, and the rope pair
     wave: Tensor  # [2,P,TILE]: cos and sin of the columns of a tile
     starts: Tensor  # [tiles or more,2,P]: of the first column of each tile
+    used: Tensor | None  # int32: the coefficients of coded tokens that may not be zero, turned if they are keys
 
 
 class _Side(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "places", "bits", "levels")),
-        *((name, ctypes.c_void_p) for name in ("exact_row", "exact_column", "exact_numbers")),
+        *((name, ctypes.c_void_p) for name in ("exact_row", "exact_column", "exact_numbers", "used", "every")),
         *((name, ctypes.c_int64) for name in ("row_step", "token_step", "byte_step", "width", "row_bytes")),
-        *((name, ctypes.c_int64) for name in ("outliers", "scale", "block", "exact")),
+        *((name, ctypes.c_int64) for name in ("outliers", "scale", "block", "exact", "useds")),
     )
 
 
 class _Keys(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("pair", "wave", "starts", "decoder", "constant", "query", "of_mean")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("pair", "wave", "starts", "decoder", "constant", "query", "of_mean", "every")
+        ),
         *((name, ctypes.c_int64) for name in ("pairs", "frequencies", "groups", "rows", "numbers", "block")),
     )
 
@@ -112,12 +125,13 @@ def scores_in_c(
     """
     batch, groups, queries = query.shape[:3]
     scores = query.new_empty(batch, groups * queries, rows.shape[1])
-    side, held = _side(codec, rows, exact, dtype, values=False)
+    side, held = _side(codec, rows, exact, dtype, values=False, used=turning.used)
     weight, constant = (None, None) if decoder is None else (part.contiguous() for part in decoder)
     numbers = codec.width if weight is None else len(weight)
     tensors = [query.contiguous(), None if of_mean is None else of_mean.contiguous()]
+    every = _every(max(numbers, 2 * turning.wave.shape[1]))
     keys = _Keys(
-        *(_address(each) for each in (*turning, weight, constant, *tensors)),
+        *(_address(each) for each in (*turning[:3], weight, constant, *tensors, every)),
         *(turning.pairs.shape[1], turning.wave.shape[1], groups, queries),
         *(numbers, 0 if weight is None else weight.shape[1]),
     )
@@ -133,29 +147,36 @@ def context_in_c(
     """Coefficients [B,g,R,w] of cached values, weighted with ``weights`` [B,g,R,S]; other arguments as above."""
     batch, groups, queries, length = weights.shape
     threads, width = _threads(batch * length), codec.width // groups
-    parts = weights.new_zeros(threads, batch, groups, queries, width)  # added up in order: always the same sum
+    parts = weights.new_zeros(threads, batch, groups, queries, width, LANES)  # added up in order: always the same sum
     side, held = _side(codec, rows, exact, dtype, values=True)
     weights = weights.contiguous()
     places = (groups, queries, _address(weights), _address(parts), batch, length, threads)
     _library().anymla_context(ctypes.byref(side), *places)
     del held
-    return parts.sum(0)
+    return parts.sum((0, -1))
 
 
 def _side(
-    codec: Any, rows: Tensor, exact: Sequence[Places | Run], dtype: torch.dtype, *, values: bool
+    codec: Any,
+    rows: Tensor,
+    exact: Sequence[Places | Run],
+    dtype: torch.dtype,
+    *,
+    values: bool,
+    used: Tensor | None = None,
 ) -> tuple[_Side, list[Tensor]]:
-    """How C reads ``rows``, and the tensors that it points to."""
+    """How C reads ``rows``, and the tensors that it points to; ``used``: coefficients that may not be zero."""
     coding, device = codec.coding, rows.device
     layout = code_layout(coding, device)
     by_table = coding.kind == "table"
     levels = codec.levels_in(dtype) if by_table else grid_levels(coding.kind, coding.bits[0][0], device)
     row, column, numbers = _exact(exact, len(rows), codec.width, device, values=values)
-    tensors = [rows, layout.places, _bits(coding), levels, row, column, numbers]
+    used = _not_zero(coding) if used is None else used
+    tensors = [rows, layout.places, _bits(coding), levels, row, column, numbers, used, _every(codec.width)]
     side = _Side(
         *(_address(each) for each in tensors),
         *(*rows.stride(), codec.width, codec.row_bytes),
-        *(coding.outliers, layout.form.scale, layout.form.block, len(row)),
+        *(coding.outliers, layout.form.scale, layout.form.block, len(row), len(used)),
     )
     return side, tensors
 
@@ -183,6 +204,23 @@ def _exact(
 @cache
 def _bits(coding: Coding) -> Tensor:
     return torch.tensor([bits for bits, count in coding.bits for _ in range(count)], dtype=torch.int32)
+
+
+def not_zero(coding: Coding, pairs: Tensor | None = None) -> Tensor:
+    """The coefficients that a coded token may have, int32: as read, or once ``pairs`` [2 or more,n] were turned."""
+    found = (_bits(coding) > 0) | (coding.outliers > 0)
+    if pairs is not None:
+        real, imag = pairs[:2].long()
+        found[real] = found[imag] = found[real] | found[imag]
+    return found.nonzero()[:, 0].int()
+
+
+_not_zero = cache(not_zero)
+
+
+@cache
+def _every(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int32)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -10,8 +10,7 @@ coefficients for scores, and over tokens for the context.
 from __future__ import annotations
 
 SOURCE = r"""
-#define LANES 8          /* numbers of a vector; TILE, tokens of a tile, is a multiple of twice as many */
-#define STEP (TILE + 16) /* from a row of numbers to the next: powers of two would share few lines of a cache */
+#define STEP (TILE + 16) /* numbers from a row of numbers to the next: powers of two would share few lines of a cache */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,8 +31,14 @@ typedef struct {             /* rows of bytes, and what explains them: code_layo
     const float *levels;     /* eight more may be read */
     const i64 *exact_row, *exact_column; /* [exact]: tokens whose numbers are these */
     const float *exact_numbers;          /* [exact,width] */
-    i64 row_step, token_step, byte_step, width, row_bytes, outliers, scale, block, exact;
+    const int32_t *used, *every; /* [useds], [width]: coefficients that coded tokens have, and all */
+    i64 row_step, token_step, byte_step, width, row_bytes, outliers, scale, block, exact, useds;
 } side;
+
+typedef struct {             /* coefficients of a tile that are not zero, rising */
+    const int32_t *c;
+    i64 count;
+} list;
 
 typedef struct {             /* what meets the keys, and how they turn */
     const int32_t *pair;     /* [3,pairs]: real part, imaginary part, frequency */
@@ -42,6 +47,7 @@ typedef struct {             /* what meets the keys, and how they turn */
     const float *decoder, *constant; /* [numbers,block], [numbers]: keys are rebuilt; or 0 */
     const float *query;      /* [B,groups,rows,numbers / groups], turned by their own positions */
     const float *of_mean;    /* [B,groups,rows,2 frequencies], too; or 0 */
+    const int32_t *every;    /* [numbers]: 0, 1, .. */
     i64 pairs, frequencies, groups, rows, numbers, block;
 } keys;
 
@@ -108,21 +114,24 @@ static void look_up(const uint8_t *codes, const float *levels, int bits, float *
     for (int t = 0; t < TILE; t++) x[t] = levels[codes[t]];
 }
 
-/* Outliers and exact tokens take the place of what was read */
-static void put(const side *s, i64 row, i64 start, i64 count, const bytes *columns, numbers *x) {
+/* Outliers and exact tokens take the place of what was read; whether there are some of the latter */
+static int put(const side *s, i64 row, i64 start, i64 count, const bytes *columns, numbers *x) {
+    int found = 0;
     for (i64 o = 0; o < s->outliers; o++) {
         const bytes *value = columns + 2 * (s->outliers + o) + (s->scale == 2 ? 4 : 0), *place = columns + 2 * o;
         for (i64 t = 0; t < count; t++) x[place[0][t] | place[1][t] << 8][t] = half(value[0][t] | value[1][t] << 8);
     }
     for (i64 e = 0; e < s->exact; e++) {
         i64 t = s->exact_column[e] - start;
-        if (s->exact_row[e] == row && t >= 0 && t < count)
-            for (i64 c = 0; c < s->width; c++) x[c][t] = s->exact_numbers[e * s->width + c];
+        if (s->exact_row[e] != row || t < 0 || t >= count) continue;
+        for (i64 c = 0; c < s->width; c++) x[c][t] = s->exact_numbers[e * s->width + c];
+        found = 1;
     }
+    return found;
 }
 
-/* x[coefficient][token] of `count` tokens of a sequence from column `start` on */
-static void read_tile(const side *s, i64 row, i64 start, i64 count, bytes *columns, numbers *x) {
+/* x[coefficient][token] of `count` tokens of a sequence from column `start` on; those that may not be zero */
+static list read_tile(const side *s, i64 row, i64 start, i64 count, bytes *columns, numbers *x) {
     const int32_t *first = s->places, *second = first + s->width, *level = second + s->width;
     uint8_t codes[TILE];
     float zero[TILE] = {0}, scale[TILE];
@@ -145,36 +154,45 @@ static void read_tile(const side *s, i64 row, i64 start, i64 count, bytes *colum
                 for (int t = 0; t < TILE; t++) x[c][t] = x[c][t] * scale[t] + zero[t];
         }
     }
-    put(s, row, start, count, columns, x);
+    return put(s, row, start, count, columns, x) ? (list){s->every, s->width} : (list){s->used, s->useds};
+}
+
+/* Those from `first` to before `stop` */
+static list part(list all, i64 first, i64 stop) {
+    while (all.count && all.c[0] < first) all.c++, all.count--;
+    while (all.count && all.c[all.count - 1] >= stop) all.count--;
+    return all;
 }
 
 /* out[r][t] = constant[r] or out[r][t], + sum over c of q[r][c] x[c][t]: `rows` of six at most, two vectors of t */
 INLINE void product(
-    int rows, const float *q, i64 width, numbers *x, const float *constant, int more, numbers *out, int t) {
+    int rows, const float *q, i64 step, numbers *x, list some, const float *constant, int more, numbers *out, int t) {
     vector sum[6][2];
     for (int r = 0; r < rows; r++)
         for (int k = 0; k < 2; k++) {
             if (more) sum[r][k] = *(vector *)(out[r] + t + k * LANES);
             else sum[r][k] = (vector){0} + (constant ? constant[r] : 0);
         }
-    for (i64 c = 0; c < width; c++)
+    for (i64 i = 0; i < some.count; i++)
         for (int r = 0; r < rows; r++)
-            for (int k = 0; k < 2; k++) sum[r][k] += q[r * width + c] * *(vector *)(x[c] + t + k * LANES);
+            for (int k = 0; k < 2; k++)
+                sum[r][k] += q[r * step + some.c[i]] * *(vector *)(x[some.c[i]] + t + k * LANES);
     for (int r = 0; r < rows; r++)
         for (int k = 0; k < 2; k++) *(vector *)(out[r] + t + k * LANES) = sum[r][k];
 }
 
-static void products(const float *q, i64 rows, i64 width, numbers *x, const float *constant, int more, numbers *out) {
+static void products(
+    const float *q, i64 rows, i64 step, numbers *x, list some, const float *constant, int more, numbers *out) {
     for (int t = 0; t < TILE; t += 2 * LANES)
-        for (i64 r = 0; r < rows; r += 6) {
-            const float *own = q + r * width, *c = constant ? constant + r : 0;
-            switch (rows - r) {
-            case 1: product(1, own, width, x, c, more, out + r, t); break;
-            case 2: product(2, own, width, x, c, more, out + r, t); break;
-            case 3: product(3, own, width, x, c, more, out + r, t); break;
-            case 4: product(4, own, width, x, c, more, out + r, t); break;
-            case 5: product(5, own, width, x, c, more, out + r, t); break;
-            default: product(6, own, width, x, c, more, out + r, t);
+        for (i64 r = 0, parts = (rows + 5) / 6, high; r < rows; r += high, parts--) {
+            const float *own = q + r * step, *c = constant ? constant + r : 0;
+            switch (high = (rows - r + parts - 1) / parts) { /* equal parts: few rows leave a CPU waiting */
+            case 1: product(1, own, step, x, some, c, more, out + r, t); break;
+            case 2: product(2, own, step, x, some, c, more, out + r, t); break;
+            case 3: product(3, own, step, x, some, c, more, out + r, t); break;
+            case 4: product(4, own, step, x, some, c, more, out + r, t); break;
+            case 5: product(5, own, step, x, some, c, more, out + r, t); break;
+            case 6: product(6, own, step, x, some, c, more, out + r, t);
             }
         }
 }
@@ -229,64 +247,69 @@ void anymla_scores(const side *s, const keys *k, float *scores, i64 batch, i64 l
         for (i64 at = 0; at < batch * tiles; at++) {
             i64 row = at / tiles, tile = at % tiles, start = tile * TILE, n = k->numbers / (blocks ? blocks : 1);
             i64 count = length - start < TILE ? length - start : TILE;
-            read_tile(s, row, start, count, columns, x);
+            list some = read_tile(s, row, start, count, columns, x);
             for (i64 b = 0; b < blocks; b++) {
-                const float *constant = k->constant + b * n;
-                products(k->decoder + b * n * k->block, n, k->block, x + b * k->block, constant, 0, held + b * n);
+                const float *decoder = k->decoder + b * (n - 1) * k->block; /* c counts from the first block on */
+                list own = part(some, b * k->block, (b + 1) * k->block);
+                products(decoder, n, k->block, x, own, k->constant + b * n, 0, held + b * n);
             }
+            if (k->decoder) some = (list){k->every, k->numbers};
             turn_keys(k, held);
             turn_queries(k, row, tile, query, of_mean);
             for (i64 g = 0; g < k->groups; g++) {
                 i64 first = g * k->rows;
-                products(query + first * width, k->rows, width, held + g * width, 0, 0, out + first);
+                list own = part(some, g * width, (g + 1) * width);
+                products(query + first * width - g * width, k->rows, width, held, own, 0, 0, out + first);
             }
-            if (k->of_mean) products(of_mean, all, waves, wave, 0, 1, out);
+            if (k->of_mean) products(of_mean, all, waves, wave, (list){k->every, waves}, 0, 1, out);
             for (i64 r = 0; r < all; r++) memcpy(scores + (row * all + r) * length + start, out[r], count * 4);
         }
         free(columns), free(x), free(query);
     }
 }
 
-/* out[r][c] += sum over t of w[r][t] x[c][t]: `rows` of three at most, `some` c of four at most */
-INLINE void dots(int rows, int some, numbers *w, numbers *x, float *out, i64 width) {
-    vector sum[3][4] = {0};
+/* out[r][c] += w[r][t] x[c][t] by lanes: `rows` of three at most, `few` of four c at most */
+INLINE void dots(int rows, int few, numbers *w, numbers *x, const int32_t *c, vector *out, i64 width) {
+    vector sum[3][4];
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < few; k++) sum[r][k] = out[r * width + c[k]];
     for (int t = 0; t < TILE; t += LANES)
         for (int r = 0; r < rows; r++)
-            for (int k = 0; k < some; k++) sum[r][k] += *(vector *)(w[r] + t) * *(vector *)(x[k] + t);
+            for (int k = 0; k < few; k++) sum[r][k] += *(vector *)(w[r] + t) * *(vector *)(x[c[k]] + t);
     for (int r = 0; r < rows; r++)
-        for (int k = 0; k < some; k++)
-            for (int l = 0; l < LANES; l++) out[r * width + k] += sum[r][k][l];
+        for (int k = 0; k < few; k++) out[r * width + c[k]] = sum[r][k];
 }
 
-static void sums(numbers *w, i64 rows, numbers *x, i64 width, float *out) {
+static void sums(numbers *w, i64 rows, numbers *x, list some, vector *out, i64 width) {
     for (i64 r = 0; r < rows; r += 3)
-        for (i64 c = 0; c < width; c += 4) {
-            int few = rows - r < 3 ? rows - r : 3, some = width - c < 4 ? width - c : 4;
-            float *to = out + r * width + c;
-            if (few == 3 && some == 4) dots(3, 4, w + r, x + c, to, width);
-            else if (few == 1 && some == 4) dots(1, 4, w + r, x + c, to, width);
-            else dots(few, some, w + r, x + c, to, width);
+        for (i64 i = 0; i < some.count; i += 4) {
+            int high = rows - r < 3 ? rows - r : 3, few = some.count - i < 4 ? some.count - i : 4;
+            vector *to = out + r * width;
+            if (high == 3 && few == 4) dots(3, 4, w + r, x, some.c + i, to, width);
+            else if (high == 1 && few == 4) dots(1, 4, w + r, x, some.c + i, to, width);
+            else dots(high, few, w + r, x, some.c + i, to, width);
         }
 }
 
-/* Adds to parts [threads,B,groups,rows,width / groups], one for each thread, what weights [B,groups,rows,S] weigh */
+/* Adds to parts [threads,B,groups,rows,width / groups,LANES], one for each thread, what weights [B,groups,rows,S]
+   weigh */
 void anymla_context(
-    const side *s, i64 groups, i64 rows, const float *weights, float *parts, i64 batch, i64 length, i64 threads) {
+    const side *s, i64 groups, i64 rows, const float *weights, vector *parts, i64 batch, i64 length, i64 threads) {
     i64 tiles = (length + TILE - 1) / TILE, width = s->width / groups, all = groups * rows, work = batch * tiles;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (i64 part = 0; part < threads; part++) {
+    for (i64 thread = 0; thread < threads; thread++) {
         bytes *columns = malloc((s->row_bytes + 1) * sizeof(bytes));
         numbers *x = malloc((s->width + all) * sizeof(numbers)), *w = x + s->width;
-        for (i64 at = part * work / threads; at < (part + 1) * work / threads; at++) {
+        for (i64 at = thread * work / threads; at < (thread + 1) * work / threads; at++) {
             i64 row = at / tiles, start = at % tiles * TILE, count = length - start < TILE ? length - start : TILE;
-            read_tile(s, row, start, count, columns, x);
+            list some = read_tile(s, row, start, count, columns, x);
             for (i64 r = 0; r < all; r++) {
                 memset(w[r], 0, sizeof *w);
                 memcpy(w[r], weights + (row * all + r) * length + start, count * 4);
             }
             for (i64 g = 0; g < groups; g++) {
-                float *out = parts + ((part * batch + row) * groups + g) * rows * width;
-                sums(w + g * rows, rows, x + g * width, width, out);
+                vector *out = parts + ((thread * batch + row) * groups + g) * rows * width;
+                sums(w + g * rows, rows, x, part(some, g * width, (g + 1) * width), out - g * width, width);
             }
         }
         free(columns), free(x);

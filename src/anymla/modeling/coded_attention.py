@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .absorbed import additive_mask
 from .attention import joined
 from .block_maps import grouped, mapped_columns, matrix, through
-from .c_decode import TILE, Turning, context_in_c, runs_in_c, scores_in_c
+from .c_decode import TILE, Turning, context_in_c, not_zero, runs_in_c, scores_in_c
 from .heads import attention_weights, multiply_pairs
 from .room import room_of_thread
 from .rows_attention import Rows, RowsAttention, turn, turned
@@ -153,7 +153,9 @@ class CodedAttention(RowsAttention):
         real = torch.arange(0, groups * width, width)[:, None] + torch.arange(pairs)
         turned_pairs = torch.stack([real.flatten(), real.flatten() + pairs, channels.flatten()]).int()
         starts = torch.stack(self._angles(torch.arange(0, tiles * TILE, TILE), like), 1)
-        return Turning(turned_pairs, torch.stack(self._waves(TILE, like)), starts)
+        rebuilt = self.channel_index is None and self.key_decoder is not None
+        used = not_zero(self.coded.keys, None if rebuilt else turned_pairs)
+        return Turning(turned_pairs, torch.stack(self._waves(TILE, like)), starts, used)
 
     def _scores_in_torch(self, asked: Asked, rows: Rows, dtype: torch.dtype) -> Tensor:
         """The same. In each chunk keys and queries are turned from its first column on."""
