@@ -1,0 +1,186 @@
+"""Attention over codes in C reads what torch reads, for every kind of code; without a compiler torch does it all."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
+
+from anymla.modeling import c_decode, coded_attention, rows_attention
+from anymla.modeling.c_decode import LANES, SWITCH, TILE, Turning, context_in_c, encoded, library, not_zero, scores_in_c
+from anymla.modeling.codecs import make_codec
+from anymla.modeling.coding_spec import WIDTHS, Coding
+from anymla.modeling.placed_tokens import Places, Run
+from tests.coded_models import coded_model
+from tests.families import token_ids
+from tests.family_models import tiny_model
+
+needs_compiler = pytest.mark.skipif(library() is None, reason="no C compiler")
+KINDS = {
+    "3 bits": Coding(bits=((3, 12),)),
+    "outliers": Coding(bits=((2, 12),), outliers=2),
+    "scale": Coding(bits=((4, 12),), token_scale=True, outliers=3),
+    "float16": Coding(bits=((16, 3), (0, 4), (5, 5))),
+    "nothing": Coding(bits=((0, 12),)),
+    "int8": Coding(bits=((8, 12),), kind="int", block=4),
+    "int4": Coding(bits=((4, 12),), kind="int"),
+    "fp8": Coding(bits=((8, 12),), kind="fp8", block=6),
+}
+LENGTH = 2 * TILE + 5
+
+
+def codec_of(coding):
+    """A codec with random levels."""
+    codec, generator = make_codec(coding), torch.Generator().manual_seed(1)
+    if coding.kind == "table":
+        counts = {bits: count for bits, count in coding.counts.items() if 0 < bits < 16}
+        codec.set_tables(
+            {bits: torch.randn(count, 2**bits, generator=generator).sort().values for bits, count in counts.items()}
+        )
+    return codec
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_tokens(width):
+    """Tokens of the first sequence at both ends of a tile, and a window of all sequences."""
+    column = torch.tensor([0, TILE - 1, TILE, LENGTH - 1])
+    numbers = random(2, 4, width, seed=3)
+    places = Places(*numbers, torch.zeros(4, dtype=torch.long), column, column.tolist())
+    return places, Run(*random(2, 2, 5, width, seed=4), LENGTH - 7)
+
+
+def read(codec, rows, exact, values):
+    """What torch reads, with the exact tokens in place."""
+    states = codec.decode(rows, torch.float32)
+    for each in exact:
+        each.put(states, 0, values=values)
+    return states
+
+
+def by_columns(rows):
+    """The same rows, whose tokens lie side by side."""
+    return rows.mT.contiguous().mT
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [by_columns, torch.Tensor.contiguous])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_code_is_read_as_torch_reads_it(kind, layout):
+    codec, groups, heads = codec_of(KINDS[kind]), 2, 7
+    rows, exact = layout(codec.encode(2 * random(2, LENGTH, codec.width))), exact_tokens(codec.width)
+    query, weights = random(2, groups, heads, codec.width // groups), random(2, groups, heads, LENGTH).softmax(-1)
+    still = Turning(torch.empty(3, 0, dtype=torch.int32), torch.empty(2, 0, TILE), torch.empty(3, 2, 0), None)
+    keys, values = (read(codec, rows, exact, side).unflatten(-1, (groups, -1)) for side in (False, True))
+    found = scores_in_c(codec, rows, exact, torch.float32, query, still).unflatten(1, (groups, heads))
+    torch.testing.assert_close(found, torch.einsum("bghw,bsgw->bghs", query, keys), rtol=1e-4, atol=1e-4)
+    found = context_in_c(codec, rows, exact, torch.float32, weights)
+    torch.testing.assert_close(found, torch.einsum("bghs,bsgw->bghw", weights, values), rtol=1e-4, atol=1e-4)
+    assert torch.equal(context_in_c(codec, rows, exact, torch.float32, weights), found)
+
+
+@needs_compiler
+@torch.no_grad()
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.sampled_from(WIDTHS), st.integers(1, 9)), min_size=1, max_size=6), st.integers(1, 140))
+def test_any_widths_are_written_and_read(bits, tokens):
+    codec = codec_of(Coding(bits=tuple(bits)))
+    x = 2 * random(1, tokens, codec.width)
+    rows = encoded(codec, x)
+    assert torch.equal(rows, codec.encode(x))
+    weights = random(1, 1, 2, tokens)
+    expected = weights[:, 0] @ codec.decode(rows, torch.float32)
+    torch.testing.assert_close(
+        context_in_c(codec, rows, (), torch.float32, weights)[:, 0], expected, rtol=1e-4, atol=1e-4
+    )
+
+
+BASES = [("own", "own"), ("channels", "axes"), ("axes", "axes")]
+FAMILIES = {
+    "llama": {},
+    "gemma2": {},
+    "phi": {},
+    "gpt_oss": {},
+    "olmo2": {},
+    "qwen3": {"key_block": 1, "value_block": 1},
+}
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "bases"), [*product(FAMILIES, BASES)], ids=str)
+@pytest.mark.parametrize("window", [0, 4])
+def test_models_say_the_same(family, bases, window, monkeypatch):
+    changes = FAMILIES[family] if bases[0] != "own" else {}
+    model = coded_model(tiny_model(family, torch.float32), *bases, 3, exact_window=window, **changes)
+    ids, mask = token_ids(2, 2 * TILE + 9), torch.ones(2, 2 * TILE + 9, dtype=torch.long)
+    mask[1, :20] = 0
+
+    def steps():
+        cache, found = DynamicCache(config=model.config), []
+        for part in (slice(0, 2 * TILE + 4), slice(2 * TILE + 4, 2 * TILE + 5), slice(2 * TILE + 5, 2 * TILE + 9)):
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, part]
+            inputs = {"attention_mask": mask[:, : part.stop], "position_ids": positions, "past_key_values": cache}
+            found.append(model(input_ids=ids[:, part], **inputs).logits)
+        return torch.cat(found[1:], 1)
+
+    called = []
+    monkeypatch.setattr(c_decode, "_library", lambda: called.append(1) or library())
+    by_c = steps()
+    assert called
+    monkeypatch.setattr(coded_attention, "runs_in_c", lambda *_: False)
+    monkeypatch.setattr(rows_attention, "encoded", lambda codec, x: codec.encode(x))
+    called.clear()
+    torch.testing.assert_close(by_c, steps(), rtol=1e-3, atol=1e-3)
+    assert not called
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_static_cache_and_gradients(monkeypatch):
+    model, ids = coded_model(tiny_model("llama", torch.float32), "channels", "axes", 3), token_ids(1, 30)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    steps = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([24, 1, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, 1), model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(c_decode, "_library", lambda: pytest.fail("C has no gradients"))
+    with torch.enable_grad():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :20], past_key_values=cache)
+        model(input_ids=ids[:, 20:22], past_key_values=cache).logits.sum().backward()
+
+
+@needs_compiler
+def test_a_pair_with_one_coded_part_is_read_whole():
+    coding = Coding(bits=((2, 1), (0, 2), (3, 1)))
+    assert not_zero(coding).tolist() == [0, 3]
+    assert not_zero(coding, torch.tensor([[0], [2], [0]])).tolist() == [0, 2, 3]
+    assert TILE % (2 * LANES) == 0
+
+
+@pytest.mark.parametrize("compiler", ["missing", "failing", "off"])
+def test_without_a_compiler_torch_does_it(compiler, tmp_path, monkeypatch):
+    failing = tmp_path / "cc"
+    failing.write_text("#!/bin/sh\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", {"missing": str(tmp_path / "none"), "failing": str(failing), "off": "cc"}[compiler])
+    monkeypatch.setenv(SWITCH, "0" if compiler == "off" else "1")
+    library.cache_clear()
+    try:
+        assert library() is None
+        model, ids = coded_model(tiny_model("llama", torch.float32), "channels", "axes", 3), token_ids(1, 30)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            steps = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([24, 6], dim=1)]
+            expected = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-3, atol=1e-3)
+    finally:
+        library.cache_clear()
+    assert not list(tmp_path.rglob("*.so"))
