@@ -8,15 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from anymla.modeling import c_decode, coded_attention, rows_attention
+import anymla
+from anymla.modeling import c_decode, coded_attention, coded_latent, rows_attention
 from anymla.modeling.c_decode import LANES, SWITCH, TILE, Turning, context_in_c, encoded, library, not_zero, scores_in_c
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coding_spec import WIDTHS, Coding
 from anymla.modeling.placed_tokens import Places, Run
 from tests.coded_models import coded_model
-from tests.families import token_ids
+from tests.families import save_model, token_ids
 from tests.family_models import tiny_model
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -113,6 +114,31 @@ FAMILIES = {
 }
 
 
+def answers(model):
+    """Logits of some tokens after a prompt, with padding on the left of one sequence."""
+    ids, mask = token_ids(2, 2 * TILE + 9), torch.ones(2, 2 * TILE + 9, dtype=torch.long)
+    mask[1, :20] = 0
+    cache, found = DynamicCache(config=model.config), []
+    for part in (slice(0, 2 * TILE + 4), slice(2 * TILE + 4, 2 * TILE + 5), slice(2 * TILE + 5, 2 * TILE + 9)):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, part]
+        inputs = {"attention_mask": mask[:, : part.stop], "position_ids": positions, "past_key_values": cache}
+        found.append(model(input_ids=ids[:, part], **inputs).logits)
+    return torch.cat(found[1:], 1)
+
+
+def check_against_torch(model, monkeypatch):
+    called = []
+    monkeypatch.setattr(c_decode, "_library", lambda: called.append(1) or library())
+    by_c = answers(model)
+    assert called
+    called.clear()
+    for module in (coded_attention, coded_latent):
+        monkeypatch.setattr(module, "runs_in_c", lambda *_: False)
+    monkeypatch.setattr(rows_attention, "encoded", lambda codec, x: codec.encode(x))
+    torch.testing.assert_close(by_c, answers(model), rtol=1e-3, atol=1e-3)
+    assert not called
+
+
 @needs_compiler
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "bases"), [*product(FAMILIES, BASES)], ids=str)
@@ -120,26 +146,20 @@ FAMILIES = {
 def test_models_say_the_same(family, bases, window, monkeypatch):
     changes = FAMILIES[family] if bases[0] != "own" else {}
     model = coded_model(tiny_model(family, torch.float32), *bases, 3, exact_window=window, **changes)
-    ids, mask = token_ids(2, 2 * TILE + 9), torch.ones(2, 2 * TILE + 9, dtype=torch.long)
-    mask[1, :20] = 0
+    check_against_torch(model, monkeypatch)
 
-    def steps():
-        cache, found = DynamicCache(config=model.config), []
-        for part in (slice(0, 2 * TILE + 4), slice(2 * TILE + 4, 2 * TILE + 5), slice(2 * TILE + 5, 2 * TILE + 9)):
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, part]
-            inputs = {"attention_mask": mask[:, : part.stop], "position_ids": positions, "past_key_values": cache}
-            found.append(model(input_ids=ids[:, part], **inputs).logits)
-        return torch.cat(found[1:], 1)
 
-    called = []
-    monkeypatch.setattr(c_decode, "_library", lambda: called.append(1) or library())
-    by_c = steps()
-    assert called
-    monkeypatch.setattr(coded_attention, "runs_in_c", lambda *_: False)
-    monkeypatch.setattr(rows_attention, "encoded", lambda codec, x: codec.encode(x))
-    called.clear()
-    torch.testing.assert_close(by_c, steps(), rtol=1e-3, atol=1e-3)
-    assert not called
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("before", ["mla", "mfa", "lorc"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_latents_say_the_same(before, family, tmp_path, monkeypatch):
+    source = save_model(tiny_model(family, torch.float32), tmp_path / "source")
+    text = {"calibration_tokens": 512, "calibration_length": 32}
+    settings = {"mla": text | {"reconstruction_steps": 0}, "mfa": text, "lorc": {}}[before] | {"kv_cache": 0.5}
+    anymla.run(source, tmp_path / "out", steps=[{before: settings}, {"kvquant": text | {"bits": 3}}])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager").eval()
+    check_against_torch(model, monkeypatch)
 
 
 @needs_compiler
@@ -154,6 +174,15 @@ def test_a_static_cache_and_gradients(monkeypatch):
         cache = DynamicCache(config=model.config)
         model(input_ids=ids[:, :20], past_key_values=cache)
         model(input_ids=ids[:, 20:22], past_key_values=cache).logits.sum().backward()
+
+
+@needs_compiler
+@torch.no_grad()
+def test_exact_tokens_of_another_width_are_refused():
+    codec = codec_of(KINDS["3 bits"])
+    rows, weights = codec.encode(random(1, 9, 12)), random(1, 1, 1, 9)
+    with pytest.raises(ValueError, match="8 coefficients, the rows have 12"):
+        context_in_c(codec, rows, [Run(*random(2, 1, 2, 8), 0)], torch.float32, weights)
 
 
 @needs_compiler

@@ -83,6 +83,11 @@ def runs_in_c(query: Tensor, codec: Any) -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and library() is not None
 
 
+def tiles_of(rows: Tensor) -> int:
+    """Tiles that angles are made for: a growing cache makes few tables."""
+    return 1 << (rows.shape[1] // TILE).bit_length()
+
+
 def encoded(codec: Any, x: Tensor) -> Tensor:
     """What ``codec`` makes of coefficients [..,n]: by tables without outliers and scales in C, where C runs."""
     coding = codec.coding
@@ -110,6 +115,8 @@ def scores_in_c(
     turning: Turning,
     of_mean: Tensor | None = None,
     decoder: tuple[Tensor, Tensor] | None = None,
+    *,
+    values: bool = False,
 ) -> Tensor:
     """Scores [B,g R,S] of queries with cached keys.
 
@@ -122,10 +129,11 @@ def scores_in_c(
         turning: how what a query meets turns: coefficients, or the keys rebuilt of them.
         of_mean: [B,g,R,2 P], turned likewise: what meets cos and sin of a column.
         decoder: weight [n,m] and constant [n] that rebuild keys; its blocks of rows meet m coefficients each.
+        values: whether these are the second row of a token: those are the numbers of exact tokens, too.
     """
     batch, groups, queries = query.shape[:3]
     scores = query.new_empty(batch, groups * queries, rows.shape[1])
-    side, held = _side(codec, rows, exact, dtype, values=False, used=turning.used)
+    side, held = _side(codec, rows, exact, dtype, values=values, used=turning.used)
     weight, constant = (None, None) if decoder is None else (part.contiguous() for part in decoder)
     numbers = codec.width if weight is None else len(weight)
     tensors = [query.contiguous(), None if of_mean is None else of_mean.contiguous()]
@@ -142,13 +150,19 @@ def scores_in_c(
 
 
 def context_in_c(
-    codec: Any, rows: Tensor, exact: Sequence[Places | Run], dtype: torch.dtype, weights: Tensor
+    codec: Any,
+    rows: Tensor,
+    exact: Sequence[Places | Run],
+    dtype: torch.dtype,
+    weights: Tensor,
+    *,
+    values: bool = True,
 ) -> Tensor:
     """Coefficients [B,g,R,w] of cached values, weighted with ``weights`` [B,g,R,S]; other arguments as above."""
     batch, groups, queries, length = weights.shape
     threads, width = _threads(batch * length), codec.width // groups
     parts = weights.new_zeros(threads, batch, groups, queries, width, LANES)  # added up in order: always the same sum
-    side, held = _side(codec, rows, exact, dtype, values=True)
+    side, held = _side(codec, rows, exact, dtype, values=values)
     weights = weights.contiguous()
     places = (groups, queries, _address(weights), _address(parts), batch, length, threads)
     _library().anymla_context(ctypes.byref(side), *places)
@@ -195,6 +209,8 @@ def _exact(
         else:
             rows.append(each.row)
             columns.append(each.column)
+        if found.shape[-1] != width:
+            raise ValueError(f"exact tokens of a coded cache: {found.shape[-1]} coefficients, the rows have {width}")
         numbers.append(found.float())
     if not numbers:
         return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0, width)

@@ -119,7 +119,10 @@ static int put(const side *s, i64 row, i64 start, i64 count, const bytes *column
     int found = 0;
     for (i64 o = 0; o < s->outliers; o++) {
         const bytes *value = columns + 2 * (s->outliers + o) + (s->scale == 2 ? 4 : 0), *place = columns + 2 * o;
-        for (i64 t = 0; t < count; t++) x[place[0][t] | place[1][t] << 8][t] = half(value[0][t] | value[1][t] << 8);
+        for (i64 t = 0; t < count; t++) {
+            i64 c = place[0][t] | place[1][t] << 8;
+            if (c < s->width) x[c][t] = half(value[0][t] | value[1][t] << 8); /* bytes that are no codes do no harm */
+        }
     }
     for (i64 e = 0; e < s->exact; e++) {
         i64 t = s->exact_column[e] - start;

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .absorbed import additive_mask
 from .attention import joined
 from .block_maps import grouped, mapped_columns, matrix, through
-from .c_decode import TILE, Turning, context_in_c, not_zero, runs_in_c, scores_in_c
+from .c_decode import Turning, context_in_c, runs_in_c, scores_in_c, tiles_of
 from .heads import attention_weights, multiply_pairs
 from .room import room_of_thread
 from .rows_attention import Rows, RowsAttention, turn, turned
@@ -140,22 +140,15 @@ class CodedAttention(RowsAttention):
     def _scores_in_c(self, asked: Asked, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Scores [B,H T,S] but for the constant."""
         query, of_mean = self._from_columns(asked, rows.start, rows.keys.new_zeros(1, dtype=torch.long))
-        tiles = 1 << (rows.keys.shape[1] // TILE).bit_length()  # a growing cache makes few tables
-        turning = self._kept.get(self.inv_freq, self._turning, tiles, query.shape[-1])
+        turning = self._kept.get(self.inv_freq, self._turning, tiles_of(rows.keys), query.shape[-1])
         if of_mean is not None:
             of_mean = of_mean[0].unflatten(1, (query.shape[2], -1)).flatten(2, 3)
         return scores_in_c(self.key_codec, rows.keys, rows.places, dtype, query[0], turning, of_mean, asked.decoder)
 
     def _turning(self, tiles: int, width: int) -> Turning:
         """How the numbers of all groups turn, ``width`` of each."""
-        like, channels = torch.empty(0), self._channels()
-        groups, pairs = channels.shape
-        real = torch.arange(0, groups * width, width)[:, None] + torch.arange(pairs)
-        turned_pairs = torch.stack([real.flatten(), real.flatten() + pairs, channels.flatten()]).int()
-        starts = torch.stack(self._angles(torch.arange(0, tiles * TILE, TILE), like), 1)
         rebuilt = self.channel_index is None and self.key_decoder is not None
-        used = not_zero(self.coded.keys, None if rebuilt else turned_pairs)
-        return Turning(turned_pairs, torch.stack(self._waves(TILE, like)), starts, used)
+        return self.turning_of(self._channels(), width, tiles, None if rebuilt else self.coded.keys)
 
     def _scores_in_torch(self, asked: Asked, rows: Rows, dtype: torch.dtype) -> Tensor:
         """The same. In each chunk keys and queries are turned from its first column on."""

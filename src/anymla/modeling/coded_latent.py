@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from .absorbed import absorbed_attention, additive_mask
+from .c_decode import Turning, context_in_c, runs_in_c, scores_in_c, tiles_of
 from .decode_kernel import codes_for_kernel
+from .heads import attention_weights
 from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention
 from .placed_tokens import PlacedTokens
@@ -78,11 +80,42 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
             return self.attend_all(query, whole := self._whole(rows, dtype), whole, rows.start, mask, {})[0]
         (query_nope, channels), (up_key, up_value) = self._parts(precise), (part.to(precise.dtype) for part in up)
         inputs = (self.into_latent(query_nope, up_key), channels, rows, mask)
+        if all(runs_in_c(precise, codec) for codec, _ in sides):
+            context = self._by_c(*inputs, dtype)
+            return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
         parts = self._by_kernel(*inputs, codes) if codes else self._by_chunks(*inputs, dtype)
         totals = torch.stack([total for _, total in parts])
         contexts = torch.stack([context.to(totals.dtype) for context, _ in parts])
         context = (contexts * self._shares(totals).unsqueeze(-1)).sum(0).to(precise.dtype)
         return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
+
+    def _by_c(
+        self, query_latent: Tensor, channels: Tensor, rows: Rows, mask: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Attention to everything at once, [B,H,T,r]; C reads the rows a tile at a time."""
+        latent, ropes, new = self.key_codec.width, self.value_codec.width, query_latent.shape[2]
+        own = rows.start + torch.arange(new, device=channels.device)
+        query_rope = self.rotated_channels(channels, *self._angles(own, channels))
+        key, value = self.key_and_value(torch.arange(latent).view(1, 1, 1, -1))
+        query = query_latent.new_zeros(*query_latent.shape[:3], latent)
+        query[..., key.flatten()] = query_latent
+        sides = [(self.key_codec, rows.keys, query, 0)]
+        sides += [(self.value_codec, rows.values, query_rope, ropes // 2)] if ropes else []
+        scores: Any = 0
+        for codec, held, asked, pairs in sides:
+            turning = self._kept.get(self.inv_freq, self._turning, tiles_of(held), pairs)
+            rows_of_heads = (asked * self.scaling).flatten(1, 2)[:, None]
+            scores = scores + scores_in_c(codec, held, rows.places, dtype, rows_of_heads, turning, values=pairs > 0)
+        mask = None if mask is None else additive_mask(mask, dtype)
+        weights = attention_weights(scores.unflatten(1, (-1, new)), mask, self.spec.softcap, self.sinks)
+        shares = weights.flatten(1, 2)[:, None]
+        context = context_in_c(self.key_codec, rows.keys, rows.places, dtype, shares, values=False)
+        return context[:, 0].unflatten(1, (-1, new))[..., value.flatten()]
+
+    def _turning(self, tiles: int, pairs: int) -> Turning:
+        """How C turns the rope key, of ``pairs``; a latent, which has none, does not turn."""
+        coding = self.coded.values if pairs else self.coded.keys
+        return self.turning_of(self.channel_frequency[None, :pairs], coding.width, tiles, coding)
 
     def _by_chunks(
         self, query_latent: Tensor, channels: Tensor, rows: Rows, mask: Tensor | None, dtype: torch.dtype

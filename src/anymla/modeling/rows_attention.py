@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .arguments import make_fit
 from .attention import ConvertedAttention
-from .c_decode import encoded
+from .c_decode import TILE, Turning, encoded, not_zero
 from .codec import Kept
 from .codecs import make_codec
 from .coded_cache import make_room
-from .coding_spec import CodedSpec
+from .coding_spec import CodedSpec, Coding
 from .heads import causal_mask, multiply_pairs, score_bias
 from .placed_tokens import NewTokens, PlacedTokens, Places, Run
 from .room import Room
@@ -195,6 +195,22 @@ class RowsAttention(ConvertedAttention):
         columns = torch.arange(size, device=self.inv_freq.device)
         cos, sin = self._angles(columns, torch.empty(0, dtype=dtype))
         return cos.T.contiguous(), sin.T.contiguous()
+
+    def turning_of(self, channels: Tensor, width: int, tiles: int, coding: Coding | None) -> Turning:
+        """How C turns numbers, for so many tiles.
+
+        Args:
+            channels: [g,p], the rope pairs of the first p pairs of each group.
+            width: numbers of a group.
+            tiles: most tiles of columns.
+            coding: of these numbers; None if they are keys that are rebuilt of coefficients.
+        """
+        like, (groups, count) = torch.empty(0), channels.shape
+        real = torch.arange(0, groups * width, width)[:, None] + torch.arange(count)
+        pairs = torch.stack([real.flatten(), real.flatten() + count, channels.flatten()]).int()
+        starts = torch.stack(self._angles(torch.arange(0, tiles * TILE, TILE), like), 1)
+        used = None if coding is None else not_zero(coding, pairs)
+        return Turning(pairs, torch.stack(self._waves(TILE, like)), starts, used)
 
     def reads_chunks(self, new: int, mask: Tensor | None) -> bool:
         """Whether the cache is read a chunk at a time: few new tokens, and a mask of single tokens or none."""
