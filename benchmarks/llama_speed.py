@@ -28,6 +28,7 @@ except ModuleNotFoundError:  # --help does without
     llama_cpp = None
 
 CACHES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes per number
+BLOCKS = {"f16": 1, "q8_0": 32, "q4_0": 32}  # numbers that share a scale
 UBATCH, CELL, SHORT, STEPS, ROUNDS = 512, 12, 32, 4, 3
 QUIET = llama_cpp and llama_cpp.llama_log_callback(lambda level, text, data: None)
 
@@ -94,10 +95,16 @@ def number(model: Any, key: str) -> int:
     return int(text.value) if found > 0 else 0
 
 
+def key_length(model: Any) -> int:
+    """Numbers of a head's key; of a latent and its rope key."""
+    heads = llama_cpp.llama_model_n_head(model)
+    return number(model, "attention.key_length") or llama_cpp.llama_model_n_embd(model) // heads
+
+
 def intensity(model: Any, cache: str) -> float:
     """Multiply-adds per cached byte, per query: scores and the weighted sum."""
     heads, kv_heads = llama_cpp.llama_model_n_head(model), llama_cpp.llama_model_n_head_kv(model)
-    d = number(model, "attention.key_length") or llama_cpp.llama_model_n_embd(model) // heads
+    d = key_length(model)
     value = number(model, "attention.value_length") or d
     numbers = d if number(model, "attention.kv_lora_rank") else kv_heads * (d + value)
     return heads * (d + value) / (numbers * CACHES[cache])
@@ -109,6 +116,10 @@ def measured(file: Path, cache: str, contexts: list[int], batches: list[int], th
     options.use_extra_bufts = False  # exports/gguf/run_llama_cpp.py says why
     model, rows = llama_cpp.llama_model_load_from_file(str(file).encode(), options), []
     name = file.parent.name if file.name == "model.gguf" else file.stem
+    if (length := key_length(model)) % BLOCKS[cache]:
+        print(f"{name} takes no {cache} cache: {length} numbers of a key, no multiple of {BLOCKS[cache]}", flush=True)
+        llama_cpp.llama_model_free(model)
+        return []
     for batch in batches:
         short = Sequences(model, cache, SHORT, batch, threads)
         short.prefill(SHORT)
@@ -165,8 +176,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for file in asked.files:
         for cache in asked.caches:
-            rows += measured(file, cache, asked.contexts, asked.batches, asked.threads)
-            for row in rows[-len(asked.contexts) * len(asked.batches) :]:
+            rows += (added := measured(file, cache, asked.contexts, asked.batches, asked.threads))
+            for row in added:
                 same = [each for each in rows if (each["context"], each["batch"]) == (row["context"], row["batch"])]
                 print(line(row, same[0]), flush=True)
     if asked.json is not None:

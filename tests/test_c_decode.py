@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import anymla
 from anymla.modeling import c_decode, coded_attention, coded_latent, rows_attention
-from anymla.modeling.c_decode import LANES, SWITCH, TILE, Turning, context_in_c, encoded, library, not_zero, scores_in_c
+from anymla.modeling.c_decode import Turning, context_in_c, encoded, not_zero, scores_in_c
+from anymla.modeling.c_library import LANES, SWITCH, TILE, library
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coding_spec import WIDTHS, Coding
 from anymla.modeling.placed_tokens import Places, Run
@@ -128,7 +129,7 @@ def answers(model):
 
 def check_against_torch(model, monkeypatch):
     called = []
-    monkeypatch.setattr(c_decode, "_library", lambda: called.append(1) or library())
+    monkeypatch.setattr(c_decode, "loaded", lambda: called.append(1) or library())
     by_c = answers(model)
     assert called
     called.clear()
@@ -169,7 +170,7 @@ def test_a_static_cache_and_gradients(monkeypatch):
     cache = StaticCache(config=model.config, max_cache_len=40)
     steps = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([24, 1, 5], dim=1)]
     torch.testing.assert_close(torch.cat(steps, 1), model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3)
-    monkeypatch.setattr(c_decode, "_library", lambda: pytest.fail("C has no gradients"))
+    monkeypatch.setattr(c_decode, "loaded", lambda: pytest.fail("C has no gradients"))
     with torch.enable_grad():
         cache = DynamicCache(config=model.config)
         model(input_ids=ids[:, :20], past_key_values=cache)

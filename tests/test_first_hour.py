@@ -15,6 +15,7 @@ import anymla
 from anymla import doctor
 from anymla.cli import command_line, groups, out
 from anymla.errors import RecipeError, TextError
+from anymla.modeling.c_library import library
 from tests.damage import run_main
 from tests.markdown import ROOT
 
@@ -74,6 +75,7 @@ def test_doctor(offline, monkeypatch, capfd):
     run = run_main(["doctor"], monkeypatch, capfd)
     assert (run.code, run.err) == (0, "")
     assert all(word in run.out for word in ("torch", "transformers", "bfloat16", "free disk", "llama.cpp"))
+    assert found["codes_in_c"] is (library() is not None) and "caches of codes" in run.out
     missing = [each["install"] for each in found["engines"] if not each["found"]]
     assert missing and all(f"not found: {how}" in run.out for how in missing)
 

@@ -83,7 +83,11 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """All that was found. ``tested``: the releases of transformers that anymla was tested with, first and last."""
+    """All that was found.
+
+    ``tested``: the releases of transformers that anymla was tested with, first and last. ``codes_in_c``: whether decode
+    over codes runs in compiled C on this CPU; None without torch.
+    """
 
     python: str
     anymla: str
@@ -91,6 +95,7 @@ class Examination:
     tested: tuple[str, str] | None
     devices: tuple[DeviceFound, ...]
     dtypes: tuple[DtypeSpeed, ...]
+    codes_in_c: bool | None
     disks: tuple[Disk, ...]
     engines: tuple[Engine, ...]
 
@@ -143,6 +148,7 @@ def examine() -> Examination:
         tested=None if {"torch", "transformers"} & missing else _tested(),
         devices=_devices(with_torch="torch" not in missing),
         dtypes=() if "torch" in missing else tuple(_speed(dtype) for dtype in SHORT_DTYPES),
+        codes_in_c=None if "torch" in missing else _codes_in_c(),
         disks=_disks(with_hub="huggingface-hub" not in missing),
         engines=tuple(
             Engine(name=name, found=tuple(_found(*where)), install=how) for name, (*where, how) in ENGINES.items()
@@ -193,6 +199,12 @@ def _devices(*, with_torch: bool) -> tuple[DeviceFound, ...]:
 def _speed(dtype: str) -> DtypeSpeed:
     times = slowdown(dtype)
     return DtypeSpeed(dtype=dtype, times_float32=times, fast=times <= SLOWER)
+
+
+def _codes_in_c() -> bool:
+    from anymla.modeling.c_library import library
+
+    return library() is not None
 
 
 def _disks(*, with_hub: bool) -> tuple[Disk, ...]:

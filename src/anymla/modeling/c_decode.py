@@ -1,7 +1,7 @@
-"""Attention of few new tokens over rows of codes on a CPU, in C: compiled once, in the user's cache folder.
+"""Attention of few new tokens over rows of codes on a CPU, in C; torch is the reference, and does where C does not run.
 
-One of the modelling files that travel with every converted checkpoint; c_kernels.py has what is compiled. Torch does
-where there is no C compiler, and it is the reference.
+One of the modelling files that travel with every converted checkpoint; c_kernels.py has what runs, and c_library.py
+compiles it.
 
 Shapes: B batch, T new tokens, S cached tokens, g groups of query heads, R queries of a group (its heads, T each), w
 coefficients of a group, P rope pairs.
@@ -10,42 +10,18 @@ coefficients of a group, P rope pairs.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .c_kernels import SOURCE
+from .c_library import LANES, TILE, library, loaded
 from .code_layout import code_layout, grid_levels
 from .codec import encode_half
 from .coding_spec import Coding
 from .placed_tokens import Places, Run
-
-SWITCH = "ANYMLA_C_KERNELS"  # "0" in the environment: torch does
-OF_CPU = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma")}
-LONGEST = 120  # seconds that compiling may take
-
-
-TILE = 128  # tokens that C reads at a time, a multiple of 16
-LANES = 8  # numbers of a vector
-FLAGS = (
-    "-O3",
-    "-shared",
-    "-fPIC",
-    "-fopenmp",
-    "-fno-tree-loop-distribute-patterns",
-    f"-DTILE={TILE}",
-    f"-DLANES={LANES}",
-)
 
 
 class Turning(NamedTuple):
@@ -101,7 +77,7 @@ def encoded(codec: Any, x: Tensor) -> Tensor:
         exact = [place for place, bits in enumerate(_bits(coding).tolist()) if bits == 16]
         rows[:, : 2 * halves] = encode_half(numbers[:, exact])
     side, held = _side(codec, rows[None], (), torch.float32, values=False)
-    _library().anymla_encode(ctypes.byref(side), _address(numbers), _address(rows), len(rows), _threads(len(rows)))
+    loaded().anymla_encode(ctypes.byref(side), _address(numbers), _address(rows), len(rows), _threads(len(rows)))
     del held
     return rows.view(*x.shape[:-1], codec.row_bytes)
 
@@ -144,7 +120,7 @@ def scores_in_c(
         *(numbers, 0 if weight is None else weight.shape[1]),
     )
     places = (_address(scores), batch, rows.shape[1], _threads(batch * rows.shape[1]))
-    _library().anymla_scores(ctypes.byref(side), ctypes.byref(keys), *places)
+    loaded().anymla_scores(ctypes.byref(side), ctypes.byref(keys), *places)
     del held
     return scores
 
@@ -165,7 +141,7 @@ def context_in_c(
     side, held = _side(codec, rows, exact, dtype, values=values)
     weights = weights.contiguous()
     places = (groups, queries, _address(weights), _address(parts), batch, length, threads)
-    _library().anymla_context(ctypes.byref(side), *places)
+    loaded().anymla_context(ctypes.byref(side), *places)
     del held
     return parts.sum((0, -1))
 
@@ -246,44 +222,3 @@ def _address(tensor: Tensor | None) -> int | None:
 def _threads(tokens: int) -> int:
     """How many pay for themselves."""
     return min(torch.get_num_threads(), -(-tokens // TILE))
-
-
-def _library() -> ctypes.CDLL:
-    found = library()
-    if found is None:
-        raise RuntimeError("attention over codes in C: there is no C compiler")
-    return found
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where torch does: without a C compiler, or where the user says so."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or sys.platform == "win32" or os.environ.get(SWITCH) == "0":
-        return None
-    flags = (*FLAGS, *OF_CPU.get(torch.backends.cpu.get_cpu_capability(), ()))
-    name = hashlib.sha256("\n".join((compiler, *flags, SOURCE)).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anymla" / "kernels"
-    made = folder / f"{name}.so"
-    try:
-        if not made.exists():
-            _compile([compiler, *flags], made)
-        found = ctypes.CDLL(str(made))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    integer, address = ctypes.c_int64, ctypes.c_void_p
-    found.anymla_scores.argtypes = [address, address, address, integer, integer, integer]
-    found.anymla_context.argtypes = [address, integer, integer, address, address, integer, integer, integer]
-    found.anymla_encode.argtypes = [address, address, address, integer, integer]
-    found.anymla_scores.restype = found.anymla_context.restype = found.anymla_encode.restype = None
-    return found
-
-
-def _compile(command: list[str], made: Path) -> None:
-    """Compiles to the file ``made``, which is whole from its first moment on."""
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-        source, target = Path(folder) / "codes.c", Path(folder) / "codes.so"
-        source.write_text(SOURCE)
-        subprocess.run([*command, str(source), "-o", str(target)], check=True, capture_output=True, timeout=LONGEST)
-        os.replace(target, made)

@@ -1,4 +1,4 @@
-"""The C source of attention over rows of codes; c_decode.py compiles and calls it.
+"""The C source of attention over rows of codes; c_library.py compiles it, and c_decode.py calls it.
 
 One of the modelling files that travel with every converted checkpoint: only Python files do, so the source is text.
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .arguments import make_fit
 from .attention import ConvertedAttention
-from .c_decode import TILE, Turning, encoded, not_zero
+from .c_decode import Turning, encoded, not_zero
+from .c_library import TILE
 from .codec import Kept
 from .codecs import make_codec
 from .coded_cache import make_room

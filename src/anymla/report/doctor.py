@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anymla.doctor import DeviceFound, Examination
 
 Row = tuple[str, str]
+WITHOUT_C = "in torch, several times slower: a C compiler named cc, or the one in $CC, would be used"
 
 
 def doctor_table(found: Examination, install: dict[str, str]) -> Table:
@@ -34,6 +35,8 @@ def _groups(found: Examination, install: dict[str, str]) -> Iterator[tuple[str, 
         "dtypes on the CPU",
         [(each.dtype, f"{verdict[each.fast]} ({each.times_float32:.1f} times as long)") for each in found.dtypes],
     )
+    if found.codes_in_c is not None:
+        yield "decode on the CPU", [("caches of codes", "in C" if found.codes_in_c else WITHOUT_C)]
     yield "free disk", [(size(each.free_bytes), f"{each.purpose}, {each.folder}") for each in found.disks]
     yield (
         "optional",
