@@ -297,7 +297,7 @@ def coded_table(shapes: dict[str, list[Any]], console: Console) -> list[dict[str
                         shape = f"{dtype}, {HEADS}:{kv_heads} heads, {name}"
                         times = (f"{best * 1e3:.1f}", f"{row[name] * 1e3:.1f}", f"{best / row[name]:.2f}")
                         lines.append((shape, length, batch, *times, f"{size(part)} ({part / whole:.1%})"))
-                    console.print(f"measured {dtype}, {kv_heads} KV heads, {length} tokens, batch {batch}", style="dim")
+                        console.print(*lines[-1], style="dim")
             del models
     columns = ("model", "tokens", "batch", "original ms", "ms", "original/this", "live cache")
     console.print(table("One decode step with a cache of codes", columns, lines))
