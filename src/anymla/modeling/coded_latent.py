@@ -80,7 +80,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
             return self.attend_all(query, whole := self._whole(rows, dtype), whole, rows.start, mask, {})[0]
         (query_nope, channels), (up_key, up_value) = self._parts(precise), (part.to(precise.dtype) for part in up)
         inputs = (self.into_latent(query_nope, up_key), channels, rows, mask)
-        if all(runs_in_c(precise, codec) for codec, _ in sides):
+        if codes is None and all(runs_in_c(precise, codec) for codec, _ in sides):
             context = self._by_c(*inputs, dtype)
             return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
         parts = self._by_kernel(*inputs, codes) if codes else self._by_chunks(*inputs, dtype)

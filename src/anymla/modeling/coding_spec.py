@@ -6,6 +6,7 @@ One of the modelling files that travel with every converted checkpoint; it needs
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from .attention_spec import AttentionSpec
@@ -64,7 +65,7 @@ class Coding:
         """Bits of a row's codes alone."""
         return sum(bits * count for bits, count in self.bits)
 
-    @property
+    @cached_property
     def counts(self) -> dict[int, int]:
         """How many coefficients have so many bits, by falling bits."""
         widths = sorted({bits for bits, _ in self.bits}, reverse=True)
