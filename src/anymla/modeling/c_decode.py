@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .c_library import LANES, TILE, library, loaded
+from .c_library import TILE, library, loaded
 from .code_layout import code_layout, grid_levels
 from .codec import encode_half
 from .coding_spec import Coding
@@ -137,13 +137,13 @@ def context_in_c(
     """Coefficients [B,g,R,w] of cached values, weighted with ``weights`` [B,g,R,S]; other arguments as above."""
     batch, groups, queries, length = weights.shape
     threads, width = _threads(batch * length), codec.width // groups
-    parts = weights.new_zeros(threads, batch, groups, queries, width, LANES)  # added up in order: always the same sum
+    parts = weights.new_zeros(threads, batch, groups, queries, width)  # added up in order: always the same sum
     side, held = _side(codec, rows, exact, dtype, values=values)
     weights = weights.contiguous()
     places = (groups, queries, _address(weights), _address(parts), batch, length, threads)
     loaded().anymla_context(ctypes.byref(side), *places)
     del held
-    return parts.sum((0, -1))
+    return parts.sum(0)
 
 
 def _side(

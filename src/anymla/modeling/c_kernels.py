@@ -294,16 +294,23 @@ static void sums(numbers *w, i64 rows, numbers *x, list some, vector *out, i64 w
         }
 }
 
-/* Adds to parts [threads,B,groups,rows,width / groups,LANES], one for each thread, what weights [B,groups,rows,S]
-   weigh */
+/* The lanes of each of `count` sums, which begin anew */
+static void add_up(vector *sum, i64 count, float *out) {
+    for (i64 i = 0; i < count; i++, *sum++ = (vector){0})
+        for (int l = 0; l < LANES; l++) out[i] += (*sum)[l];
+}
+
+/* Adds to parts [threads,B,groups,rows,width / groups], one for each thread, what weights [B,groups,rows,S] weigh */
 void anymla_context(
-    const side *s, i64 groups, i64 rows, const float *weights, vector *parts, i64 batch, i64 length, i64 threads) {
+    const side *s, i64 groups, i64 rows, const float *weights, float *parts, i64 batch, i64 length, i64 threads) {
     i64 tiles = (length + TILE - 1) / TILE, width = s->width / groups, all = groups * rows, work = batch * tiles;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (i64 thread = 0; thread < threads; thread++) {
         bytes *columns = malloc((s->row_bytes + 1) * sizeof(bytes));
         numbers *x = malloc((s->width + all) * sizeof(numbers)), *w = x + s->width;
-        for (i64 at = thread * work / threads; at < (thread + 1) * work / threads; at++) {
+        vector *sum = calloc(all * width, sizeof(vector));
+        i64 stop = (thread + 1) * work / threads;
+        for (i64 at = thread * work / threads; at < stop; at++) {
             i64 row = at / tiles, start = at % tiles * TILE, count = length - start < TILE ? length - start : TILE;
             list some = read_tile(s, row, start, count, columns, x);
             for (i64 r = 0; r < all; r++) {
@@ -311,11 +318,13 @@ void anymla_context(
                 memcpy(w[r], weights + (row * all + r) * length + start, count * 4);
             }
             for (i64 g = 0; g < groups; g++) {
-                vector *out = parts + ((thread * batch + row) * groups + g) * rows * width;
-                sums(w + g * rows, rows, x, part(some, g * width, (g + 1) * width), out - g * width, width);
+                list own = part(some, g * width, (g + 1) * width);
+                sums(w + g * rows, rows, x, own, sum + g * rows * width - g * width, width);
             }
+            if (at + 1 == stop || at % tiles == tiles - 1)
+                add_up(sum, all * width, parts + (thread * batch + row) * all * width);
         }
-        free(columns), free(x);
+        free(columns), free(x), free(sum);
     }
 }
 
