@@ -61,26 +61,30 @@ class CodedWindowAttention(CodedAttention):
         Raises:
             NotImplementedError: a mask of a kind that says nothing of single tokens.
         """
-        new = query.shape[2]
+        new, causal = query.shape[2], mask is None and self.is_causal
         mask = self.shown(mask, new, coded[0].shape[1], query.device)
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             raise NotImplementedError("a model with an exact window runs with attn_implementation sdpa or eager only")
         first = start + new - latest[0].shape[1]  # column of the first of the latest
         _, exact_key, exact_value = self.rebuilt(query, latest, start, first)
         query, key, value = self.rebuilt(query, coded, start)
+        query = query * self.scaling
         lost = exact_value - value[:, :, first : start + new]
         outputs = []
         for begin in range(0, new, BLOCK):
             rows = slice(begin, min(begin + BLOCK, new))
+            stop = start + rows.stop if causal else key.shape[2]  # no query sees what comes later
             near = slice(max(first, start + begin - self.coded.exact_window + 1), start + rows.stop)
             held, inside = slice(near.start - first, near.stop - first), self._inside(rows, near, start, query)
-            scores = grouped(query[:, :, rows], key.mT)
-            exact = grouped(query[:, :, rows], exact_key[:, :, held].mT).where(inside, scores[..., near])
-            scores = torch.cat([scores[..., : near.start], exact, scores[..., near.stop :]], dim=-1) * self.scaling
-            seen = None if mask is None else additive_mask(mask[..., rows, : key.shape[2]], query.dtype)
+            scores = grouped(query[:, :, rows], key[:, :, :stop].mT)
+            exact = grouped(query[:, :, rows], exact_key[:, :, held].mT)
+            scores[..., near] = exact.where(inside, scores[..., near])
+            seen = None if mask is None else additive_mask(mask[..., rows, :stop], query.dtype)
             weights = attention_weights(scores, seen, self.spec.softcap, self.sinks).to(value.dtype)
             weights = dropout(weights, self.attention_dropout, self.training)
-            outputs.append(grouped(weights, value) + grouped(weights[..., near] * inside, lost[:, :, held]))
+            outputs.append(
+                grouped(weights, value[:, :, :stop]) + grouped(weights[..., near] * inside, lost[:, :, held])
+            )
         return torch.cat(outputs, dim=2).transpose(1, 2), None
 
     def _inside(self, rows: slice, near: slice, start: int, like: Tensor) -> Tensor:
