@@ -1,4 +1,4 @@
-"""One decode step of real models: an original beside its conversions, in milliseconds, and the bytes of their caches.
+"""One decode step of real models, and a prefill: an original beside its conversions, and the bytes of their caches.
 
     anymla convert SmolLM2-135M-Instruct -o codes --kv-cache 0.125
     anymla convert SmolLM2-135M-Instruct -o latent --kv-cache 0.125 --codec none --reconstruction-steps 0
@@ -12,14 +12,16 @@ conversion is. Lengths beyond a model's context are as slow as they would be.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from command import folder_of
 from decode import DTYPES, plain_interface, step_row
+from machine import fastest_of
 from rich.console import Console
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 
 from anymla.io.checkpoint import load_model
 from anymla.report.tables import table
@@ -36,6 +38,20 @@ def load(original: Path, conversions: list[Path], dtype: str) -> dict[str, Any]:
     return models | {folder.name: load_model(folder, dtype=dtype) for folder in conversions}
 
 
+def prefill_table(models: dict[str, Any], length: int, console: Console) -> None:
+    """Measures and prints a prompt of ``length`` tokens in one forward pass."""
+    ids = torch.randint(3, 1000, (1, length))
+
+    def prompt(model: Any) -> None:
+        model(input_ids=ids, past_key_values=DynamicCache(config=model.config))
+
+    steps = {name: partial(prompt, model) for name, model in models.items()}
+    times = fastest_of(steps, seconds=10, at_least=3)
+    best = min(times[name] for name in ORIGINALS)
+    lines = [(name, length, f"{each:.2f}", f"{each / best:.2f}") for name, each in times.items()]
+    console.print(table("Prefill", ("model", "tokens", "s", "this/original"), lines))
+
+
 @torch.no_grad()
 def main() -> None:
     """Measures and prints."""
@@ -45,6 +61,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS", help="also time a prompt so long")
     given = parser.parse_args()
     models, lines = load(folder_of(given.original), given.conversions, given.dtype), []
     console = Console(width=160, highlight=False)
@@ -57,6 +74,8 @@ def main() -> None:
             lines.append((name, length, given.batch, *times, f"{size(part)} ({part / whole:.1%})"))
         console.print(f"measured {length} tokens", style="dim")
     columns = ("model", "tokens", "batch", "ms", "this/original", "live cache")
+    if given.prefill:
+        prefill_table(models, given.prefill, console)
     console.print(table(f"One decode step in {given.dtype}", columns, lines))
 
 
