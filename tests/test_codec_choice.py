@@ -32,8 +32,8 @@ def spec_of(family="llama", **changes):
     [
         ("auto", None, {"kv_cache": 0.125}, "transform_coding", "loses least per byte"),
         ("auto", None, {"exact_window": 8, "decode_cost": 1.5}, "transform_coding", "loses least per byte"),
-        ("auto", None, {"target": "gguf"}, "mla", "no other step has the setting target"),
-        ("auto", None, {"kv_cache": 0.5, "reconstruction_steps": 0}, "mla", "no other step has the setting"),
+        ("auto", None, {"target": "gguf"}, "mla", "only this step has the setting target"),
+        ("auto", None, {"kv_cache": 0.5, "reconstruction_steps": 0}, "mla", "only this step has the setting"),
         ("auto", MLA(rope="high"), {"seed": 2}, "mla", None),
         ("none", None, {"kv_cache": 0.125}, "mla", None),
         ("transform_coding", None, {"decode_cost": "any"}, "transform_coding", None),

@@ -358,3 +358,21 @@ def test_a_real_client_tells_its_bytes(tmp_path):
     run = Run.of(done.returncode, done.stdout, done.stderr)
     assert (run.code, run.err) == (0, "") and run.out.startswith("Once")
     assert re.fullmatch(r"generate: download .+ of 1.0 MiB, \d+ s\n", run.progress[-1])
+
+
+def test_passes_of_gradients_have_a_count_of_their_own():
+    name = pass_names()
+    assert [name(done) for done in (1, 2, 3, 1, 2)] == ["calibration, pass"] * 3 + ["calibration, backward pass"] * 2
+
+
+@pytest.mark.parametrize(
+    ("done", "said"),
+    [
+        ({"layers": [1, 2], "survey": [0] * 5, "gradient_after": 0}, "2 of 5 layers"),
+        ({"layers": [], "survey": []}, "0 of 5 layers"),
+        ({"layers": [], "survey": [0, 0]}, "2 of 5 passes of calibration"),
+        ({"layers": [], "survey": [0] * 5, "gradient_after": 2}, "5 of 5 passes of calibration and 3 backward passes"),
+    ],
+)
+def test_a_stopped_conversion_says_what_is_kept(done, said):
+    assert _done(SimpleNamespace(progress=done), 5) == said

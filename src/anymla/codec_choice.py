@@ -45,7 +45,7 @@ class Choice:
             _check_engine(codec, settings)
             return cls(_coder(codec).of(settings, "settings"))
         if own := [name for name in settings if name in MLA.model_fields and name not in TransformCoding.model_fields]:
-            return cls(with_settings(None, settings), f"no other step has the setting {own[0]}")
+            return cls(with_settings(None, settings), f"only this step has the setting {own[0]}")
         return cls(TransformCoding.of(settings, "settings"), "it loses least per byte (engines need --codec none)")
 
     def for_model(self, model: ModelSpec) -> Choice:

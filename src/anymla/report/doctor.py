@@ -33,7 +33,10 @@ def _groups(found: Examination, install: dict[str, str]) -> Iterator[tuple[str, 
     verdict = {True: "fast", False: "slow: anymla computes in float32"}
     yield (
         "dtypes on the CPU",
-        [(each.dtype, f"{verdict[each.fast]} ({each.times_float32:.1f} times as long)") for each in found.dtypes],
+        [
+            (each.dtype, f"{verdict[each.fast]} ({each.times_float32:.1f} times as long as in float32)")
+            for each in found.dtypes
+        ],
     )
     if found.codes_in_c is not None:
         yield "decode on the CPU", [("caches of codes", "in C" if found.codes_in_c else WITHOUT_C)]

@@ -115,7 +115,7 @@ def swept(
     streamed, work = StreamedModel(source, dtype=method.dtype, device=device), WorkFolder(run.output)
     claim(work, lambda: _fingerprint(method, source, plan, windows, device, run), restart=run.restart)
     layers = len(model.layers)
-    with keep_when_stopped(work, lambda: f"{len(work.progress['layers'])} of {layers} layers"):
+    with keep_when_stopped(work, lambda: _done(work, layers)):
         computing = _computing(method, decide_computing(work, streamed.stored_dtype, device, method.dtype))
         streamed.compute_in(computing.dtype)
         if run.begins is not None:
@@ -138,6 +138,15 @@ def swept(
         if rank() == 0:
             work.finish()
         wait_for_all()
+
+
+def _done(work: WorkFolder, layers: int) -> str:
+    """How much is done: layers, and before the first one passes of calibration."""
+    if work.progress["layers"] or not (passes := len(work.progress["survey"])):
+        return f"{len(work.progress['layers'])} of {layers} layers"
+    after = work.progress.get("gradient_after")
+    back = "" if after is None else f" and {layers - after} backward passes"
+    return f"{passes} of {layers} passes of calibration{back}"
 
 
 def surveyed(

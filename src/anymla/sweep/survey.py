@@ -239,7 +239,7 @@ class BackwardSurvey(SurveyRun):
                 pass_through(layer.module, self.hidden, layer.arguments, layer.batch)
             self.states.save(index + 1)
             self.kept.add(index, None)
-            self.tell(index + 1, 2 * self.total - self.lowest)
+            self.tell(index + 1, self.total)
             give_back_memory()
 
     def _turn(self) -> None:
@@ -263,7 +263,7 @@ class BackwardSurvey(SurveyRun):
                 facts = self._passed(index)
             self.gradients.save(index)
             self.kept.add(index, facts, gradient_after=index)
-            self.tell(2 * self.total - index, 2 * self.total - self.lowest)
+            self.tell(self.total - index, self.total - self.lowest)  # these take longer: a count of their own
             give_back_memory()
 
     def _passed(self, index: int) -> dict[str, Any] | None:
