@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -19,6 +20,7 @@ from anymla.errors import CheckpointError
 from anymla.io.download import listening
 from anymla.io.find import find_model
 from anymla.io.telling import hearing, told
+from anymla.sweep.run import _done
 from tests.damage import BUNDLED, FAST, PROGRESS, TRAIN, VALID, Run, run_main
 from tests.hub_server import hub_of
 
@@ -361,7 +363,7 @@ def test_a_real_client_tells_its_bytes(tmp_path):
 
 
 def test_passes_of_gradients_have_a_count_of_their_own():
-    name = pass_names()
+    name = progress.pass_names()
     assert [name(done) for done in (1, 2, 3, 1, 2)] == ["calibration, pass"] * 3 + ["calibration, backward pass"] * 2
 
 
