@@ -362,11 +362,6 @@ def test_a_real_client_tells_its_bytes(tmp_path):
     assert re.fullmatch(r"generate: download .+ of 1.0 MiB, \d+ s\n", run.progress[-1])
 
 
-def test_passes_of_gradients_have_a_count_of_their_own():
-    name = progress.pass_names()
-    assert [name(done) for done in (1, 2, 3, 1, 2)] == ["calibration, pass"] * 3 + ["calibration, backward pass"] * 2
-
-
 @pytest.mark.parametrize(
     ("done", "said"),
     [

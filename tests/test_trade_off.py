@@ -22,8 +22,8 @@ def planned():
     told = []
     method = TransformCoding.of({"kv_cache": 0.2, "decode_cost": 1.5, **FEW}, "settings")
     found = anymla.plan_curve(BUNDLED, method, progress=lambda *step: told.append(step))
-    passes = [(step, 5, "calibration, pass") for step in range(1, 6)]
-    assert told == [*passes, *passes, *((step, 32, "plan") for step in range(1, 33))]
+    passes = [(step, 5, what) for what in ("calibration, pass", "calibration, backward pass") for step in range(1, 6)]
+    assert told == [*passes, *((step, 32, "plan") for step in range(1, 33))]
     return found
 
 

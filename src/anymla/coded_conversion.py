@@ -19,7 +19,7 @@ from anymla.modeling.spec import ModelSpec
 from anymla.outcomes import CodedConversion
 from anymla.recipe import Recipe
 
-Progress = Callable[[int, int, dict[str, Any] | None], None]
+Progress = Callable[[int, int, dict[str, Any] | str | None], None]
 
 
 def convert_coded(
@@ -38,7 +38,7 @@ def convert_coded(
     """Runs ``method`` over ``source``, the plain files of ``model``, and writes ``output`` with its report.
 
     ``memory``, ``shard_size``, ``restart``, ``progress``: as of :class:`anymla.sweep.run.Run`; ``progress`` also gets
-    None after each pass of calibration through a layer. ``started``: when the call began, by ``time.monotonic``.
+    the name of each pass of calibration through a layer. ``started``: when the call began, by ``time.monotonic``.
 
     Raises:
         AnymlaError: one of its kinds, each one clear line.
@@ -53,7 +53,7 @@ def convert_coded(
         shard_size=shard_size,
         restart=restart,
         progress=progress,
-        surveyed=None if progress is None else lambda done, total: progress(done, total, None),
+        surveyed=progress,
     )
     with swept(method, source.folder, spec, run) as done:
         before, after = account(replace(spec, dtype=done.spec.dtype)), account(done.spec)

@@ -186,7 +186,7 @@ def _scored(contender: Contender, source: Path, target: Path, text: Reference, r
 
     def progress(number: int, step: Any, done: int = 0, total: int | None = None, result: Any = None) -> None:
         if total is not None:
-            report(done, total, "calibration, pass" if result is None else "layer")
+            report(done, total, result if isinstance(result, str) else "layer")
 
     try:
         run(source, target, [contender.step], progress=progress)

@@ -25,7 +25,7 @@ def apply(
     source: str | Path,
     output: str | Path,
     *,
-    progress: Callable[[int, int, dict[str, Any] | None], None] | None = None,
+    progress: Callable[[int, int, dict[str, Any] | str | None], None] | None = None,
 ) -> None:
     """Runs a layer method over a checkpoint and writes a new one, with the method on its card.
 
@@ -34,7 +34,7 @@ def apply(
         source: a checkpoint as :func:`anymla.convert` takes it, or one that it wrote; it is only read.
         output: the folder to write.
         progress: called after each layer with (layers done, layers, what the method says of it), and before them, with
-            None for the last, after each pass of the survey through a layer.
+            the name of the pass for the last, after each pass of the survey through a layer.
 
     What is done is kept in a folder beside ``output``; the same call goes on from there.
 
@@ -59,7 +59,7 @@ def apply(
             shard_size=parse_size("", "5GB"),
             packed=kept,
             progress=progress,
-            surveyed=None if progress is None else lambda done, total: progress(done, total, None),
+            surveyed=progress,
         )
         with swept(method, plain.folder, model, run) as done:
             if rank() == 0:

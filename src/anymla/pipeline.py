@@ -40,7 +40,6 @@ from anymla.outcomes import CodedConversion, Conversion, Inspection
 
 if TYPE_CHECKING:
     from anymla.methods.mla.choose import LayerResult
-    from anymla.sweep.run import Run
 
 Progress = Callable[[int, int, Any], None]  # (layers done, layers, the last one's result)
 EARLIER = "what the steps before this one left was converted"
@@ -146,7 +145,7 @@ def convert(
         max_memory: bytes of calibration activations to hold in memory, as "8GB"; the rest lies in files beside
             ``output``. Default: a quarter of the machine's memory.
         progress: called after each layer with (layers done, layers, result), and once before the first where a stopped
-            conversion goes on. Of codes the result is a dict, None after each pass of calibration.
+            conversion goes on. Of codes the result is a dict, and the name of the pass after each pass of calibration.
         notify: called before the work where it will take more than ten minutes, with how long and what is faster.
         told: called with which step the codec "auto" took, and why.
         origin: what reports call the model, where steps of a recipe made ``model`` of another one.
@@ -188,18 +187,10 @@ def convert(
         chosen = _chosen_plan(called, model_spec, recipe or choice.method, settings)
         if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
             all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)
-        from anymla.sweep.run import Run  # loads torch
-
         teller = _Told(model_spec, chosen.recipe, progress, notify)
-        run = Run(
-            output=output,
-            memory=memory,
-            shard_size=shards,
-            restart=restart,
-            progress=teller.layer,
-            begins=teller.begins,
+        return _convert(
+            plain, model_spec, chosen, output, teller, started, memory=memory, shard_size=shards, restart=restart
         )
-        return _convert(plain, model_spec, chosen, run, started)
 
 
 def _check_early(source: Located, method: LayerMethod, output: Path, *, overwrite: bool) -> None:
@@ -256,13 +247,22 @@ class _Told:
             self.progress(done, layers, LayerResult(**result))
 
 
-def _convert(source: Plain, model_spec: ModelSpec, chosen: MLAPlan, run: Run, started: float) -> Conversion:
-    """Runs the conversion over ``source``, scores it, and writes its report."""
+def _convert(
+    source: Plain,
+    model_spec: ModelSpec,
+    chosen: MLAPlan,
+    output: Path,
+    teller: _Told,
+    started: float,
+    **settings: Any,
+) -> Conversion:
+    """Runs the conversion over ``source``, scores it, and writes its report; ``settings`` are those of the sweep."""
     from anymla.distributed import rank
     from anymla.evaluation.held_out import held_out_scores
     from anymla.methods.mla.choose import LayerResult
-    from anymla.sweep.run import swept
+    from anymla.sweep.run import Run, swept
 
+    run = Run(output=output, progress=teller.layer, begins=teller.begins, **settings)
     with swept(chosen.recipe, source.folder, model_spec, run, choices=chosen.layers) as done:
         results = [None if record.result is None else LayerResult(**record.result) for record in done.records]
         before, after = (
@@ -274,7 +274,7 @@ def _convert(source: Plain, model_spec: ModelSpec, chosen: MLAPlan, run: Run, st
         )
         final = _final_plan(chosen.model_copy(update={"layers": done.plan.choices}), results)
         report = Conversion(
-            output=run.output.absolute(),
+            output=output.absolute(),
             plan=final,
             spec=done.spec,
             layers=tuple(result for result in results if result is not None),

@@ -60,18 +60,13 @@ def plan_curve(
         place, memory = Path(folder) / "survey", machine_memory() // 4
         coding = method if method.kv_cache < 1 else method.model_copy(update={"kv_cache": BUDGETS[0]})  # 1 asks nothing
         try:
-            facts = surveyed(
-                coding, survey, plain.folder, spec, place, memory=memory, told=_telling(progress, "calibration, pass")
-            )
+            facts = surveyed(coding, survey, plain.folder, spec, place, memory=memory, told=progress)
         except OSError as error:
             raise OutputError(f"temporary files could not be written to {folder}: {error}") from error
-    points = curve(method, spec, facts, _telling(progress, "plan"))
+    told = None if progress is None else lambda done, total: progress(done, total, "plan")
+    points = curve(method, spec, facts, told)
     return {
         **explain_codes(name, method, spec, facts),
         "curve": [asdict(point) for point in points],
         "seconds": time.monotonic() - started,
     }
-
-
-def _telling(progress: Callable[[int, int, str], None] | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(done, total, what)

@@ -29,7 +29,7 @@ from anymla.cli.options import (
     print_page,
     recipe_options,
 )
-from anymla.cli.progress import Report, pass_names, shown
+from anymla.cli.progress import Report, shown
 from anymla.codec_choice import AUTO, NONE, Choice
 from anymla.errors import RecipeError
 from anymla.methods.cache_coding import TransformCoding
@@ -213,15 +213,14 @@ def _show_conversion(conversion: Conversion | CodedConversion, output: Path, tol
 def conversion_progress(report: Report) -> pipeline.Progress:
     """Reports each layer, and what comes before and after them."""
 
-    def progress(done: int, total: int, result: LayerResult | dict[str, Any] | None) -> None:
-        if result is None:
-            return report(done, total, name(done))
-        what = "" if isinstance(result, dict) else f"2K={result.rope_dims} r={result.kv_rank}"
+    def progress(done: int, total: int, result: LayerResult | dict[str, Any] | str | None) -> None:
+        if isinstance(result, str):
+            return report(done, total, result)
+        what = "" if result is None or isinstance(result, dict) else f"2K={result.rope_dims} r={result.kv_rank}"
         report(done, total, "layer", what)
         if done == total:
             report(0, None, "scoring and writing")
 
-    name = pass_names()
     report(0, None, "reading")
     return progress
 

@@ -62,20 +62,6 @@ def tracked(report: Report) -> Track:
     return track
 
 
-def pass_names() -> Callable[[int], str]:
-    """What each pass of calibration is called, by its number; a count that begins anew is that of gradients."""
-    last, what = 0, "calibration, pass"
-
-    def name(done: int) -> str:
-        nonlocal last, what
-        if done < last:
-            what = "calibration, backward pass"
-        last = done
-        return what
-
-    return name
-
-
 @dataclass
 class _Phase:
     """One kind of steps: how far it was at first, and how far it was last, each with its time in seconds."""

@@ -10,7 +10,7 @@ import typer
 
 from anymla.cli.convert import conversion_progress
 from anymla.cli.options import Json, app, first_process, how_to_go_on, out, print_json, print_next, print_note
-from anymla.cli.progress import Report, pass_names, shown
+from anymla.cli.progress import Report, shown
 from anymla.cli.tune import tuning_progress
 from anymla.errors import RecipeError, did_you_mean
 from anymla.methods.base import Method, all_methods
@@ -102,9 +102,8 @@ def _progress(report: Report, steps: int) -> Callable[..., None]:
 
 def _layers(report: Report) -> Callable[..., None]:
     """Reports each layer of a step."""
-    name = pass_names()
     report(0, None, "reading")
-    return lambda done, total, result: report(done, total, "layer" if result is not None else name(done))
+    return lambda done, total, result: report(done, total, result if isinstance(result, str) else "layer")
 
 
 def _tell(number: int, outcome: StepOutcome) -> None:

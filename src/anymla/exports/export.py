@@ -43,6 +43,22 @@ def _original_numbers(converted: Path) -> float:
     return float(sum(spec.cached_numbers for spec in layers if spec is not None) / len(layers))
 
 
+def _format(to: Target, dtype: str | None, pad: str | None, cache_type: str | None) -> Format:
+    """The format ``to``, which has what is asked of it."""
+    if to not in (formats := all_formats()):
+        raise RecipeError(f"--to {to!s:.40} is not one of {', '.join(formats)}")
+    chosen = formats[to]
+    options = (
+        ("--dtype", dtype, chosen.dtypes),
+        ("--pad", pad, chosen.pads),
+        ("--cache-type", cache_type, chosen.caches),
+    )
+    for option, value, known in options:
+        if value is not None and value not in known:
+            raise RecipeError(f"{option} {value:.40} is not one of those of --to {to}: {', '.join(known) or 'none'}")
+    return chosen
+
+
 def export(
     converted: str | Path,
     output: str | Path,
@@ -72,17 +88,7 @@ def export(
         AnymlaError: one of its kinds, each one clear line; nothing is written then.
     """
     started, output = time.monotonic(), Path(os.path.expanduser(output))
-    if to not in (formats := all_formats()):
-        raise RecipeError(f"--to {to!s:.40} is not one of {', '.join(formats)}")
-    chosen = formats[to]
-    options = (
-        ("--dtype", dtype, chosen.dtypes),
-        ("--pad", pad, chosen.pads),
-        ("--cache-type", cache_type, chosen.caches),
-    )
-    for option, value, known in options:
-        if value is not None and value not in known:
-            raise RecipeError(f"{option} {value:.40} is not one of those of --to {to}: {', '.join(known) or 'none'}")
+    chosen = _format(to, dtype, pad, cache_type)
     source, pad = find_model(converted), pad or chosen.default_pad
     check_output(output, source, overwrite=overwrite)
     dtype = dtype or _own_dtype(source, chosen)

@@ -161,7 +161,7 @@ def _side(
     by_table = coding.kind == "table"
     levels = codec.levels_in(dtype) if by_table else grid_levels(coding.kind, coding.bits[0][0], device)
     row, column, numbers = _exact(exact, len(rows), codec.width, device, values=values)
-    used = _not_zero(coding) if used is None else used
+    used = not_zero(coding) if used is None else used
     tensors = [rows, layout.places, _bits(coding), levels, row, column, numbers, used, _every(codec.width)]
     side = _Side(
         *(_address(each) for each in tensors),
@@ -198,16 +198,19 @@ def _bits(coding: Coding) -> Tensor:
     return torch.tensor([bits for bits, count in coding.bits for _ in range(count)], dtype=torch.int32)
 
 
-def not_zero(coding: Coding, pairs: Tensor | None = None) -> Tensor:
-    """The coefficients that a coded token may have, int32: as read, or once ``pairs`` [2 or more,n] were turned."""
-    found = (_bits(coding) > 0) | (coding.outliers > 0)
-    if pairs is not None:
-        real, imag = pairs[:2].long()
-        found[real] = found[imag] = found[real] | found[imag]
+@cache
+def not_zero(coding: Coding) -> Tensor:
+    """The coefficients that a coded token may have, int32."""
+    return ((_bits(coding) > 0) | (coding.outliers > 0)).nonzero()[:, 0].int()
+
+
+def not_zero_turned(coding: Coding, pairs: Tensor) -> Tensor:
+    """The same once ``pairs`` [2 or more,n] were turned: both parts of a pair, if one is coded."""
+    found = torch.zeros(coding.width, dtype=torch.bool)
+    found[not_zero(coding).long()] = True
+    real, imag = pairs[:2].long()
+    found[real] = found[imag] = found[real] | found[imag]
     return found.nonzero()[:, 0].int()
-
-
-_not_zero = cache(not_zero)
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arguments import make_fit
 from .attention import ConvertedAttention
-from .c_decode import Turning, encoded, not_zero
+from .c_decode import Turning, encoded, not_zero_turned
 from .c_library import TILE
 from .codec import Kept
 from .codecs import make_codec
@@ -210,7 +210,7 @@ class RowsAttention(ConvertedAttention):
         real = torch.arange(0, groups * width, width)[:, None] + torch.arange(count)
         pairs = torch.stack([real.flatten(), real.flatten() + count, channels.flatten()]).int()
         starts = torch.stack(self._angles(torch.arange(0, tiles * TILE, TILE), like), 1)
-        used = None if coding is None else not_zero(coding, pairs)
+        used = None if coding is None else not_zero_turned(coding, pairs)
         return Turning(pairs, torch.stack(self._waves(TILE, like)), starts, used)
 
     def reads_chunks(self, new: int, mask: Tensor | None) -> bool:

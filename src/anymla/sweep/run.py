@@ -40,7 +40,7 @@ from anymla.sweep.progress import (
 )
 from anymla.sweep.search import run_search
 from anymla.sweep.sequence import LayerRecord, Progress, Sequence
-from anymla.sweep.survey import run_survey
+from anymla.sweep.survey import Told, run_survey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Run:
     shard_size: int
     restart: bool = False
     progress: Progress | None = None
-    surveyed: Callable[[int, int], None] | None = None
+    surveyed: Told | None = None
     begins: Callable[[int, str], None] | None = None
     packed: PackedFiles | None = None
 
@@ -157,7 +157,7 @@ def surveyed(
     place: Path,
     *,
     memory: int,
-    told: Callable[[int, int], None] | None = None,
+    told: Told | None = None,
 ) -> Facts:
     """What ``survey`` says of the checkpoint folder ``source`` on the calibration text of ``method``; changes nothing.
 

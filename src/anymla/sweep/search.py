@@ -25,8 +25,7 @@ from anymla.model_run.stream import pass_through, run_layer
 from anymla.modeling.spec import ModelSpec
 from anymla.sweep.decoder import Decoder
 from anymla.sweep.layer import Layer
-
-Told = Callable[[int, int], None]  # (passes through a layer done, all of them)
+from anymla.sweep.survey import PASS, Told
 
 
 @torch.no_grad()
@@ -143,7 +142,7 @@ class _Trials:
             give_back_memory()
             if self.told is not None:
                 total = len(decoder.modules)
-                self.told(number * total + index + 1, (self.search.count + 1) * total)
+                self.told(number * total + index + 1, (self.search.count + 1) * total, PASS)
         return streams
 
     @contextmanager

@@ -30,7 +30,8 @@ from anymla.sweep.layer import Layer
 from anymla.sweep.streams import SavedStreams
 
 HIDDEN, GRADIENT = "surveyed", "gradient"  # names of the streams' files
-Told = Callable[[int, int], None]  # (passes through a layer done, all of them)
+PASS, BACKWARD_PASS = "calibration, pass", "calibration, backward pass"
+Told = Callable[[int, int, str], None]  # (passes through a layer done, all of that kind, which kind)
 
 
 @torch.no_grad()
@@ -166,10 +167,10 @@ class SurveyRun:
         shape = (windows, *self.decoder.shape[1:])
         return Activations(shape, self.decoder.dtype, self.decoder.source.device, self.budget, f"{name}-{rank()}")
 
-    def tell(self, done: int, total: int) -> None:
+    def tell(self, done: int, total: int, what: str = PASS) -> None:
         """Reports a pass through a layer."""
         if self.told is not None:
-            self.told(done, total)
+            self.told(done, total, what)
 
     def begin(self, saved: SavedStreams, hidden: Activations, generations: int) -> None:
         """Fills ``hidden`` with embeddings, where the disk has room for that many of it, or takes it up."""
@@ -263,7 +264,7 @@ class BackwardSurvey(SurveyRun):
                 facts = self._passed(index)
             self.gradients.save(index)
             self.kept.add(index, facts, gradient_after=index)
-            self.tell(self.total - index, self.total - self.lowest)  # these take longer: a count of their own
+            self.tell(self.total - index, self.total - self.lowest, BACKWARD_PASS)  # takes longer: a count of its own
             give_back_memory()
 
     def _passed(self, index: int) -> dict[str, Any] | None:
