@@ -24,6 +24,7 @@ SCORES = {
     "cache_bytes_per_token",
     "cache_numbers_per_token_per_layer",
     "cache_window_bytes",
+    "kl_error",
     "tokens",
 }
 LAYERS, NUMBERS, BYTES = 5, 64, 1280  # of the bundled model: cached numbers per token and layer, bytes per token

@@ -10,7 +10,10 @@ import anymla
 from anymla.architectures.model_spec import read_model_spec
 from anymla.demo import bundled_model
 from anymla.io.device import matmul_speed
-from anymla.methods.mla.duration import estimated_seconds, faster, spoken
+from anymla.methods.cache_coding import KVQuant, TransformCoding
+from anymla.methods.cache_coding.duration import coded_seconds
+from anymla.methods.duration import spoken
+from anymla.methods.mla.duration import estimated_seconds, faster
 from anymla.pipeline import explain_plan
 from tests.damage import run_main
 from tests.families import FAST
@@ -45,6 +48,15 @@ def test_more_work_takes_longer():
     assert least > estimated_seconds(model_spec_of(), recipe, QUICK)
     hybrid = model_spec_of("qwen3_next", num_hidden_layers=2)
     assert estimated_seconds(hybrid, recipe, SLOW) > 0
+
+
+@pytest.mark.parametrize("step", [TransformCoding, KVQuant])
+def test_more_work_takes_longer_with_codes(step):
+    least = coded_seconds(model_spec_of(), step(), SLOW)
+    assert least < coded_seconds(model_spec_of(num_hidden_layers=4), step(), SLOW)
+    assert least < coded_seconds(model_spec_of(vocab_size=5000), step(), SLOW)
+    assert least < coded_seconds(model_spec_of(), step(calibration_tokens=65536), SLOW)
+    assert least > coded_seconds(model_spec_of(), step(), QUICK) > 0
 
 
 def test_what_is_faster_is_offered_with_its_time():

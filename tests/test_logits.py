@@ -50,6 +50,18 @@ def whole_of(found: Logits) -> torch.Tensor:
     return torch.cat([found.at(part) for part in parts], dim=1)
 
 
+@torch.no_grad()
+def test_the_error_of_kl_is_that_over_windows():
+    first, second = (make_model("llama", rope_theta=theta) for theta in (1e4, 10.0))
+    windows = token_ids(6, 20)
+    each = torch.tensor([score_model(first, window[None], second).kl for window in windows], dtype=torch.float64)
+    found = score_model(first, windows, second)
+    assert found.kl == pytest.approx(float(each.mean()))
+    assert found.kl_error == pytest.approx(float(each.std() / 6**0.5))
+    assert score_model(first, windows[:1], second).kl_error is None
+    assert score_model(first, windows).kl_error is None
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in TEXT_ONLY_INSIDE])
 @torch.no_grad()
 def test_parts_are_the_whole_for_every_family(small_parts, family):

@@ -114,3 +114,19 @@ def test_help_of_convert_tells_every_setting(anymla, monkeypatch):
 
 def test_the_commands_are_known():
     assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kv-cache", "12.5%"], "'--kv-cache': Input should be a valid number, got '12.5%': write 0.125"),
+        (["--kv-cache=8 %"], "'--kv-cache': Input should be a valid number, got '8 %': write 0.08"),
+        (["--kv-cache", "half"], "'--kv-cache': Input should be a valid number, got 'half'"),
+        (["--calibration-tokens", "1e3"], "'--calibration-tokens': Input should be a valid integer, got '1e3'"),
+        (["--kv-cache", "12.5"], "kv_cache: must be less than or equal to 1, got 12.5; it is a share: 0.125 is 12.5 %"),
+    ],
+)
+def test_a_value_that_is_none_is_named(arguments, said, monkeypatch, capfd, tmp_path):
+    done = run_main(["convert", str(BUNDLED), "-o", str(tmp_path / "out"), *arguments], monkeypatch, capfd)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.strip().endswith(said)

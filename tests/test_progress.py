@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
 
 from anymla.cli import progress
@@ -302,6 +303,16 @@ def fake_hub(monkeypatch, folder, pieces):
 def test_a_model_that_is_nowhere_says_the_way_out():
     with pytest.raises(CheckpointError, match=r"nope is neither a folder here nor reachable on the hub: .*_OFFLINE=0"):
         find_model("nope")
+
+
+def test_a_hub_without_a_network_is_said_in_a_few_words(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise LocalEntryNotFoundError("Please check your connection. " * 20) from OSError("no name service")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    with pytest.raises(CheckpointError, match=r"no network leads there .* \(no name service\)$"):
+        find_model("some/model")
 
 
 @pytest.mark.parametrize("text", ["Short.", f"One. Two is {'long ' * 60}."])

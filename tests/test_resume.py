@@ -87,9 +87,12 @@ def test_killed_anywhere(tmp_path):
 
 
 def test_goes_on_at_the_next_layer(stopped, whole):
-    seen = []
-    anymla.convert(bundled_model(), stopped, progress=lambda done, *_: seen.append(done), **SETTINGS)
+    seen, notes = [], []
+    anymla.convert(
+        bundled_model(), stopped, progress=lambda done, *_: seen.append(done), notify=notes.append, **SETTINGS
+    )
     assert seen == [2, 3, 4, 5]
+    assert notes == ["this goes on with what was kept: 2 of 5 layers; --restart begins anew"]
     assert weights(stopped) == whole
     assert [path.name for path in stopped.parent.iterdir()] == ["out"]
 

@@ -12,9 +12,10 @@ from typing import Any
 from anymla import __version__
 from anymla.account import account
 from anymla.cards import scores_shown, step_card
-from anymla.io.device import peak_rss
+from anymla.io.device import matmul_speed, peak_rss
 from anymla.io.sources.plain import Plain
 from anymla.methods.base import LayerMethod
+from anymla.methods.cache_coding.duration import faster
 from anymla.modeling.spec import ModelSpec
 from anymla.outcomes import CodedConversion
 from anymla.recipe import Recipe
@@ -34,18 +35,24 @@ def convert_coded(
     memory: int,
     shard_size: int,
     restart: bool,
+    note: Callable[[str], None] | None,
 ) -> CodedConversion:
     """Runs ``method`` over ``source``, the plain files of ``model``, and writes ``output`` with its report.
 
-    ``memory``, ``shard_size``, ``restart``, ``progress``: as of :class:`anymla.sweep.run.Run`; ``progress`` also gets
-    the name of each pass of calibration through a layer. ``started``: when the call began, by ``time.monotonic``.
+    ``memory``, ``shard_size``, ``restart``, ``progress``, ``note``: as of :class:`anymla.sweep.run.Run`; ``progress``
+    also gets the name of each pass of calibration through a layer. ``started``: when the call began, by
+    ``time.monotonic``.
 
     Raises:
         AnymlaError: one of its kinds, each one clear line.
     """
-    from anymla.distributed import rank
+    from anymla.distributed import rank, world
     from anymla.evaluation.held_out import held_out_scores
     from anymla.sweep.run import Run, swept
+
+    def begins(left: int, device: str) -> None:
+        if note is not None and left and (long := faster(spec, method, world() * matmul_speed(device))):
+            note(long)
 
     run = Run(
         output=output,
@@ -54,6 +61,8 @@ def convert_coded(
         restart=restart,
         progress=progress,
         surveyed=progress,
+        begins=begins,
+        note=note,
     )
     with swept(method, source.folder, spec, run) as done:
         before, after = account(replace(spec, dtype=done.spec.dtype)), account(done.spec)

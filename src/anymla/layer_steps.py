@@ -26,6 +26,7 @@ def apply(
     output: str | Path,
     *,
     progress: Callable[[int, int, dict[str, Any] | str | None], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> None:
     """Runs a layer method over a checkpoint and writes a new one, with the method on its card.
 
@@ -35,6 +36,7 @@ def apply(
         output: the folder to write.
         progress: called after each layer with (layers done, layers, what the method says of it), and before them, with
             the name of the pass for the last, after each pass of the survey through a layer.
+        note: called with what is kept, where stopped work goes on.
 
     What is done is kept in a folder beside ``output``; the same call goes on from there.
 
@@ -60,6 +62,7 @@ def apply(
             packed=kept,
             progress=progress,
             surveyed=progress,
+            note=note,
         )
         with swept(method, plain.folder, model, run) as done:
             if rank() == 0:

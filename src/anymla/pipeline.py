@@ -146,7 +146,8 @@ def convert(
             ``output``. Default: a quarter of the machine's memory.
         progress: called after each layer with (layers done, layers, result), and once before the first where a stopped
             conversion goes on. Of codes the result is a dict, and the name of the pass after each pass of calibration.
-        notify: called before the work where it will take more than ten minutes, with how long and what is faster.
+        notify: called before the work where it will take more than ten minutes, with how long and what is faster; and
+            with what is kept, where a stopped conversion goes on.
         told: called with which step the codec "auto" took, and why.
         origin: what reports call the model, where steps of a recipe made ``model`` of another one.
         settings: fields of the step, as ``kv_cache=0.25``; they override the recipe.
@@ -169,6 +170,7 @@ def convert(
     choice = choice.for_model(read(source_config(source)))
     shards = parse_size("--max-shard-size", max_shard_size)
     memory = machine_memory() // 4 if max_memory is None else parse_size("--max-memory", max_memory)
+    sweep: dict[str, Any] = {"memory": memory, "shard_size": shards, "restart": restart}
     _check_early(source, choice.method, output, overwrite=overwrite)
     with plain_source(source, beside=output) as plain:
         check_weights(plain.folder)
@@ -181,16 +183,12 @@ def convert(
         called = origin or name
         if not isinstance(choice.method, MLA):
             places = (called, plain, model_spec, output, progress)
-            return convert_coded(
-                choice.method, *places, started=started, memory=memory, shard_size=shards, restart=restart
-            )
+            return convert_coded(choice.method, *places, started=started, note=notify, **sweep)
         chosen = _chosen_plan(called, model_spec, recipe or choice.method, settings)
         if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
             all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)
         teller = _Told(model_spec, chosen.recipe, progress, notify)
-        return _convert(
-            plain, model_spec, chosen, output, teller, started, memory=memory, shard_size=shards, restart=restart
-        )
+        return _convert(plain, model_spec, chosen, output, teller, started, **sweep)
 
 
 def _check_early(source: Located, method: LayerMethod, output: Path, *, overwrite: bool) -> None:
@@ -262,7 +260,7 @@ def _convert(
     from anymla.methods.mla.choose import LayerResult
     from anymla.sweep.run import Run, swept
 
-    run = Run(output=output, progress=teller.layer, begins=teller.begins, **settings)
+    run = Run(output=output, progress=teller.layer, begins=teller.begins, note=teller.notify, **settings)
     with swept(chosen.recipe, source.folder, model_spec, run, choices=chosen.layers) as done:
         results = [None if record.result is None else LayerResult(**record.result) for record in done.records]
         before, after = (

@@ -39,12 +39,16 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Scores on the evaluation text; KL (nats per token) and same top token are to the original, None for itself."""
+    """Scores on the evaluation text; KL (nats per token) and same top token are to the original, None for itself.
+
+    ``kl_error``: the standard error of ``kl`` over the windows of text; None where it was not measured.
+    """
 
     perplexity: float
     kl: float | None
     top1_agreement: float | None
     tokens: int
+    kl_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,7 +232,7 @@ class _Run:
                     note=self.note,
                 )
             elif isinstance(step, SweptMethod):
-                apply(step, source, folder, progress=progress)
+                apply(step, source, folder, progress=progress, note=self.note)
             else:
                 raise RecipeError(f"{step.name} cannot be run")
         except AnymlaError as error:

@@ -48,8 +48,8 @@ class Settings(BaseModel):
             return f"{subject} no setting {shown(name)}{did_you_mean(name, cls.model_fields)}; {allowed}"
         if wrong["type"] == "literal_error":
             value += did_you_mean(wrong["input"], re.findall("'([^']*)'", wrong["ctx"]["expected"]))
-        if wrong["loc"][-1:] == ("kv_cache",) and wrong["type"] == "less_than_equal":
-            value += "; it is a share: 0.125 keeps 12.5 %"
+        if wrong["type"] == "less_than_equal" and wrong["ctx"]["le"] == 1:
+            value += "; it is a share: 0.125 is 12.5 %"
         place = f"{where(wrong['loc'])}: " if wrong["loc"] else ""
         said = wrong["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
         return f"{place}{said}{value}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import re
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -13,7 +14,7 @@ import typer
 from anymla import __version__
 from anymla.cli import compare, convert, doctor, evaluate, export, generate, push, refresh, run, tune
 from anymla.cli.options import app, out
-from anymla.errors import AnymlaError
+from anymla.errors import AnymlaError, shown
 
 __all__ = [
     "app",
@@ -92,7 +93,19 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # what the option parser raises; typer has its own copy of click
             raise
-        _fail(error.format_message())
+        _fail(_with_value(error.format_message(), sys.argv))
+
+
+def _with_value(message: str, arguments: list[str]) -> str:
+    """What the option parser says, with the value that is no number, which it does not name."""
+    said, unparsed, _ = message.partition(", unable to parse string")
+    option = re.search("'(-[^']*)'", said)
+    words = [(*word.partition("="), after) for word, after in zip(arguments, [*arguments[1:], ""], strict=True)]
+    given = [value if equals else after for name, equals, value, after in words if option and name == option[1]]
+    if not unparsed or not given:
+        return message
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) *%", given[-1])
+    return f"{said}, got {shown(given[-1])}" + (f": write {float(share[1]) / 100:g}" if share else "")
 
 
 def _quiet_libraries() -> None:

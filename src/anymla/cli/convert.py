@@ -38,6 +38,8 @@ from anymla.methods.mla.plan import MLAPlan
 from anymla.methods.mla.settings import MLA
 from anymla.outcomes import CodedConversion, Conversion
 
+FEW_TOKENS = 4096  # scores of fewer are rough
+
 if TYPE_CHECKING:
     from anymla.methods.mla.choose import LayerResult
 
@@ -204,9 +206,12 @@ def _show_conversion(conversion: Conversion | CodedConversion, output: Path, tol
         out.print(coded_layers_table(conversion))
     else:
         out.print(conversion_layers_table(conversion))
-    out.print(
-        scores_table({"original": conversion.before, "converted": conversion.after}, "On held-out calibration text")
-    )
+    scored = {"original": conversion.before, "converted": conversion.after}
+    out.print(scores_table(scored, "On held-out calibration text"))
+    if conversion.after.tokens < FEW_TOKENS:
+        out.print(
+            "Scores of so few tokens are a rough check. anymla compare measures on a text of yours.", soft_wrap=True
+        )
     print_next(output, conversion.model, conversion.seconds, conversion.method)
 
 

@@ -136,7 +136,7 @@ def print_next(output: Path, original: str, seconds: float, method: Method | Non
     print_page(output)
     out.print("Next:")
     out.print(f"  anymla chat {folder} --against {other}", soft_wrap=True)
-    out.print(f"  anymla eval {folder} --against {other} --text YOUR.txt", soft_wrap=True)
+    out.print(f"  anymla compare {other} {folder} --text YOUR.txt", soft_wrap=True)
     if isinstance(method, MLA) and method.target is not None:
         out.print(f"  anymla export {folder} --to {method.target}{method.cache_option} -o SERVED", soft_wrap=True)
 

@@ -77,6 +77,8 @@ def run(
     from anymla.report.run import run_table
 
     out.print(run_table(done))
+    if chosen.text is None:
+        out.print("Quality was not measured: --text YOUR.txt measures it after every step.", soft_wrap=True)
     print_next(output, str(chosen.teacher or chosen.model), done.seconds)
 
 

@@ -24,6 +24,7 @@ class Scores:
 
     ``cache_bytes_per_token``: of a token that every layer holds; one with a sliding window holds its last ones only.
     ``cache_window_bytes``: what the last tokens, kept exactly, take once beside the bytes of every token.
+    ``kl_error``: the standard error of ``kl`` over the windows of text; None without an original, or of one window.
     """
 
     perplexity: float
@@ -33,6 +34,7 @@ class Scores:
     cache_numbers_per_token_per_layer: float
     tokens: int
     cache_window_bytes: int = 0
+    kl_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The scores under their stable JSON names."""
@@ -43,9 +45,10 @@ class ScoreSums:
     """Running sums over batches of windows, on the device of the logits: they are read once, at the end."""
 
     def __init__(self) -> None:
-        self.tokens = self.scored = 0
+        self.tokens = self.scored = self.windows = 0
         self.loss: Any = 0.0
         self.kl: Any = 0.0
+        self.squared_kl: Any = 0.0  # of each window's mean
         self.agreed: Any = 0.0
         self.original_loss: Any = 0.0
         self.compared = False
@@ -54,24 +57,28 @@ class ScoreSums:
         """Adds windows ``ids`` [B,T] with ``logits`` [B,T,V] and those of the original."""
         self.tokens += ids.numel()
         self.scored += ids[:, 1:].numel()
+        self.windows += len(ids)
         self.compared = self.compared or reference is not None
+        kl = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
         for part in logits.parts(last=ids.shape[1] - 1):
             log_p = _log_softmax(logits.at(part))
             following = ids[:, part.start + 1 : part.stop + 1, None]
             self.loss -= log_p.gather(-1, following).sum(dtype=torch.float64)
             if reference is not None:
                 log_q = log_p if reference is logits else _log_softmax(reference.at(part).to(log_p.dtype))
-                self.kl += (log_q.exp() * (log_q - log_p)).sum(-1).sum(dtype=torch.float64)
+                kl += (log_q.exp() * (log_q - log_p)).sum(-1).sum(-1, dtype=torch.float64)
                 self.original_loss -= log_q.gather(-1, following).sum(dtype=torch.float64)
                 self.agreed += (log_q.argmax(-1) == log_p.argmax(-1)).sum(dtype=torch.float64)
+        self.kl += kl.sum()
+        self.squared_kl += (kl / (ids.shape[1] - 1)).square().sum()
 
     def over_all_processes(self, device: str) -> ScoreSums:
         """These sums and those of all other processes, which are then the same everywhere."""
-        names = ("tokens", "scored", "loss", "kl", "agreed", "original_loss", "compared")
+        names = ("tokens", "scored", "windows", "loss", "kl", "squared_kl", "agreed", "original_loss", "compared")
         sums = all_sum(torch.tensor([float(getattr(self, name)) for name in names], dtype=torch.float64, device=device))
-        self.tokens, self.scored = int(sums[0]), int(sums[1])
-        self.loss, self.kl, self.agreed, self.original_loss = sums[2:6].tolist()
-        self.compared = bool(sums[6])
+        self.tokens, self.scored, self.windows = map(int, sums[:3])
+        self.loss, self.kl, self.squared_kl, self.agreed, self.original_loss = sums[3:8].tolist()
+        self.compared = bool(sums[8])
         return self
 
     def quality(self) -> tuple[float, float | None]:
@@ -100,11 +107,18 @@ class ScoreSums:
             cache_numbers_per_token_per_layer=cache.numbers_per_layer,
             tokens=self.tokens,
             cache_window_bytes=cache.cache_bytes_once,
+            kl_error=self._kl_error(),
         )
+
+    def _kl_error(self) -> float | None:
+        if not self.compared or self.windows < 2:
+            return None
+        variance = float(self.squared_kl) / self.windows - (float(self.kl) / self.scored) ** 2
+        return math.sqrt(max(0.0, variance) / (self.windows - 1))
 
     def original_scores(self, cache: Account) -> Scores:
         """Returns those of the original, from the same logits; ``cache`` is its own."""
-        same = replace(self.scores(cache), kl=0.0, top1_agreement=1.0)
+        same = replace(self.scores(cache), kl=0.0, top1_agreement=1.0, kl_error=0.0)
         return replace(same, perplexity=_perplexity(float(self.original_loss) / self.scored))
 
 

@@ -12,6 +12,7 @@ from anymla.io.shards import index_map, index_of
 CONFIG_FILES = ["config.json", "adapter_config.json"]
 MODEL_FILES = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.model", "*.txt", "*.jinja"]
 MODEL_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
+UNREACHED = "no network leads there from here, and it was not fetched before"
 OFFLINE = "it is not in the cache, and this session is offline: set HF_HUB_OFFLINE=0, or give a folder"
 MOST = 300  # characters of the hub client's own words
 
@@ -68,8 +69,9 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
     except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own
-        reason = " ".join(str(error).split())
-        reason = OFFLINE if offline and isinstance(error, LocalEntryNotFoundError) else _sentences(reason)
+        reason = _sentences(" ".join(str(error).split()))
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = OFFLINE if offline else f"{UNREACHED} ({error.__cause__ or error!s:.80})"
         raise CheckpointError(f"{name} is neither a folder here nor reachable on the hub: {reason}") from error
 
 

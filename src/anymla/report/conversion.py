@@ -17,7 +17,7 @@ from anymla.report.costs import (
     use_section,
 )
 from anymla.report.page import Cell, Page, Section, Table, Tile, number, record
-from anymla.report.units import duration, share, size
+from anymla.report.units import duration, measured, share, size
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
@@ -82,6 +82,6 @@ def _scores_table(report: Conversion | CodedConversion) -> Table:
 
 def scores_cells(scores: Scores) -> Iterator[Cell]:
     """Perplexity, KL and agreement."""
-    values = ((scores.perplexity, ".3f"), (scores.kl, ".4f"), (scores.top1_agreement, ".1%"))
-    for value, form in values:
-        yield number("-" if value is None else f"{value:{form}}", value)
+    yield number(f"{scores.perplexity:.3f}", scores.perplexity)
+    yield number(measured(scores.kl, scores.kl_error), scores.kl)
+    yield number("-" if scores.top1_agreement is None else f"{scores.top1_agreement:.1%}", scores.top1_agreement)

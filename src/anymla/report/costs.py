@@ -14,7 +14,7 @@ from anymla.layouts import GRID_TARGETS, TARGETS, target_refusal
 from anymla.methods.mla.settings import MLA
 from anymla.report.chart import Chart, Series
 from anymla.report.page import Cell, Command, Section, Table, Tile, number
-from anymla.report.units import duration, share, size, unit_of
+from anymla.report.units import duration, measured, share, size, unit_of
 
 if TYPE_CHECKING:
     from anymla.methods.base import Method, Paper
@@ -58,32 +58,44 @@ def quality_tiles(quality: Any, original: float | None) -> list[Tile]:
     """KL, perplexity beside that of the ``original``, and agreement, where they are known."""
     found = [Tile("Perplexity", f"{quality.perplexity:.4g}", "" if original is None else f"original: {original:.4g}")]
     if quality.kl is not None:
-        found.insert(0, Tile("KL to the original", f"{quality.kl:.3g}", "nats per token; 0 is the same"))
+        error = f" ± {quality.kl_error:.2g}" if quality.kl_error else ""
+        found.insert(0, Tile("KL to the original", f"{quality.kl:.3g}{error}", "nats per token; 0 is the same"))
         found.append(Tile("Same top token", f"{quality.top1_agreement:.1%}", "as the original"))
     return found
 
 
-def outcomes_table(outcomes: Mapping[str, Outcome], first: str) -> Table:
-    """A row per model; ``first``: what the names are. What no model has is left out."""
-    context = next(iter(outcomes.values())).account.context
-    rows = [{first: Cell(name), **_cells(outcome, context)} for name, outcome in outcomes.items()]
-    shown = [column for column in rows[0] if any(row[column].value for row in rows) or column not in RARE]
+def outcomes_table(outcomes: Mapping[str, Outcome], first: str, seconds: str) -> Table:
+    """A row per model; ``first``: what the names are; ``seconds``: what took them. What no model has is left out.
+
+    Shares are of the first model's bytes.
+    """
+    original = next(iter(outcomes.values())).account
+    rows = [{first: Cell(name), **_cells(outcome, original, seconds)} for name, outcome in outcomes.items()]
+    shown = [first, *(name for name in rows[0] if any(_tells(name, row[name].value) for row in rows))]
     return Table(columns=tuple(shown), rows=tuple(tuple(row[column] for column in shown) for row in rows))
 
 
-def _cells(outcome: Outcome, context: int) -> dict[str, Cell]:
+def _tells(column: str, value: float | None) -> bool:
+    return value is not None and (value != 0 or column not in RARE)
+
+
+def _cells(outcome: Outcome, original: Cost, seconds: str) -> dict[str, Cell]:
     cost, quality = outcome.account, outcome.quality
-    scores = (None,) * 3 if quality is None else (quality.perplexity, quality.kl, quality.top1_agreement)
+    held, whole = cost.cache_bytes_at_context, original.cache_bytes_at_context
+    perplexity = kl = error = agreement = None
+    if quality is not None:
+        perplexity, kl, error, agreement = quality.perplexity, quality.kl, quality.kl_error, quality.top1_agreement
     return {
         "weights": _bytes(cost.weight_bytes),
         BITS: _figure(cost.bits_per_weight, ".2f"),
         "cache per token": _bytes(cost.cache_bytes_per_token),
         ONCE: _bytes(cost.cache_bytes_once),
-        f"cache at {context:,} tokens": _bytes(cost.cache_bytes_at_context),
-        "perplexity": _figure(scores[0], ".3f"),
-        "KL (nats per token)": _figure(scores[1], ".4f"),
-        "same top token": _figure(scores[2], ".1%"),
-        "seconds": _figure(outcome.seconds, ".1f"),
+        f"cache at {cost.context:,} tokens": _bytes(held),
+        "share": number(share(held, whole), held / whole if whole else None),
+        "perplexity": _figure(perplexity, ".3f"),
+        "KL (nats per token)": number(measured(kl, error), kl),
+        "same top token": _figure(agreement, ".1%"),
+        seconds: _figure(outcome.seconds, ".1f"),
     }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from anymla.report.tables import scores_table
 from anymla.report.terminal import table
+from anymla.report.units import text_read
 
 if TYPE_CHECKING:
     from anymla.evaluation.benchmarks import Evaluation
@@ -42,7 +43,8 @@ def evaluation_tables(evaluation: Evaluation) -> list[FittedTable]:
     settings, tables = evaluation.settings, []
     if evaluation.scores is not None:
         scored = {} if evaluation.original is None else {"original": evaluation.original}
-        tables.append(scores_table(scored | {settings["model"]: evaluation.scores}, f"On {settings['text']}"))
+        read = text_read(str(settings["text"]), evaluation.scores.tokens, settings["length"])
+        tables.append(scores_table(scored | {settings["model"]: evaluation.scores}, f"On {read}"))
     tables += [
         _comparison_table(title, evaluation.benchmarks[kind])
         for kind, title in TITLES.items()

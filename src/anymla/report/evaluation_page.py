@@ -11,7 +11,7 @@ from anymla.report.costs import quality_tiles
 from anymla.report.evaluation import TITLES, probe_grids
 from anymla.report.page import Cell, Command, Dots, Page, Section, Table, Tile, number, record
 from anymla.report.results import RESULTS
-from anymla.report.units import size
+from anymla.report.units import size, text_read
 
 if TYPE_CHECKING:
     from anymla.evaluation.benchmarks import Evaluation
@@ -31,7 +31,7 @@ def evaluation_page(evaluation: Evaluation, content: Mapping[str, Any]) -> Page:
         lead=f"Measured by anymla {evaluation.versions['anymla']} in {settings['dtype']} on {settings['device']}.",
         tiles=() if scores is None else _tiles(scores, evaluation.original),
         sections=(
-            *([] if scores is None else [_text_section(scored, str(settings["text"]))]),
+            *([] if scores is None else [_text_section(scored, settings)]),
             *(
                 Section(heading=title, text=_how_to_read(rows), tables=(_comparisons(rows),))
                 for kind, title in TITLES.items()
@@ -56,14 +56,15 @@ def _tiles(scores: Scores, original: Scores | None) -> tuple[Tile, ...]:
     return (Tile("Cache per token", size(scores.cache_bytes_per_token), once), *quality)
 
 
-def _text_section(scored: Mapping[str, Scores], text: str) -> Section:
+def _text_section(scored: Mapping[str, Scores], settings: Mapping[str, Any]) -> Section:
     columns = (
         *("model", "perplexity", "KL (nats per token)", "same top token"),
         *("cache per token", "+ once", "numbers per token and layer"),
     )
     table = Table(columns=columns, rows=tuple(tuple(_scored(name, scores)) for name, scores in scored.items()))
     tokens = next(iter(scored.values())).tokens
-    return Section(heading=f"On {tokens:,} tokens of {public_name(text)}", tables=(table,))
+    read = text_read(public_name(str(settings["text"])), tokens, settings["length"])
+    return Section(heading=f"On {read}", tables=(table,))
 
 
 def _scored(name: str, scores: Scores) -> Iterator[Cell]:

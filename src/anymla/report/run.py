@@ -20,20 +20,21 @@ from anymla.report.costs import (
 )
 from anymla.report.page import Page, Section, record
 from anymla.report.terminal import FittedTable, table
-from anymla.report.units import size
+from anymla.report.units import measured, size
 from anymla.run_outcome import Cost, Quality, RunReport, StepOutcome
 
-SHORT = {BITS: "bits", "KL (nats per token)": "KL", "seconds": "s"}  # on a terminal
+SHORT = {BITS: "bits", "KL (nats per token)": "KL"}  # on a terminal
+STEP = "seconds"  # that a step took
 
 
 def run_table(report: RunReport) -> FittedTable:
     """Draws bytes of the original and of every step's model, and their quality where a text was given."""
-    return costs_table(str(report.output), "after step", _named(report))
+    return costs_table(str(report.output), "after step", _named(report), STEP)
 
 
-def costs_table(title: str, first: str, outcomes: Mapping[str, Outcome]) -> FittedTable:
-    """A row per model, for the terminal; ``first``: what the names are."""
-    shown = outcomes_table(outcomes, first)
+def costs_table(title: str, first: str, outcomes: Mapping[str, Outcome], seconds: str) -> FittedTable:
+    """A row per model, for the terminal; ``first``: what the names are; ``seconds``: what took them."""
+    shown = outcomes_table(outcomes, first, seconds)
     columns = [SHORT.get(column, column.removeprefix("cache ")) for column in shown.columns]
     return table(title, columns, ([cell.text for cell in row] for row in shown.rows))
 
@@ -54,7 +55,7 @@ def run_page(report: RunReport, folder: Path) -> Page:
         lead=_lead(report),
         tiles=tiles(report.original, last, report.seconds),
         sections=(
-            Section(heading="After each step", tables=(outcomes_table(outcomes, "after step"),)),
+            Section(heading="After each step", tables=(outcomes_table(outcomes, "after step", STEP),)),
             Section(heading="Quality against bytes", charts=tuple(quality_charts(outcomes))),
             layers_section(folder, before=report.original.account.cache_bytes_per_token),
             use_section(folder, report.output, original, converting),
@@ -95,6 +96,6 @@ def _costs(cost: Cost) -> tuple[str, str, str, str]:
 
 def _scores(quality: Quality) -> tuple[str, str, str]:
     """Perplexity, KL and same top token."""
-    kl = "-" if quality.kl is None else f"{quality.kl:.4f}"
+    kl = measured(quality.kl, quality.kl_error)
     top1 = "-" if quality.top1_agreement is None else f"{quality.top1_agreement:.1%}"
     return f"{quality.perplexity:.3f}", kl, top1

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from anymla.account import account, reduced_bytes, told_lengths
 from anymla.methods.cache_coding.explain import coded_layers, share_note
-from anymla.methods.mla.duration import spoken
+from anymla.methods.duration import spoken
 from anymla.report.terminal import FittedTable, table
-from anymla.report.units import size
+from anymla.report.units import measured, size
 
 if TYPE_CHECKING:
     from anymla.evaluation.scores import Scores
@@ -179,7 +179,8 @@ def codes_table(planned: Mapping[str, Any]) -> Group:
     notes = [
         *(coded if planned["layers"] else ()),
         f"Cache per token{_while_short(planned)}: {size(cache['before'])} -> {size(cache['after'])}{exact}"
-        f"{_at_lengths(planned['cache_bytes_at'])}.",
+        f"{_at_lengths(planned['cache_bytes_at'])}. Time of the conversion on this machine's processor: "
+        f"{spoken(planned['estimated_seconds'])}.",
     ]
     if (counted := share_note(planned["dtype"])) is not None:
         notes.append(f"{counted[0].upper()}{counted[1:]}.")
@@ -234,7 +235,7 @@ def coded_layers_table(conversion: CodedConversion) -> Group:
 
 
 def scores_table(scores: Mapping[str, Scores], title: str) -> FittedTable:
-    """Quality against the original (KL in nats, same top token) and cache, per model.
+    """Quality against the original (KL in nats with its standard error, same top token) and cache, per model.
 
     The cache as bytes per token and numbers per token and layer; where a model has an exact window, as bytes per token
     and those of the window, which are there once.
@@ -244,7 +245,7 @@ def scores_table(scores: Mapping[str, Scores], title: str) -> FittedTable:
         (
             name,
             f"{score.perplexity:.3f}",
-            "-" if score.kl is None else f"{score.kl:.4f}",
+            measured(score.kl, score.kl_error),
             "-" if score.top1_agreement is None else f"{score.top1_agreement:.1%}",
             size(score.cache_bytes_per_token),
             size(score.cache_window_bytes) if windows else f"{score.cache_numbers_per_token_per_layer:g}",

@@ -33,3 +33,15 @@ def duration(seconds: float) -> str:
 def share(part: float, whole: float) -> str:
     """A part of a whole in per cent."""
     return f"{100 * part / whole:.3g} %" if whole else "-"
+
+
+def measured(value: float | None, error: float | None) -> str:
+    """A score with its standard error, where there is one."""
+    if value is None:
+        return "-"
+    return f"{value:.4f} ± {error:.4f}" if error else f"{value:.4f}"
+
+
+def text_read(name: str, tokens: int, length: int) -> str:
+    """What text was read, how much of it, in which windows; a short text is one window."""
+    return f"{tokens:,} tokens of {name} in windows of {min(length, tokens):,}"

@@ -79,11 +79,14 @@ def check_room(work: WorkFolder, source: StreamedModel, hidden_bytes: int) -> No
 
 
 @contextmanager
-def keep_when_stopped(work: WorkFolder, done: Callable[[], str], *, always: bool = False) -> Iterator[None]:
+def keep_when_stopped(
+    work: WorkFolder, done: Callable[[], str], *, always: bool = False, note: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Keeps ``work`` when the block is stopped after something is done, and says how to go on.
 
     Before that nothing is left, nor where the same command would fail again, unless ``always`` is set. SIGTERM stops
-    the block as Ctrl-C does. ``done``: how much is, as "2 of 5 layers".
+    the block as Ctrl-C does. ``done``: how much is, as "2 of 5 layers". ``note``: called with that at first, where the
+    work was begun before.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
@@ -94,6 +97,8 @@ def keep_when_stopped(work: WorkFolder, done: Callable[[], str], *, always: bool
             return otherwise
         return f"; {done()} are kept: the same command goes on, with --restart it begins anew"
 
+    if work.begun and note is not None:
+        note(f"this goes on with what was kept: {done()}; --restart begins anew")
     try:
         with terminated_as_interrupted():
             yield

@@ -52,7 +52,7 @@ class Run:
         memory: bytes of activations to hold in memory, of all processes; shard_size: bytes of a weight file.
         restart: discard what a stopped sweep left.
         progress: called after each layer; surveyed: after each pass through a layer before them; begins: called with
-            the layers that are left and the device, before all.
+            the layers that are left and the device, before all; note: called with what was kept of a stopped sweep.
         packed: where the source is a checkpoint of packed weights that was made plain, these.
     """
 
@@ -63,6 +63,7 @@ class Run:
     progress: Progress | None = None
     surveyed: Told | None = None
     begins: Callable[[int, str], None] | None = None
+    note: Callable[[str], None] | None = None
     packed: PackedFiles | None = None
 
 
@@ -115,7 +116,7 @@ def swept(
     streamed, work = StreamedModel(source, dtype=method.dtype, device=device), WorkFolder(run.output)
     claim(work, lambda: _fingerprint(method, source, plan, windows, device, run), restart=run.restart)
     layers = len(model.layers)
-    with keep_when_stopped(work, lambda: _done(work, layers)):
+    with keep_when_stopped(work, lambda: _done(work, layers), note=run.note):
         computing = _computing(method, decide_computing(work, streamed.stored_dtype, device, method.dtype))
         streamed.compute_in(computing.dtype)
         if run.begins is not None:

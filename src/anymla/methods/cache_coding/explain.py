@@ -6,7 +6,9 @@ from typing import Any
 
 from anymla.account import account, in_dtype
 from anymla.errors import UnsupportedModelError
+from anymla.io.device import matmul_speed
 from anymla.methods.base import Facts, LayerMethod
+from anymla.methods.cache_coding.duration import coded_seconds
 from anymla.methods.cache_coding.forms import Form
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.coding_spec import CodedSpec, Coding
@@ -19,7 +21,7 @@ def explain_codes(model: str, method: LayerMethod, before: ModelSpec, facts: Fac
     """The costs of ``method`` on ``model``: per layer, and of the whole cache before and after.
 
     Without the ``facts`` of its survey, from the config alone, bits and blocks are those of typical layers; a
-    conversion chooses them on calibration text.
+    conversion chooses them on calibration text. "estimated_seconds": of a conversion on this machine's processor.
     """
     if (reason := method.refuses(before)) is not None:
         raise UnsupportedModelError(f"{model} cannot have {method.name}: {reason}")
@@ -36,6 +38,7 @@ def explain_codes(model: str, method: LayerMethod, before: ModelSpec, facts: Fac
             length: {"before": size, "after": coded.cache_bytes_at[length]}
             for length, size in held.cache_bytes_at.items()
         },
+        "estimated_seconds": round(coded_seconds(before, method, matmul_speed())),
     }
 
 

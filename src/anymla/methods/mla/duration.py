@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anymla.methods.mla.costs import STEP_TOKENS, TRIED_FROM, WITH_TRIALS, original_cost, reconstruction_steps
+from anymla.methods.duration import LONG, START, attention_operations, logit_operations, mlp_operations, spoken
+from anymla.methods.mla.costs import STEP_TOKENS, TRIED_FROM, WITH_TRIALS, reconstruction_steps
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.spec import ModelSpec
 
 if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA
 
-LONG = 600  # seconds from which on a user is told what is faster
-START = 5  # seconds for Python, torch and transformers
 FEW_TOKENS = 8192  # of calibration text, offered to who has no time
 # passes of all calibration tokens, fitted to measured conversions: through whole layers (the original's, the converted
 # one's), through the attention alone (candidates, refit), and what the statistics take over an attention's scores
 LAYER_PASSES, ATTENTION_PASSES, STATISTICS = 2, 2, 1
 STEP_PASSES = 5  # of a step's tokens: forward, backward, and the optimiser
 DECOMPOSITIONS = 100  # float32 operations of all float64 algebra of a layer, over the cube of its width
-PER_SCORE, PER_LOGIT = 150, 4000  # operations in whose time a softmax treats a score, and a logit is scored
 
 
 def estimated_seconds(model_spec: ModelSpec, recipe: MLA, speed: float, layers: int | None = None) -> float:
@@ -31,20 +29,18 @@ def estimated_seconds(model_spec: ModelSpec, recipe: MLA, speed: float, layers: 
     length = min(recipe.calibration_length, model_spec.max_position_embeddings)
     layer = share * sum(_layer_operations(model_spec, layer.attention, recipe, length) for layer in model_spec.layers)
     scored = 2 * recipe.calibration_tokens / 8  # the held-out part, by both models
-    return START + (layer + scored * model_spec.vocab_size * (2 * model_spec.hidden_size + PER_LOGIT)) / speed
+    return START + (layer + scored * logit_operations(model_spec)) / speed
 
 
 def _layer_operations(model_spec: ModelSpec, spec: AttentionSpec | None, recipe: MLA, length: int) -> float:
     """Operations that a layer's conversion takes; a layer without softmax attention is passed through alone."""
     tokens, hidden = recipe.calibration_tokens, model_spec.hidden_size
-    mlp = 2 * 3 * hidden * model_spec.intermediate_size  # per token
+    mlp = mlp_operations(model_spec)
     if spec is None:
         return tokens * LAYER_PASSES * mlp
-    queries = spec.num_heads * spec.head_dim
-    scores = length * (4 * queries + PER_SCORE * spec.num_heads)
-    attention = 2 * original_cost(spec, hidden).parameters + scores
+    attention, scores = attention_operations(spec, hidden, length)
     passes = LAYER_PASSES * (attention + mlp) + ATTENTION_PASSES * attention + STATISTICS * scores
-    algebra = DECOMPOSITIONS * (queries**3 + spec.cached_numbers**3)
+    algebra = DECOMPOSITIONS * ((spec.num_heads * spec.head_dim) ** 3 + spec.cached_numbers**3)
     steps = reconstruction_steps(model_spec, recipe) * (recipe.factorization == "output-aware")
     trained = steps * (WITH_TRIALS if steps >= TRIED_FROM else 1) * STEP_TOKENS * STEP_PASSES * attention
     return tokens * passes + algebra + trained
@@ -65,9 +61,3 @@ def faster(model_spec: ModelSpec, recipe: MLA, speed: float, layers: int | None 
             offers.append(f"{option} (about {spoken(other)})")
     offered = f" Faster, at a loss of quality: {' or '.join(offers)}." if offers else ""
     return f"The conversion takes about {spoken(seconds)} here.{offered}"
-
-
-def spoken(seconds: float) -> str:
-    """A time as a user would say it."""
-    minutes = seconds / 60
-    return f"{max(1, round(minutes))} min" if minutes < 100 else f"{minutes / 60:.3g} hours"

@@ -1,0 +1,37 @@
+"""How long a conversion to codes takes."""
+
+from __future__ import annotations
+
+from anymla.methods.base import LayerMethod
+from anymla.methods.duration import LONG, START, attention_operations, logit_operations, mlp_operations, spoken
+from anymla.modeling.spec import ModelSpec
+
+# passes of all calibration tokens, each as long as one forwards: up; up again and back down with gradients, which take
+# two; then the original and the coded model side by side
+PASSES = 6
+PER_LAYER = 1.0  # seconds for the bases and the bits of a layer
+FEW_TOKENS = 4096  # of calibration text, offered to who has no time
+
+
+def coded_seconds(model: ModelSpec, method: LayerMethod, speed: float) -> float:
+    """Seconds at ``speed`` operations per second, right within a factor of about two."""
+    length = min(method.calibration_length, model.max_position_embeddings)
+    operations = logit_operations(model)  # once: the way back through the head is cheap beside a score
+    for layer in model.layers:
+        operations += PASSES * mlp_operations(model)
+        if layer.attention is not None:
+            operations += PASSES * attention_operations(layer.attention, model.hidden_size, length)[0]
+    return START + PER_LAYER * len(model.layers) + method.calibration_tokens * operations / speed
+
+
+def faster(model: ModelSpec, method: LayerMethod, speed: float) -> str | None:
+    """How long a conversion takes and what makes it faster; None where it does not take long."""
+    if (seconds := coded_seconds(model, method, speed)) < LONG:
+        return None
+    fewer = coded_seconds(model, method.model_copy(update={"calibration_tokens": FEW_TOKENS}), speed)
+    offered = (
+        f" Faster, at a small loss of quality: --calibration-tokens {FEW_TOKENS} (about {spoken(fewer)})."
+        if method.calibration_tokens > FEW_TOKENS
+        else ""
+    )
+    return f"The conversion takes about {spoken(seconds)} here.{offered}"
