@@ -91,10 +91,18 @@ def test_every_code_is_read_as_torch_reads_it(kind, layout):
 @needs_compiler
 @torch.no_grad()
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.sampled_from(WIDTHS), st.integers(1, 9)), min_size=1, max_size=6), st.integers(1, 140))
-def test_any_widths_are_written_and_read(bits, tokens):
-    codec = codec_of(Coding(bits=tuple(bits)))
-    x = 2 * random(1, tokens, codec.width)
+@given(
+    st.lists(st.tuples(st.sampled_from(WIDTHS), st.integers(2, 9)), min_size=1, max_size=6),
+    st.integers(1, 140),
+    st.integers(0, 2),
+    st.booleans(),
+    st.sampled_from([1e-7, 1e-4, 2.0, 1e5]),
+)
+def test_any_widths_are_written_and_read(bits, tokens, outliers, token_scale, size):
+    scaled = token_scale and not any(each in (0, 16) for each, _ in bits)
+    outliers = min(outliers, sum(count for _, count in bits) - 1)
+    codec = codec_of(Coding(bits=tuple(bits), outliers=outliers, token_scale=scaled))
+    x = size * random(1, tokens, codec.width)
     rows = encoded(codec, x)
     assert torch.equal(rows, codec.encode(x))
     weights = random(1, 1, 2, tokens)

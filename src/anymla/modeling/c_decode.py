@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .c_library import TILE, library, loaded
 from .code_layout import code_layout, grid_levels
-from .codec import encode_half
 from .coding_spec import Coding
 from .placed_tokens import Places, Run
 
@@ -65,19 +64,16 @@ def tiles_of(rows: Tensor) -> int:
 
 
 def encoded(codec: Any, x: Tensor) -> Tensor:
-    """What ``codec`` makes of coefficients [..,n]: by tables without outliers and scales in C, where C runs."""
-    coding = codec.coding
-    single = coding.kind == "table" and not coding.outliers and not coding.token_scale
-    if not single or not runs_in_c(x.new_empty(0, dtype=torch.float32), codec):
+    """What ``codec`` makes of coefficients [..,n]: by tables in C, where C runs."""
+    if codec.coding.kind != "table" or not runs_in_c(x.new_empty(0, dtype=torch.float32), codec):
         made: Tensor = codec.encode(x)
         return made
     numbers = x.reshape(-1, codec.width).float().contiguous()
     rows = torch.zeros(len(numbers), codec.row_bytes, dtype=torch.uint8)
-    if halves := coding.counts.get(16, 0):
-        exact = [place for place, bits in enumerate(_bits(coding).tolist()) if bits == 16]
-        rows[:, : 2 * halves] = encode_half(numbers[:, exact])
     side, held = _side(codec, rows[None], (), torch.float32, values=False)
-    loaded().anymla_encode(ctypes.byref(side), _address(numbers), _address(rows), len(rows), _threads(len(rows)))
+    held += [numbers, steps := codec.steps()]
+    places = (_address(numbers), _address(steps), _address(rows), len(rows), _threads(len(rows)))
+    loaded().anymla_encode(ctypes.byref(side), *places)
     del held
     return rows.view(*x.shape[:-1], codec.row_bytes)
 

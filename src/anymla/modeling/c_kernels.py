@@ -9,7 +9,7 @@ coefficients for scores, and over tokens for the context.
 
 from __future__ import annotations
 
-SOURCE = r"""
+READING = r"""
 #define STEP (TILE + 16) /* numbers from a row of numbers to the next: powers of two would share few lines of a cache */
 #include <stdint.h>
 #include <stdlib.h>
@@ -326,26 +326,5 @@ void anymla_context(
         }
         free(columns), free(x), free(sum);
     }
-}
-
-/* The codes of x [count,width] in rows of bytes, which are zeros before */
-void anymla_encode(const side *s, const float *x, uint8_t *rows, i64 count, i64 threads) {
-    const int32_t *level = s->places + 2 * s->width;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 t = 0; t < count; t++)
-        for (i64 c = 0; c < s->width; c++) {
-            const float *levels = s->levels + level[c];
-            int code = 0;
-            if (s->bits[c] == 0 || s->bits[c] == 16) continue;
-            for (int step = 1 << s->bits[c] >> 1; step; step /= 2) {
-                const float *near = levels + code + step;
-                if (x[t * s->width + c] > (near[0] + near[-1]) / 2) code += step;
-            }
-            for (int i = 0; i < 2; i++) {
-                int32_t place = s->places[i * s->width + c];
-                int part = code >> (place >> 19 & 15) & place >> 23 & 255;
-                rows[t * s->row_bytes + (place & 0xffff)] |= (uint8_t)(part << (place >> 16 & 7));
-            }
-        }
 }
 """

@@ -1,4 +1,4 @@
-"""The C kernels of c_kernels.py, compiled when they are first used and kept in the user's cache folder.
+"""The C kernels of c_kernels.py and c_encoding.py, compiled when they are first used and kept in the user's cache folder.
 
 One of the modelling files that travel with every converted checkpoint.
 """
@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 
-from .c_kernels import SOURCE
+from .c_encoding import ENCODING
+from .c_kernels import READING
 
+SOURCE = READING + ENCODING
 SWITCH = "ANYMLA_C_KERNELS"  # "0" in the environment: torch does
 TILE = 128  # tokens that C reads at a time, a multiple of twice as many as a vector has numbers
 LANES = 8  # numbers of a vector
@@ -47,7 +49,7 @@ def library() -> ctypes.CDLL | None:
     integer, address = ctypes.c_int64, ctypes.c_void_p
     found.anymla_scores.argtypes = [address, address, address, integer, integer, integer]
     found.anymla_context.argtypes = [address, integer, integer, address, address, integer, integer, integer]
-    found.anymla_encode.argtypes = [address, address, address, integer, integer]
+    found.anymla_encode.argtypes = [address, address, address, address, integer, integer]
     found.anymla_scores.restype = found.anymla_context.restype = found.anymla_encode.restype = None
     return found
 

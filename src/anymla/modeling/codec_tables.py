@@ -90,6 +90,14 @@ class TableCodec(Codec):
         """
         return self._kept.get(self.levels, self._rounded, dtype)
 
+    def steps(self) -> Tensor:
+        """The mean distance of each coefficient's levels, by which errors count; the mean of all where it has none."""
+        return self._kept.get(self.levels, self._steps)
+
+    def _steps(self) -> Tensor:
+        tables = self._kept.get(self.levels, self._writing)
+        return tables.steps if tables.order is None else tables.steps[tables.order.argsort()].contiguous()
+
     def _rounded(self, dtype: torch.dtype) -> Tensor:
         flat = [each.flatten() for each in self._tables().values()]
         return joined([*flat, self.levels.new_zeros(8)]).to(dtype).float()
