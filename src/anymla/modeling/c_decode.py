@@ -13,6 +13,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from .c_library import TILE, library, loaded
 from .code_layout import code_layout, grid_levels
 from .coding_spec import Coding
 from .placed_tokens import Places, Run
+
+_NONE = torch.empty(0, dtype=torch.long, device="cpu")
 
 
 class Turning(NamedTuple):
@@ -142,6 +145,35 @@ def context_in_c(
     return parts.sum(0)
 
 
+class _Fixed(NamedTuple):
+    """What explains all rows of a codec; kept, for a step has no time to make it of a coding."""
+
+    places: Tensor
+    bits: Tensor
+    grid: Tensor | None  # the levels of a grid
+    used: Tensor
+    every: Tensor
+    sizes: tuple[int, int, int]  # outliers, kind of scale, block
+
+
+_FIXED: WeakKeyDictionary[Any, _Fixed] = WeakKeyDictionary()
+
+
+def _fixed(codec: Any) -> _Fixed:
+    if (found := _FIXED.get(codec)) is None:
+        coding, device = codec.coding, torch.device("cpu")
+        layout = code_layout(coding, device)
+        _FIXED[codec] = found = _Fixed(
+            places=layout.places,
+            bits=torch.tensor([bits for bits, count in coding.bits for _ in range(count)], dtype=torch.int32),
+            grid=None if coding.kind == "table" else grid_levels(coding.kind, coding.bits[0][0], device),
+            used=not_zero(coding),
+            every=_every(codec.width),
+            sizes=(coding.outliers, layout.form.scale, layout.form.block),
+        )
+    return found
+
+
 def _side(
     codec: Any,
     rows: Tensor,
@@ -152,52 +184,49 @@ def _side(
     used: Tensor | None = None,
 ) -> tuple[_Side, list[Tensor]]:
     """How C reads ``rows``, and the tensors that it points to; ``used``: coefficients that may not be zero."""
-    coding, device = codec.coding, rows.device
-    layout = code_layout(coding, device)
-    by_table = coding.kind == "table"
-    levels = codec.levels_in(dtype) if by_table else grid_levels(coding.kind, coding.bits[0][0], device)
-    row, column, numbers = _exact(exact, len(rows), codec.width, device, values=values)
-    used = not_zero(coding) if used is None else used
-    tensors = [rows, layout.places, _bits(coding), levels, row, column, numbers, used, _every(codec.width)]
+    fixed = _fixed(codec)
+    levels = codec.levels_in(dtype) if fixed.grid is None else fixed.grid
+    row, column, numbers = _exact(exact, len(rows), codec.width, values=values)
+    used = fixed.used if used is None else used
+    tensors = [rows, fixed.places, fixed.bits, levels, row, column, numbers, used, fixed.every]
+    outliers, scale, block = fixed.sizes
     side = _Side(
         *(_address(each) for each in tensors),
         *(*rows.stride(), codec.width, codec.row_bytes),
-        *(coding.outliers, layout.form.scale, layout.form.block, len(row), len(used)),
+        *(outliers, scale, block, row.shape[0], used.shape[0]),
     )
     return side, tensors
 
 
-def _exact(
-    exact: Sequence[Places | Run], batch: int, width: int, device: torch.device, *, values: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(exact: Sequence[Places | Run], batch: int, width: int, *, values: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Sequence, column and float32 coefficients of the tokens that are exact."""
-    rows, columns, numbers = [], [], []
-    for each in exact:
-        found = each.values if values else each.keys
-        if isinstance(each, Run):
-            rows.append(torch.arange(batch, device=device).repeat_interleave(found.shape[1]))
-            columns.append(torch.arange(each.first, each.first + found.shape[1], device=device).repeat(batch))
-            found = found.expand(batch, -1, -1).flatten(0, 1)
-        else:
-            rows.append(each.row)
-            columns.append(each.column)
-        if found.shape[-1] != width:
-            raise ValueError(f"exact tokens of a coded cache: {found.shape[-1]} coefficients, the rows have {width}")
-        numbers.append(found.float())
-    if not numbers:
-        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0, width)
-    return torch.cat(rows), torch.cat(columns), torch.cat(numbers)
+    if not exact:
+        return _NONE, _NONE, _NONE.float()
+    found = [_exact_of(each, batch, values) for each in exact]
+    for _, _, numbers in found:
+        if numbers.shape[-1] != width:
+            raise ValueError(f"exact tokens of a coded cache: {numbers.shape[-1]} coefficients, the rows have {width}")
+    if len(found) == 1:
+        return found[0]
+    row, column, numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return row, column, numbers
 
 
-@cache
-def _bits(coding: Coding) -> Tensor:
-    return torch.tensor([bits for bits, count in coding.bits for _ in range(count)], dtype=torch.int32)
+def _exact_of(exact: Places | Run, batch: int, values: bool) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = exact.values if values else exact.keys
+    if not isinstance(exact, Run):
+        return exact.row.contiguous(), exact.column.contiguous(), numbers.float().contiguous()
+    length = numbers.shape[1]
+    row = torch.arange(batch).repeat_interleave(length)
+    column = torch.arange(exact.first, exact.first + length).repeat(batch)
+    return row, column, numbers.expand(batch, -1, -1).flatten(0, 1).float().contiguous()
 
 
 @cache
 def not_zero(coding: Coding) -> Tensor:
     """The coefficients that a coded token may have, int32."""
-    return ((_bits(coding) > 0) | (coding.outliers > 0)).nonzero()[:, 0].int()
+    bits = torch.tensor([bits for bits, count in coding.bits for _ in range(count)])
+    return ((bits > 0) | (coding.outliers > 0)).nonzero()[:, 0].int()
 
 
 def not_zero_turned(coding: Coding, pairs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The C kernels of c_kernels.py and c_encoding.py, compiled when they are first used and kept in the user's cache folder.
+"""The C kernels of c_kernels.py and c_encoding.py, compiled when they are first used and kept in the cache folder.
 
 One of the modelling files that travel with every converted checkpoint.
 """
