@@ -165,7 +165,7 @@ def _fixed(codec: Any) -> _Fixed:
         layout = code_layout(coding, device)
         _FIXED[codec] = found = _Fixed(
             places=layout.places,
-            bits=torch.tensor([bits for bits, count in coding.bits for _ in range(count)], dtype=torch.int32),
+            bits=_bits(coding),
             grid=None if coding.kind == "table" else grid_levels(coding.kind, coding.bits[0][0], device),
             used=not_zero(coding),
             every=_every(codec.width),
@@ -222,11 +222,14 @@ def _exact_of(exact: Places | Run, batch: int, values: bool) -> tuple[Tensor, Te
     return row, column, numbers.expand(batch, -1, -1).flatten(0, 1).float().contiguous()
 
 
+def _bits(coding: Coding) -> Tensor:
+    return torch.tensor([bits for bits, count in coding.bits for _ in range(count)], dtype=torch.int32, device="cpu")
+
+
 @cache
 def not_zero(coding: Coding) -> Tensor:
     """The coefficients that a coded token may have, int32."""
-    bits = torch.tensor([bits for bits, count in coding.bits for _ in range(count)])
-    return ((bits > 0) | (coding.outliers > 0)).nonzero()[:, 0].int()
+    return ((_bits(coding) > 0) | (coding.outliers > 0)).nonzero()[:, 0].int()
 
 
 def not_zero_turned(coding: Coding, pairs: Tensor) -> Tensor:

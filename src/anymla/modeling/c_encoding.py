@@ -9,7 +9,7 @@ ENCODING = r"""
 static int to_half(float x) { /* to the nearest, of two the even one, within its range */
     float size = x < 0 ? -x : x;
     uint32_t bits, least = 126u << 23;
-    int sign = x < 0 ? 0x8000 : 0;
+    int sign = __builtin_signbit(x) ? 0x8000 : 0;
     if (size != size) return 0x7e00;
     if (size > 65504) size = 65504;
     if (size < 0x1p-14f) size += 0.5f; /* numbers there are multiples of 2**-24 */
