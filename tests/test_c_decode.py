@@ -100,7 +100,7 @@ def test_every_code_is_read_as_torch_reads_it(kind, layout):
 )
 def test_any_widths_are_written_and_read(bits, tokens, outliers, token_scale, size):
     scaled = token_scale and not any(each in (0, 16) for each, _ in bits)
-    outliers = min(outliers, sum(count for _, count in bits) - 1)
+    outliers *= any(each != 16 for each, _ in bits)  # those have no errors, and so all tie
     codec = codec_of(Coding(bits=tuple(bits), outliers=outliers, token_scale=scaled))
     x = size * random(1, tokens, codec.width)
     rows = encoded(codec, x)
@@ -110,6 +110,42 @@ def test_any_widths_are_written_and_read(bits, tokens, outliers, token_scale, si
     torch.testing.assert_close(
         context_in_c(codec, rows, (), torch.float32, weights)[:, 0], expected, rtol=1e-4, atol=1e-4
     )
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["3 bits", "outliers", "scale", "float16"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_codes_do_not_depend_on_the_default_dtype(kind, default):
+    codec, x = codec_of(KINDS[kind]), random(1, 9, 12)
+    expected = codec.encode(x)
+    torch.set_default_dtype(default)
+    try:
+        again = codec_of(KINDS[kind])
+        again.set_tables({bits: table.float() for bits, table in codec._tables().items()})
+        assert torch.equal(encoded(again, x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["outliers", "scale"])
+@pytest.mark.parametrize("place", [0, 7])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_without_an_end_are_coded_as_in_torch(kind, place, value):
+    codec, x = codec_of(KINDS[kind]), random(1, 5, 12)
+    x[0, 2, place] = float(value)
+    found, expected = (codec.decode(rows, torch.float32) for rows in (encoded(codec, x), codec.encode(x)))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_an_infinite_float16_is_no_outlier():
+    codec, x = codec_of(Coding(bits=((16, 1), (4, 7)), outliers=1)), random(1, 5, 8)
+    x[..., 0] = float("inf")
+    assert torch.equal(encoded(codec, x), codec.encode(x))
 
 
 BASES = [("own", "own"), ("channels", "axes"), ("axes", "axes")]

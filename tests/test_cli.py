@@ -214,8 +214,14 @@ def test_what_was_written_converts_again_to_the_same_bytes(kind, anymla, convers
     assert (tmp_path / "out" / "recipe.yaml").read_bytes() == (conversion.folder / "recipe.yaml").read_bytes()
 
 
+def test_a_plan_of_codes_says_how_long(anymla):
+    assert json.loads(anymla("plan", BUNDLED, "--json"))["estimated_seconds"] > 0
+    assert "Time of the conversion" in anymla("plan", BUNDLED)
+
+
 def test_convert_table(anymla, tmp_path, wide):
     table = anymla(*convert_arguments(tmp_path / "out", "--kv-rank", "10"))
+    assert "Scores of so few tokens are a rough check" in table
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())
     for scores in (report["before"], report["after"]):
         assert f"{scores['perplexity']:.3f}" in table

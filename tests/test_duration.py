@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 
@@ -12,6 +13,7 @@ from anymla.demo import bundled_model
 from anymla.io.device import matmul_speed
 from anymla.methods.cache_coding import KVQuant, TransformCoding
 from anymla.methods.cache_coding.duration import coded_seconds
+from anymla.methods.cache_coding.duration import faster as coded_faster
 from anymla.methods.duration import spoken
 from anymla.methods.mla.duration import estimated_seconds, faster
 from anymla.pipeline import explain_plan
@@ -25,7 +27,7 @@ SLOW, QUICK = 1e6, 1e12  # operations per second
 @pytest.fixture
 def slow(monkeypatch):
     """A machine on which any conversion takes hours."""
-    for place in ("anymla.pipeline", "anymla.methods.mla.plan"):
+    for place in ("anymla.pipeline", "anymla.coded_conversion", "anymla.methods.mla.plan"):
         monkeypatch.setattr(f"{place}.matmul_speed", lambda device="cpu": SLOW)
 
 
@@ -44,7 +46,6 @@ def test_more_work_takes_longer():
     assert least < estimated_seconds(model_spec_of(vocab_size=5000), recipe, SLOW)
     assert least < estimated_seconds(model_spec_of(), recipe.model_copy(update={"calibration_tokens": 65536}), SLOW)
     assert least > estimated_seconds(model_spec_of(), recipe.model_copy(update={"reconstruction_steps": 0}), SLOW)
-    assert least > estimated_seconds(model_spec_of(), recipe, SLOW, layers=1)  # a conversion that goes on
     assert least > estimated_seconds(model_spec_of(), recipe, QUICK)
     hybrid = model_spec_of("qwen3_next", num_hidden_layers=2)
     assert estimated_seconds(hybrid, recipe, SLOW) > 0
@@ -84,6 +85,23 @@ def test_a_plan_of_a_small_model_offers_nothing_faster():
     costs = explain_plan(anymla.plan(bundled_model(), **FAST))
     assert 0 < costs["estimated_seconds"] < 600
     assert not any("Faster" in note for note in costs["notes"])
+
+
+def test_a_conversion_to_codes_says_it_once(slow, tmp_path):
+    notes, options = [], {"codec": "kvquant", "calibration_tokens": 8192, "calibration_length": 64}
+
+    def stop(done, *_):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    for progress in (stop, None):
+        with suppress(KeyboardInterrupt):
+            anymla.convert(bundled_model(), tmp_path / "out", progress=progress, notify=notes.append, **options)
+    first, second = notes
+    assert "takes about" in first and "--calibration-tokens 4096 (about" in first
+    assert second.startswith("this goes on with what was kept: 2 of 5 ")
+    assert coded_faster(model_spec_of(), KVQuant(), QUICK) is None
+    assert coded_faster(model_spec_of(), KVQuant(calibration_tokens=512), 1e4).endswith(" here.")
 
 
 @pytest.mark.parametrize("long", [True, False])

@@ -20,6 +20,7 @@ from anymla.errors import CheckpointError
 from anymla.evaluation import logits as in_parts
 from anymla.evaluation.likelihood import Query, answers, untracked
 from anymla.evaluation.logits import Logits, logits_of_pass
+from anymla.evaluation.reference import Reference
 from anymla.evaluation.scores import ScoreSums, score_model
 from anymla.model_run.stream import decoder_layers, logits_of
 from tests.families import FAST, logits, make_model, save_model, token_ids
@@ -58,6 +59,8 @@ def test_the_error_of_kl_is_that_over_windows():
     found = score_model(first, windows, second)
     assert found.kl == pytest.approx(float(each.mean()))
     assert found.kl_error == pytest.approx(float(each.std() / 6**0.5))
+    together = Reference.of(second, windows, batch=4).scores(first, NO_CACHE)
+    assert (together.kl, together.kl_error) == pytest.approx((found.kl, found.kl_error))
     assert score_model(first, windows[:1], second).kl_error is None
     assert score_model(first, windows).kl_error is None
 

@@ -122,11 +122,12 @@ def test_the_commands_are_known():
         (["--kv-cache", "12.5%"], "'--kv-cache': Input should be a valid number, got '12.5%': write 0.125"),
         (["--kv-cache=8 %"], "'--kv-cache': Input should be a valid number, got '8 %': write 0.08"),
         (["--kv-cache", "half"], "'--kv-cache': Input should be a valid number, got 'half'"),
+        (["--calibration-tokens", "50%"], "'--calibration-tokens': Input should be a valid integer, got '50%'"),
         (["--calibration-tokens", "1e3"], "'--calibration-tokens': Input should be a valid integer, got '1e3'"),
         (["--kv-cache", "12.5"], "kv_cache: must be less than or equal to 1, got 12.5; it is a share: 0.125 is 12.5 %"),
     ],
 )
-def test_a_value_that_is_none_is_named(arguments, said, monkeypatch, capfd, tmp_path):
+def test_a_value_that_is_no_number_is_named(arguments, said, monkeypatch, capfd, tmp_path):
     done = run_main(["convert", str(BUNDLED), "-o", str(tmp_path / "out"), *arguments], monkeypatch, capfd)
     assert (done.code, done.out) == (1, "")
     assert done.err.strip().endswith(said)

@@ -66,11 +66,21 @@ def test_compare(ran, tmp_path, monkeypatch, capfd):
     assert told == json.loads((tmp_path / "cmp" / "results.json").read_text())
     assert sorted(path.name for path in (tmp_path / "cmp").iterdir()) == ["report.html", "results.json"]
     text = words(check_page(tmp_path / "cmp" / "report.html", told))
-    assert "stories260K" in text and "cache at 300 tokens" in text
+    for shown in (
+        "stories260K",
+        "cache at 300 tokens",
+        "share",
+        "50 %",
+        "reading (s)",
+        "512 tokens of",
+        "windows of 128",
+    ):
+        assert shown in text
     first, second = told["models"]
+    assert f"{second['quality']['kl']:.4f} ± {second['quality']['kl_error']:.2g}" in text
     assert first["quality"]["kl"] == 0 and first["quality"]["top1_agreement"] == 1
     scores = anymla.evaluate(ran, VALID, against=BUNDLED, tokens=512, length=128)
-    for name in ("perplexity", "kl", "top1_agreement", "tokens"):
+    for name in ("perplexity", "kl", "kl_error", "top1_agreement", "tokens"):
         assert second["quality"][name] == pytest.approx(getattr(scores, name), rel=1e-6)
     cost, account = second["account"], json.loads((ran / "account.json").read_text())
     assert (

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rich.console import Console
 
 from anymla.cli import progress
@@ -312,6 +312,18 @@ def test_a_hub_without_a_network_is_said_in_a_few_words(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     with pytest.raises(CheckpointError, match=r"no network leads there .* \(no name service\)$"):
+        find_model("some/model")
+
+
+def test_an_answer_of_the_hub_is_told_as_it_is(monkeypatch):
+    refused = HfHubHTTPError("429 Client Error: too many\nrequests", response=SimpleNamespace(headers={}, request=None))
+
+    def snapshot_download(*_, **__):
+        raise LocalEntryNotFoundError("Please check your connection.") from refused
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    with pytest.raises(CheckpointError, match=r"reachable on the hub: 429 Client Error: too many requests$"):
         find_model("some/model")
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,9 @@ def convert_coded(
     Raises:
         AnymlaError: one of its kinds, each one clear line.
     """
-    from anymla.distributed import rank, world
+    from anymla.distributed import rank
     from anymla.evaluation.held_out import held_out_scores
     from anymla.sweep.run import Run, swept
-
-    def begins(left: int, device: str) -> None:
-        if note is not None and left and (long := faster(spec, method, world() * matmul_speed(device))):
-            note(long)
 
     run = Run(
         output=output,
@@ -61,7 +58,7 @@ def convert_coded(
         restart=restart,
         progress=progress,
         surveyed=progress,
-        begins=begins,
+        begins=partial(_say_how_long, spec, method, note),
         note=note,
     )
     with swept(method, source.folder, spec, run) as done:
@@ -91,6 +88,13 @@ def convert_coded(
         if rank() == 0:
             _write_report(done.folder, report)
     return report
+
+
+def _say_how_long(spec: ModelSpec, method: LayerMethod, note: Callable[[str], None] | None, device: str) -> None:
+    from anymla.distributed import world
+
+    if note is not None and (long := faster(spec, method, world() * matmul_speed(device))):
+        note(long)
 
 
 def _write_report(folder: Path, report: CodedConversion) -> None:

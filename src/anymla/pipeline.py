@@ -229,12 +229,12 @@ class _Told:
     progress: Progress | None
     notify: Callable[[str], None] | None
 
-    def begins(self, left: int, device: str) -> None:
-        """Says how long the layers that are left take, where that is long."""
+    def begins(self, device: str) -> None:
+        """Says how long the conversion takes, where that is long."""
         from anymla.distributed import world
 
         speed = world() * matmul_speed(device)
-        if self.notify is not None and (long := faster(self.model_spec, self.recipe, speed, left)):
+        if self.notify is not None and (long := faster(self.model_spec, self.recipe, speed)):
             self.notify(long)
 
     def layer(self, done: int, layers: int, result: dict[str, Any]) -> None:

@@ -48,11 +48,16 @@ class Settings(BaseModel):
             return f"{subject} no setting {shown(name)}{did_you_mean(name, cls.model_fields)}; {allowed}"
         if wrong["type"] == "literal_error":
             value += did_you_mean(wrong["input"], re.findall("'([^']*)'", wrong["ctx"]["expected"]))
-        if wrong["type"] == "less_than_equal" and wrong["ctx"]["le"] == 1:
+        if wrong["type"] == "less_than_equal" and cls._is_share(wrong["loc"]):
             value += "; it is a share: 0.125 is 12.5 %"
         place = f"{where(wrong['loc'])}: " if wrong["loc"] else ""
         said = wrong["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
         return f"{place}{said}{value}"
+
+    @classmethod
+    def _is_share(cls, place: tuple[Any, ...]) -> bool:
+        field = cls.model_fields.get(str(place[-1])) if place else None
+        return field is not None and "share of" in str(field.description).lower()
 
     def to_yaml(self) -> str:
         """The settings as YAML, every field spelled out."""

@@ -97,14 +97,14 @@ def main() -> None:
 
 
 def _with_value(message: str, arguments: list[str]) -> str:
-    """What the option parser says, with the value that is no number, which it does not name."""
+    """What the option parser says of a number, with the value that was given, which the parser leaves out."""
     said, unparsed, _ = message.partition(", unable to parse string")
     option = re.search("'(-[^']*)'", said)
     words = [(*word.partition("="), after) for word, after in zip(arguments, [*arguments[1:], ""], strict=True)]
     given = [value if equals else after for name, equals, value, after in words if option and name == option[1]]
     if not unparsed or not given:
         return message
-    share = re.fullmatch(r"(\d+(?:\.\d+)?) *%", given[-1])
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) *%", given[-1]) if "valid number" in said else None
     return f"{said}, got {shown(given[-1])}" + (f": write {float(share[1]) / 100:g}" if share else "")
 
 

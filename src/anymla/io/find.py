@@ -59,7 +59,7 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import is_offline_mode, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name = repo if revision is None else f"{repo}@{revision}"
     offline = is_offline_mode()  # said to the client, for some would ask the hub about a commit even so
@@ -69,9 +69,13 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a local folder nor a hub id") from error
     except Exception as error:  # offline, unknown, gated, ...: the hub client has many kinds of its own
-        reason = _sentences(" ".join(str(error).split()))
-        if isinstance(error, LocalEntryNotFoundError):
-            reason = OFFLINE if offline else f"{UNREACHED} ({error.__cause__ or error!s:.80})"
+        absent = isinstance(error, LocalEntryNotFoundError)
+        cause = error.__cause__ if absent and error.__cause__ is not None else error
+        reason = _sentences(" ".join(str(cause).split()))
+        if absent and offline:
+            reason = OFFLINE
+        elif absent and not isinstance(cause, HfHubHTTPError):  # that is an answer of the hub
+            reason = f"{UNREACHED} ({reason})"
         raise CheckpointError(f"{name} is neither a folder here nor reachable on the hub: {reason}") from error
 
 

@@ -1,7 +1,7 @@
 """Attention of few new tokens over rows of codes on a CPU, in C; torch is the reference, and does where C does not run.
 
-One of the modelling files that travel with every converted checkpoint; c_kernels.py has what runs, and c_library.py
-compiles it.
+One of the modelling files that travel with every converted checkpoint; c_kernels.py and c_encoding.py have what runs,
+and c_library.py compiles it.
 
 Shapes: B batch, T new tokens, S cached tokens, g groups of query heads, R queries of a group (its heads, T each), w
 coefficients of a group, P rope pairs.
@@ -72,7 +72,7 @@ def encoded(codec: Any, x: Tensor) -> Tensor:
         made: Tensor = codec.encode(x)
         return made
     numbers = x.reshape(-1, codec.width).float().contiguous()
-    rows = torch.zeros(len(numbers), codec.row_bytes, dtype=torch.uint8)
+    rows = torch.zeros(len(numbers), codec.row_bytes, dtype=torch.uint8, device=x.device)
     side, held = _side(codec, rows[None], (), torch.float32, values=False)
     held += [numbers, steps := codec.steps()]
     places = (_address(numbers), _address(steps), _address(rows), len(rows), _threads(len(rows)))
@@ -217,8 +217,8 @@ def _exact_of(exact: Places | Run, batch: int, values: bool) -> tuple[Tensor, Te
     if not isinstance(exact, Run):
         return exact.row.contiguous(), exact.column.contiguous(), numbers.float().contiguous()
     length = numbers.shape[1]
-    row = torch.arange(batch).repeat_interleave(length)
-    column = torch.arange(exact.first, exact.first + length).repeat(batch)
+    row = torch.arange(batch, device=numbers.device).repeat_interleave(length)
+    column = torch.arange(exact.first, exact.first + length, device=numbers.device).repeat(batch)
     return row, column, numbers.expand(batch, -1, -1).flatten(0, 1).float().contiguous()
 
 
@@ -234,7 +234,7 @@ def not_zero(coding: Coding) -> Tensor:
 
 def not_zero_turned(coding: Coding, pairs: Tensor) -> Tensor:
     """The same once ``pairs`` [2 or more,n] were turned: both parts of a pair, if one is coded."""
-    found = torch.zeros(coding.width, dtype=torch.bool)
+    found = torch.zeros(coding.width, dtype=torch.bool, device=pairs.device)
     found[not_zero(coding).long()] = True
     real, imag = pairs[:2].long()
     found[real] = found[imag] = found[real] | found[imag]
@@ -243,7 +243,7 @@ def not_zero_turned(coding: Coding, pairs: Tensor) -> Tensor:
 
 @cache
 def _every(count: int) -> Tensor:
-    return torch.arange(count, dtype=torch.int32)
+    return torch.arange(count, dtype=torch.int32, device="cpu")
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -1,6 +1,7 @@
 """The C source that makes rows of codes; it follows that of c_kernels.py, which reads them.
 
-One of the modelling files that travel with every converted checkpoint. The rows are those of codec_tables.py.
+One of the modelling files that travel with every converted checkpoint. The rows are those of codec_tables.py; of equal
+numbers the first is the outlier, where torch takes any.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ static void put_number(uint8_t *bytes, int number) {
     bytes[1] = (uint8_t)(number >> 8);
 }
 
-/* The place of the largest, which counts no more */
+/* The place of the largest, or of one that is no number; it counts no more */
 static i64 take_largest(float *x, i64 count) {
     i64 found = 0;
     for (i64 i = 1; i < count; i++)
-        if (x[i] > x[found]) found = i;
+        if (x[i] > x[found] || x[i] != x[i]) found = i;
     x[found] = -__builtin_inff();
     return found;
 }
@@ -40,7 +41,7 @@ static void scale_token(const side *s, const float *x, float *rest, uint8_t *row
     memcpy(rest, x, s->width * 4);
     for (i64 o = 0; o < high; o++) put_number(row + 2 * o, (int)take_largest(rest, s->width));
     most = x[take_largest(rest, s->width)];
-    for (i64 c = 0; c < s->width; c++) rest[c] = -x[c];
+    for (i64 c = 0; c < s->width; c++) rest[c] = x[c] == x[c] ? -x[c] : -__builtin_inff();
     for (i64 o = high; o < s->outliers; o++) put_number(row + 2 * o, (int)take_largest(rest, s->width));
     least = x[take_largest(rest, s->width)];
     *scale = (most - least) / 2;
@@ -79,9 +80,9 @@ void anymla_encode(const side *s, const float *x, const float *steps, uint8_t *r
             if (s->scale == 2) scale_token(s, token, error, row, &zero, &scale);
             for (i64 c = 0; c < s->width; c++) {
                 float read = 0;
-                if (s->bits[c] == 16) put_number(row + (s->places[c] & 0xffff), to_half(read = token[c]));
+                if (s->bits[c] == 16) put_number(row + (s->places[c] & 0xffff), to_half(token[c]));
                 else if (s->bits[c]) read = put_code(s, c, (token[c] - zero) / scale, row);
-                if (s->scale != 2) error[c] = __builtin_fabsf(token[c] - read) / steps[c];
+                if (s->scale != 2) error[c] = s->bits[c] == 16 ? 0 : __builtin_fabsf(token[c] - read) / steps[c];
             }
             for (i64 o = 0; o < s->outliers; o++) {
                 uint8_t *place = row + 2 * o, *value = row + 2 * (s->outliers + o) + (s->scale == 2 ? 4 : 0);

@@ -240,7 +240,8 @@ class TableCodec(Codec):
         halfway = [(each[:, 1:] + each[:, :-1]) / 2 for each in tables.values()]
         bounds = [pad(each, (0, most - 1 - each.shape[1]), value=torch.inf).flatten() for each in halfway]
         step = [(each[:, -1] - each[:, 0]) / (each.shape[1] - 1) for each in tables.values()]
-        steps = torch.full((self.width,), float(torch.cat(step).mean()) if step else 1.0, device=device)
+        mean = float(torch.cat(step).mean()) if step else 1.0
+        steps = torch.full((self.width,), mean, dtype=torch.float32, device=device)
         steps[self._halves : self._halves + self._coded] = torch.cat([steps[:0], *step])
         sizes = torch.tensor([2**bits for bits, count in self._classes.items() for _ in range(count)], dtype=torch.long)
         order = None if self._order is None else torch.tensor(self._order, device=device)

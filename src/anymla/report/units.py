@@ -39,7 +39,7 @@ def measured(value: float | None, error: float | None) -> str:
     """A score with its standard error, where there is one."""
     if value is None:
         return "-"
-    return f"{value:.4f} ± {error:.4f}" if error else f"{value:.4f}"
+    return f"{value:.4f} ± {error:.2g}" if error else f"{value:.4f}"
 
 
 def text_read(name: str, tokens: int, length: int) -> str:

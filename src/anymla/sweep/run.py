@@ -52,7 +52,7 @@ class Run:
         memory: bytes of activations to hold in memory, of all processes; shard_size: bytes of a weight file.
         restart: discard what a stopped sweep left.
         progress: called after each layer; surveyed: after each pass through a layer before them; begins: called with
-            the layers that are left and the device, before all; note: called with what was kept of a stopped sweep.
+            the device before all, unless stopped work goes on; note: called with what was kept of such work.
         packed: where the source is a checkpoint of packed weights that was made plain, these.
     """
 
@@ -62,7 +62,7 @@ class Run:
     restart: bool = False
     progress: Progress | None = None
     surveyed: Told | None = None
-    begins: Callable[[int, str], None] | None = None
+    begins: Callable[[str], None] | None = None
     note: Callable[[str], None] | None = None
     packed: PackedFiles | None = None
 
@@ -119,8 +119,8 @@ def swept(
     with keep_when_stopped(work, lambda: _done(work, layers), note=run.note):
         computing = _computing(method, decide_computing(work, streamed.stored_dtype, device, method.dtype))
         streamed.compute_in(computing.dtype)
-        if run.begins is not None:
-            run.begins(layers - len(work.progress["layers"]), device)
+        if run.begins is not None and not work.begun:
+            run.begins(device)
         memory, survey = run.memory // world(), method.survey(model, plan)
         facts = []
         if survey is not None:

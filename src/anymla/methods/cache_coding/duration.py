@@ -6,8 +6,8 @@ from anymla.methods.base import LayerMethod
 from anymla.methods.duration import LONG, START, attention_operations, logit_operations, mlp_operations, spoken
 from anymla.modeling.spec import ModelSpec
 
-# passes of all calibration tokens, each as long as one forwards: up; up again and back down with gradients, which take
-# two; then the original and the coded model side by side
+# Forward passes of all calibration tokens, in time: 1 up; 1 up again and 2 back down with gradients, layer by layer;
+# 2 for the original and the coded model side by side.
 PASSES = 6
 PER_LAYER = 1.0  # seconds for the bases and the bits of a layer
 FEW_TOKENS = 4096  # of calibration text, offered to who has no time
@@ -30,7 +30,7 @@ def faster(model: ModelSpec, method: LayerMethod, speed: float) -> str | None:
         return None
     fewer = coded_seconds(model, method.model_copy(update={"calibration_tokens": FEW_TOKENS}), speed)
     offered = (
-        f" Faster, at a small loss of quality: --calibration-tokens {FEW_TOKENS} (about {spoken(fewer)})."
+        f" Faster, at a loss of quality: --calibration-tokens {FEW_TOKENS} (about {spoken(fewer)})."
         if method.calibration_tokens > FEW_TOKENS
         else ""
     )

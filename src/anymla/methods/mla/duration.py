@@ -20,14 +20,10 @@ STEP_PASSES = 5  # of a step's tokens: forward, backward, and the optimiser
 DECOMPOSITIONS = 100  # float32 operations of all float64 algebra of a layer, over the cube of its width
 
 
-def estimated_seconds(model_spec: ModelSpec, recipe: MLA, speed: float, layers: int | None = None) -> float:
-    """Seconds of a conversion at ``speed`` operations per second, right within a factor of about two.
-
-    ``layers``: those that are still to be done; all, where None.
-    """
-    share = 1.0 if layers is None else layers / len(model_spec.layers)
+def estimated_seconds(model_spec: ModelSpec, recipe: MLA, speed: float) -> float:
+    """Seconds of a conversion at ``speed`` operations per second, right within a factor of about two."""
     length = min(recipe.calibration_length, model_spec.max_position_embeddings)
-    layer = share * sum(_layer_operations(model_spec, layer.attention, recipe, length) for layer in model_spec.layers)
+    layer = sum(_layer_operations(model_spec, layer.attention, recipe, length) for layer in model_spec.layers)
     scored = 2 * recipe.calibration_tokens / 8  # the held-out part, by both models
     return START + (layer + scored * logit_operations(model_spec)) / speed
 
@@ -46,9 +42,9 @@ def _layer_operations(model_spec: ModelSpec, spec: AttentionSpec | None, recipe:
     return tokens * passes + algebra + trained
 
 
-def faster(model_spec: ModelSpec, recipe: MLA, speed: float, layers: int | None = None) -> str | None:
+def faster(model_spec: ModelSpec, recipe: MLA, speed: float) -> str | None:
     """How long a conversion takes and which options make it faster; None where it does not take long."""
-    seconds = estimated_seconds(model_spec, recipe, speed, layers)
+    seconds = estimated_seconds(model_spec, recipe, speed)
     if seconds < LONG:
         return None
     options = {"--reconstruction-steps 0": {"reconstruction_steps": 0}}
@@ -56,7 +52,7 @@ def faster(model_spec: ModelSpec, recipe: MLA, speed: float, layers: int | None 
         options[f"--calibration-tokens {FEW_TOKENS}"] = {"calibration_tokens": FEW_TOKENS}
     offers = []
     for option, changes in options.items():
-        other = estimated_seconds(model_spec, recipe.model_copy(update=changes), speed, layers)
+        other = estimated_seconds(model_spec, recipe.model_copy(update=changes), speed)
         if other < 0.9 * seconds:
             offers.append(f"{option} (about {spoken(other)})")
     offered = f" Faster, at a loss of quality: {' or '.join(offers)}." if offers else ""
