@@ -309,7 +309,7 @@ def test_a_command_line_is_a_recipe():
 
 
 def test_a_run_without_a_text_says_that_quality_was_not_measured(source, tmp_path, monkeypatch, capfd):
-    done = run_main(["run", str(source), "-o", str(tmp_path / "out"), "--step", "rtn: {bits: 8}"], monkeypatch, capfd)
+    done = run_main(["run", str(source), "-o", str(tmp_path / "out"), "--step", "rtn: {group: 16}"], monkeypatch, capfd)
     assert done.code == 0 and "Quality was not measured: --text" in done.out and "perplexity" not in done.out
 
 
