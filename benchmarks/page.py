@@ -78,25 +78,28 @@ def _against_peers(compared: list[Row]) -> list[list[str]]:
         found = {row["method"]: row for row in compared if row["budget"] == budget and "kl" in row}
         ours, rebuilt = found.pop("anymla", None), found.pop("CARE without partial RoPE", None)
         window = found.pop("anymla, exact window", None)
-        if ours is None or not found:
+        if ours is None or (rebuilt is None and not found):
             continue
-        best = min(found.values(), key=lambda row: row["kl"])
+        best = min(found.values(), key=lambda row: row["kl"], default=None)
         lines.append(
             [
                 f"{budget:.4g}",
                 f"{ours['kl']:.3f}",
-                f"{best['kl']:.3f} ({best['method']})",
-                f"{ours['kl'] / best['kl']:.2f}",
+                *(["-"] * 2 if best is None else [f"{best['kl']:.3f} ({best['method']})", _ratio(ours, best)]),
                 "-" if rebuilt is None else f"{rebuilt['kl']:.3f}",
                 _more(ours),
                 *(
                     ["-"] * 3
-                    if window is None
-                    else [f"{window['kl']:.3f}", f"{window['kl'] / best['kl']:.2f}", _more(window)]
+                    if window is None or best is None
+                    else [f"{window['kl']:.3f}", _ratio(window, best), _more(window)]
                 ),
             ]
         )
     return lines
+
+
+def _ratio(row: Row, other: Row) -> str:
+    return f"{row['kl'] / other['kl']:.2f}"
 
 
 def _more(row: Row) -> str:

@@ -13,8 +13,9 @@ from anymla.io.checkpoint import load_tokenizer
 from anymla.methods.tune import Tune
 from anymla.recipe import read_tune
 from anymla.training.best import Best
-from anymla.training.rates import best_power, first_power, next_power, rate_of
+from anymla.training.rates import best_power, first_power, next_power, rate_of, trial_of
 from anymla.training.redraw import redrawn
+from anymla.training.stages import Stage
 from tests.damage import BUNDLED, TRAIN, VALID
 
 SETTINGS = {"data": [str(TRAIN)], "eval_data": str(VALID), "eval_tokens": 256, "device": "cpu"}
@@ -46,6 +47,15 @@ def test_the_rate_is_walked_to_its_best(lowest):
     assert best_power(scores) == lowest and len(scores) <= abs(lowest) + 3
     assert [first_power(kl) for kl in (2.0, 0.5, 0.06, 0.0065, 0.0)] == [0, 0, -2, -4, -10]
     assert rate_of(0, 64) == 0.00313 and rate_of(-1, 64) == pytest.approx(0.2 / 64 / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "tokens", "trial"),
+    [(1171, 512, 117), (1953, 2048, 39), (10_000, 512, 200), (20, 64, 20)],
+)
+def test_a_trial_sees_enough(steps, tokens, trial):
+    stage = Stage(name="logits", steps=steps, rows=1, length=tokens, micro=1, accumulation=1)
+    assert trial_of(stage).steps == trial
 
 
 def test_rates_have_an_end():

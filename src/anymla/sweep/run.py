@@ -146,7 +146,7 @@ def _done(work: WorkFolder, layers: int) -> str:
     if work.progress["layers"] or not (passes := len(work.progress["survey"])):
         return f"{len(work.progress['layers'])} of {layers} layers"
     after = work.progress.get("gradient_after")
-    back = "" if after is None else f" and {layers - after} backward passes"
+    back = "" if after in (None, layers) else f" and {layers - after} backward passes"
     return f"{passes} of {layers} passes of calibration{back}"
 
 

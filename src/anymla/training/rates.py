@@ -12,6 +12,7 @@ WIDTH_RATE = 0.2  # rates fall with the hidden size
 FACTOR = 2  # between two rates
 LOWEST, HIGHEST = -10, 3  # powers of the factor
 SHARE, FEWEST = 0.02, 24  # a trial's steps: a share of the run's, and at least so many
+TOKENS, MOST = 65_536, 0.1  # of fewer tokens too low a rate looks best; but no larger share for them
 
 
 def rate_of(power: int, hidden: int) -> float:
@@ -40,4 +41,5 @@ def best_power(scores: Mapping[int, float]) -> int:
 
 def trial_of(stage: Stage) -> Stage:
     """A short run like ``stage``."""
-    return replace(stage, name=TRIAL, steps=min(stage.steps, max(FEWEST, round(SHARE * stage.steps))))
+    enough = min(math.ceil(TOKENS / stage.step_tokens), round(MOST * stage.steps))
+    return replace(stage, name=TRIAL, steps=min(stage.steps, max(FEWEST, round(SHARE * stage.steps), enough)))
