@@ -25,7 +25,8 @@ layer at a time, against the original layer's output. It sees no labels, and its
 - **Seconds** are those of the whole row: the tries, the conversion and the scoring. Peak memory is that of the row's
   process. Most of it is Python, torch and transformers.
 - **SmolLM2-135M-Instruct** was measured beside other work, so its seconds are high. Alone on two cores, its conversion
-  at 25 % takes 576 s. At 31.25 and 12.5 %, TransMLA has the one setting that was its best at 25 %.
+  at 25 % takes 576 s. At 31.25 and 12.5 %, TransMLA has the setting that was its best
+  at 25 %. At 12.5 % it was also run with 16 rotated dims, and the better one is shown.
 """
 
 
