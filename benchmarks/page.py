@@ -213,7 +213,8 @@ def plot(path: Path, rows: list[Row], methods: Iterable[str]) -> None:
                     if row["method"] == method
                 )
                 if points:
-                    style = {"color": "#0b6e4f", "linewidth": 2.4, "linestyle": "-:"[number]} if number < 2 else THIN
+                    thin = THIN | {"color": f"C{number - 2}"}  # a method's own in every model
+                    style = {"color": "#0b6e4f", "linewidth": 2.4, "linestyle": "-:"[number]} if number < 2 else thin
                     axes.plot(*zip(*points, strict=True), marker="os^DvPX*"[number % 8], label=method, **style)
             axes.set(xscale="log", yscale="log", xlabel="KV cache, % of the original's bytes", title=model)
             axes.set_ylabel("KL to the original, nats per token" if name == "kl" else "perplexity")
