@@ -78,7 +78,7 @@ def test_convert_writes_codes_and_says_so(tmp_path, monkeypatch, capfd):
     run = run_main([*arguments, "--max-shard-size", "50KB"], monkeypatch, capfd)
     assert run.code == 0, run.err
     assert run.out.startswith("--codec auto chose transform_coding: it loses least per byte")
-    assert "multi" in run.out and "anymla eval" in run.out
+    assert "multi" in run.out and "anymla compare" in run.out
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert report["after"]["cache_bytes_per_token"] == 160 and report["after"]["kl"] < 0.02
     assert [layer["layer"] for layer in report["layers"]] == list(range(5))

@@ -111,7 +111,7 @@ def test_inspect_plan_and_convert(cache, way, monkeypatch, capfd):
     assert "anymla convert org/name@v1.0 -o OUT" in run.out
     run = run_main(["convert", *model, "-o", "out", *OPTIONS.split()], monkeypatch, capfd)
     assert run.code == 0, run.err
-    assert "anymla eval out --against org/name@v1.0" in run.out
+    assert "anymla compare org/name@v1.0 out --text" in run.out
     report, card = json.loads(Path("out/conversion.json").read_text()), Path("out/README.md").read_text()
     assert (report["model"], report["commit"], len(report["layers"])) == ("org/name@v1.0", OLD, 1)
     assert "\nbase_model: org/name\n" in card
