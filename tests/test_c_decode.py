@@ -100,16 +100,16 @@ def test_every_code_is_read_as_torch_reads_it(kind, layout):
 )
 def test_any_widths_are_written_and_read(bits, tokens, outliers, token_scale, size):
     scaled = token_scale and not any(each in (0, 16) for each, _ in bits)
-    outliers *= any(each != 16 for each, _ in bits)  # those have no errors, and so all tie
+    others = sum(count for each, count in bits if each != 16)  # those have no errors, and so all tie
+    outliers = min(outliers, others, sum(count for _, count in bits) - 1)
     codec = codec_of(Coding(bits=tuple(bits), outliers=outliers, token_scale=scaled))
     x = size * random(1, tokens, codec.width)
     rows = encoded(codec, x)
     assert torch.equal(rows, codec.encode(x))
     weights = random(1, 1, 2, tokens)
     expected = weights[:, 0] @ codec.decode(rows, torch.float32)
-    torch.testing.assert_close(
-        context_in_c(codec, rows, (), torch.float32, weights)[:, 0], expected, rtol=1e-4, atol=1e-4
-    )
+    found = context_in_c(codec, rows, (), torch.float32, weights)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(1.0, size))  # large numbers cancel
 
 
 @needs_compiler
