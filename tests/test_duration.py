@@ -27,7 +27,7 @@ SLOW, QUICK = 1e6, 1e12  # operations per second
 @pytest.fixture
 def slow(monkeypatch):
     """A machine on which any conversion takes hours."""
-    for place in ("anymla.pipeline", "anymla.coded_conversion", "anymla.methods.mla.plan"):
+    for place in ("anymla.sweep.run", "anymla.methods.mla.plan"):
         monkeypatch.setattr(f"{place}.matmul_speed", lambda device="cpu": SLOW)
 
 

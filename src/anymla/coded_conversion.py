@@ -8,18 +8,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anymla import __version__
 from anymla.account import account
 from anymla.cards import scores_shown, step_card
-from anymla.io.device import matmul_speed, peak_rss
+from anymla.io.device import peak_rss
 from anymla.io.sources.plain import Plain
 from anymla.methods.base import LayerMethod
 from anymla.methods.cache_coding.duration import faster
 from anymla.modeling.spec import ModelSpec
 from anymla.outcomes import CodedConversion
 from anymla.recipe import Recipe
+
+if TYPE_CHECKING:
+    from anymla.sweep.run import Swept
 
 Progress = Callable[[int, int, dict[str, Any] | str | None], None]
 
@@ -48,7 +51,6 @@ def convert_coded(
         AnymlaError: one of its kinds, each one clear line.
     """
     from anymla.distributed import rank
-    from anymla.evaluation.held_out import held_out_scores
     from anymla.sweep.run import Run, swept
 
     run = Run(
@@ -58,43 +60,45 @@ def convert_coded(
         restart=restart,
         progress=progress,
         surveyed=progress,
-        begins=partial(_say_how_long, spec, method, note),
+        faster=partial(faster, spec, method),
         note=note,
     )
     with swept(method, source.folder, spec, run) as done:
-        before, after = account(replace(spec, dtype=done.spec.dtype)), account(done.spec)
-        scores = held_out_scores(
-            done.source, done.windows, done.original, done.converted, caches=(before, after), tuples=done.tuples
-        )
-        report = CodedConversion(
-            output=output.absolute(),
-            model=model,
-            method=method,
-            spec=done.spec,
-            layers=tuple(record.result for record in done.records if record.result is not None),
-            before=scores[0],
-            after=scores[1],
-            cache_bytes_at={
-                length: {"before": held, "after": after.cache_bytes_at[length]}
-                for length, held in before.cache_bytes_at.items()
-            },
-            commit=source.commit,
-            notes=(*source.notes, *done.source.notes),
-            computing=done.computing,
-            seconds=time.monotonic() - started,
-            peak_rss_bytes=peak_rss(),
-            anymla_version=__version__,
-        )
+        report = _report(method, model, source, spec, output, done, started)
         if rank() == 0:
             _write_report(done.folder, report)
     return report
 
 
-def _say_how_long(spec: ModelSpec, method: LayerMethod, note: Callable[[str], None] | None, device: str) -> None:
-    from anymla.distributed import world
+def _report(
+    method: LayerMethod, model: str, source: Plain, spec: ModelSpec, output: Path, done: Swept, started: float
+) -> CodedConversion:
+    """What became of ``model``, with scores on held-out text."""
+    from anymla.evaluation.held_out import held_out_scores
 
-    if note is not None and (long := faster(spec, method, world() * matmul_speed(device))):
-        note(long)
+    before, after = account(replace(spec, dtype=done.spec.dtype)), account(done.spec)
+    scores = held_out_scores(
+        done.source, done.windows, done.original, done.converted, caches=(before, after), tuples=done.tuples
+    )
+    return CodedConversion(
+        output=output.absolute(),
+        model=model,
+        method=method,
+        spec=done.spec,
+        layers=tuple(record.result for record in done.records if record.result is not None),
+        before=scores[0],
+        after=scores[1],
+        cache_bytes_at={
+            length: {"before": held, "after": after.cache_bytes_at[length]}
+            for length, held in before.cache_bytes_at.items()
+        },
+        commit=source.commit,
+        notes=(*source.notes, *done.source.notes),
+        computing=done.computing,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss(),
+        anymla_version=__version__,
+    )
 
 
 def _write_report(folder: Path, report: CodedConversion) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from anymla.io.checkpoint import (
     parse_size,
     safe_config,
 )
-from anymla.io.device import machine_memory, matmul_speed, peak_rss, pick_device
+from anymla.io.device import machine_memory, peak_rss, pick_device
 from anymla.io.find import with_revision
 from anymla.io.hub_cache import commit_of
 from anymla.io.sources.locate import Located, locate
@@ -187,8 +188,7 @@ def convert(
         chosen = _chosen_plan(called, model_spec, recipe or choice.method, settings)
         if chosen.recipe.target is not None:  # refuses at the start what the export would at the end
             all_formats()[chosen.recipe.target].check_source(name, plain.folder, model_spec.vocab_size)
-        teller = _Told(model_spec, chosen.recipe, progress, notify)
-        return _convert(plain, model_spec, chosen, output, teller, started, **sweep)
+        return _convert(plain, model_spec, chosen, output, progress, started, note=notify, **sweep)
 
 
 def _check_early(source: Located, method: LayerMethod, output: Path, *, overwrite: bool) -> None:
@@ -220,37 +220,12 @@ def _with_steps(plan: MLAPlan, model_spec: ModelSpec) -> MLAPlan:
     return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"reconstruction_steps": steps})})
 
 
-@dataclass(frozen=True)
-class _Told:
-    """Whom a conversion tells how far it is."""
-
-    model_spec: ModelSpec
-    recipe: MLA
-    progress: Progress | None
-    notify: Callable[[str], None] | None
-
-    def begins(self, device: str) -> None:
-        """Says how long the conversion takes, where that is long."""
-        from anymla.distributed import world
-
-        speed = world() * matmul_speed(device)
-        if self.notify is not None and (long := faster(self.model_spec, self.recipe, speed)):
-            self.notify(long)
-
-    def layer(self, done: int, layers: int, result: dict[str, Any]) -> None:
-        """Reports a layer that is done."""
-        from anymla.methods.mla.choose import LayerResult
-
-        if self.progress is not None:
-            self.progress(done, layers, LayerResult(**result))
-
-
 def _convert(
     source: Plain,
     model_spec: ModelSpec,
     chosen: MLAPlan,
     output: Path,
-    teller: _Told,
+    progress: Progress | None,
     started: float,
     **settings: Any,
 ) -> Conversion:
@@ -260,7 +235,11 @@ def _convert(
     from anymla.methods.mla.choose import LayerResult
     from anymla.sweep.run import Run, swept
 
-    run = Run(output=output, progress=teller.layer, begins=teller.begins, note=teller.notify, **settings)
+    def layer(done: int, layers: int, result: dict[str, Any]) -> None:
+        if progress is not None:
+            progress(done, layers, LayerResult(**result))
+
+    run = Run(output=output, progress=layer, faster=partial(faster, model_spec, chosen.recipe), **settings)
     with swept(chosen.recipe, source.folder, model_spec, run, choices=chosen.layers) as done:
         results = [None if record.result is None else LayerResult(**record.result) for record in done.records]
         before, after = (

@@ -38,10 +38,10 @@ from anymla.methods.mla.plan import MLAPlan
 from anymla.methods.mla.settings import MLA
 from anymla.outcomes import CodedConversion, Conversion
 
-FEW_TOKENS = 4096  # scores of fewer are rough
-
 if TYPE_CHECKING:
     from anymla.methods.mla.choose import LayerResult
+
+FEW_TOKENS = 4096  # scores of fewer are rough
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.spec import ModelSpec
 
@@ -25,6 +27,18 @@ def mlp_operations(model: ModelSpec) -> float:
 def logit_operations(model: ModelSpec) -> float:
     """Operations of a token's logits and their score."""
     return model.vocab_size * (2 * model.hidden_size + PER_LOGIT)
+
+
+def long_work(seconds: float, options: Mapping[str, float]) -> str | None:
+    """How long a conversion takes and which options make it faster; None where it does not take long.
+
+    ``options``: what else could be given, with the seconds that it then takes.
+    """
+    if seconds < LONG:
+        return None
+    offers = [f"{option} (about {spoken(other)})" for option, other in options.items() if other < 0.9 * seconds]
+    offered = f" Faster, at a loss of quality: {' or '.join(offers)}." if offers else ""
+    return f"The conversion takes about {spoken(seconds)} here.{offered}"
 
 
 def spoken(seconds: float) -> str:

@@ -12,11 +12,11 @@ from anymla.report.results import RESULTS
 from anymla.report.run import costs_table
 from anymla.report.units import text_read
 
-READING = "reading (s)"  # seconds that a model took to read the text
-
 if TYPE_CHECKING:
     from anymla.comparison import ComparedModel, ModelComparison
     from anymla.report.terminal import FittedTable
+
+READING = "reading (s)"  # seconds that a model took to read the text
 
 
 def comparison_table(comparison: ModelComparison) -> FittedTable:

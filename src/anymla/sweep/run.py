@@ -21,7 +21,7 @@ from anymla.distributed import join_processes, rank, wait_for_all, world
 from anymla.errors import TextError
 from anymla.io.checkpoint import load_tokenizer, safe_config
 from anymla.io.computing import Computing
-from anymla.io.device import pick_device
+from anymla.io.device import matmul_speed, pick_device
 from anymla.io.packed import PackedFiles
 from anymla.io.streamed import StreamedModel
 from anymla.io.telling import tell
@@ -51,8 +51,9 @@ class Run:
         output: the folder to write.
         memory: bytes of activations to hold in memory, of all processes; shard_size: bytes of a weight file.
         restart: discard what a stopped sweep left.
-        progress: called after each layer; surveyed: after each pass through a layer before them; begins: called with
-            the device before all, unless stopped work goes on; note: called with what was kept of such work.
+        progress: called after each layer; surveyed: after each pass through a layer before them.
+        faster: given operations per second, says how long a new sweep takes and what is faster, where that is long.
+        note: called with that, or with what was kept of stopped work that goes on.
         packed: where the source is a checkpoint of packed weights that was made plain, these.
     """
 
@@ -62,7 +63,7 @@ class Run:
     restart: bool = False
     progress: Progress | None = None
     surveyed: Told | None = None
-    begins: Callable[[str], None] | None = None
+    faster: Callable[[float], str | None] | None = None
     note: Callable[[str], None] | None = None
     packed: PackedFiles | None = None
 
@@ -119,8 +120,8 @@ def swept(
     with keep_when_stopped(work, lambda: _done(work, layers), note=run.note):
         computing = _computing(method, decide_computing(work, streamed.stored_dtype, device, method.dtype))
         streamed.compute_in(computing.dtype)
-        if run.begins is not None and not work.begun:
-            run.begins(device)
+        if not work.begun:
+            _say_how_long(run, device)
         memory, survey = run.memory // world(), method.survey(model, plan)
         facts = []
         if survey is not None:
@@ -139,6 +140,12 @@ def swept(
         if rank() == 0:
             work.finish()
         wait_for_all()
+
+
+def _say_how_long(run: Run, device: str) -> None:
+    """Says how long the sweep takes, where somebody asks and it takes long."""
+    if run.note is not None and run.faster is not None and (long := run.faster(world() * matmul_speed(device))):
+        run.note(long)
 
 
 def _done(work: WorkFolder, layers: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anymla.methods.base import LayerMethod
-from anymla.methods.duration import LONG, START, attention_operations, logit_operations, mlp_operations, spoken
+from anymla.methods.duration import START, attention_operations, logit_operations, long_work, mlp_operations
 from anymla.modeling.spec import ModelSpec
 
 # Forward passes of all calibration tokens, in time: 1 up; 1 up again and 2 back down with gradients, layer by layer;
@@ -26,12 +26,6 @@ def coded_seconds(model: ModelSpec, method: LayerMethod, speed: float) -> float:
 
 def faster(model: ModelSpec, method: LayerMethod, speed: float) -> str | None:
     """How long a conversion takes and what makes it faster; None where it does not take long."""
-    if (seconds := coded_seconds(model, method, speed)) < LONG:
-        return None
-    fewer = coded_seconds(model, method.model_copy(update={"calibration_tokens": FEW_TOKENS}), speed)
-    offered = (
-        f" Faster, at a loss of quality: --calibration-tokens {FEW_TOKENS} (about {spoken(fewer)})."
-        if method.calibration_tokens > FEW_TOKENS
-        else ""
-    )
-    return f"The conversion takes about {spoken(seconds)} here.{offered}"
+    fewer = method.model_copy(update={"calibration_tokens": min(FEW_TOKENS, method.calibration_tokens)})
+    options = {f"--calibration-tokens {FEW_TOKENS}": coded_seconds(model, fewer, speed)}
+    return long_work(coded_seconds(model, method, speed), options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anymla.methods.duration import LONG, START, attention_operations, logit_operations, mlp_operations, spoken
+from anymla.methods.duration import START, attention_operations, logit_operations, long_work, mlp_operations
 from anymla.methods.mla.costs import STEP_TOKENS, TRIED_FROM, WITH_TRIALS, reconstruction_steps
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.spec import ModelSpec
@@ -44,16 +44,11 @@ def _layer_operations(model_spec: ModelSpec, spec: AttentionSpec | None, recipe:
 
 def faster(model_spec: ModelSpec, recipe: MLA, speed: float) -> str | None:
     """How long a conversion takes and which options make it faster; None where it does not take long."""
-    seconds = estimated_seconds(model_spec, recipe, speed)
-    if seconds < LONG:
-        return None
     options = {"--reconstruction-steps 0": {"reconstruction_steps": 0}}
     if recipe.calibration_tokens > FEW_TOKENS:
         options[f"--calibration-tokens {FEW_TOKENS}"] = {"calibration_tokens": FEW_TOKENS}
-    offers = []
-    for option, changes in options.items():
-        other = estimated_seconds(model_spec, recipe.model_copy(update=changes), speed)
-        if other < 0.9 * seconds:
-            offers.append(f"{option} (about {spoken(other)})")
-    offered = f" Faster, at a loss of quality: {' or '.join(offers)}." if offers else ""
-    return f"The conversion takes about {spoken(seconds)} here.{offered}"
+    others = {
+        option: estimated_seconds(model_spec, recipe.model_copy(update=changes), speed)
+        for option, changes in options.items()
+    }
+    return long_work(estimated_seconds(model_spec, recipe, speed), others)
