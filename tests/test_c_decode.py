@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import anymla
 from anymla.modeling import c_decode, coded_attention, coded_latent, rows_attention
-from anymla.modeling.c_decode import Turning, context_in_c, encoded, not_zero, not_zero_turned, scores_in_c
+from anymla.modeling.absorbed import additive_mask
+from anymla.modeling.c_decode import Keys, Turning, Values, attend_in_c, encoded, not_zero, not_zero_turned
 from anymla.modeling.c_library import LANES, SWITCH, TILE, library
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coding_spec import WIDTHS, Coding
+from anymla.modeling.heads import attention_weights
 from anymla.modeling.placed_tokens import Places, Run
 from tests.coded_models import coded_model
 from tests.families import save_model, token_ids
@@ -71,21 +73,83 @@ def by_columns(rows):
     return rows.mT.contiguous().mT
 
 
+STILL = Turning(torch.empty(3, 0, dtype=torch.int32), torch.empty(2, 0, TILE), torch.empty(3, 2, 0), None)
+
+
+def attended(query, keys, values, new=1, *, mask=None, constant=None, softcap=None, sinks=None):
+    """Attention as torch has it: queries [B,g,R,w], keys and values [B,S,g w]; and what sinks leave."""
+    groups, heads = query.shape[1], query.shape[1] * query.shape[2]
+    scores = torch.einsum("bghw,bsgw->bghs", query, keys.unflatten(-1, (groups, -1))).flatten(1, 2)
+    scores = scores.unflatten(1, (-1, new))
+    weights = attention_weights(scores if constant is None else scores + constant, mask, softcap, sinks).flatten(1, 2)
+    groups = values.shape[-1] // query.shape[-1]
+    weights = weights.unflatten(1, (groups, -1))
+    context = torch.einsum("bghs,bsgw->bghw", weights, values.unflatten(-1, (groups, -1))).flatten(1, 2)
+    assert context.shape[1] == heads
+    return context, weights.sum(-1).flatten(1)
+
+
+def close(found, expected, size=1.0):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * size)
+
+
 @needs_compiler
 @torch.no_grad()
 @pytest.mark.parametrize("layout", [by_columns, torch.Tensor.contiguous])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_is_read_as_torch_reads_it(kind, layout):
-    codec, groups, heads = codec_of(KINDS[kind]), 2, 7
+    codec, heads = codec_of(KINDS[kind]), 7
     rows, exact = layout(codec.encode(2 * random(2, LENGTH, codec.width))), exact_tokens(codec.width)
-    query, weights = random(2, groups, heads, codec.width // groups), random(2, groups, heads, LENGTH).softmax(-1)
-    still = Turning(torch.empty(3, 0, dtype=torch.int32), torch.empty(2, 0, TILE), torch.empty(3, 2, 0), None)
-    keys, values = (read(codec, rows, exact, side).unflatten(-1, (groups, -1)) for side in (False, True))
-    found = scores_in_c(codec, rows, exact, torch.float32, query, still).unflatten(1, (groups, heads))
-    torch.testing.assert_close(found, torch.einsum("bghw,bsgw->bghs", query, keys), rtol=1e-4, atol=1e-4)
-    found = context_in_c(codec, rows, exact, torch.float32, weights)
-    torch.testing.assert_close(found, torch.einsum("bghs,bsgw->bghw", weights, values), rtol=1e-4, atol=1e-4)
-    assert torch.equal(context_in_c(codec, rows, exact, torch.float32, weights), found)
+    query = random(2, 2, heads, codec.width // 2)
+    keys, values = (read(codec, rows, exact, side) for side in (False, True))
+    given = ([Keys(codec, rows, query, STILL)], Values(2, codec, rows), exact, torch.float32)
+    found = attend_in_c(*given, mask=None)
+    close(found, attended(query, keys, values))
+    assert all(torch.equal(*each) for each in zip(attend_in_c(*given, mask=None), found, strict=True))
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["3 bits", "scale", "fp8"])
+def test_rows_may_be_keys_and_values_and_scores_sums(kind):
+    codec, other = codec_of(KINDS[kind]), codec_of(KINDS["outliers"])
+    rows, exact = codec.encode(random(2, LENGTH, 12)), exact_tokens(12)
+    more = other.encode(random(2, LENGTH, 12, seed=5))
+    query, asked = random(2, 1, 6, 12), random(2, 1, 6, 12, seed=6)
+    keys = [Keys(codec, rows, query, STILL), Keys(other, more, asked, STILL, second=True)]
+    latent, rope = read(codec, rows, exact, False), read(other, more, exact, True)
+    joined = attended(torch.cat([query, asked], -1), torch.cat([latent, rope], -1), torch.cat([latent, latent], -1))
+    found = attend_in_c(keys, Values(1), exact, torch.float32, mask=None)
+    close(found, (joined[0][..., :12], joined[1]))
+
+
+MASKS = {
+    "none": None,
+    "causal": (1, 1),
+    "of heads": (1, 6),
+    "of sequences": (2, 1),
+}
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("size", [1.0, 60.0])
+def test_scores_become_weights_as_in_torch(mask, softcap, sinks, size):
+    codec, new = codec_of(KINDS["3 bits"]), 2
+    rows, shape = codec.encode(random(2, LENGTH, 12)), MASKS[mask]
+    query, constant = size * random(2, 2, 3 * new, 6), random(2, 6, new, 1, seed=2)
+    shown = shape and additive_mask(random(*shape, new, LENGTH, seed=3) > 0, torch.float32)
+    if shape and shape[0] == 2:
+        shown[0, :, 0], shown[1, :, 1, : TILE + 1] = shown.min(), shown.min()  # all of a row, the first tile of another
+    options = {"mask": shown, "softcap": softcap, "sinks": random(6, seed=4) if sinks else None}
+    options["constant"] = constant if shape else None
+    numbers = codec.decode(rows, torch.float32)
+    found = attend_in_c([Keys(codec, rows, query, STILL)], Values(2, codec, rows), (), torch.float32, **options)
+    close(found, attended(query, numbers, numbers, new, **options))
 
 
 @needs_compiler
@@ -106,10 +170,9 @@ def test_any_widths_are_written_and_read(bits, tokens, outliers, token_scale, si
     x = size * random(1, tokens, codec.width)
     rows = encoded(codec, x)
     assert torch.equal(rows, codec.encode(x))
-    weights = random(1, 1, 2, tokens)
-    expected = weights[:, 0] @ codec.decode(rows, torch.float32)
-    found = context_in_c(codec, rows, (), torch.float32, weights)[:, 0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(1.0, size))  # large numbers cancel
+    query, numbers = random(1, 1, 2, codec.width) / max(1.0, size), codec.decode(rows, torch.float32)
+    found = attend_in_c([Keys(codec, rows, query, STILL)], Values(1), (), torch.float32, mask=None)
+    close(found, attended(query, numbers, numbers), max(1.0, size))  # large numbers cancel
 
 
 @needs_compiler
@@ -225,9 +288,9 @@ def test_a_static_cache_and_gradients(monkeypatch):
 @torch.no_grad()
 def test_exact_tokens_of_another_width_are_refused():
     codec = codec_of(KINDS["3 bits"])
-    rows, weights = codec.encode(random(1, 9, 12)), random(1, 1, 1, 9)
+    keys = [Keys(codec, codec.encode(random(1, 9, 12)), random(1, 1, 1, 12), STILL)]
     with pytest.raises(ValueError, match="8 coefficients, the rows have 12"):
-        context_in_c(codec, rows, [Run(*random(2, 1, 2, 8), 0)], torch.float32, weights)
+        attend_in_c(keys, Values(1), [Run(*random(2, 1, 2, 8), 0)], torch.float32, mask=None)
 
 
 def test_a_pair_with_one_coded_part_is_read_whole():

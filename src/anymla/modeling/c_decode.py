@@ -1,10 +1,10 @@
 """Attention of few new tokens over rows of codes on a CPU, in C; torch is the reference, and does where C does not run.
 
-One of the modelling files that travel with every converted checkpoint; c_kernels.py and c_encoding.py have what runs,
-and c_library.py compiles it.
+One of the modelling files that travel with every converted checkpoint; c_attention.py has what runs, and c_library.py
+compiles it.
 
-Shapes: B batch, T new tokens, S cached tokens, g groups of query heads, R queries of a group (its heads, T each), w
-coefficients of a group, P rope pairs.
+Shapes: B batch, H query heads, T new tokens, S cached tokens, g groups of heads, R queries of a group (its heads, T
+each), w coefficients of a group, P rope pairs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,26 @@ class Turning(NamedTuple):
     used: Tensor | None  # int32: the coefficients of coded tokens that may not be zero, turned if they are keys
 
 
+class Keys(NamedTuple):
+    """Rows of keys, and the queries that meet them."""
+
+    codec: Any
+    rows: Tensor  # [B,S,row_bytes]
+    query: Tensor  # [B,g,R,w], turned by its own positions
+    turning: Turning  # of what a query meets: coefficients, or the keys rebuilt of them
+    of_mean: Tensor | None = None  # [B,g,R,2 P], turned likewise: what meets cos and sin of a column
+    decoder: tuple[Tensor, Tensor] | None = None  # weight [n,m] and constant [n]: blocks of rows meet m coefficients
+    second: bool = False  # whether these are the second row of a token: those are the numbers of exact tokens, too
+
+
+class Values(NamedTuple):
+    """Rows of values, in so many groups of coefficients; no rows: what the first keys were read as."""
+
+    groups: int
+    codec: Any = None
+    rows: Tensor | None = None
+
+
 class _Side(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "places", "bits", "levels")),
@@ -54,9 +74,18 @@ class _Keys(ctypes.Structure):
     )
 
 
-def runs_in_c(query: Tensor, codec: Any) -> bool:
-    """Whether C reads rows of ``codec`` for float32 queries or weights: on a CPU, without gradients."""
-    if query.device.type != "cpu" or query.dtype != torch.float32 or codec.coding.kind == "plain":
+class _Weighing(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "constant", "mask", "sinks")),
+        *((name, ctypes.c_int64) for name in ("mask_batch", "mask_head", "mask_query", "new", "groups", "rows")),
+        ("softcap", ctypes.c_double),
+    )
+
+
+def runs_in_c(query: Tensor, *codecs: Any) -> bool:
+    """Whether C reads rows of these codecs for float32 queries: on a CPU, without gradients."""
+    plain = any(codec.coding.kind == "plain" for codec in codecs)
+    if query.device.type != "cpu" or query.dtype != torch.float32 or plain:
         return False
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and library() is not None
 
@@ -81,68 +110,75 @@ def encoded(codec: Any, x: Tensor) -> Tensor:
     return rows.view(*x.shape[:-1], codec.row_bytes)
 
 
-def scores_in_c(
-    codec: Any,
-    rows: Tensor,
+def attend_in_c(
+    keys: Sequence[Keys],
+    values: Values,
     exact: Sequence[Places | Run],
     dtype: torch.dtype,
-    query: Tensor,
-    turning: Turning,
-    of_mean: Tensor | None = None,
-    decoder: tuple[Tensor, Tensor] | None = None,
     *,
-    values: bool = False,
-) -> Tensor:
-    """Scores [B,g R,S] of queries with cached keys.
+    mask: Tensor | None,
+    constant: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of all queries to all rows, each of which is read once.
 
     Args:
-        codec: how ``rows`` [B,S,row_bytes] hold coefficients.
-        rows: of all keys.
-        exact: what belongs in some columns instead.
+        keys: their scores are added up. The first are not turned if they are the values, too.
+        values: what is weighed.
+        exact: what belongs in some columns instead of coded tokens.
         dtype: what rounds levels.
-        query: [B,g,R,w], turned by its own positions.
-        turning: how what a query meets turns: coefficients, or the keys rebuilt of them.
-        of_mean: [B,g,R,2 P], turned likewise: what meets cos and sin of a column.
-        decoder: weight [n,m] and constant [n] that rebuild keys; its blocks of rows meet m coefficients each.
-        values: whether these are the second row of a token: those are the numbers of exact tokens, too.
+        mask: additive, [B or 1,H or 1,T,S].
+        constant: [B,H,T,1], added to all scores of a query.
+        softcap: of scores.
+        sinks: [H], logits of a key without a value.
+
+    Returns:
+        Coefficients of values [B,g R,w], and the weight [B,g R] that sinks leave to them.
     """
-    batch, groups, queries = query.shape[:3]
-    scores = query.new_empty(batch, groups * queries, rows.shape[1])
-    side, held = _side(codec, rows, exact, dtype, values=values, used=turning.used)
-    weight, constant = (None, None) if decoder is None else (part.contiguous() for part in decoder)
-    numbers = codec.width if weight is None else len(weight)
-    tensors = [query.contiguous(), None if of_mean is None else of_mean.contiguous()]
+    batch, length, first = len(keys[0].rows), keys[0].rows.shape[1], keys[0].query
+    rows, threads = first.shape[1] * first.shape[2], _threads(batch * length)
+    pairs = [_keys_of(each, exact, dtype) for each in keys]
+    held = [each for _, _, tensors in pairs for each in tensors]
+    side, of_values = None, keys[0].codec if values.rows is None else values.codec
+    if values.rows is not None:
+        side, tensors = _side(of_values, values.rows, exact, dtype, values=True)
+        held += tensors
+    new = 1 if mask is None else mask.shape[2]
+    mask = None if mask is None else mask.to(first.dtype).expand(batch, rows // new, -1, -1)
+    mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
+    constant = None if constant is None else constant.contiguous()
+    if sinks is not None:
+        sinks = sinks.to(first.dtype).repeat_interleave(rows // len(sinks))
+    weighing = _Weighing(
+        *(None if side is None else ctypes.addressof(side), _address(constant), _address(mask), _address(sinks)),
+        *((0, 0, 0) if mask is None else mask.stride()[:3]),
+        *(new, values.groups, rows // values.groups, softcap or 0.0),
+    )
+    context = first.new_empty(batch, rows, of_values.width // values.groups)
+    share = first.new_empty(batch, rows)
+    of_rows, of_keys = _places([side for side, _, _ in pairs]), _places([own for _, own, _ in pairs])
+    places = (ctypes.byref(weighing), _address(context), _address(share), batch, length, threads)
+    loaded().anymla_attend(of_rows, of_keys, len(pairs), *places)
+    del held
+    return context, share
+
+
+def _keys_of(keys: Keys, exact: Sequence[Places | Run], dtype: torch.dtype) -> tuple[_Side, _Keys, list[Tensor | None]]:
+    """How C reads rows of keys, what meets them, and the tensors that both point to."""
+    turning, (groups, queries) = keys.turning, keys.query.shape[1:3]
+    side, held = _side(keys.codec, keys.rows, exact, dtype, values=keys.second, used=turning.used)
+    weight, constant = (None, None) if keys.decoder is None else (part.contiguous() for part in keys.decoder)
+    numbers = keys.codec.width if weight is None else len(weight)
+    of_mean = None if keys.of_mean is None else keys.of_mean.contiguous()
     every = _every(max(numbers, 2 * turning.wave.shape[1]))
-    keys = _Keys(
-        *(_address(each) for each in (*turning[:3], weight, constant, *tensors, every)),
+    tensors = [*turning[:3], weight, constant, keys.query.contiguous(), of_mean, every]
+    found = _Keys(
+        *(_address(each) for each in tensors),
         *(turning.pairs.shape[1], turning.wave.shape[1], groups, queries),
         *(numbers, 0 if weight is None else weight.shape[1]),
     )
-    places = (_address(scores), batch, rows.shape[1], _threads(batch * rows.shape[1]))
-    loaded().anymla_scores(ctypes.byref(side), ctypes.byref(keys), *places)
-    del held
-    return scores
-
-
-def context_in_c(
-    codec: Any,
-    rows: Tensor,
-    exact: Sequence[Places | Run],
-    dtype: torch.dtype,
-    weights: Tensor,
-    *,
-    values: bool = True,
-) -> Tensor:
-    """Coefficients [B,g,R,w] of cached values, weighted with ``weights`` [B,g,R,S]; other arguments as above."""
-    batch, groups, queries, length = weights.shape
-    threads, width = _threads(batch * length), codec.width // groups
-    parts = weights.new_zeros(threads, batch, groups, queries, width)  # added up in order: always the same sum
-    side, held = _side(codec, rows, exact, dtype, values=values)
-    weights = weights.contiguous()
-    places = (groups, queries, _address(weights), _address(parts), batch, length, threads)
-    loaded().anymla_context(ctypes.byref(side), *places)
-    del held
-    return parts.sum(0)
+    return side, found, [*held, *tensors]
 
 
 class _Fixed(NamedTuple):
@@ -244,6 +280,11 @@ def not_zero_turned(coding: Coding, pairs: Tensor) -> Tensor:
 @cache
 def _every(count: int) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device="cpu")
+
+
+def _places(structures: Sequence[ctypes.Structure]) -> Any:
+    """The addresses of structures, as C takes them."""
+    return (ctypes.c_void_p * len(structures))(*(ctypes.addressof(each) for each in structures))
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,4 @@
-"""The C source of attention over rows of codes; c_library.py compiles it, and c_decode.py calls it.
+"""The C source that reads rows of codes, and the products with what was read; c_attention.py has attention of them.
 
 One of the modelling files that travel with every converted checkpoint: only Python files do, so the source is text.
 
@@ -20,6 +20,7 @@ READING = r"""
 
 typedef int64_t i64;
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint64_t words __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef float numbers[STEP];
 typedef uint8_t bytes[TILE];
 #define INLINE static inline __attribute__((always_inline))
@@ -73,14 +74,16 @@ static void gather(const side *s, const uint8_t *rows, i64 count, bytes *columns
     }
 }
 
-/* The part of codes that lies in one byte, eight at a time: the mask cuts what was shifted into the next byte */
+/* The part of codes that lies in one byte: the mask cuts what was shifted into the next byte */
 INLINE void piece(int32_t place, const bytes *columns, uint8_t *codes, int more) {
     int below = place >> 16 & 7, left = place >> 19 & 15;
-    uint64_t mask = (uint64_t)(place >> 23 & 255) * 0x0101010101010101, in[TILE / 8], out[TILE / 8] = {0};
-    memcpy(in, columns[place & 0xffff], TILE);
-    if (more) memcpy(out, codes, TILE);
-    for (int i = 0; i < TILE / 8; i++) out[i] |= (in[i] >> below & mask) << left;
-    memcpy(codes, out, TILE);
+    const uint8_t *in = columns[place & 0xffff];
+    words mask = (words){0} + (uint64_t)(place >> 23 & 255) * 0x0101010101010101;
+    for (int t = 0; t < TILE; t += sizeof(words)) {
+        words found = (*(words *)(in + t) >> below & mask) << left;
+        if (more) found |= *(words *)(codes + t);
+        *(words *)(codes + t) = found;
+    }
 }
 
 #ifdef __AVX2__
@@ -111,7 +114,7 @@ static void look_up(const uint8_t *codes, const float *levels, int bits, float *
     else if (bits == 5) EACH(one_of_32(levels, code))
     if (bits <= 5) return;
 #endif
-    for (int t = 0; t < TILE; t++) x[t] = levels[codes[t]];
+    for (int t = 0; t < TILE; t++) x[t] = levels[codes[t]]; /* to gather them is not faster */
 }
 
 /* Outliers and exact tokens take the place of what was read; whether there are some of the latter */
@@ -235,42 +238,6 @@ static void turn_queries(const keys *k, i64 row, i64 tile, float *query, float *
         for (i64 f = 0; f < count; f++) turn_back(of_mean + f, of_mean + count + f, cos[f], sin[f]);
 }
 
-/* scores [B,groups rows,S] */
-void anymla_scores(const side *s, const keys *k, float *scores, i64 batch, i64 length, i64 threads) {
-    i64 tiles = (length + TILE - 1) / TILE, width = k->numbers / k->groups, all = k->groups * k->rows;
-    i64 blocks = k->decoder ? s->width / k->block : 0, waves = 2 * k->frequencies;
-#pragma omp parallel num_threads(threads)
-    {
-        bytes *columns = malloc((s->row_bytes + 1) * sizeof(bytes));
-        numbers *x = malloc((s->width + k->numbers + all + waves) * sizeof(numbers));
-        numbers *held = k->decoder ? x + s->width : x, *out = x + s->width + k->numbers, *wave = out + all;
-        float *query = malloc(all * (width + waves) * 4), *of_mean = query + all * width;
-        for (i64 i = 0; i < waves; i++) memcpy(wave[i], k->wave + i * TILE, TILE * 4);
-#pragma omp for schedule(static)
-        for (i64 at = 0; at < batch * tiles; at++) {
-            i64 row = at / tiles, tile = at % tiles, start = tile * TILE, n = k->numbers / (blocks ? blocks : 1);
-            i64 count = length - start < TILE ? length - start : TILE;
-            list some = read_tile(s, row, start, count, columns, x);
-            for (i64 b = 0; b < blocks; b++) {
-                const float *decoder = k->decoder + b * (n - 1) * k->block; /* c counts from the first block on */
-                list own = part(some, b * k->block, (b + 1) * k->block);
-                products(decoder, n, k->block, x, own, k->constant + b * n, 0, held + b * n);
-            }
-            if (k->decoder) some = (list){k->every, k->numbers};
-            turn_keys(k, held);
-            turn_queries(k, row, tile, query, of_mean);
-            for (i64 g = 0; g < k->groups; g++) {
-                i64 first = g * k->rows;
-                list own = part(some, g * width, (g + 1) * width);
-                products(query + first * width - g * width, k->rows, width, held, own, 0, 0, out + first);
-            }
-            if (k->of_mean) products(of_mean, all, waves, wave, (list){k->every, waves}, 0, 1, out);
-            for (i64 r = 0; r < all; r++) memcpy(scores + (row * all + r) * length + start, out[r], count * 4);
-        }
-        free(columns), free(x), free(query);
-    }
-}
-
 /* out[r][c] += w[r][t] x[c][t] by lanes: `rows` of three at most, `few` of four c at most */
 INLINE void dots(int rows, int few, numbers *w, numbers *x, const int32_t *c, vector *out, i64 width) {
     vector sum[3][4];
@@ -298,33 +265,5 @@ static void sums(numbers *w, i64 rows, numbers *x, list some, vector *out, i64 w
 static void add_up(vector *sum, i64 count, float *out) {
     for (i64 i = 0; i < count; i++, *sum++ = (vector){0})
         for (int l = 0; l < LANES; l++) out[i] += (*sum)[l];
-}
-
-/* Adds to parts [threads,B,groups,rows,width / groups], one for each thread, what weights [B,groups,rows,S] weigh */
-void anymla_context(
-    const side *s, i64 groups, i64 rows, const float *weights, float *parts, i64 batch, i64 length, i64 threads) {
-    i64 tiles = (length + TILE - 1) / TILE, width = s->width / groups, all = groups * rows, work = batch * tiles;
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (i64 thread = 0; thread < threads; thread++) {
-        bytes *columns = malloc((s->row_bytes + 1) * sizeof(bytes));
-        numbers *x = malloc((s->width + all) * sizeof(numbers)), *w = x + s->width;
-        vector *sum = calloc(all * width, sizeof(vector));
-        i64 stop = (thread + 1) * work / threads;
-        for (i64 at = thread * work / threads; at < stop; at++) {
-            i64 row = at / tiles, start = at % tiles * TILE, count = length - start < TILE ? length - start : TILE;
-            list some = read_tile(s, row, start, count, columns, x);
-            for (i64 r = 0; r < all; r++) {
-                memset(w[r], 0, sizeof *w);
-                memcpy(w[r], weights + (row * all + r) * length + start, count * 4);
-            }
-            for (i64 g = 0; g < groups; g++) {
-                list own = part(some, g * width, (g + 1) * width);
-                sums(w + g * rows, rows, x, own, sum + g * rows * width - g * width, width);
-            }
-            if (at + 1 == stop || at % tiles == tiles - 1)
-                add_up(sum, all * width, parts + (thread * batch + row) * all * width);
-        }
-        free(columns), free(x), free(sum);
-    }
 }
 """

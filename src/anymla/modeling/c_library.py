@@ -1,6 +1,7 @@
-"""The C kernels of c_kernels.py and c_encoding.py, compiled when they are first used and kept in the cache folder.
+"""The C kernels, compiled when they are first used and kept in the user's cache folder.
 
-One of the modelling files that travel with every converted checkpoint.
+One of the modelling files that travel with every converted checkpoint. c_kernels.py, c_attention.py and c_encoding.py
+have the source.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pathlib import Path
 
 import torch
 
+from .c_attention import ATTENTION
 from .c_encoding import ENCODING
 from .c_kernels import READING
 
-SOURCE = READING + ENCODING
+SOURCE = READING + ATTENTION + ENCODING
 SWITCH = "ANYMLA_C_KERNELS"  # "0" in the environment: torch does
 TILE = 128  # tokens that C reads at a time, a multiple of twice as many as a vector has numbers
 LANES = 8  # numbers of a vector
@@ -47,10 +49,9 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, not writable, no such flags
         return None
     integer, address = ctypes.c_int64, ctypes.c_void_p
-    found.anymla_scores.argtypes = [address, address, address, integer, integer, integer]
-    found.anymla_context.argtypes = [address, integer, integer, address, address, integer, integer, integer]
+    found.anymla_attend.argtypes = [address, address, integer, *[address] * 3, *[integer] * 3]
     found.anymla_encode.argtypes = [address, address, address, address, integer, integer]
-    found.anymla_scores.restype = found.anymla_context.restype = found.anymla_encode.restype = None
+    found.anymla_attend.restype = found.anymla_encode.restype = None
     return found
 
 

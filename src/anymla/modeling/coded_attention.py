@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .absorbed import additive_mask
 from .attention import joined
 from .block_maps import grouped, mapped_columns, matrix, through
-from .c_decode import Turning, context_in_c, runs_in_c, scores_in_c, tiles_of
+from .c_decode import Keys, Turning, Values, attend_in_c, runs_in_c, tiles_of
 from .heads import attention_weights, multiply_pairs
 from .room import room_of_thread
 from .rows_attention import Rows, RowsAttention, turn, turned
@@ -122,36 +122,41 @@ class CodedAttention(RowsAttention):
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attend_in_chunks(self, query: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
-        """Reads the keys of all chunks for the scores, then the values; returns [B,T,H,d]."""
+        """Attends to all chunks, which C or torch reads; returns [B,T,H,d]."""
         mask = None if mask is None else additive_mask(mask, query.dtype)
-        precise = query.to(torch.promote_types(query.dtype, torch.float32))  # of 16 bits products are slower, too
-        scores = self._scores(precise * self.scaling, rows, query.dtype)
-        weights = attention_weights(scores, mask, self.spec.softcap, self.sinks)
-        return self._context(weights, rows, query.dtype).transpose(1, 2).to(query.dtype)
+        precise = query.to(torch.promote_types(query.dtype, torch.float32)) * self.scaling  # 16 bits are slower, too
+        asked = (self._of_keys if self.channel_index is None else self._of_channels)(precise)
+        by_c = runs_in_c(precise, self.key_codec, self.value_codec)
+        context, share = (self._by_c if by_c else self._by_torch)(asked, rows, mask, query.dtype)
+        return self._values(context, share).transpose(1, 2).to(query.dtype)
 
-    def _scores(self, query: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Scores [B,H,T,S]. ``dtype``: of what is read, which prefill reads in the model's own."""
-        asked = (self._of_keys if self.channel_index is None else self._of_channels)(query)
-        by_c = runs_in_c(query, self.key_codec)
-        scores = (self._scores_in_c if by_c else self._scores_in_torch)(asked, rows, dtype)
-        scores = scores.unflatten(1, (-1, query.shape[2]))
-        return scores if asked.constant is None else scores + asked.constant
-
-    def _scores_in_c(self, asked: Asked, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Scores [B,H T,S] but for the constant."""
+    def _by_c(self, asked: Asked, rows: Rows, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Coefficients of values [B,H,T,w] in one pass over all rows, and the weight [B,H,T,1] that sinks leave."""
         query, of_mean = self._from_columns(asked, rows.start, rows.keys.new_zeros(1, dtype=torch.long))
         turning = self._kept.get(self.inv_freq, self._turning, tiles_of(rows.keys), query.shape[-1])
         if of_mean is not None:
             of_mean = of_mean[0].unflatten(1, (query.shape[2], -1)).flatten(2, 3)
-        return scores_in_c(self.key_codec, rows.keys, rows.places, dtype, query[0], turning, of_mean, asked.decoder)
+        keys = Keys(self.key_codec, rows.keys, query[0], turning, of_mean, asked.decoder)
+        values = Values(self.value_codec.width // self.value_width, self.value_codec, rows.values)
+        options: dict[str, Any] = {"softcap": self.spec.softcap, "sinks": self.sinks}
+        found = attend_in_c([keys], values, rows.places, dtype, mask=mask, constant=asked.constant, **options)
+        context, share = (each.unflatten(1, (-1, asked.query.shape[3])) for each in found)
+        return context, share.unsqueeze(-1)
+
+    def _by_torch(self, asked: Asked, rows: Rows, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same. Reads the keys of all chunks for the scores, then the values."""
+        scores = self._scores(asked, rows, dtype).unflatten(1, (-1, asked.query.shape[3]))
+        scores = scores if asked.constant is None else scores + asked.constant
+        weights = attention_weights(scores, mask, self.spec.softcap, self.sinks)
+        return self._context(weights, rows, dtype), weights.sum(-1, keepdim=True)
 
     def _turning(self, tiles: int, width: int) -> Turning:
         """How the numbers of all groups turn, ``width`` of each."""
         rebuilt = self.channel_index is None and self.key_decoder is not None
         return self.turning_of(self._channels(), width, tiles, None if rebuilt else self.coded.keys)
 
-    def _scores_in_torch(self, asked: Asked, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """The same. In each chunk keys and queries are turned from its first column on."""
+    def _scores(self, asked: Asked, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Scores [B,H T,S] but for the constant. In each chunk keys and queries are turned from its first column on."""
         chunks, room, like = self.chunks(rows), room_of_thread(), asked.query
         size = chunks[0][1]
         starts = torch.arange(0, len(chunks) * size, size, device=like.device)
@@ -206,28 +211,22 @@ class CodedAttention(RowsAttention):
         return self.channel_index.view(self.num_kv_heads * self.head_dim // self.key_width, -1)
 
     def _context(self, weights: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Values weighted with ``weights`` [B,H,T,S]: [B,H,T,d]."""
+        """Coefficients of values weighted with ``weights`` [B,H,T,S]: [B,H,T,w]."""
         blocks = self.value_codec.width // self.value_width
-        shares = weights.unflatten(1, (blocks, -1)).flatten(2, 3)
-        if runs_in_c(weights, self.value_codec):
-            context = context_in_c(self.value_codec, rows.values, rows.places, dtype, shares)
-        else:
-            context = self._context_in_torch(shares.flatten(0, 1), rows, dtype)
-        context = context.view(*weights.shape[:3], -1)
-        if self.value_decoder is None:
-            return context
-        weight, mean = self._by_head(self.value_decoder, self.value_width, weights)
-        heads = grouped(context, weight.mT[None])
-        mean = mean.repeat_interleave(self.num_key_value_groups, dim=0)
-        return heads + weights.sum(-1, keepdim=True) * mean[:, None]  # a sink takes a part of the weights
-
-    def _context_in_torch(self, shares: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Coefficients weighted with ``shares`` [B blocks,H T/blocks,S]: [B blocks,H T/blocks,w]."""
+        shares = weights.unflatten(1, (blocks, -1)).flatten(2, 3).flatten(0, 1)
         context = shares.new_zeros(*shares.shape[:2], self.value_width)
         for start, stop in self.chunks(rows):
             values = self._read(rows, start, stop, dtype, room_of_thread(), values=True).to(shares.dtype).mT
             context.baddbmm_(shares[..., start:stop], values.reshape(len(context), self.value_width, -1).mT)
-        return context
+        return context.view(*weights.shape[:3], -1)
+
+    def _values(self, context: Tensor, share: Tensor) -> Tensor:
+        """Heads [B,H,T,d] of weighted coefficients [B,H,T,w], whose weights have the sum ``share`` [B,H,T,1]."""
+        if self.value_decoder is None:
+            return context
+        weight, mean = self._by_head(self.value_decoder, self.value_width, context)
+        mean = mean.repeat_interleave(self.num_key_value_groups, dim=0)
+        return grouped(context, weight.mT[None]) + share * mean[:, None]  # a sink takes a part of the weights
 
     def _by_head(self, decoder: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [G,d,w] and constant [G,d] of a decoder."""

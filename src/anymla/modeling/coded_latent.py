@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from .absorbed import absorbed_attention, additive_mask
-from .c_decode import Turning, context_in_c, runs_in_c, scores_in_c, tiles_of
+from .c_decode import Keys, Turning, Values, attend_in_c, runs_in_c, tiles_of
 from .decode_kernel import codes_for_kernel
-from .heads import attention_weights
 from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention
 from .placed_tokens import PlacedTokens
@@ -42,13 +41,14 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
 
         A gain of the rotated query is a gain in the frame of its own position, whatever its column.
         """
-        columns = torch.arange(start, start + query.shape[2], device=query.device)[None]
         if self.query_gain is None:
-            positions = torch.zeros_like(columns)
-        cos, sin = self._angles((columns if positions is None else positions)[:, None], query)
-        query_nope, channels = self.queries(query, cos, sin)
-        channels = self.rotated_channels(channels, cos, -sin) * self.coded.rope_scale**2  # of queries and keys
-        return torch.cat([query_nope, channels], dim=-1)
+            query_nope, channels = self.queries(query)
+        else:
+            columns = torch.arange(start, start + query.shape[2], device=query.device)[None]
+            cos, sin = self._angles((columns if positions is None else positions)[:, None], query)
+            query_nope, channels = self.queries(query, cos, sin)
+            channels = self.rotated_channels(channels, cos, -sin)
+        return torch.cat([query_nope, channels * self.coded.rope_scale**2], dim=-1)  # of queries and keys
 
     def attend_all(
         self,
@@ -80,7 +80,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
             return self.attend_all(query, whole := self._whole(rows, dtype), whole, rows.start, mask, {})[0]
         (query_nope, channels), (up_key, up_value) = self._parts(precise), (part.to(precise.dtype) for part in up)
         inputs = (self.into_latent(query_nope, up_key), channels, rows, mask)
-        if codes is None and all(runs_in_c(precise, codec) for codec, _ in sides):
+        if codes is None and runs_in_c(precise, *(codec for codec, _ in sides)):
             context = self._by_c(*inputs, dtype)
             return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
         parts = self._by_kernel(*inputs, codes) if codes else self._by_chunks(*inputs, dtype)
@@ -92,25 +92,27 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
     def _by_c(
         self, query_latent: Tensor, channels: Tensor, rows: Rows, mask: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """Attention to everything at once, [B,H,T,r]; C reads the rows a tile at a time."""
+        """Attention to everything at once, [B,H,T,r]; C reads each row once, a tile at a time."""
         latent, ropes, new = self.key_codec.width, self.value_codec.width, query_latent.shape[2]
         own = rows.start + torch.arange(new, device=channels.device)
         query_rope = self.rotated_channels(channels, *self._angles(own, channels))
         key, value = self.key_and_value(torch.arange(latent).view(1, 1, 1, -1))
-        query = query_latent.new_zeros(*query_latent.shape[:3], latent)
-        query[..., key.flatten()] = query_latent
+        query = query_latent
+        if key is not value:  # parts of the latent
+            query = query_latent.new_zeros(*query_latent.shape[:3], latent)
+            query[..., key.flatten()] = query_latent
         sides = [(self.key_codec, rows.keys, query, 0)]
         sides += [(self.value_codec, rows.values, query_rope, ropes // 2)] if ropes else []
-        scores: Any = 0
+        keys = []
         for codec, held, asked, pairs in sides:
             turning = self._kept.get(self.inv_freq, self._turning, tiles_of(held), pairs)
-            rows_of_heads = (asked * self.scaling).flatten(1, 2)[:, None]
-            scores = scores + scores_in_c(codec, held, rows.places, dtype, rows_of_heads, turning, values=pairs > 0)
+            of_heads = (asked * self.scaling).flatten(1, 2)[:, None]
+            keys.append(Keys(codec, held, of_heads, turning, second=pairs > 0))
         mask = None if mask is None else additive_mask(mask, dtype)
-        weights = attention_weights(scores.unflatten(1, (-1, new)), mask, self.spec.softcap, self.sinks)
-        shares = weights.flatten(1, 2)[:, None]
-        context = context_in_c(self.key_codec, rows.keys, rows.places, dtype, shares, values=False)
-        return context[:, 0].unflatten(1, (-1, new))[..., value.flatten()]
+        options: dict[str, Any] = {"softcap": self.spec.softcap, "sinks": self.sinks}
+        context, _ = attend_in_c(keys, Values(1), rows.places, dtype, mask=mask, **options)
+        context = context.unflatten(1, (-1, new))
+        return context if key is value else context[..., value.flatten()]
 
     def _turning(self, tiles: int, pairs: int) -> Turning:
         """How C turns the rope key, of ``pairs``; a latent, which has none, does not turn."""

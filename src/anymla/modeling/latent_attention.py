@@ -68,14 +68,19 @@ class LatentAttention(ConvertedAttention):
         """The rope pair [K] with whose frequency each channel rotates."""
         return self.channel_index[: self.qk_rope_head_dim // 2]
 
-    def queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Position-free query [B,H,T,d] (expected rotation applied) and rotated channel query [B,H,T,R]."""
+    def queries(self, query: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Position-free query [B,H,T,d] (expected rotation applied) and channel query [B,H,T,R].
+
+        ``angles``: cos and sin [..,T,P] that rotate the channel query; none: it is not rotated.
+        """
         pairs, rest = query.split([2 * self.rope_pairs, self.head_dim - 2 * self.rope_pairs], dim=-1)
         real, imag = self.query_rotation.unsqueeze(-2)
         query_nope = torch.cat([multiply_pairs(pairs, real, imag), rest], dim=-1)
         frequency = self.channel_frequency.repeat(self.channel_fold)
         dims = torch.cat([self.channel_index, self.channel_index + self.rope_pairs])
-        channels = multiply_pairs(query[..., dims], cos[..., frequency], sin[..., frequency])
+        channels = query[..., dims]
+        if angles:
+            channels = multiply_pairs(channels, *(table[..., frequency] for table in angles))
         if self.query_gain is not None:
             channels = channels * self.query_gain[dims]
         weight = self.channel_weight.repeat_interleave(self.num_key_value_groups, dim=1).unsqueeze(-2)

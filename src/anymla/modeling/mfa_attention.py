@@ -68,10 +68,10 @@ class MfaAttention(LatentAttention):
         heads: Tensor = self.q_b_proj(shared)
         return heads.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The query of the latent [B,H,T,C-R] and the rotated one of the rope channels [B,H,T,R]."""
+    def queries(self, query: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of the latent [B,H,T,C-R] and of the rope channels [B,H,T,R]; ``angles`` as in LatentAttention."""
         nope, channels = query.split([query.shape[-1] - self.qk_rope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return nope, self.rotated_channels(channels, cos, sin)
+        return nope, self.rotated_channels(channels, *angles) if angles else channels
 
     def absorbs(self, new: int, mask: Tensor | None) -> bool:
         """Whether a single token reads the cache, which the heads then share without copies."""

@@ -91,9 +91,8 @@ def _query_maps(whole: LatentAttention, mfa: MfaSpec) -> Tensor:
     Rope multiplies a channel's query by a unit complex number and so does this map, so they may change places.
     """
     heads, d = whole.num_heads, whole.head_dim
-    ones = torch.ones(1, 1, d, whole.rope_pairs, dtype=torch.float64, device=whole.o_proj.weight.device)
-    units = torch.eye(d, dtype=torch.float64, device=ones.device).expand(1, heads, d, d)
-    nope, channels = whole.queries(units, ones, torch.zeros_like(ones))
+    units = torch.eye(d, dtype=torch.float64, device=whole.o_proj.weight.device).expand(1, heads, d, d)
+    nope, channels = whole.queries(units)
     up_key, _ = _up_projections(whole, units)
     reads = whole.into_latent(nope, up_key)[..., : whole.kv_lora_rank - mfa.value_rank]
     return torch.cat([reads, channels], dim=-1)[0].mT
