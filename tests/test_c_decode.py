@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import anymla
 from anymla.modeling import c_decode, coded_attention, coded_latent, rows_attention
 from anymla.modeling.absorbed import additive_mask
-from anymla.modeling.c_decode import Keys, Turning, Values, attend_in_c, encoded, not_zero, not_zero_turned
+from anymla.modeling.c_decode import Keys, Turning, Values, Weighing, attend_in_c, encoded, not_zero, not_zero_turned
 from anymla.modeling.c_library import LANES, SWITCH, TILE, library
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coding_spec import WIDTHS, Coding
@@ -103,10 +103,10 @@ def test_every_code_is_read_as_torch_reads_it(kind, layout):
     rows, exact = layout(codec.encode(2 * random(2, LENGTH, codec.width))), exact_tokens(codec.width)
     query = random(2, 2, heads, codec.width // 2)
     keys, values = (read(codec, rows, exact, side) for side in (False, True))
-    given = ([Keys(codec, rows, query, STILL)], Values(2, codec, rows), exact, torch.float32)
-    found = attend_in_c(*given, mask=None)
+    given = ([Keys(codec, rows, query, STILL)], Values(2, codec, rows), exact, torch.float32, Weighing())
+    found = attend_in_c(*given)
     close(found, attended(query, keys, values))
-    assert all(torch.equal(*each) for each in zip(attend_in_c(*given, mask=None), found, strict=True))
+    assert all(torch.equal(*each) for each in zip(attend_in_c(*given), found, strict=True))
 
 
 @needs_compiler
@@ -120,7 +120,7 @@ def test_rows_may_be_keys_and_values_and_scores_sums(kind):
     keys = [Keys(codec, rows, query, STILL), Keys(other, more, asked, STILL, second=True)]
     latent, rope = read(codec, rows, exact, False), read(other, more, exact, True)
     joined = attended(torch.cat([query, asked], -1), torch.cat([latent, rope], -1), torch.cat([latent, latent], -1))
-    found = attend_in_c(keys, Values(1), exact, torch.float32, mask=None)
+    found = attend_in_c(keys, Values(1), exact, torch.float32, Weighing())
     close(found, (joined[0][..., :12], joined[1]))
 
 
@@ -148,7 +148,9 @@ def test_scores_become_weights_as_in_torch(mask, softcap, sinks, size):
     options = {"mask": shown, "softcap": softcap, "sinks": random(6, seed=4) if sinks else None}
     options["constant"] = constant if shape else None
     numbers = codec.decode(rows, torch.float32)
-    found = attend_in_c([Keys(codec, rows, query, STILL)], Values(2, codec, rows), (), torch.float32, **options)
+    found = attend_in_c(
+        [Keys(codec, rows, query, STILL)], Values(2, codec, rows), (), torch.float32, Weighing(**options)
+    )
     close(found, attended(query, numbers, numbers, new, **options))
 
 
@@ -171,7 +173,7 @@ def test_any_widths_are_written_and_read(bits, tokens, outliers, token_scale, si
     rows = encoded(codec, x)
     assert torch.equal(rows, codec.encode(x))
     query, numbers = random(1, 1, 2, codec.width) / max(1.0, size), codec.decode(rows, torch.float32)
-    found = attend_in_c([Keys(codec, rows, query, STILL)], Values(1), (), torch.float32, mask=None)
+    found = attend_in_c([Keys(codec, rows, query, STILL)], Values(1), (), torch.float32, Weighing())
     close(found, attended(query, numbers, numbers), max(1.0, size))  # large numbers cancel
 
 
@@ -290,7 +292,7 @@ def test_exact_tokens_of_another_width_are_refused():
     codec = codec_of(KINDS["3 bits"])
     keys = [Keys(codec, codec.encode(random(1, 9, 12)), random(1, 1, 1, 12), STILL)]
     with pytest.raises(ValueError, match="8 coefficients, the rows have 12"):
-        attend_in_c(keys, Values(1), [Run(*random(2, 1, 2, 8), 0)], torch.float32, mask=None)
+        attend_in_c(keys, Values(1), [Run(*random(2, 1, 2, 8), 0)], torch.float32, Weighing())
 
 
 def test_a_pair_with_one_coded_part_is_read_whole():

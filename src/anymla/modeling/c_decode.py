@@ -55,6 +55,15 @@ class Values(NamedTuple):
     rows: Tensor | None = None
 
 
+class Weighing(NamedTuple):
+    """What becomes of scores until they weigh values."""
+
+    mask: Tensor | None = None  # additive, [B or 1,H or 1,T,S]
+    constant: Tensor | None = None  # [B,H,T,1], added to all scores of a query
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [H], logits of a key without a value
+
+
 class _Side(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "places", "bits", "levels")),
@@ -115,11 +124,7 @@ def attend_in_c(
     values: Values,
     exact: Sequence[Places | Run],
     dtype: torch.dtype,
-    *,
-    mask: Tensor | None,
-    constant: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    weighing: Weighing,
 ) -> tuple[Tensor, Tensor]:
     """Attention of all queries to all rows, each of which is read once.
 
@@ -128,40 +133,47 @@ def attend_in_c(
         values: what is weighed.
         exact: what belongs in some columns instead of coded tokens.
         dtype: what rounds levels.
-        mask: additive, [B or 1,H or 1,T,S].
-        constant: [B,H,T,1], added to all scores of a query.
-        softcap: of scores.
-        sinks: [H], logits of a key without a value.
+        weighing: how scores become weights.
 
     Returns:
         Coefficients of values [B,g R,w], and the weight [B,g R] that sinks leave to them.
     """
     batch, length, first = len(keys[0].rows), keys[0].rows.shape[1], keys[0].query
-    rows, threads = first.shape[1] * first.shape[2], _threads(batch * length)
+    rows = first.shape[1] * first.shape[2]
     pairs = [_keys_of(each, exact, dtype) for each in keys]
     held = [each for _, _, tensors in pairs for each in tensors]
-    side, of_values = None, keys[0].codec if values.rows is None else values.codec
+    side, codec = None, keys[0].codec if values.rows is None else values.codec
     if values.rows is not None:
-        side, tensors = _side(of_values, values.rows, exact, dtype, values=True)
-        held += tensors
-    new = 1 if mask is None else mask.shape[2]
-    mask = None if mask is None else mask.to(first.dtype).expand(batch, rows // new, -1, -1)
-    mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
-    constant = None if constant is None else constant.contiguous()
-    if sinks is not None:
-        sinks = sinks.to(first.dtype).repeat_interleave(rows // len(sinks))
-    weighing = _Weighing(
-        *(None if side is None else ctypes.addressof(side), _address(constant), _address(mask), _address(sinks)),
-        *((0, 0, 0) if mask is None else mask.stride()[:3]),
-        *(new, values.groups, rows // values.groups, softcap or 0.0),
+        side, of_side = _side(codec, values.rows, exact, dtype, values=True)
+        held += of_side
+    weighed, of_scores = _weighing_of(weighing, side, values.groups, batch, rows)
+    held += of_scores
+    context, share = first.new_empty(batch, rows, codec.width // values.groups), first.new_empty(batch, rows)
+    of_rows, of_keys = _places([own for own, _, _ in pairs]), _places([own for _, own, _ in pairs])
+    sizes = (batch, length, _threads(batch * length))
+    loaded().anymla_attend(
+        of_rows, of_keys, len(pairs), ctypes.byref(weighed), _address(context), _address(share), *sizes
     )
-    context = first.new_empty(batch, rows, of_values.width // values.groups)
-    share = first.new_empty(batch, rows)
-    of_rows, of_keys = _places([side for side, _, _ in pairs]), _places([own for _, own, _ in pairs])
-    places = (ctypes.byref(weighing), _address(context), _address(share), batch, length, threads)
-    loaded().anymla_attend(of_rows, of_keys, len(pairs), *places)
     del held
     return context, share
+
+
+def _weighing_of(
+    weighing: Weighing, values: _Side | None, groups: int, batch: int, rows: int
+) -> tuple[_Weighing, list[Tensor | None]]:
+    """How C makes weights of the scores of so many ``rows`` of queries, and the tensors that it points to."""
+    mask, constant, softcap, sinks = weighing
+    new, strides = 1, [0, 0, 0]
+    if mask is not None:
+        new = mask.shape[2]
+        mask = mask.float().expand(batch, rows // new, -1, -1)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        strides = [*mask.stride()[:3]]
+    constant = None if constant is None else constant.contiguous()
+    sinks = None if sinks is None else sinks.float().repeat_interleave(rows // len(sinks))
+    addresses = (None if values is None else ctypes.addressof(values), *map(_address, (constant, mask, sinks)))
+    found = _Weighing(*addresses, *strides, new, groups, rows // groups, softcap or 0.0)
+    return found, [constant, mask, sinks]
 
 
 def _keys_of(keys: Keys, exact: Sequence[Places | Run], dtype: torch.dtype) -> tuple[_Side, _Keys, list[Tensor | None]]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .absorbed import additive_mask
 from .attention import joined
 from .block_maps import grouped, mapped_columns, matrix, through
-from .c_decode import Keys, Turning, Values, attend_in_c, runs_in_c, tiles_of
+from .c_decode import Keys, Turning, Values, Weighing, attend_in_c, runs_in_c, tiles_of
 from .heads import attention_weights, multiply_pairs
 from .room import room_of_thread
 from .rows_attention import Rows, RowsAttention, turn, turned
@@ -138,8 +138,8 @@ class CodedAttention(RowsAttention):
             of_mean = of_mean[0].unflatten(1, (query.shape[2], -1)).flatten(2, 3)
         keys = Keys(self.key_codec, rows.keys, query[0], turning, of_mean, asked.decoder)
         values = Values(self.value_codec.width // self.value_width, self.value_codec, rows.values)
-        options: dict[str, Any] = {"softcap": self.spec.softcap, "sinks": self.sinks}
-        found = attend_in_c([keys], values, rows.places, dtype, mask=mask, constant=asked.constant, **options)
+        weighing = Weighing(mask, asked.constant, self.spec.softcap, self.sinks)
+        found = attend_in_c([keys], values, rows.places, dtype, weighing)
         context, share = (each.unflatten(1, (-1, asked.query.shape[3])) for each in found)
         return context, share.unsqueeze(-1)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .absorbed import absorbed_attention, additive_mask
-from .c_decode import Keys, Turning, Values, attend_in_c, runs_in_c, tiles_of
+from .c_decode import Keys, Turning, Values, Weighing, attend_in_c, runs_in_c, tiles_of
 from .decode_kernel import codes_for_kernel
 from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention
@@ -109,8 +109,8 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
             of_heads = (asked * self.scaling).flatten(1, 2)[:, None]
             keys.append(Keys(codec, held, of_heads, turning, second=pairs > 0))
         mask = None if mask is None else additive_mask(mask, dtype)
-        options: dict[str, Any] = {"softcap": self.spec.softcap, "sinks": self.sinks}
-        context, _ = attend_in_c(keys, Values(1), rows.places, dtype, mask=mask, **options)
+        weighing = Weighing(mask, softcap=self.spec.softcap, sinks=self.sinks)
+        context, _ = attend_in_c(keys, Values(1), rows.places, dtype, weighing)
         context = context.unflatten(1, (-1, new))
         return context if key is value else context[..., value.flatten()]
 
