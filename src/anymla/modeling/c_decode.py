@@ -24,6 +24,7 @@ from .coding_spec import Coding
 from .placed_tokens import Places, Run
 
 _NONE = torch.empty(0, dtype=torch.long, device="cpu")
+_NO_NUMBERS = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class Turning(NamedTuple):
@@ -67,9 +68,12 @@ class Weighing(NamedTuple):
 class _Side(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "places", "bits", "levels")),
-        *((name, ctypes.c_void_p) for name in ("exact_row", "exact_column", "exact_numbers", "used", "every")),
+        *((name, ctypes.c_void_p) for name in ("exact_row", "exact_column", "exact_numbers", "run", "used", "every")),
         *((name, ctypes.c_int64) for name in ("row_step", "token_step", "byte_step", "width", "row_bytes")),
-        *((name, ctypes.c_int64) for name in ("outliers", "scale", "block", "exact", "useds")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("outliers", "scale", "block", "exact", "run_first", "run_length", "useds")
+        ),
     )
 
 
@@ -234,40 +238,36 @@ def _side(
     """How C reads ``rows``, and the tensors that it points to; ``used``: coefficients that may not be zero."""
     fixed = _fixed(codec)
     levels = codec.levels_in(dtype) if fixed.grid is None else fixed.grid
-    row, column, numbers = _exact(exact, len(rows), codec.width, values=values)
+    numbers, places = _exact(exact, len(rows), codec.width, values=values)
     used = fixed.used if used is None else used
-    tensors = [rows, fixed.places, fixed.bits, levels, row, column, numbers, used, fixed.every]
-    outliers, scale, block = fixed.sizes
+    tensors = [rows, fixed.places, fixed.bits, levels, *numbers, used, fixed.every]
     side = _Side(
         *(_address(each) for each in tensors),
         *(*rows.stride(), codec.width, codec.row_bytes),
-        *(outliers, scale, block, row.shape[0], used.shape[0]),
+        *(*fixed.sizes, *places, used.shape[0]),
     )
     return side, tensors
 
 
-def _exact(exact: Sequence[Places | Run], batch: int, width: int, *, values: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequence, column and float32 coefficients of the tokens that are exact."""
-    if not exact:
-        return _NONE, _NONE, _NONE.float()
-    found = [_exact_of(each, batch, values) for each in exact]
-    for _, _, numbers in found:
+def _exact(
+    exact: Sequence[Places | Run], batch: int, width: int, *, values: bool
+) -> tuple[list[Tensor], tuple[int, int, int]]:
+    """Sequence, column and float32 coefficients of exact tokens, and coefficients of a run of columns.
+
+    And how many are placed, the run's first column, and its length. There is at most one of a kind.
+    """
+    row = column = _NONE
+    placed = run = _NO_NUMBERS
+    first = length = 0
+    for each in exact:
+        numbers = (each.values if values else each.keys).float()
         if numbers.shape[-1] != width:
             raise ValueError(f"exact tokens of a coded cache: {numbers.shape[-1]} coefficients, the rows have {width}")
-    if len(found) == 1:
-        return found[0]
-    row, column, numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return row, column, numbers
-
-
-def _exact_of(exact: Places | Run, batch: int, values: bool) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = exact.values if values else exact.keys
-    if not isinstance(exact, Run):
-        return exact.row.contiguous(), exact.column.contiguous(), numbers.float().contiguous()
-    length = numbers.shape[1]
-    row = torch.arange(batch, device=numbers.device).repeat_interleave(length)
-    column = torch.arange(exact.first, exact.first + length, device=numbers.device).repeat(batch)
-    return row, column, numbers.expand(batch, -1, -1).flatten(0, 1).float().contiguous()
+        if isinstance(each, Run):
+            run, first, length = numbers.expand(batch, -1, -1).contiguous(), each.first, numbers.shape[1]
+        else:
+            row, column, placed = each.row.contiguous(), each.column.contiguous(), numbers.contiguous()
+    return [row, column, placed, run], (row.shape[0], first, length)
 
 
 def _bits(coding: Coding) -> Tensor:

@@ -32,8 +32,9 @@ typedef struct {             /* rows of bytes, and what explains them: code_layo
     const float *levels;     /* eight more may be read */
     const i64 *exact_row, *exact_column; /* [exact]: tokens whose numbers are these */
     const float *exact_numbers;          /* [exact,width] */
+    const float *run;        /* [B,run_length,width]: those of the columns from run_first on, in every sequence */
     const int32_t *used, *every; /* [useds], [width]: coefficients that coded tokens have, and all */
-    i64 row_step, token_step, byte_step, width, row_bytes, outliers, scale, block, exact, useds;
+    i64 row_step, token_step, byte_step, width, row_bytes, outliers, scale, block, exact, run_first, run_length, useds;
 } side;
 
 typedef struct {             /* coefficients of a tile that are not zero, rising */
@@ -131,6 +132,12 @@ static int put(const side *s, i64 row, i64 start, i64 count, const bytes *column
         i64 t = s->exact_column[e] - start;
         if (s->exact_row[e] != row || t < 0 || t >= count) continue;
         for (i64 c = 0; c < s->width; c++) x[c][t] = s->exact_numbers[e * s->width + c];
+        found = 1;
+    }
+    for (i64 t = start < s->run_first ? s->run_first - start : 0; t < count; t++) {
+        i64 place = start + t - s->run_first;
+        if (place >= s->run_length) break;
+        for (i64 c = 0; c < s->width; c++) x[c][t] = s->run[(row * s->run_length + place) * s->width + c];
         found = 1;
     }
     return found;

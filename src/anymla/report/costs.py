@@ -200,7 +200,7 @@ def use_section(folder: Path, place: Path, original: str, method: Method | None 
     quoted, other = shlex.quote(str(place)), shlex.quote(original)
     found = [
         Command("Talk with it, the original beside it", f"anymla chat {quoted} --against {other}"),
-        Command("Measure it on a text of yours", f"anymla eval {quoted} --against {other} --text YOUR.txt -o RESULTS"),
+        Command("Compare both on a text of yours", f"anymla compare {other} {quoted} --text YOUR.txt -o RESULTS"),
         Command("Serve it in transformers", f"transformers serve {quoted}{' --trust-remote-code' * converted}"),
     ]
     if not converted:
