@@ -238,7 +238,8 @@ def answers(model):
 
 def check_against_torch(model, monkeypatch):
     called = []
-    monkeypatch.setattr(c_decode, "loaded", lambda: called.append(1) or library())
+    for module in (coded_attention, coded_latent):
+        monkeypatch.setattr(module, "attend_in_c", lambda *given: called.append(1) or attend_in_c(*given))
     by_c = answers(model)
     assert called
     called.clear()
@@ -261,8 +262,9 @@ def test_models_say_the_same(family, bases, window, monkeypatch):
 
 @needs_compiler
 @torch.no_grad()
-@pytest.mark.parametrize("before", ["mla", "mfa", "lorc"])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("before", "family"), [*product(["mla", "mfa", "lorc"], ["llama", "gemma2"]), ("mla", "bloom")], ids=str
+)
 def test_latents_say_the_same(before, family, tmp_path, monkeypatch):
     source = save_model(tiny_model(family, torch.float32), tmp_path / "source")
     text = {"calibration_tokens": 512, "calibration_length": 32}
@@ -270,6 +272,43 @@ def test_latents_say_the_same(before, family, tmp_path, monkeypatch):
     anymla.run(source, tmp_path / "out", steps=[{before: settings}, {"kvquant": text | {"bits": 3}}])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager").eval()
     check_against_torch(model, monkeypatch)
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("latent", [False, True])
+def test_masks_of_other_shapes_are_broadcast_or_refused(latent, tmp_path):
+    model, ids = tiny_model("llama", torch.float32), token_ids(1, 20)
+    if latent:
+        source, text = save_model(model, tmp_path / "source"), {"calibration_tokens": 512, "calibration_length": 32}
+        mla = text | {"kv_cache": 0.5, "reconstruction_steps": 0}
+        anymla.run(source, tmp_path / "out", steps=[{"mla": mla}, {"kvquant": text | {"bits": 3}}])
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    else:
+        model = coded_model(model, "channels", "axes", 3)
+
+    def answer(shape):
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :18], past_key_values=cache)
+        return model(input_ids=ids[:, 18:], attention_mask=torch.zeros(shape), past_key_values=cache).logits
+
+    expected = answer((1, 1, 2, 20))
+    for shape in ((1, 1, 1, 1), (1, model.config.num_attention_heads, 1, 20), (1, 1, 2, 1)):
+        torch.testing.assert_close(answer(shape), expected)
+    for shape in ((1, 1, 2, 10), (1, 1, 3, 20)):
+        with pytest.raises(RuntimeError, match="size"):
+            answer(shape)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_tile_without_a_visible_token_counts_nothing():
+    codec, mask = codec_of(KINDS["3 bits"]), torch.zeros(1, 1, 1, LENGTH)
+    rows, query = codec.encode(random(1, LENGTH, 12)), random(1, 2, 3, 6)
+    mask[..., : TILE + 1] = -torch.inf
+    numbers = codec.decode(rows, torch.float32)
+    found = attend_in_c([Keys(codec, rows, query, STILL)], Values(2, codec, rows), (), torch.float32, Weighing(mask))
+    close(found, attended(query, numbers, numbers, mask=mask))
 
 
 @needs_compiler

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 ATTENTION = r"""
 #include <math.h>
+#define LOWEST -3e38f /* finite, for a tile may have no visible token */
 
 typedef struct {             /* what becomes of scores, and what they weigh; all: groups x rows of queries */
     const side *values;      /* 0: the values are what the first keys were read as */
@@ -70,7 +71,7 @@ INLINE vector choose(integers is, vector yes, vector no) {
     return (vector)(((integers)yes & is) | ((integers)no & ~is));
 }
 
-/* e^x by the polynomial of Cephes' expf, within 2e-7 of it; 0 far below */
+/* e^x by the polynomial of Cephes' expf, within 2e-7 of it; 0 below e^-87, and e^88 above that */
 INLINE vector exponential(vector x) {
     vector lowest = (vector){0} - 87, highest = (vector){0} + 88, p;
     vector bounded = choose(x < lowest, lowest, choose(x > highest, highest, x));
@@ -156,14 +157,14 @@ void anymla_attend(const side *const *sides, const keys *const *of_keys, i64 cou
     i64 work = batch * tiles, size = batch * all;
     float *parts = calloc(threads * size * (width + 2), 4), *tops = parts + threads * size * width;
     float *totals = tops + threads * size;
-    for (i64 i = 0; i < threads * size; i++) tops[i] = -INFINITY;
+    for (i64 i = 0; i < threads * size; i++) tops[i] = LOWEST;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (i64 thread = 0; thread < threads; thread++) {
         room *rooms = malloc((count + 1) * sizeof(room));
         numbers *out = malloc(all * sizeof(numbers));
         vector *sum = calloc(all * width, sizeof(vector));
         for (i64 i = 0; i < count; i++) rooms[i] = room_for(sides[i], of_keys[i]);
-        rooms[count] = room_for(values, 0);
+        if (w->values) rooms[count] = room_for(values, 0);
         i64 stop = (thread + 1) * work / threads;
         for (i64 at = thread * work / threads; at < stop; at++) {
             i64 row = at / tiles, tile = at % tiles, start = tile * TILE, own = (thread * batch + row) * all;
@@ -179,7 +180,7 @@ void anymla_attend(const side *const *sides, const keys *const *of_keys, i64 cou
             }
             if (at + 1 == stop || tile == tiles - 1) add_up(sum, all * width, parts + own * width);
         }
-        for (i64 i = 0; i <= count; i++) leave(rooms[i]);
+        for (i64 i = 0; i < count + (w->values != 0); i++) leave(rooms[i]);
         free(rooms), free(out), free(sum);
     }
     add_parts(w, width, parts, tops, totals, batch, threads, context, share);

@@ -1,7 +1,7 @@
 """Attention of few new tokens over rows of codes on a CPU, in C; torch is the reference, and does where C does not run.
 
-One of the modelling files that travel with every converted checkpoint; c_attention.py has what runs, and c_library.py
-compiles it.
+One of the modelling files that travel with every converted checkpoint; c_attention.py and c_encoding.py have what runs,
+and c_library.py compiles it.
 
 Shapes: B batch, H query heads, T new tokens, S cached tokens, g groups of heads, R queries of a group (its heads, T
 each), w coefficients of a group, P rope pairs.
@@ -135,7 +135,7 @@ def attend_in_c(
     Args:
         keys: their scores are added up. The first are not turned if they are the values, too.
         values: what is weighed.
-        exact: what belongs in some columns instead of coded tokens.
+        exact: what belongs in some columns instead of coded tokens: at most one of a kind, and a run counts last.
         dtype: what rounds levels.
         weighing: how scores become weights.
 
@@ -254,7 +254,7 @@ def _exact(
 ) -> tuple[list[Tensor], tuple[int, int, int]]:
     """Sequence, column and float32 coefficients of exact tokens, and coefficients of a run of columns.
 
-    And how many are placed, the run's first column, and its length. There is at most one of a kind.
+    And how many are placed, the run's first column, and its length.
     """
     row = column = _NONE
     placed = run = _NO_NUMBERS

@@ -21,9 +21,7 @@ from .placed_tokens import NewTokens, PlacedTokens
 
 GROWTH = 8  # rows grow by one in so many, and by
 LEAST_GROWTH = 64  # this many at least: appending a token copies nothing but then
-LINE = (
-    64  # bytes that a CPU reads at once: room is an odd number of them, so that columns share few places in its caches
-)
+LINE = 64  # bytes that a CPU's caches hold together
 
 
 class CodedLayer:
@@ -185,11 +183,12 @@ def _fill(held: Tensor, room: Tensor, new: Tensor) -> Tensor:
     begins = room.data_ptr() == held.data_ptr() and room.shape[0] == batch and room.stride() == held.stride()
     writable = torch.is_inference_mode_enabled() or not room.is_inference()
     if not (begins and writable) or room.shape[2] < total:
-        columns = LINE * (-(-(total + max(total // GROWTH, LEAST_GROWTH)) // LINE) | 1)
+        columns = total + max(total // GROWTH, LEAST_GROWTH)
         if kernel_runs(new.device):
             room = new.new_empty(batch, heads, columns, width)
-        else:  # one byte of all tokens lies side by side, as codecs read them
-            room = new.new_empty(batch, heads, width, columns).mT
+        else:  # one byte of all tokens lies side by side, as codecs read them: in an odd number of lines, for bytes of
+            # one token that are powers of two apart would share few places in a CPU's caches
+            room = new.new_empty(batch, heads, width, LINE * (-(-columns // LINE) | 1)).mT
         room[:, :, :length] = held
     room[:, :, length:total] = new
     return room

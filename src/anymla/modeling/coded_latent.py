@@ -80,7 +80,7 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
             return self.attend_all(query, whole := self._whole(rows, dtype), whole, rows.start, mask, {})[0]
         (query_nope, channels), (up_key, up_value) = self._parts(precise), (part.to(precise.dtype) for part in up)
         inputs = (self.into_latent(query_nope, up_key), channels, rows, mask)
-        if codes is None and runs_in_c(precise, *(codec for codec, _ in sides)):
+        if codes is None and runs_in_c(precise, *(codec for codec, _ in sides if codec.width)):
             context = self._by_c(*inputs, dtype)
             return self.out_of_latent(context, up_value).transpose(1, 2).to(dtype)
         parts = self._by_kernel(*inputs, codes) if codes else self._by_chunks(*inputs, dtype)
@@ -108,8 +108,8 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
             turning = self._kept.get(self.inv_freq, self._turning, tiles_of(held), pairs)
             of_heads = (asked * self.scaling).flatten(1, 2)[:, None]
             keys.append(Keys(codec, held, of_heads, turning, second=pairs > 0))
-        mask = None if mask is None else additive_mask(mask, dtype)
-        weighing = Weighing(mask, softcap=self.spec.softcap, sinks=self.sinks)
+        shown = None if mask is None else additive_mask(mask, dtype).expand(-1, -1, new, rows.keys.shape[1])
+        weighing = Weighing(shown, softcap=self.spec.softcap, sinks=self.sinks)
         context, _ = attend_in_c(keys, Values(1), rows.places, dtype, weighing)
         context = context.unflatten(1, (-1, new))
         return context if key is value else context[..., value.flatten()]
