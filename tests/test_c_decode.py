@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import anymla
-from anymla.modeling import c_decode, coded_attention, coded_latent, rows_attention
+from anymla.modeling import c_decode, c_rows, coded_attention, coded_latent, rows_attention
 from anymla.modeling.absorbed import additive_mask
-from anymla.modeling.c_decode import Keys, Turning, Values, Weighing, attend_in_c, encoded, not_zero, not_zero_turned
+from anymla.modeling.c_decode import Keys, Turning, Values, Weighing, attend_in_c
 from anymla.modeling.c_library import LANES, SWITCH, TILE, library
+from anymla.modeling.c_rows import encoded, not_zero, not_zero_turned
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coding_spec import WIDTHS, Coding
 from anymla.modeling.heads import attention_weights
@@ -318,7 +319,8 @@ def test_a_static_cache_and_gradients(monkeypatch):
     cache = StaticCache(config=model.config, max_cache_len=40)
     steps = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([24, 1, 5], dim=1)]
     torch.testing.assert_close(torch.cat(steps, 1), model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3)
-    monkeypatch.setattr(c_decode, "loaded", lambda: pytest.fail("C has no gradients"))
+    for module in (c_decode, c_rows):
+        monkeypatch.setattr(module, "loaded", lambda: pytest.fail("C has no gradients"))
     with torch.enable_grad():
         cache = DynamicCache(config=model.config)
         model(input_ids=ids[:, :20], past_key_values=cache)

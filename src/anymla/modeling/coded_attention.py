@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from .absorbed import additive_mask
 from .attention import joined
 from .block_maps import grouped, mapped_columns, matrix, through
-from .c_decode import Keys, Turning, Values, Weighing, attend_in_c, runs_in_c, tiles_of
+from .c_decode import Keys, Turning, Values, Weighing, attend_in_c, tiles_of
+from .c_rows import runs_in_c
 from .heads import attention_weights, multiply_pairs
 from .room import room_of_thread
 from .rows_attention import Rows, RowsAttention, turn, turned

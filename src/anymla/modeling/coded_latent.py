@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .absorbed import absorbed_attention, additive_mask
-from .c_decode import Keys, Turning, Values, Weighing, attend_in_c, runs_in_c, tiles_of
+from .c_decode import Keys, Turning, Values, Weighing, attend_in_c, tiles_of
+from .c_rows import runs_in_c
 from .decode_kernel import codes_for_kernel
 from .latent_attention import LatentAttention
 from .mfa_attention import MfaAttention

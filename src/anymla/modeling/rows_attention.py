@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .arguments import make_fit
 from .attention import ConvertedAttention
-from .c_decode import Turning, encoded, not_zero_turned
+from .c_decode import Turning
 from .c_library import TILE
+from .c_rows import encoded, not_zero_turned
 from .codec import Kept
 from .codecs import make_codec
 from .coded_cache import make_room
