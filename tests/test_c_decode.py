@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import anymla
 from anymla.modeling import c_decode, c_rows, coded_attention, coded_latent, rows_attention
 from anymla.modeling.absorbed import additive_mask
-from anymla.modeling.c_decode import Keys, Turning, Values, Weighing, attend_in_c
+from anymla.modeling.c_decode import Keys, Softmax, Turning, Values, attend_in_c
 from anymla.modeling.c_library import LANES, SWITCH, TILE, library
 from anymla.modeling.c_rows import encoded, not_zero, not_zero_turned
 from anymla.modeling.codecs import make_codec
@@ -104,7 +104,7 @@ def test_every_code_is_read_as_torch_reads_it(kind, layout):
     rows, exact = layout(codec.encode(2 * random(2, LENGTH, codec.width))), exact_tokens(codec.width)
     query = random(2, 2, heads, codec.width // 2)
     keys, values = (read(codec, rows, exact, side) for side in (False, True))
-    given = ([Keys(codec, rows, query, STILL)], Values(2, codec, rows), exact, torch.float32, Weighing())
+    given = ([Keys(codec, rows, query, STILL)], Values(2, codec, rows), exact, torch.float32, Softmax())
     found = attend_in_c(*given)
     close(found, attended(query, keys, values))
     assert all(torch.equal(*each) for each in zip(attend_in_c(*given), found, strict=True))
@@ -121,13 +121,13 @@ def test_rows_may_be_keys_and_values_and_scores_sums(kind):
     keys = [Keys(codec, rows, query, STILL), Keys(other, more, asked, STILL, second=True)]
     latent, rope = read(codec, rows, exact, False), read(other, more, exact, True)
     joined = attended(torch.cat([query, asked], -1), torch.cat([latent, rope], -1), torch.cat([latent, latent], -1))
-    found = attend_in_c(keys, Values(1), exact, torch.float32, Weighing())
+    found = attend_in_c(keys, Values(1), exact, torch.float32, Softmax())
     close(found, (joined[0][..., :12], joined[1]))
 
 
 MASKS = {
     "none": None,
-    "causal": (1, 1),
+    "of all": (1, 1),
     "of heads": (1, 6),
     "of sequences": (2, 1),
 }
@@ -150,7 +150,7 @@ def test_scores_become_weights_as_in_torch(mask, softcap, sinks, size):
     options["constant"] = constant if shape else None
     numbers = codec.decode(rows, torch.float32)
     found = attend_in_c(
-        [Keys(codec, rows, query, STILL)], Values(2, codec, rows), (), torch.float32, Weighing(**options)
+        [Keys(codec, rows, query, STILL)], Values(2, codec, rows), (), torch.float32, Softmax(new, **options)
     )
     close(found, attended(query, numbers, numbers, new, **options))
 
@@ -174,7 +174,7 @@ def test_any_widths_are_written_and_read(bits, tokens, outliers, token_scale, si
     rows = encoded(codec, x)
     assert torch.equal(rows, codec.encode(x))
     query, numbers = random(1, 1, 2, codec.width) / max(1.0, size), codec.decode(rows, torch.float32)
-    found = attend_in_c([Keys(codec, rows, query, STILL)], Values(1), (), torch.float32, Weighing())
+    found = attend_in_c([Keys(codec, rows, query, STILL)], Values(1), (), torch.float32, Softmax())
     close(found, attended(query, numbers, numbers), max(1.0, size))  # large numbers cancel
 
 
@@ -308,7 +308,9 @@ def test_a_tile_without_a_visible_token_counts_nothing():
     rows, query = codec.encode(random(1, LENGTH, 12)), random(1, 2, 3, 6)
     mask[..., : TILE + 1] = -torch.inf
     numbers = codec.decode(rows, torch.float32)
-    found = attend_in_c([Keys(codec, rows, query, STILL)], Values(2, codec, rows), (), torch.float32, Weighing(mask))
+    found = attend_in_c(
+        [Keys(codec, rows, query, STILL)], Values(2, codec, rows), (), torch.float32, Softmax(mask=mask)
+    )
     close(found, attended(query, numbers, numbers, mask=mask))
 
 
@@ -333,7 +335,7 @@ def test_exact_tokens_of_another_width_are_refused():
     codec = codec_of(KINDS["3 bits"])
     keys = [Keys(codec, codec.encode(random(1, 9, 12)), random(1, 1, 1, 12), STILL)]
     with pytest.raises(ValueError, match="8 coefficients, the rows have 12"):
-        attend_in_c(keys, Values(1), [Run(*random(2, 1, 2, 8), 0)], torch.float32, Weighing())
+        attend_in_c(keys, Values(1), [Run(*random(2, 1, 2, 8), 0)], torch.float32, Softmax())
 
 
 def test_a_pair_with_one_coded_part_is_read_whole():
@@ -343,7 +345,8 @@ def test_a_pair_with_one_coded_part_is_read_whole():
 
 
 def test_a_tile_is_whole_vectors():
-    assert TILE % (2 * LANES) == 0
+    assert TILE % (2 * LANES) == 0  # of numbers
+    assert TILE % (4 * LANES) == 0  # of bytes
 
 
 @pytest.mark.parametrize("compiler", ["missing", "failing", "off"])

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from anymla import __version__
 from anymla.account import account
 from anymla.cards import scores_shown, step_card
-from anymla.io.device import peak_rss
 from anymla.io.sources.plain import Plain
 from anymla.methods.base import LayerMethod
 from anymla.methods.cache_coding.duration import faster
 from anymla.modeling.spec import ModelSpec
 from anymla.outcomes import CodedConversion
 from anymla.recipe import Recipe
-
-if TYPE_CHECKING:
-    from anymla.sweep.run import Swept
+from anymla.swept_report import reported
 
 Progress = Callable[[int, int, dict[str, Any] | str | None], None]
 
@@ -64,41 +59,20 @@ def convert_coded(
         note=note,
     )
     with swept(method, source.folder, spec, run) as done:
-        report = _report(method, model, source, spec, output, done, started)
+        before, after = account(replace(spec, dtype=done.spec.dtype)), account(done.spec)
+        report = CodedConversion(
+            model=model,
+            method=method,
+            layers=tuple(record.result for record in done.records if record.result is not None),
+            cache_bytes_at={
+                length: {"before": held, "after": after.cache_bytes_at[length]}
+                for length, held in before.cache_bytes_at.items()
+            },
+            **reported(done, source, output, (before, after), started),
+        )
         if rank() == 0:
             _write_report(done.folder, report)
     return report
-
-
-def _report(
-    method: LayerMethod, model: str, source: Plain, spec: ModelSpec, output: Path, done: Swept, started: float
-) -> CodedConversion:
-    """What became of ``model``, with scores on held-out text."""
-    from anymla.evaluation.held_out import held_out_scores
-
-    before, after = account(replace(spec, dtype=done.spec.dtype)), account(done.spec)
-    scores = held_out_scores(
-        done.source, done.windows, done.original, done.converted, caches=(before, after), tuples=done.tuples
-    )
-    return CodedConversion(
-        output=output.absolute(),
-        model=model,
-        method=method,
-        spec=done.spec,
-        layers=tuple(record.result for record in done.records if record.result is not None),
-        before=scores[0],
-        after=scores[1],
-        cache_bytes_at={
-            length: {"before": held, "after": after.cache_bytes_at[length]}
-            for length, held in before.cache_bytes_at.items()
-        },
-        commit=source.commit,
-        notes=(*source.notes, *done.source.notes),
-        computing=done.computing,
-        seconds=time.monotonic() - started,
-        peak_rss_bytes=peak_rss(),
-        anymla_version=__version__,
-    )
 
 
 def _write_report(folder: Path, report: CodedConversion) -> None:

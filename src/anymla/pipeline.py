@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymla import __version__
 from anymla.account import Account
 from anymla.architectures.model_spec import mla_source, read_config, read_model_spec, source_config
 from anymla.codec_choice import AUTO, Choice, with_settings
@@ -25,7 +24,7 @@ from anymla.io.checkpoint import (
     parse_size,
     safe_config,
 )
-from anymla.io.device import machine_memory, peak_rss, pick_device
+from anymla.io.device import machine_memory, pick_device
 from anymla.io.find import with_revision
 from anymla.io.hub_cache import commit_of
 from anymla.io.sources.locate import Located, locate
@@ -38,6 +37,7 @@ from anymla.methods.mla.plan import MLAPlan, check_plan, explain, make_plan, pla
 from anymla.methods.mla.settings import MLA
 from anymla.modeling.spec import ModelSpec
 from anymla.outcomes import CodedConversion, Conversion, Inspection
+from anymla.swept_report import reported
 
 if TYPE_CHECKING:
     from anymla.methods.mla.choose import LayerResult
@@ -231,7 +231,6 @@ def _convert(
 ) -> Conversion:
     """Runs the conversion over ``source``, scores it, and writes its report; ``settings`` are those of the sweep."""
     from anymla.distributed import rank
-    from anymla.evaluation.held_out import held_out_scores
     from anymla.methods.mla.choose import LayerResult
     from anymla.sweep.run import Run, swept
 
@@ -246,24 +245,13 @@ def _convert(
             Account(layers=tuple(found for record in done.records if (found := getattr(record, when)) is not None))
             for when in ("before", "after")
         )
-        scores = held_out_scores(
-            done.source, done.windows, done.original, done.converted, caches=(before, after), tuples=done.tuples
-        )
+        facts = reported(done, source, output, (before, after), started)
         final = _final_plan(chosen.model_copy(update={"layers": done.plan.choices}), results)
         report = Conversion(
-            output=output.absolute(),
             plan=final,
-            spec=done.spec,
             layers=tuple(result for result in results if result is not None),
-            before=scores[0],
-            after=scores[1],
             cache_bytes_at=plan_bytes(final, model_spec),
-            commit=source.commit,
-            notes=(*source.notes, *done.source.notes),
-            computing=done.computing,
-            seconds=time.monotonic() - started,
-            peak_rss_bytes=peak_rss(),
-            anymla_version=__version__,
+            **facts,
         )
         if rank() == 0:
             _write_report(done.folder, report)

@@ -19,7 +19,7 @@ typedef struct {             /* what becomes of scores, and what they weigh; all
     i64 mask_batch, mask_head, mask_query, new;
     i64 groups, rows;        /* of values */
     double softcap;          /* or 0 */
-} weighing;
+} softmax;
 
 typedef struct {             /* what a thread needs to read a side */
     bytes *columns;
@@ -41,7 +41,7 @@ static room room_for(const side *s, const keys *k) {
     return r;
 }
 
-static void leave(room r) { free(r.columns), free(r.x), free(r.query); }
+static void free_room(room r) { free(r.columns), free(r.x), free(r.query); }
 
 /* out[row][t] = the scores of a tile, or `more` of them; what was read of the tile */
 static list score(const side *s, const keys *k, i64 row, i64 tile, i64 count, room *in, int more, numbers *out) {
@@ -83,7 +83,7 @@ INLINE vector exponential(vector x) {
     return choose(x < lowest, (vector){0}, p);
 }
 
-static float shrunk(float x) { return exponential((vector){x})[0]; }
+static float exponential_of(float x) { return exponential((vector){x})[0]; }
 
 static float largest(const float *s) {
     vector high = *(vector *)s;
@@ -104,8 +104,8 @@ static float weights(float *s, float top) {
 }
 
 /* Weights in the place of the scores of a tile; what was summed before shrinks where a larger score comes */
-static void weigh(
-    const weighing *w, i64 row, i64 start, i64 count, numbers *out, float *top, float *total, vector *sum, i64 width) {
+static void online_softmax(
+    const softmax *w, i64 row, i64 start, i64 count, numbers *out, float *top, float *total, vector *sum, i64 width) {
     for (i64 r = 0, all = w->groups * w->rows; r < all; r++) {
         float *s = out[r], high, less, constant = w->constant ? w->constant[row * all + r] : 0, cap = w->softcap;
         if (w->constant)
@@ -122,7 +122,7 @@ static void weigh(
         }
         for (i64 t = count; t < TILE; t++) s[t] = -INFINITY;
         if ((high = largest(s)) > top[r]) {
-            less = shrunk(top[r] - high);
+            less = exponential_of(top[r] - high);
             for (i64 c = 0; c < width; c++) sum[r * width + c] *= less;
             total[r] *= less, top[r] = high;
         }
@@ -131,7 +131,7 @@ static void weigh(
 }
 
 /* context [B,all,width], and the share [B,all] that sinks leave, of the parts [threads] of all tokens */
-static void add_parts(const weighing *w, i64 width, const float *parts, const float *tops, const float *totals,
+static void add_parts(const softmax *w, i64 width, const float *parts, const float *tops, const float *totals,
                       i64 batch, i64 threads, float *context, float *share) {
     i64 all = w->groups * w->rows, count = batch * all;
     for (i64 i = 0; i < count; i++) {
@@ -139,18 +139,18 @@ static void add_parts(const weighing *w, i64 width, const float *parts, const fl
         for (i64 p = 0; p < threads; p++) top = tops[p * count + i] > top ? tops[p * count + i] : top;
         memset(context + i * width, 0, width * 4);
         for (i64 p = 0; p < threads; p++) {
-            float part = shrunk(tops[p * count + i] - top);
+            float part = exponential_of(tops[p * count + i] - top);
             total += part * totals[p * count + i];
             for (i64 c = 0; c < width; c++) context[i * width + c] += part * parts[(p * count + i) * width + c];
         }
-        of_sink = w->sinks ? shrunk(w->sinks[i % all] - top) : 0;
+        of_sink = w->sinks ? exponential_of(w->sinks[i % all] - top) : 0;
         share[i] = total / (total + of_sink);
         for (i64 c = 0; c < width; c++) context[i * width + c] /= total + of_sink;
     }
 }
 
 /* Attention to all tokens. Scores are sums over `count` sides: a latent and its rope key are two */
-void anymla_attend(const side *const *sides, const keys *const *of_keys, i64 count, const weighing *w,
+void anymla_attend(const side *const *sides, const keys *const *of_keys, i64 count, const softmax *w,
                    float *context, float *share, i64 batch, i64 length, i64 threads) {
     const side *values = w->values ? w->values : sides[0];
     i64 tiles = (length + TILE - 1) / TILE, width = values->width / w->groups, all = w->groups * w->rows;
@@ -171,7 +171,7 @@ void anymla_attend(const side *const *sides, const keys *const *of_keys, i64 cou
             i64 tokens = length - start < TILE ? length - start : TILE;
             list some = score(sides[0], of_keys[0], row, tile, tokens, rooms, 0, out);
             for (i64 i = 1; i < count; i++) score(sides[i], of_keys[i], row, tile, tokens, rooms + i, 1, out);
-            weigh(w, row, start, tokens, out, tops + own, totals + own, sum, width);
+            online_softmax(w, row, start, tokens, out, tops + own, totals + own, sum, width);
             if (w->values) some = read_tile(values, row, start, tokens, rooms[count].columns, rooms[count].x);
             for (i64 g = 0; g < w->groups; g++) {
                 i64 first = g * w->rows;
@@ -180,7 +180,7 @@ void anymla_attend(const side *const *sides, const keys *const *of_keys, i64 cou
             }
             if (at + 1 == stop || tile == tiles - 1) add_up(sum, all * width, parts + own * width);
         }
-        for (i64 i = 0; i < count + (w->values != 0); i++) leave(rooms[i]);
+        for (i64 i = 0; i < count + (w->values != 0); i++) free_room(rooms[i]);
         free(rooms), free(out), free(sum);
     }
     add_parts(w, width, parts, tops, totals, batch, threads, context, share);

@@ -50,10 +50,11 @@ class Values(NamedTuple):
     rows: Tensor | None = None
 
 
-class Weighing(NamedTuple):
-    """What becomes of scores until they weigh values."""
+class Softmax(NamedTuple):
+    """How scores become weights."""
 
-    mask: Tensor | None = None  # additive, [B or 1,H or 1,T,S]
+    new: int = 1  # T
+    mask: Tensor | None = None  # additive, what is broadcast to [B,H,T,S]
     constant: Tensor | None = None  # [B,H,T,1], added to all scores of a query
     softcap: float | None = None
     sinks: Tensor | None = None  # [H], logits of a key without a value
@@ -69,7 +70,7 @@ class _Keys(ctypes.Structure):
     )
 
 
-class _Weighing(ctypes.Structure):
+class _Softmax(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("values", "constant", "mask", "sinks")),
         *((name, ctypes.c_int64) for name in ("mask_batch", "mask_head", "mask_query", "new", "groups", "rows")),
@@ -87,7 +88,7 @@ def attend_in_c(
     values: Values,
     exact: Sequence[Places | Run],
     dtype: torch.dtype,
-    weighing: Weighing,
+    softmax: Softmax,
 ) -> tuple[Tensor, Tensor]:
     """Attention of all queries to all rows, each of which is read once.
 
@@ -96,7 +97,7 @@ def attend_in_c(
         values: what is weighed.
         exact: what belongs in some columns instead of coded tokens: at most one of a kind, and a run counts last.
         dtype: what rounds levels.
-        weighing: how scores become weights.
+        softmax: how scores become weights.
 
     Returns:
         Coefficients of values [B,g R,w], and the weight [B,g R] that sinks leave to them.
@@ -109,33 +110,32 @@ def attend_in_c(
     if values.rows is not None:
         side, of_side = side_of(codec, values.rows, exact, dtype, values=True)
         held += of_side
-    weighed, of_scores = _weighing_of(weighing, side, values.groups, batch, rows)
+    of_softmax, of_scores = _softmax_of(softmax, side, values.groups, (batch, rows, length))
     held += of_scores
     context, share = first.new_empty(batch, rows, codec.width // values.groups), first.new_empty(batch, rows)
     of_rows, of_keys = _places([own for own, _, _ in pairs]), _places([own for _, own, _ in pairs])
     sizes = (batch, length, threads_for(batch * length))
     loaded().anymla_attend(
-        of_rows, of_keys, len(pairs), ctypes.byref(weighed), address(context), address(share), *sizes
+        of_rows, of_keys, len(pairs), ctypes.byref(of_softmax), address(context), address(share), *sizes
     )
     del held
     return context, share
 
 
-def _weighing_of(
-    weighing: Weighing, values: Side | None, groups: int, batch: int, rows: int
-) -> tuple[_Weighing, list[Tensor | None]]:
-    """How C makes weights of the scores of so many ``rows`` of queries, and the tensors that it points to."""
-    mask, constant, softcap, sinks = weighing
-    new, strides = 1, [0, 0, 0]
+def _softmax_of(
+    softmax: Softmax, values: Side | None, groups: int, scores: tuple[int, int, int]
+) -> tuple[_Softmax, list[Tensor | None]]:
+    """How C makes weights of ``scores`` of these sizes [B,rows,S], and the tensors that it points to."""
+    (batch, rows, length), (new, mask, constant, softcap, sinks) = scores, softmax
+    strides = [0, 0, 0]
     if mask is not None:
-        new = mask.shape[2]
-        mask = mask.float().expand(batch, rows // new, -1, -1)
+        mask = mask.float().expand(batch, rows // new, new, length)
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         strides = [*mask.stride()[:3]]
     constant = None if constant is None else constant.contiguous()
     sinks = None if sinks is None else sinks.float().repeat_interleave(rows // len(sinks))
     addresses = (None if values is None else ctypes.addressof(values), *map(address, (constant, mask, sinks)))
-    found = _Weighing(*addresses, *strides, new, groups, rows // groups, softcap or 0.0)
+    found = _Softmax(*addresses, *strides, new, groups, rows // groups, softcap or 0.0)
     return found, [constant, mask, sinks]
 
 

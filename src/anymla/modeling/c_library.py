@@ -25,7 +25,7 @@ from .c_kernels import READING
 
 SOURCE = READING + ATTENTION + ENCODING
 SWITCH = "ANYMLA_C_KERNELS"  # "0" in the environment: torch does
-TILE = 128  # tokens that C reads at a time, a multiple of twice as many as a vector has numbers
+TILE = 128  # tokens that C reads at a time: whole vectors of bytes, and of numbers by two
 LANES = 8  # numbers of a vector
 FLAGS = ("-O3", "-shared", "-fPIC", "-fopenmp", f"-DTILE={TILE}", f"-DLANES={LANES}")
 NO_CALLS = "-fno-tree-loop-distribute-patterns"  # a call to clear 512 bytes takes longer than clearing them

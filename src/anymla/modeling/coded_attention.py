@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .absorbed import additive_mask
 from .attention import joined
 from .block_maps import grouped, mapped_columns, matrix, through
-from .c_decode import Keys, Turning, Values, Weighing, attend_in_c, tiles_of
+from .c_decode import Keys, Softmax, Turning, Values, attend_in_c, tiles_of
 from .c_rows import runs_in_c
 from .heads import attention_weights, multiply_pairs
 from .room import room_of_thread
@@ -139,10 +139,10 @@ class CodedAttention(RowsAttention):
             of_mean = of_mean[0].unflatten(1, (query.shape[2], -1)).flatten(2, 3)
         keys = Keys(self.key_codec, rows.keys, query[0], turning, of_mean, asked.decoder)
         values = Values(self.value_codec.width // self.value_width, self.value_codec, rows.values)
-        shown = None if mask is None else mask.expand(-1, -1, asked.query.shape[3], rows.keys.shape[1])
-        weighing = Weighing(shown, asked.constant, self.spec.softcap, self.sinks)
-        found = attend_in_c([keys], values, rows.places, dtype, weighing)
-        context, share = (each.unflatten(1, (-1, asked.query.shape[3])) for each in found)
+        new = asked.query.shape[3]
+        softmax = Softmax(new, mask, asked.constant, self.spec.softcap, self.sinks)
+        found = attend_in_c([keys], values, rows.places, dtype, softmax)
+        context, share = (each.unflatten(1, (-1, new)) for each in found)
         return context, share.unsqueeze(-1)
 
     def _by_torch(self, asked: Asked, rows: Rows, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

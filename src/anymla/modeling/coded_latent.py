@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .absorbed import absorbed_attention, additive_mask
-from .c_decode import Keys, Turning, Values, Weighing, attend_in_c, tiles_of
+from .c_decode import Keys, Softmax, Turning, Values, attend_in_c, tiles_of
 from .c_rows import runs_in_c
 from .decode_kernel import codes_for_kernel
 from .latent_attention import LatentAttention
@@ -109,9 +109,9 @@ class CodedLatentAttention(RowsAttention, LatentAttention):  # type: ignore[misc
             turning = self._kept.get(self.inv_freq, self._turning, tiles_of(held), pairs)
             of_heads = (asked * self.scaling).flatten(1, 2)[:, None]
             keys.append(Keys(codec, held, of_heads, turning, second=pairs > 0))
-        shown = None if mask is None else additive_mask(mask, dtype).expand(-1, -1, new, rows.keys.shape[1])
-        weighing = Weighing(shown, softcap=self.spec.softcap, sinks=self.sinks)
-        context, _ = attend_in_c(keys, Values(1), rows.places, dtype, weighing)
+        mask = None if mask is None else additive_mask(mask, dtype)
+        softmax = Softmax(new, mask, softcap=self.spec.softcap, sinks=self.sinks)
+        context, _ = attend_in_c(keys, Values(1), rows.places, dtype, softmax)
         context = context.unflatten(1, (-1, new))
         return context if key is value else context[..., value.flatten()]
 
