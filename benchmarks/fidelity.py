@@ -40,7 +40,7 @@ from anymla.errors import InfeasibleError
 from anymla.evaluation.benchmarks import Benchmarks
 from anymla.evaluation.scores import score_model
 from anymla.io.checkpoint import load_model, load_tokenizer
-from anymla.pipeline import peak_rss
+from anymla.io.device import peak_rss
 from anymla.sweep.layer import CalibrationSplit
 
 BUDGETS = (0.5, 0.3125, 0.25, 0.125, 0.0625)

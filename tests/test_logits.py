@@ -167,7 +167,7 @@ def test_nan_in_any_part_is_refused(monkeypatch):
         sums.scores(NO_CACHE)
 
 
-PEAK = "import sys; from anymla.cli import app; from anymla.pipeline import peak_rss; app(standalone_mode=False); " + (
+PEAK = "import sys; from anymla.cli import app; from anymla.io.device import peak_rss; app(standalone_mode=False); " + (
     "sys.stderr.write(f'peak {peak_rss()}')"
 )
 LONG = {"max_position_embeddings": 2048, "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
