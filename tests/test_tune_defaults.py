@@ -45,7 +45,7 @@ def test_the_rate_is_walked_to_its_best(lowest):
         assert power not in scores
         scores[power] = abs(power - lowest)
     assert best_power(scores) == lowest and len(scores) <= abs(lowest) + 3
-    assert [first_power(kl) for kl in (2.0, 0.5, 0.06, 0.0065, 0.0)] == [0, 0, -2, -4, -10]
+    assert [first_power(kl) for kl in (2.0, 0.5, 0.06, 0.0065, 0.0)] == [0, -1, -4, -7, -10]
     assert rate_of(0, 64) == 0.00313 and rate_of(-1, 64) == pytest.approx(0.2 / 64 / 2, rel=1e-2)
 
 

@@ -21,8 +21,8 @@ def rate_of(power: int, hidden: int) -> float:
 
 
 def first_power(kl: float) -> int:
-    """Which power to try first, by the KL [nats] at the start: what a rate can spoil grows with its square."""
-    return max(LOWEST, min(0, round(math.log(max(kl, 1e-12), FACTOR) / 2)))
+    """Which power to try first, by the KL [nats] at the start: the nearer the original, the lower the best rate."""
+    return max(LOWEST, min(0, round(math.log(max(kl, 1e-12), FACTOR))))
 
 
 def next_power(scores: Mapping[int, float]) -> int | None:
