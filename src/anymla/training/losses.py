@@ -33,8 +33,8 @@ def token_kl(logits: Tensor, reference: Tensor, temperature: float, top_k: int |
     The square keeps gradients of one size whatever the temperature (Hinton et al., arXiv 1503.02531). With ``top_k``,
     the reference's k most likely tokens count one by one and all others as one: a lower bound of the whole.
     """
-    log_q = (reference.float() / temperature).log_softmax(-1)
-    log_p = (logits.float() / temperature).log_softmax(-1)
+    log_q, log_p = (each.float() if temperature == 1 else each.float() / temperature for each in (reference, logits))
+    log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
     if top_k is not None and top_k < log_q.shape[-1]:
         log_q, likeliest = log_q.topk(top_k, dim=-1)
         log_p = log_p.gather(-1, likeliest)
