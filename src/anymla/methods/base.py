@@ -257,8 +257,8 @@ class LayerMethod(SweptMethod):
         1024,
         ge=8,
         le=MOST,
-        description="Tokens per calibration window (at most the model's context). Give the length that you will serve: "
-        "longer contexts lose more.",
+        description="Tokens per calibration window (at most the model's context). Give the length that you will serve, "
+        "and more calibration_tokens with it: longer contexts lose more, and so do few windows.",
     )
     seed: int = Field(
         0,
