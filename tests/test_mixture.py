@@ -11,11 +11,21 @@ from tests.damage import BUNDLED
 
 
 def test_rows_are_cut_where_documents_and_rows_begin():
-    rows = packed_rows([[1, 5, 6], [1, 7], [1, 8, 9, 10]], 4)
-    assert rows == {"input_ids": [[1, 5, 6, 1], [7, 1, 8, 9]], "position_ids": [[0, 1, 2, 0], [0, 0, 1, 2]]}
-    padded = padded_rows([[1, 5, 6], [1, 7, 8, 9, 10]], 4)
-    assert padded["input_ids"] == [[1, 5, 6, 0], [1, 7, 8, 9], [10, 0, 0, 0]]
-    assert padded["attention_mask"] == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    rows = packed_rows([[5, 6], [7], [8, 9, 10]], 4, [1])
+    assert rows["input_ids"] == [[1, 5, 6, 1], [1, 7, 1, 8]]  # what fills no row is left out
+    assert rows["position_ids"] == [[0, 1, 2, 0], [0, 1, 0, 1]]
+    assert packed_rows([[5, 6], [7, 8]], 2, []) == {"input_ids": [[5, 6], [7, 8]], "position_ids": [[0, 1], [0, 1]]}
+    padded = padded_rows([[5, 6], [7, 8, 9, 10]], 4, [1])
+    assert padded["input_ids"] == [[1, 5, 6, 0], [1, 7, 8, 9], [1, 10, 0, 0]]
+    assert padded["attention_mask"] == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_what_a_cut_leaves_of_a_document_begins_as_every_document(tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "abcd " * 4000}))
+    texts = Texts([Source.of(str(tmp_path / "long.jsonl"))], torch.zeros(1, 1), [0])
+    rows = training_rows(texts, load_tokenizer(BUNDLED), length=32, packing=True, seed=0)
+    first = [(row["input_ids"][0], row["position_ids"][0]) for row, _ in zip(rows, range(50), strict=False)]
+    assert set(first) == {(1, 0)}
 
 
 def test_a_mixture_has_its_weights_in_tokens(tmp_path):

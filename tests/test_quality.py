@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import anymla
-from anymla.data.text import bundled_text, read_documents, token_windows, tokenize
+from anymla.data.text import bundled_text, read_documents, text_windows
 from anymla.demo import bundled_model
 from anymla.errors import InfeasibleError
 from anymla.evaluation.scores import score_model
@@ -21,8 +21,8 @@ CEILING = {0.5: 1.15, 0.25: 1.95, 0.125: 9.0}  # perplexity over the original's;
 
 @pytest.fixture(scope="module")
 def windows():
-    tokens = tokenize(read_documents(bundled_text("valid")), load_tokenizer(bundled_model()))
-    return token_windows(tokens, 256, "bundled text")[:48]
+    documents, tokenizer = read_documents(bundled_text("valid")), load_tokenizer(bundled_model())
+    return text_windows(documents, tokenizer, "bundled text", length=256, tokens=48 * 256)
 
 
 @pytest.fixture(scope="module")

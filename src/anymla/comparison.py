@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,15 +140,15 @@ class _Asked:
 
     def _loaded(self, source: Located) -> tuple[Any, Tensor, Plain]:
         """The model, and the windows [N,T] that its tokenizer makes of the text."""
-        from anymla.data.text import read_documents, token_windows, tokenize
+        from anymla.data.text import read_documents, text_windows
         from anymla.io.computing import load_to_compute
 
         with plain_source(source) as plain:
             if self.note is not None:
                 for told in plain.notes:
                     self.note(f"{source.name}: {told}")
-            ids = islice(tokenize(read_documents(self.text), load_tokenizer(plain.folder)), self.tokens)
-            windows = token_windows(ids, self.length, self.text)
+            documents, tokenizer = read_documents(self.text), load_tokenizer(plain.folder)
+            windows = text_windows(documents, tokenizer, self.text, length=self.length, tokens=self.tokens)
             return load_to_compute(plain.folder, dtype=self.dtype, device=self.device), windows, plain
 
     def _reference(self, model: Any, windows: Tensor, source: Located) -> Reference:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from anymla.account import measure
-from anymla.data.text import bundled_text, read_documents, token_windows, tokenize
+from anymla.data.text import bundled_text, read_documents, text_windows
 from anymla.errors import AnymlaError, InfeasibleError, OutputError
 from anymla.evaluation.generation import Talk, continuation
 from anymla.evaluation.reference import Reference
@@ -117,8 +117,8 @@ def run_demo(output: Path, *, bundled: bool = False, report: Report, note: Note)
         subject = (None if bundled else _real(report, note)) or _bundled(scratch)
         report(0, None, "running the original")
         original, tokenizer = load_to_compute(subject.folder), load_tokenizer(subject.folder)
-        ids = tokenize(read_documents(bundled_text("valid")), tokenizer)
-        windows = token_windows(ids, WINDOW, "bundled text")[: subject.windows]
+        documents, tokens = read_documents(bundled_text("valid")), subject.windows * WINDOW
+        windows = text_windows(documents, tokenizer, "bundled text", length=WINDOW, tokens=tokens)
         text = Reference.of(original, windows, batch=BATCH)
         scored = []
         for number, contender in enumerate(subject.contenders, 1):

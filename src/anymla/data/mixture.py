@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anymla.data.text import check_texts, is_local, read_documents, token_windows, tokenize
+from anymla.data.text import check_texts, first_tokens, is_local, read_documents, text_windows, token_windows, tokenize
 from anymla.errors import RecipeError, TextError
 
 SHUFFLED = 1024  # documents of a stream among which the next one is drawn
@@ -116,21 +116,18 @@ def read_texts(
     """
     sources = [Source.of(text) for text in data]
     if held_out is not None:
-        ids = _first_ids(tokenize(read_documents(held_out), tokenizer), held_out_tokens)
+        documents = read_documents(held_out)
+        windows = text_windows(documents, tokenizer, held_out, length=length, tokens=held_out_tokens)
         for source in sources:
             _take(source, tokenizer, 1, length)  # it can be read
-        return Texts(sources, token_windows(ids, length, held_out), [0] * len(sources))
-    whole, ids, skipped = sum(source.share for source in sources), [], []
+        return Texts(sources, windows, [0] * len(sources))
+    whole, begin, ids, skipped = sum(source.share for source in sources), first_tokens(tokenizer), [], []
     for source in sources:
-        wanted = max(1, round(held_out_tokens * source.share / whole))
+        wanted = max(1, round(held_out_tokens * source.share / whole * (1 - len(begin) / length)))
         part, documents = _take(source, tokenizer, wanted, length)
         ids += part[:wanted]
         skipped.append(documents)
-    return Texts(sources, token_windows(ids, length, ", ".join(data)), skipped)
-
-
-def _first_ids(ids: Iterator[int], tokens: int) -> list[int]:
-    return [token for token, _ in zip(ids, range(tokens), strict=False)]
+    return Texts(sources, token_windows(ids, length, ", ".join(data), begin=begin), skipped)
 
 
 def _take(source: Source, tokenizer: Any, tokens: int, length: int) -> tuple[list[int], int]:
@@ -169,9 +166,10 @@ def training_rows(texts: Texts, tokenizer: Any, *, length: int, packing: bool, s
     """
     import datasets
 
+    begin, rows_of = first_tokens(tokenizer), packed_rows if packing else padded_rows
+
     def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        documents = [list(tokenize([text], tokenizer)) for text in batch["text"]]
-        return packed_rows(documents, length) if packing else padded_rows(documents, length)
+        return rows_of([list(tokenize([text], tokenizer, after="")) for text in batch["text"]], length, begin)
 
     streams = [
         source.documents(length)
@@ -189,13 +187,22 @@ def training_rows(texts: Texts, tokenizer: Any, *, length: int, packing: bool, s
     return datasets.interleave_datasets(streams, probabilities=shares, seed=seed)
 
 
-def packed_rows(documents: list[list[int]], length: int) -> dict[str, list[list[int]]]:
-    """Documents in a row, cut every ``length`` tokens; what a cut leaves of one goes on as one of its own."""
-    ids = [token for document in documents for token in document]
-    starts = set(accumulate((len(document) for document in documents), initial=0)) | {*range(0, len(ids), length)}
+def packed_rows(documents: list[list[int]], length: int, begin: Sequence[int]) -> dict[str, list[list[int]]]:
+    """Documents in a row, cut every ``length`` tokens; what a cut leaves of one goes on as one of its own.
+
+    ``begin``: tokens before each of them.
+    """
+    ids: list[int] = []
     positions: list[int] = []
-    for index in range(len(ids)):
-        positions.append(0 if index in starts else positions[-1] + 1)
+    for document in documents:
+        done = 0
+        while done < len(document):
+            room = length - len(ids) % length
+            after = done + max(0, room - len(begin))
+            piece = [*begin[:room], *document[done:after]]
+            ids += piece
+            positions += range(len(piece))
+            done = after
     rows = range(0, len(ids) - length + 1, length)
     return {
         "input_ids": [ids[row : row + length] for row in rows],
@@ -203,9 +210,12 @@ def packed_rows(documents: list[list[int]], length: int) -> dict[str, list[list[
     }
 
 
-def padded_rows(documents: list[list[int]], length: int) -> dict[str, list[list[int]]]:
-    """A row per ``length`` tokens of one document, the last one padded at its end."""
-    pieces = [document[start : start + length] for document in documents for start in range(0, len(document), length)]
+def padded_rows(documents: list[list[int]], length: int, begin: Sequence[int]) -> dict[str, list[list[int]]]:
+    """A row per ``length`` tokens of one document, each after ``begin``, the last one padded at its end."""
+    size = length - len(begin)
+    pieces = [
+        [*begin, *document[start : start + size]] for document in documents for start in range(0, len(document), size)
+    ]
     return {
         "input_ids": [piece + [0] * (length - len(piece)) for piece in pieces],
         "attention_mask": [[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces],

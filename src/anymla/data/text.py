@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,9 @@ from torch import Tensor
 from anymla.errors import TextError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
+BETWEEN_DOCUMENTS = (
+    "\n\n"  # in windows: a BOS token there is in no prompt, and some models' caches hold it as an outlier
+)
 PIECE_CHARACTERS = 2048  # a long document is drawn from in pieces of so many, or of about a window if that is more
 MINIMUM_TOKENS = 256
 SUFFIXES = (".txt", ".jsonl", ".json")  # of files, which no hub data set has
@@ -133,32 +136,50 @@ def _read_dataset(name: str, most: int) -> list[str]:
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """The BOS token, with which text begins. Nothing if the tokenizer has none, or does not add it."""
-    refused = tokenizer.init_kwargs.get("add_bos_token") is False  # as its own config says; the attribute has a default
-    return [] if refused or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    """What the tokenizer puts before every text: a BOS token with most, nothing with some."""
+    whole, plain = (tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False))
+    places = range(len(whole) - len(plain) + 1)
+    return next((list(whole[:place]) for place in places if whole[place : place + len(plain)] == plain), [])
 
 
-def tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
-    """Token ids of all documents in a row. Each begins with the BOS token, if the tokenizer adds it."""
-    bos = first_tokens(tokenizer)
+def tokenize(documents: Iterable[str], tokenizer: Any, *, after: str = BETWEEN_DOCUMENTS) -> Iterator[int]:
+    """Token ids of all documents in a row, each with the text ``after``; no special tokens."""
     for document in documents:
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        if ids:
-            yield from bos + ids
+        yield from tokenizer(document + after, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def token_windows(ids: Iterable[int], length: int, source: str | Path, *, at_least: int = 1) -> Tensor:
-    """Cuts ids into windows [N, T] of ``length`` tokens, shorter where the text gives less than ``at_least`` of them.
+def text_windows(
+    documents: Iterable[str],
+    tokenizer: Any,
+    source: str | Path,
+    *,
+    length: int,
+    tokens: int | None = None,
+    at_least: int = 1,
+) -> Tensor:
+    """Windows [N, T] of the first ``tokens`` tokens of ``documents``; each begins as the tokenizer begins a text.
+
+    A model that expects a BOS token loses much without it, because its first token takes up attention that is not
+    needed. T is ``length``, or less where the text gives less than ``at_least`` windows of it.
 
     Raises:
-        TextError: fewer than 256 tokens.
+        TextError: fewer than 256 tokens; the message names ``source``.
     """
-    tokens = torch.tensor(list(ids), dtype=torch.long)
-    if len(tokens) < MINIMUM_TOKENS:
+    begin = first_tokens(tokenizer)
+    wanted = None if tokens is None else tokens * (length - len(begin)) // length
+    return token_windows(islice(tokenize(documents, tokenizer), wanted), length, source, begin=begin, at_least=at_least)
+
+
+def token_windows(
+    ids: Iterable[int], length: int, source: str | Path, *, begin: Sequence[int] = (), at_least: int = 1
+) -> Tensor:
+    """The same of token ids; ``begin`` is put before each window, and is part of its length."""
+    tokens, first = torch.tensor(list(ids), dtype=torch.long), torch.tensor(begin, dtype=torch.long)
+    size = max(1, min(length - len(first), len(tokens) // at_least))
+    count = len(tokens) // size
+    if len(tokens) + len(first) * max(1, count) < MINIMUM_TOKENS:
         raise TextError(f"text {source} gives {len(tokens)} tokens; at least {MINIMUM_TOKENS} are needed")
-    length = min(length, len(tokens) // at_least)
-    count = len(tokens) // length
-    return tokens[: count * length].view(count, length)
+    return torch.cat([first.expand(count, -1), tokens[: count * size].view(count, size)], 1)
 
 
 def calibration_windows(source: str | Path, tokenizer: Any, *, tokens: int, length: int, seed: int) -> Tensor:
@@ -171,5 +192,4 @@ def calibration_windows(source: str | Path, tokenizer: Any, *, tokens: int, leng
         document[start : start + size] for document in read_documents(source) for start in range(0, len(document), size)
     ]
     random.Random(seed).shuffle(pieces)
-    ids = islice(tokenize(pieces, tokenizer), tokens)
-    return token_windows(ids, length, source, at_least=WINDOWS_AT_LEAST)
+    return text_windows(pieces, tokenizer, source, length=length, tokens=tokens, at_least=WINDOWS_AT_LEAST)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -190,9 +189,9 @@ def _named(source: Located, plain: Plain, other: Located | None, theirs: Plain |
 
 
 def _windows(text: str | Path, tokenizer: Any, tokens: int | None, length: int) -> Tensor:
-    from anymla.data.text import read_documents, token_windows, tokenize
+    from anymla.data.text import read_documents, text_windows
 
-    return token_windows(islice(tokenize(read_documents(text), tokenizer), tokens), length, text)
+    return text_windows(read_documents(text), tokenizer, text, length=length, tokens=tokens)
 
 
 def _check_original(loaded: Any, original: Any, model: str, against: str) -> None:
