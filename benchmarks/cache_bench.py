@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from testbed.corpus import documents, sample
 from torch import Tensor
 
-from anymla.data.text import calibration_windows, first_tokens, token_windows, tokenize
+from anymla.data.text import calibration_windows, text_windows
 from anymla.evaluation.logits import Logits, logits_of_pass
 from anymla.evaluation.scores import ScoreSums
 from anymla.io.checkpoint import load_model, load_tokenizer
@@ -114,10 +113,8 @@ def _qualities(sums: ScoreSums) -> dict[str, float | None]:
 
 
 def held_out(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:
-    """Windows [N,T] from all over a text, each begun by the BOS token, as every prompt is."""
-    texts, begin = documents([path]), first_tokens(tokenizer)
+    """Windows [N,T] from all over a text."""
+    texts = documents([path])
     random.Random(0).shuffle(texts)
-    ids = islice(tokenize(texts, tokenizer), 64 * count * length)
-    windows = token_windows(ids, length - len(begin), path)
-    chosen = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:count]]
-    return torch.cat([torch.tensor(begin, dtype=torch.long).expand(len(chosen), -1), chosen], dim=1)
+    windows = text_windows(texts, tokenizer, path, length=length, tokens=64 * count * length)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:count]]

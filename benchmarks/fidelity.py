@@ -22,7 +22,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from sensitivity import cases
 from testbed.corpus import documents, domains, sample
 
 import anymla
-from anymla.data.text import bundled_text, calibration_windows, token_windows, tokenize
+from anymla.data.text import bundled_text, calibration_windows, text_windows
 from anymla.demo import bundled_model
 from anymla.errors import InfeasibleError
 from anymla.evaluation.benchmarks import Benchmarks
@@ -105,12 +104,11 @@ def _calibration(model: Path, settings: Settings) -> torch.Tensor:
 
 def held_out_windows(model: Path, protocol: Protocol) -> torch.Tensor:
     """Windows [N,T] to score on: a text's first; where it has several domains, some from all over it."""
-    paths, count = [Path(path) for path in protocol.held_out], protocol.tokens // protocol.length
-    ids = tokenize(documents(paths, protocol.held_out_domain), load_tokenizer(model))
-    if not domains(paths):
-        return token_windows(islice(ids, protocol.tokens), protocol.length, protocol.held_out[0])
-    windows = token_windows(ids, protocol.length, protocol.held_out[0])
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:count]]
+    paths, length = [Path(path) for path in protocol.held_out], protocol.length
+    texts, tokens = documents(paths, protocol.held_out_domain), None if domains(paths) else protocol.tokens
+    windows = text_windows(texts, load_tokenizer(model), paths[0], length=length, tokens=tokens)
+    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[: protocol.tokens // length]
+    return windows[chosen] if domains(paths) else windows
 
 
 def measure(model: Path, protocol: Protocol, name: str, budget: float, settings: Settings) -> dict[str, Any]:

@@ -139,4 +139,4 @@ def digest(facts: Facts) -> str:
 
 def fitted(windows: torch.Tensor) -> torch.Tensor:
     """The windows that a backward survey looks at."""
-    return windows[CalibrationSplit.of(len(windows)).fit]
+    return windows[: CalibrationSplit.of(len(windows)).choice.stop]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from anymla.exports.gauge_choice import text_windows
+from anymla.exports.gauge_choice import bundled_windows
 from anymla.modeling.arguments import cache_argument
 
 TOKENS = 1024  # of text that the gauge was not chosen on
@@ -42,7 +42,7 @@ class CacheLoss:
 
 def held_out(converted: Path) -> Tensor:
     """Windows [N,T] of bundled text."""
-    return text_windows(converted, "valid", TOKENS)
+    return bundled_windows(converted, "valid", TOKENS)
 
 
 def loss_between(cache: str, engine: str, floats: Iterable[Tensor], quantised: Iterable[Tensor]) -> CacheLoss:

@@ -42,11 +42,11 @@ def chosen_gauges(converted: Path, *, block: int = 1) -> list[Gauge]:
     Raises:
         CheckpointError: the model cannot be loaded.
     """
-    model, windows = load_model(converted, dtype="float32"), text_windows(converted, "train", TOKENS)
+    model, windows = load_model(converted, dtype="float32"), bundled_windows(converted, "train", TOKENS)
     return [_gauge(*rows, rank, block) for rank, rows in _observed(model, windows)]
 
 
-def text_windows(converted: Path, split: str, tokens: int) -> Tensor:
+def bundled_windows(converted: Path, split: str, tokens: int) -> Tensor:
     """Windows [N,T] of bundled text, 'train' or 'valid', that fit the model's context."""
     length = min(LENGTH, getattr(safe_config(converted).get_text_config(), "max_position_embeddings", LENGTH))
     return calibration_windows(bundled_text(split), load_tokenizer(converted), tokens=tokens, length=length, seed=0)

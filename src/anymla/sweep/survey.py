@@ -49,7 +49,7 @@ def run_survey(
     """What ``survey`` says of each layer that it looks at and that ``plan`` changes; None for the others.
 
     Args:
-        survey: what is asked. Backwards, it sees the windows to fit on, one at a time, in float32 or finer.
+        survey: what is asked. Backwards, it sees all windows but those held out, one at a time, in float32 or finer.
         source: the original.
         model: its spec.
         plan: the one that awaits these facts.
@@ -222,7 +222,7 @@ class BackwardSurvey(SurveyRun):
 
     def run(self) -> None:
         """Goes on until every layer is looked at."""
-        windows = self.decoder.split.fit.stop
+        windows = self.decoder.split.choice.stop
         self.hidden, self.gradient = (self.room(name, windows) for name in (HIDDEN, GRADIENT))
         self.states, self.gradients = (SavedStreams(self.folder, each) for each in (self.hidden, self.gradient))
         self.total, self.lowest = len(self.decoder.modules), min(self.wanted)

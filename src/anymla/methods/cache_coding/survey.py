@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 KINDS = ("key", "value")
 SAMPLE = 8192  # tokens to fit tables on
+LARGEST = 0.01  # of a window's tokens: their gradients count as much as the least of them
 
 
 class KeyValueSurvey(Survey):
@@ -46,6 +47,10 @@ class KeyValueSurvey(Survey):
     The Fisher matrix is E[g g^T]. Here g is one token's gradient of the window's whole negative log-likelihood, in
     nats. An error of covariance D in every key costs about tr(F D) / 2 nats of KL per token. That holds for errors that
     are small and independent, and for text that is like the model's own. It compares keys, values and layers.
+
+    A hundredth of the tokens may hold most of the matrix. Others look to these tokens, whatever they mean. A few of
+    them say little about directions. So the largest gradients of a window are scaled down to the percentile of their
+    squares, and the matrix is then scaled up to its old trace.
 
     Args:
         first_tokens: how many of every window are left out, because they stay exact.
@@ -95,7 +100,7 @@ class KeyValueSums:
         self.made, self.rope = Made(attention), RopeSeen(attention)
         layer.module.set_submodule(self.path, attention)
         self.sums = {kind: Sums(size, layer.original.device) for kind, size in zip(KINDS, self.sizes, strict=True)}
-        tokens = layer.windows.fit.stop * (layer.original.shape[1] - first_tokens)
+        tokens = layer.windows.choice.stop * (layer.original.shape[1] - first_tokens)
         self.sampled = torch.linspace(0, tokens - 1, min(sample, tokens), dtype=torch.float64).long()
         self.tokens = 0
 
@@ -130,6 +135,7 @@ class Sums:
     def __init__(self, width: int, device: Any) -> None:
         self.sum = torch.zeros(width, dtype=torch.float64, device=device)
         self.gram, self.fisher = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
+        self.power = torch.zeros((), dtype=torch.float64, device=device)  # of all gradients, as they are
         self.sample: list[tuple[Tensor, Tensor]] = []
 
     def add(self, states: Tensor, gradients: Tensor, places: Tensor) -> None:
@@ -138,11 +144,16 @@ class Sums:
         states, gradients = states.double(), gradients.double()
         self.sum += states.sum(0)
         self.gram += states.T @ states
+        power = gradients.square().sum(-1)
+        self.power += power.sum()
+        if limit := power.quantile(1 - LARGEST, interpolation="lower"):
+            gradients = gradients * (limit / power.clamp_min(limit)).sqrt()[:, None]
         self.fisher += gradients.T @ gradients
 
     def facts(self, tokens: int) -> dict[str, Tensor]:
         """Mean, covariance, Fisher matrix and sample over all processes' ``tokens``."""
-        mean, gram, fisher = (all_sum(each) / tokens for each in (self.sum, self.gram, self.fisher))
+        mean, gram, fisher, power = (all_sum(each) / tokens for each in (self.sum, self.gram, self.fisher, self.power))
+        fisher *= power / fisher.trace().clamp_min(torch.finfo(power.dtype).tiny)
         sample, gradients = (all_rows(torch.cat(rows).to(mean.device)) for rows in zip(*self.sample, strict=True))
         moments = {"mean": mean, "covariance": gram - torch.outer(mean, mean), "fisher": fisher}
         return moments | {"sample": sample, "gradients": gradients}
