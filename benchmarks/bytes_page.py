@@ -39,6 +39,10 @@ points of every token and group. They also include what a sequence holds exactly
 recent window. In longer contexts that part shrinks, and `per token` is what remains. Tables and bases are weights,
 and are counted for no system.
 
+**The rows of real models are older than two changes.** Calibration windows now [begin with the BOS
+token](choices.md#windows-begin-with-the-bos-token), and bases [do not hang on a few
+tokens](choices.md#a-few-tokens-hold-most-of-the-fisher-matrix). Both lower anymla's KL. No row was measured anew.
+
 How each is measured:
 
 - **anymla** is the method `transform_coding` through `anymla.run`. Bytes are those of the live cache. The first 4

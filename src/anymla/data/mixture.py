@@ -116,8 +116,8 @@ def read_texts(
     """
     sources = [Source.of(text) for text in data]
     if held_out is not None:
-        documents = read_documents(held_out)
-        windows = text_windows(documents, tokenizer, held_out, length=length, tokens=held_out_tokens)
+        texts = read_documents(held_out)
+        windows = text_windows(texts, tokenizer, held_out, length=length, tokens=held_out_tokens)
         for source in sources:
             _take(source, tokenizer, 1, length)  # it can be read
         return Texts(sources, windows, [0] * len(sources))
