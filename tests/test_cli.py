@@ -280,7 +280,12 @@ def test_eval_perplexity_is_that_of_transformers(anymla):
     scores = json.loads(anymla("eval", BUNDLED, "--text", VALID, "--tokens", "512", "--length", "64", "--json"))
     tokenizer, model = AutoTokenizer.from_pretrained(BUNDLED), AutoModelForCausalLM.from_pretrained(BUNDLED)
     stories = [story.strip() for story in VALID.read_text(encoding="utf-8").split("<|endoftext|>")]
-    ids = torch.tensor([token for story in stories for token in tokenizer(story)["input_ids"]][:512]).view(8, 64)
+    left, rows = [token for story in stories for token in tokenizer(story)["input_ids"]], []
+    while len(rows) < 8:  # each window begins with the BOS token, too
+        row = [*([1] if left[0] != 1 else []), *left][:64]
+        left = left[64 - (left[0] != 1) :]
+        rows.append(row)
+    ids = torch.tensor(rows)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss
     assert scores["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)

@@ -93,11 +93,11 @@ def test_evaluation_uses_the_length_asked_for(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     ids = []
     for document in bundled_text("valid").read_text().split("<|endoftext|>"):
-        text = document.strip() + "\n\n"
-        ids += AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False).input_ids
+        ids += [1, *AutoTokenizer.from_pretrained(source)(document.strip(), add_special_tokens=False).input_ids]
         if len(ids) >= 512:
             break
-    windows = torch.tensor([[1, *ids[:255]], [1, *ids[255:510]]])  # each begins with the BOS token
+    assert ids[256] != 1
+    windows = torch.tensor([ids[:256], [1, *ids[256:511]]])  # each begins with the BOS token
     log_p = logits(model, windows)[:, :-1].log_softmax(-1).gather(-1, windows[:, 1:, None])
     assert scores.perplexity == pytest.approx(log_p.mean().neg().exp().item())
 

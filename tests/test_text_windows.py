@@ -1,4 +1,4 @@
-"""Windows of text begin as the tokenizer begins a text, and hold no other special token."""
+"""Windows of text begin as the tokenizer begins a text, and so do documents inside them."""
 
 import pytest
 
@@ -18,19 +18,24 @@ def test_a_window_begins_as_the_tokenizer_begins_a_text(kind, begins):
     assert first_tokens(tokenizer) == begin
     windows = text_windows(DOCUMENTS, tokenizer, "text", length=64, tokens=1024)
     assert windows.shape == (16, 64)
-    assert (windows == tokenizer.bos_token_id).sum() == (16 if begins else 0)
-    if begins:
-        assert (windows[:, 0] == tokenizer.bos_token_id).all()
-    whole = tokenizer("\n\n".join(DOCUMENTS), add_special_tokens=False)["input_ids"]
-    assert windows[:, len(begin) :].flatten().tolist() == whole[: 16 * (64 - len(begin))]
+    assert all(row[: len(begin)].tolist() == begin for row in windows)
+    plain = [tokenizer(document, add_special_tokens=False)["input_ids"] for document in DOCUMENTS]
+    left = [token for token in windows.flatten().tolist() if token != tokenizer.bos_token_id]
+    assert left == [token for ids in plain for token in ids][: len(left)]
+    starts = (windows == tokenizer.bos_token_id).sum()
+    assert starts == ((16 + 2) if begins else 0)  # the second and the third document begin inside windows
 
 
-def test_so_do_those_of_calibration():
+def test_calibration_has_no_bos_between_pieces_of_one_document(tmp_path):
     tokenizer = load_tokenizer(BUNDLED)
-    windows = calibration_windows(bundled_text("train"), tokenizer, tokens=4096, length=128, seed=0)
+    (tmp_path / "one.txt").write_text("\n\n".join(read_documents(bundled_text("train"))))
+    windows = calibration_windows(tmp_path / "one.txt", tokenizer, tokens=4096, length=128, seed=1)
     assert windows.shape == (32, 128)
     assert (windows[:, 0] == 1).all()
     assert not (windows[:, 1:] == 1).any()
+    several = calibration_windows(bundled_text("train"), tokenizer, tokens=4096, length=128, seed=1)
+    assert (several[:, 0] == 1).all()
+    assert (several[:, 1:] == 1).any()
 
 
 def test_an_end_token_begins_nothing():
@@ -46,8 +51,8 @@ def test_an_end_token_begins_nothing():
 def test_short_text_makes_short_windows(tokens):
     tokenizer = load_tokenizer(BUNDLED)
     documents = read_documents(bundled_text("valid"))[:4]
-    windows = text_windows(documents, tokenizer, "text", length=10_000, tokens=tokens, at_least=8)
-    assert len(windows) == 8
+    windows = text_windows(documents, tokenizer, "text", length=10_000, tokens=tokens)
+    assert len(windows) == 1
     assert (windows[:, 0] == 1).all()
     with pytest.raises(TextError, match=r"text a\.txt gives"):
         text_windows(["Once"], tokenizer, "a.txt", length=64)

@@ -104,7 +104,7 @@ def test_packed_documents_do_not_see_each_other(pair, expanded):
     if expanded:
         always_expand(model)
     documents = [token_ids(1, length)[0].tolist() for length in (9, 14, 17)]
-    rows = packed_rows(documents, 40)
+    rows = packed_rows(documents, 40, [])
     packed = model(**{name: torch.tensor(value) for name, value in rows.items()}, use_cache=False).logits[0]
     start = 0
     for document in documents:

@@ -7,14 +7,22 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anymla.data.text import check_texts, first_tokens, is_local, read_documents, text_windows, token_windows, tokenize
+from anymla.data.text import (
+    begun_rows,
+    check_texts,
+    first_tokens,
+    is_local,
+    read_documents,
+    text_windows,
+    token_ids,
+    token_windows,
+)
 from anymla.errors import RecipeError, TextError
 
 SHUFFLED = 1024  # documents of a stream among which the next one is drawn
@@ -121,24 +129,29 @@ def read_texts(
         for source in sources:
             _take(source, tokenizer, 1, length)  # it can be read
         return Texts(sources, windows, [0] * len(sources))
-    whole, begin, ids, skipped = sum(source.share for source in sources), first_tokens(tokenizer), [], []
+    whole, begin = sum(source.share for source in sources), first_tokens(tokenizer)
+    found: list[list[int]] = []
+    skipped: list[int] = []
     for source in sources:
-        wanted = max(1, round(held_out_tokens * source.share / whole * (1 - len(begin) / length)))
-        part, documents = _take(source, tokenizer, wanted, length)
-        ids += part[:wanted]
-        skipped.append(documents)
-    return Texts(sources, token_windows(ids, length, ", ".join(data), begin=begin), skipped)
+        wanted = max(1, round(held_out_tokens * source.share / whole))
+        documents = _take(source, tokenizer, wanted, length)
+        found += documents
+        skipped.append(len(documents))
+    windows = token_windows(found, begin, ", ".join(data), length=length)
+    return Texts(sources, windows, skipped)
 
 
-def _take(source: Source, tokenizer: Any, tokens: int, length: int) -> tuple[list[int], int]:
-    """At least ``tokens`` tokens of the first documents, and how many documents these are; more must follow."""
-    ids: list[int] = []
-    for number, row in enumerate(source.documents(length)):
-        if len(ids) >= tokens:
-            return ids, number
-        ids += tokenize([row["text"]], tokenizer)
+def _take(source: Source, tokenizer: Any, tokens: int, length: int) -> list[list[int]]:
+    """The first documents, the last one cut, with ``tokens`` tokens in all; more must follow."""
+    begin, count = len(first_tokens(tokenizer)), 0
+    found: list[list[int]] = []
+    for row in source.documents(length):
+        if count >= tokens:
+            return found
+        found.append(token_ids(row["text"], tokenizer)[: max(0, tokens - count - begin)])
+        count += begin + len(found[-1])
     raise TextError(
-        f"--data {source.name} has only {len(ids)} tokens; the first documents are to score on, and others to learn "
+        f"--data {source.name} has only {count} tokens; the first documents are to score on, and others to learn "
         "from: lower --eval-tokens, or give --eval-data"
     )
 
@@ -152,9 +165,12 @@ def tokens_of_a_pass(texts: Texts, tokenizer: Any, length: int, most: int) -> in
         return None
     whole, passes = sum(source.share for source in texts.sources), []
     for source, skipped in zip(texts.sources, texts.skipped, strict=True):
-        documents = (row["text"] for row in source.documents(length).skip(skipped))
-        counted = sum(1 for _ in islice(tokenize(documents, tokenizer), most))
-        passes.append(round(counted * whole / source.share))
+        counted = 0
+        for row in source.documents(length).skip(skipped):
+            if counted >= most:
+                break
+            counted += len(token_ids(row["text"], tokenizer))
+        passes.append(round(min(counted, most) * whole / source.share))
     return min(passes)
 
 
@@ -169,7 +185,7 @@ def training_rows(texts: Texts, tokenizer: Any, *, length: int, packing: bool, s
     begin, rows_of = first_tokens(tokenizer), packed_rows if packing else padded_rows
 
     def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return rows_of([list(tokenize([text], tokenizer, after="")) for text in batch["text"]], length, begin)
+        return rows_of([token_ids(text, tokenizer) for text in batch["text"]], length, begin)
 
     streams = [
         source.documents(length)
@@ -188,21 +204,8 @@ def training_rows(texts: Texts, tokenizer: Any, *, length: int, packing: bool, s
 
 
 def packed_rows(documents: list[list[int]], length: int, begin: Sequence[int]) -> dict[str, list[list[int]]]:
-    """Documents in a row, cut every ``length`` tokens; what a cut leaves of one goes on as one of its own.
-
-    ``begin``: tokens before each of them.
-    """
-    ids: list[int] = []
-    positions: list[int] = []
-    for document in documents:
-        done = 0
-        while done < len(document):
-            room = length - len(ids) % length
-            after = done + max(0, room - len(begin))
-            piece = [*begin[:room], *document[done:after]]
-            ids += piece
-            positions += range(len(piece))
-            done = after
+    """Documents in a row, cut every ``length`` tokens; each begins with ``begin``, and so does what a cut leaves."""
+    ids, positions = begun_rows(documents, length, begin)
     rows = range(0, len(ids) - length + 1, length)
     return {
         "input_ids": [ids[row : row + length] for row in rows],

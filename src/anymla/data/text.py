@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,7 @@ from torch import Tensor
 from anymla.errors import TextError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
-BETWEEN_DOCUMENTS = (
-    "\n\n"  # in windows: a BOS token there is in no prompt, and some models' caches hold it as an outlier
-)
+BETWEEN_PIECES = "\n\n"
 PIECE_CHARACTERS = 2048  # a long document is drawn from in pieces of so many, or of about a window if that is more
 MINIMUM_TOKENS = 256
 SUFFIXES = (".txt", ".jsonl", ".json")  # of files, which no hub data set has
@@ -142,22 +140,40 @@ def first_tokens(tokenizer: Any) -> list[int]:
     return next((list(whole[:place]) for place in places if whole[place : place + len(plain)] == plain), [])
 
 
-def tokenize(documents: Iterable[str], tokenizer: Any, *, after: str = BETWEEN_DOCUMENTS) -> Iterator[int]:
-    """Token ids of all documents in a row, each with the text ``after``; no special tokens."""
+def token_ids(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text, without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def begun_rows(documents: Iterable[list[int]], length: int, begin: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Token ids of documents in a row, cut every ``length`` tokens, and the position of each in its document.
+
+    ``begin`` is put before every document. What a cut leaves of one goes on as one of its own, after ``begin``, too.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
     for document in documents:
-        yield from tokenizer(document + after, add_special_tokens=False, verbose=False)["input_ids"]
+        done = 0
+        while done < len(document):
+            room = length - len(ids) % length
+            after = done + max(0, room - len(begin))
+            piece = [*begin[:room], *document[done:after]]
+            ids += piece
+            positions += range(len(piece))
+            done = after
+    return ids, positions
 
 
-def text_windows(
-    documents: Iterable[str],
-    tokenizer: Any,
+def token_windows(
+    documents: Sequence[list[int]],
+    begin: Sequence[int],
     source: str | Path,
     *,
     length: int,
     tokens: int | None = None,
     at_least: int = 1,
 ) -> Tensor:
-    """Windows [N, T] of the first ``tokens`` tokens of ``documents``; each begins as the tokenizer begins a text.
+    """Windows [N, T] of the first ``tokens`` tokens of ``documents``; each begins with ``begin``.
 
     A model that expects a BOS token loses much without it, because its first token takes up attention that is not
     needed. T is ``length``, or less where the text gives less than ``at_least`` windows of it.
@@ -165,31 +181,52 @@ def text_windows(
     Raises:
         TextError: fewer than 256 tokens; the message names ``source``.
     """
-    begin = first_tokens(tokenizer)
-    wanted = None if tokens is None else tokens * (length - len(begin)) // length
-    return token_windows(islice(tokenize(documents, tokenizer), wanted), length, source, begin=begin, at_least=at_least)
+    found = sum(len(document) + len(begin) for document in documents)
+    total = found if tokens is None else min(found, tokens)
+    if total < MINIMUM_TOKENS:
+        raise TextError(f"text {source} gives {total} tokens; at least {MINIMUM_TOKENS} are needed")
+    length = min(length, total // at_least)
+    count = total // length
+    ids, _ = begun_rows(documents, length, begin)
+    return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
 
 
-def token_windows(
-    ids: Iterable[int], length: int, source: str | Path, *, begin: Sequence[int] = (), at_least: int = 1
+def text_windows(
+    documents: Iterable[str], tokenizer: Any, source: str | Path, *, length: int, tokens: int | None = None
 ) -> Tensor:
-    """The same of token ids; ``begin`` is put before each window, and is part of its length."""
-    tokens, first = torch.tensor(list(ids), dtype=torch.long), torch.tensor(begin, dtype=torch.long)
-    size = max(1, min(length - len(first), len(tokens) // at_least))
-    count = len(tokens) // size
-    if len(tokens) + len(first) * max(1, count) < MINIMUM_TOKENS:
-        raise TextError(f"text {source} gives {len(tokens)} tokens; at least {MINIMUM_TOKENS} are needed")
-    return torch.cat([first.expand(count, -1), tokens[: count * size].view(count, size)], 1)
+    """The same of texts, each begun as the tokenizer begins a text; no more are read than are needed."""
+    begin, found, count = first_tokens(tokenizer), [], 0
+    for document in documents:
+        if tokens is not None and count >= tokens:
+            break
+        found.append(token_ids(document, tokenizer))
+        count += len(found[-1]) + len(begin)
+    return token_windows(found, begin, source, length=length, tokens=tokens)
 
 
 def calibration_windows(source: str | Path, tokenizer: Any, *, tokens: int, length: int, seed: int) -> Tensor:
     """Windows [N, T] of about ``tokens`` tokens drawn from all over ``source``; the same seed draws the same.
 
-    Long documents are drawn from in pieces of about a window, so that a sample has as many places as it has windows.
+    Long documents are drawn from in pieces of about a window, so that a sample has as many places as it has windows. A
+    piece from inside a document follows the piece before it, with no BOS token between them.
     """
     size = max(PIECE_CHARACTERS, 4 * length)
     pieces = [
-        document[start : start + size] for document in read_documents(source) for start in range(0, len(document), size)
+        (start == 0, document[start : start + size])
+        for document in read_documents(source)
+        for start in range(0, len(document), size)
     ]
     random.Random(seed).shuffle(pieces)
-    return text_windows(pieces, tokenizer, source, length=length, tokens=tokens, at_least=WINDOWS_AT_LEAST)
+    begin, count = first_tokens(tokenizer), 0
+    found: list[list[int]] = []
+    for begins, text in pieces:
+        if count >= tokens:
+            break
+        ids = token_ids(text if begins else BETWEEN_PIECES + text, tokenizer)
+        if begins or not found:
+            found.append(ids)
+            count += len(begin)
+        else:
+            found[-1] += ids
+        count += len(ids)
+    return token_windows(found, begin, source, length=length, tokens=tokens, at_least=WINDOWS_AT_LEAST)
