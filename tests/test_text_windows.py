@@ -23,7 +23,7 @@ def test_a_window_begins_as_the_tokenizer_begins_a_text(kind, begins):
     left = [token for token in windows.flatten().tolist() if token != tokenizer.bos_token_id]
     assert left == [token for ids in plain for token in ids][: len(left)]
     starts = (windows == tokenizer.bos_token_id).sum()
-    assert starts == ((16 + 2) if begins else 0)  # the second and the third document begin inside windows
+    assert (16 < starts <= 16 + 2) if begins else starts == 0  # two documents begin inside windows, or at their start
 
 
 def test_calibration_has_no_bos_between_pieces_of_one_document(tmp_path):
