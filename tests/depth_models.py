@@ -72,8 +72,9 @@ def calibration_ids(windows: int, length: int) -> Tensor:
 
 
 def kl_without(model: Any, gone: Collection[int], ids: Tensor) -> float:
-    """KL in nats per token where these layers do nothing."""
-    expected, found = (each.log_softmax(-1) for each in (logits(model, ids), logits_without(model, gone, ids)))
+    """KL in nats per token where these layers do nothing; as in scores, a window's last token predicts nothing."""
+    both = (logits(model, ids), logits_without(model, gone, ids))
+    expected, found = (each[:, :-1].log_softmax(-1) for each in both)
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
 
 

@@ -218,7 +218,7 @@ def test_the_search_for_a_weight_loses_no_more_than_dropping(original, tmp_path,
     lost = (losses(found)[-1], kl_without(original, removed(found), calibration_ids(16, 32)))
     record_property("kl of the search, and of dropping", lost)
     record_property("weights", [row[2] for row in rows(found)])
-    assert lost[0] <= lost[1] * 1.02  # the first weight was found before the second pair was chosen
+    assert lost[0] <= lost[1] * (1 + 1e-3)  # the card has four digits
 
 
 def test_dropping_by_kl_loses_least_of_all(searched, tmp_path, record_property):
@@ -236,8 +236,9 @@ def test_dropping_by_kl_loses_least_of_all(searched, tmp_path, record_property):
 def test_the_pair_that_is_chosen_costs_less_than_a_random_one(original, record_property):
     """Similarity of a pair against the KL of the model where its second layer is dropped, on the bundled model.
 
-    How well one tells the order of the other is recorded: of four pairs it says little. In windows of 64 and 256 tokens
-    the first pair is the most alike, and costs most; there `protect_first` is needed.
+    The windows are those of the default. In others the first pair is the most alike, and costs most: with windows of 64
+    or 256 tokens `protect_first` is needed. How well one tells the order of the other is recorded: of four pairs it
+    says little.
     """
     facts = layer_states(original, calibration_ids(64, 128))
     pairs = [(index, index + 1) for index in range(4)]

@@ -2,13 +2,20 @@
 
 import pytest
 
-from anymla.data.text import bundled_text, calibration_windows, first_tokens, read_documents, text_windows
+from anymla.data.text import (
+    bundled_text,
+    calibration_windows,
+    first_tokens,
+    read_documents,
+    text_windows,
+    token_windows,
+)
 from anymla.errors import TextError
 from anymla.io.checkpoint import load_tokenizer
 from tests.damage import BUNDLED
 from tests.tokenizers import byte_level
 
-DOCUMENTS = ["Once upon a time. " * 60, "There was a cat. " * 80, "She had a dog. " * 200]
+DOCUMENTS = ["Once upon a time. " * 20, "There was a cat. " * 20, "She had a dog. " * 200]
 
 
 @pytest.mark.parametrize(("kind", "begins"), [("llama-bpe", True), ("smollm", False), ("gpt-2", False)])
@@ -23,7 +30,7 @@ def test_a_window_begins_as_the_tokenizer_begins_a_text(kind, begins):
     left = [token for token in windows.flatten().tolist() if token != tokenizer.bos_token_id]
     assert left == [token for ids in plain for token in ids][: len(left)]
     starts = (windows == tokenizer.bos_token_id).sum()
-    assert (16 < starts <= 16 + 2) if begins else starts == 0  # two documents begin inside windows, or at their start
+    assert starts == ((16 + 2) if begins else 0)  # the second and the third document begin inside windows
 
 
 def test_calibration_has_no_bos_between_pieces_of_one_document(tmp_path):
@@ -45,6 +52,17 @@ def test_an_end_token_begins_nothing():
         return {"input_ids": [7, 8, 9] if add_special_tokens else [7, 8]}
 
     assert first_tokens(tokenizer) == []
+
+
+def test_documents_without_tokens_are_left_out():
+    """Else a window would be a token short."""
+    windows = token_windows([[5] * 255, [], [6] * 2], [1], "text", length=4096, tokens=257)
+    assert windows.tolist() == [[1, *[5] * 255, 1]]
+
+
+def test_a_window_has_room_for_text():
+    with pytest.raises(TextError, match="windows of 1 tokens hold no text"):
+        token_windows([[5] * 300], [1], "a.txt", length=1)
 
 
 @pytest.mark.parametrize("tokens", [256, 300, None])

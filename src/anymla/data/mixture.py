@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,14 @@ def read_texts(
 
 def _take(source: Source, tokenizer: Any, tokens: int, length: int) -> list[list[int]]:
     """The first documents, the last one cut, with ``tokens`` tokens in all; more must follow."""
-    begin, count = len(first_tokens(tokenizer)), 0
     found: list[list[int]] = []
+    count = 0
     for row in source.documents(length):
         if count >= tokens:
             return found
-        found.append(token_ids(row["text"], tokenizer)[: max(0, tokens - count - begin)])
-        count += begin + len(found[-1])
+        ids = token_ids(row["text"], tokenizer)
+        found.append(ids[: tokens - count])
+        count += len(ids)
     raise TextError(
         f"--data {source.name} has only {count} tokens; the first documents are to score on, and others to learn "
         "from: lower --eval-tokens, or give --eval-data"
@@ -163,14 +165,11 @@ def tokens_of_a_pass(texts: Texts, tokenizer: Any, length: int, most: int) -> in
     """
     if not all(source.is_text for source in texts.sources):
         return None
-    whole, passes = sum(source.share for source in texts.sources), []
+    whole, begin, passes = sum(source.share for source in texts.sources), first_tokens(tokenizer), []
     for source, skipped in zip(texts.sources, texts.skipped, strict=True):
-        counted = 0
-        for row in source.documents(length).skip(skipped):
-            if counted >= most:
-                break
-            counted += len(token_ids(row["text"], tokenizer))
-        passes.append(round(min(counted, most) * whole / source.share))
+        documents = source.documents(length).skip(skipped)
+        ids = (token for row in documents for token in begin + token_ids(row["text"], tokenizer))
+        passes.append(round(sum(1 for _ in islice(ids, most)) * whole / source.share))
     return min(passes)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from anymla.errors import TextError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
-BETWEEN_PIECES = "\n\n"
+BETWEEN_PIECES = "\n\n"  # of long documents, in calibration windows
 PIECE_CHARACTERS = 2048  # a long document is drawn from in pieces of so many, or of about a window if that is more
 MINIMUM_TOKENS = 256
 SUFFIXES = (".txt", ".jsonl", ".json")  # of files, which no hub data set has
@@ -165,7 +165,7 @@ def begun_rows(documents: Iterable[list[int]], length: int, begin: Sequence[int]
 
 
 def token_windows(
-    documents: Sequence[list[int]],
+    documents: Iterable[list[int]],
     begin: Sequence[int],
     source: str | Path,
     *,
@@ -179,13 +179,16 @@ def token_windows(
     needed. T is ``length``, or less where the text gives less than ``at_least`` windows of it.
 
     Raises:
-        TextError: fewer than 256 tokens; the message names ``source``.
+        TextError: fewer than 256 tokens, or windows so short that ``begin`` fills them; the message names ``source``.
     """
+    documents = [document for document in documents if document]
     found = sum(len(document) + len(begin) for document in documents)
     total = found if tokens is None else min(found, tokens)
     if total < MINIMUM_TOKENS:
         raise TextError(f"text {source} gives {total} tokens; at least {MINIMUM_TOKENS} are needed")
     length = min(length, total // at_least)
+    if length <= len(begin):
+        raise TextError(f"text {source}: windows of {length} tokens hold no text after the {len(begin)} that begin one")
     count = total // length
     ids, _ = begun_rows(documents, length, begin)
     return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
@@ -194,14 +197,9 @@ def token_windows(
 def text_windows(
     documents: Iterable[str], tokenizer: Any, source: str | Path, *, length: int, tokens: int | None = None
 ) -> Tensor:
-    """The same of texts, each begun as the tokenizer begins a text; no more are read than are needed."""
-    begin, found, count = first_tokens(tokenizer), [], 0
-    for document in documents:
-        if tokens is not None and count >= tokens:
-            break
-        found.append(token_ids(document, tokenizer))
-        count += len(found[-1]) + len(begin)
-    return token_windows(found, begin, source, length=length, tokens=tokens)
+    """The same of texts, each begun as the tokenizer begins a text; no more of them are tokenized than are needed."""
+    begun = _documents(((True, document) for document in documents), tokenizer, tokens)
+    return token_windows(begun, first_tokens(tokenizer), source, length=length, tokens=tokens)
 
 
 def calibration_windows(source: str | Path, tokenizer: Any, *, tokens: int, length: int, seed: int) -> Tensor:
@@ -217,16 +215,21 @@ def calibration_windows(source: str | Path, tokenizer: Any, *, tokens: int, leng
         for start in range(0, len(document), size)
     ]
     random.Random(seed).shuffle(pieces)
-    begin, count = first_tokens(tokenizer), 0
+    found, begin = _documents(pieces, tokenizer, tokens), first_tokens(tokenizer)
+    return token_windows(found, begin, source, length=length, tokens=tokens, at_least=WINDOWS_AT_LEAST)
+
+
+def _documents(pieces: Iterable[tuple[bool, str]], tokenizer: Any, tokens: int | None) -> list[list[int]]:
+    """Token ids of documents, ``tokens`` in all or a few more; of each piece of text, whether it begins one."""
     found: list[list[int]] = []
+    count = 0
     for begins, text in pieces:
-        if count >= tokens:
+        if tokens is not None and count >= tokens:
             break
         ids = token_ids(text if begins else BETWEEN_PIECES + text, tokenizer)
         if begins or not found:
             found.append(ids)
-            count += len(begin)
         else:
             found[-1] += ids
         count += len(ids)
-    return token_windows(found, begin, source, length=length, tokens=tokens, at_least=WINDOWS_AT_LEAST)
+    return found
