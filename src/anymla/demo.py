@@ -27,7 +27,8 @@ Report = Callable[[int, int | None, str], None]  # (done, of how many, what)
 Note = Callable[[str], None]
 
 REAL, BUNDLED = "SmolLM2-135M-Instruct", "stories260K"
-QUESTIONS = ("What is the capital of France?", "Write a short story about a cat and a mouse.")
+# The original is sure how to begin its answers.
+QUESTIONS = ("Why is the sky blue?", "Write a short story about a cat and a mouse.")
 STORIES = ("Once upon a time, there was a little girl named Lily. She", "One day, Tom found a big red ball")
 OURS, TABLES, PAPER = "anymla", "KVQuant", "MHA2MLA"
 KEPT = 0.125  # of the bytes; this conversion is kept, and answers

@@ -134,10 +134,9 @@ def _read_dataset(name: str, most: int) -> list[str]:
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text: a BOS token with most, nothing with some."""
-    whole, plain = (tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False))
-    places = range(len(whole) - len(plain) + 1)
-    return next((list(whole[:place]) for place in places if whole[place : place + len(plain)] == plain), [])
+    """The BOS token, with which text begins. Nothing if the tokenizer has none, or its config says not to add it."""
+    refused = tokenizer.init_kwargs.get("add_bos_token") is False  # as its own config says; the attribute has a default
+    return [] if refused or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:
@@ -197,7 +196,7 @@ def token_windows(
 def text_windows(
     documents: Iterable[str], tokenizer: Any, source: str | Path, *, length: int, tokens: int | None = None
 ) -> Tensor:
-    """The same of texts, each begun as the tokenizer begins a text; no more of them are tokenized than are needed."""
+    """The same of texts, each begun by the BOS token; no more of them are tokenized than are needed."""
     begun = _documents(((True, document) for document in documents), tokenizer, tokens)
     return token_windows(begun, first_tokens(tokenizer), source, length=length, tokens=tokens)
 
