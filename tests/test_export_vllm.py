@@ -106,7 +106,7 @@ def test_padding(pad, converted, tmp_path):
 
 def test_folded_channels(converted, tmp_path):
     """Several pairs of a head in one channel (TransMLA's FreqFold), each with a weight of its own."""
-    folder = converted(make_model("llama"), rope="freqfold-2")
+    folder = converted(make_model("llama"), rope="freqfold-2", rope_dims=8)
     assert layers_of(json.loads((folder / "config.json").read_text()))[0].latent.channel_fold == 2
     write_vllm(folder, tmp_path / "export")
     assert_same(folder, tmp_path / "export")

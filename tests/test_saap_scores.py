@@ -70,7 +70,7 @@ def test_a_vector_is_summed_before_it_is_absolute():
 def test_importance_is_worth_its_gradients():
     """KL on held-out stories: fused loses less than chance, no more than vector, and more is lost of fewer neurons."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(bundled_model()), load_tokenizer(bundled_model())
-    fitted = calibration_windows(bundled_text("train"), tokenizer, tokens=6144, length=64, seed=0)
+    fitted = calibration_windows(bundled_text("train"), tokenizer, tokens=12288, length=64, seed=0)
     held_out = calibration_windows(bundled_text("valid"), tokenizer, tokens=2048, length=64, seed=0)
     facts, spec = facts_of(model, "neurons", fitted), spec_of(model.config.to_dict())
     before = logits_of(model, held_out).log_softmax(-1)

@@ -18,7 +18,7 @@ STEPS = {"keys and values": [CODES], "latent": [LATENT, CODES], "kvquant": [{"kv
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_weights_around_the_codes_learn(kind, tmp_path):
-    source, learn = save_model(make_model("llama", torch.float32), tmp_path / "source"), {"learning_rate": 0.0001}
+    source, learn = save_model(make_model("llama", torch.float32), tmp_path / "source"), {"learning_rate": 0.0003}
     steps = [*STEPS[kind], {"tune": TINY | learn}]
     anymla.run(source, tmp_path / "out", steps=steps, keep_steps=True)
     before = next((tmp_path / "out-steps").glob(f"step-{len(steps) - 1}-*"))
