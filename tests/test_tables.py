@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from anymla.methods.cache_coding.tables import TableSample
+from anymla.methods.cache_coding.tables import TableSample, with_farther
 
 MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000642, 8: 4.1e-5}  # (Max, 1960, table I)
 
@@ -39,6 +39,16 @@ def test_weights_draw_the_levels():
     left_out = TableSample(numbers, (numbers.abs() < 1).double()).fit(2)
     torch.testing.assert_close(left_out[:, :1], TableSample(numbers.clamp(-1, 1)).fit(2)[:, :1], rtol=0.3, atol=0)
     assert (left_out.abs() < 1).all()
+
+
+@pytest.mark.parametrize(("bits", "outside", "inside"), [(2, 1, 1.01), (4, 0.4, 1.4), (6, 0.05, 1.5), (8, 0.01, 1.5)])
+def test_many_levels_reach_farther_than_the_sample(bits, outside, inside):
+    """A number twice as far out as any of the sample: more bits help it, and those inside lose little by that."""
+    numbers, far = gaussian().clamp(-3, 3), torch.full((1, 8), 6.0, dtype=torch.float64)
+    plain = TableSample(numbers).fit(bits)
+    reaching = TableSample(*with_farther(numbers, torch.ones_like(numbers))).fit(bits)
+    assert nearest(far, reaching).mean() < outside * nearest(far, plain).mean()
+    assert nearest(numbers, reaching).mean() < inside * nearest(numbers, plain).mean()
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])

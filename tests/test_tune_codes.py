@@ -11,14 +11,14 @@ from anymla.architectures.model_spec import read_config, spec_of
 from tests.families import FAST, make_model, save_model
 from tests.test_methods import FAST_RUN, TINY
 
-CODES = {"transform_coding": {"kv_cache": 0.125, **FAST_RUN}}
+CODES = {"transform_coding": {"kv_cache": 0.0625, **FAST_RUN}}
 LATENT = {"mla": {"kv_cache": 0.5, **FAST, "reconstruction_steps": 0}}
 STEPS = {"keys and values": [CODES], "latent": [LATENT, CODES], "kvquant": [{"kvquant": {"bits": 2, **FAST_RUN}}]}
 
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_weights_around_the_codes_learn(kind, tmp_path):
-    source, learn = save_model(make_model("llama", torch.float32), tmp_path / "source"), {"learning_rate": 0.0003}
+    source, learn = save_model(make_model("llama", torch.float32), tmp_path / "source"), {"learning_rate": 0.001}
     steps = [*STEPS[kind], {"tune": TINY | learn}]
     anymla.run(source, tmp_path / "out", steps=steps, keep_steps=True)
     before = next((tmp_path / "out-steps").glob(f"step-{len(steps) - 1}-*"))

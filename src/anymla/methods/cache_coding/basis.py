@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-SHRINKAGE = 0.5  # of a Fisher matrix towards its diagonal: how dims go together differs between texts
+SHRINKAGE = 0.2  # of a Fisher matrix towards its diagonal: how dims go together differs between texts
 FLOOR = 1e-6  # of its mean diagonal: what every direction costs at least
 ANGLES = 64  # phases of a channel that are tried
 

@@ -19,7 +19,7 @@ from anymla.methods.cache_coding.forms import Form
 from anymla.methods.cache_coding.latent import build_coded_latent
 from anymla.methods.cache_coding.latent_plan import LatentCoding
 from anymla.methods.cache_coding.plan import LayerCoding, ordered
-from anymla.methods.cache_coding.tables import fit_tables
+from anymla.methods.cache_coding.tables import fit_tables, with_farther
 from anymla.modeling.codecs import make_codec
 from anymla.modeling.coding_spec import CodedSpec, Coding
 from anymla.modeling.modeling_anymla import attention_class
@@ -94,7 +94,8 @@ def _fitted(coding: Coding, basis: Basis, facts: dict[str, Any], kind: str) -> t
     coefficients = basis.encode(read(facts[f"{kind}_sample"])).float()
     weights = (read(facts[f"{kind}_gradients"]).double() @ basis.decoder.T).square()
     weights = (1 - EVEN) * weights + EVEN * weights.mean(0)
-    coded = Coded(coding=coding, basis=basis, tables=fit_tables(coefficients, coding, weights))
+    farther, of_all = with_farther(coefficients, weights)
+    coded = Coded(coding=coding, basis=basis, tables=fit_tables(farther, coding, of_all))
     codec = make_codec(coding)
     codec.set_tables(coded.tables)
     found: Tensor = codec(coefficients)

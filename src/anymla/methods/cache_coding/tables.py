@@ -13,6 +13,7 @@ from anymla.modeling.coding_spec import Coding
 
 ITERATIONS = 50  # of Lloyd's
 MOST_FITTED = 6  # bits; more levels need more tokens than a sample has, and are put evenly between those
+FARTHER, SHARE = 2.0, 3e-2  # text of another kind has such a share of tokens, so many times as far out
 
 
 def fit_tables(coefficients: Tensor, coding: Coding, weights: Tensor | None = None) -> dict[int, Tensor]:
@@ -27,6 +28,16 @@ def fit_tables(coefficients: Tensor, coding: Coding, weights: Tensor | None = No
         of_these = None if weights is None else weights.expand_as(coefficients)[:, places]
         tables[bits] = TableSample(coefficients[:, places], of_these).fit(bits)
     return tables
+
+
+def with_farther(coefficients: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A sample [N,C] and its weights [N,C]; and all of it again, farther from its mean and of little weight.
+
+    A token that calibration text lacks may lie beyond the last level. Then more bits do not help it. Where there are
+    many levels, a few of them out there cost little. Where there are few, such tokens hardly move them.
+    """
+    farther = torch.lerp(coefficients.mean(0), coefficients, FARTHER)
+    return torch.cat([coefficients, farther]), torch.cat([weights, SHARE * weights])
 
 
 class TableSample:
