@@ -42,8 +42,8 @@ and are counted for no system.
 **Some rows are older than three changes.** Calibration windows now [begin with the BOS
 token](choices.md#windows-begin-with-the-bos-token), bases [do not hang on a few
 tokens](choices.md#a-few-tokens-hold-most-of-the-fisher-matrix), and levels [reach beyond calibration
-text](choices.md#levels-reach-beyond-calibration-text). Gemma 3 and SmolLM2 were measured anew. Older are all rows of stories260K and gqa. On
-SmolLM2, those of KVQuant, TransMLA, MHA2MLA and the QuantizedCache are older too.
+text](choices.md#levels-reach-beyond-calibration-text). Gemma 3 and SmolLM2 were measured anew. Older are all rows of
+stories260K and gqa. On SmolLM2, those of KVQuant, TransMLA, MHA2MLA and the QuantizedCache are older too.
 
 How each is measured:
 
