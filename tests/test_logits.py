@@ -115,7 +115,7 @@ def test_tail_of_final_states_in_parts(small_parts, family):
     expected = logits(model, ids)
     hook.remove()
     hidden, tuples = seen[0][0] if isinstance(seen[0], tuple) else seen[0], isinstance(seen[0], tuple)
-    found = Logits(lambda part: logits_of(model, hidden[:, part], tuples=tuples), tuple(expected.shape))
+    found = Logits(hidden, lambda states, part: logits_of(model, states[:, part], tuples=tuples), tuple(expected.shape))
     torch.testing.assert_close(whole_of(found), expected)
 
 

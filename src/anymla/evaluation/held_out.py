@@ -60,4 +60,4 @@ def kl_of_streams(
 def _logits(model: Any, hidden: Tensor, tuples: bool) -> Logits:
     """Those of final hidden states [B,T,D], through the model's own norm and head."""
     shape = (*hidden.shape[:2], model.config.get_text_config().vocab_size)
-    return Logits(lambda part: logits_of(model, hidden[:, part], tuples=tuples), shape)
+    return Logits(hidden, lambda states, part: logits_of(model, states[:, part], tuples=tuples), shape)

@@ -20,15 +20,23 @@ MOST = 1 << 24  # logits at once: 64 MiB in float32
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits [B,T,V], made when they are asked for: ``at(part)`` gives those of the positions ``part``, [B,t,V]."""
+    """Logits [B,T,V], made when they are asked for.
 
-    at: Callable[[slice], Tensor]
+    ``head`` makes those of some positions, [B,t,V], of the ``source``: hidden states [B,T,D], or all logits.
+    """
+
+    source: Tensor
+    head: Callable[[Tensor, slice], Tensor]
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, whole: Tensor) -> Logits:
         """Logits that are there."""
-        return cls(lambda part: whole[:, part], tuple(whole.shape))
+        return cls(whole, lambda source, part: source[:, part], tuple(whole.shape))
+
+    def at(self, part: slice) -> Tensor:
+        """Those of the positions ``part``, [B,t,V]."""
+        return self.head(self.source, part)
 
     def parts(self, first: int = 0, last: int | None = None) -> Iterator[slice]:
         """The positions from ``first`` to before ``last``, in parts of at most 64 MiB of float32 logits each."""
@@ -63,7 +71,7 @@ def at_head(run: Any, model: Any, inputs: Mapping[str, Tensor], use: Callable[[L
         if module is not entered[0] or seen or not _is_sequence(output, inputs["input_ids"]):
             return None
         seen.append(output)
-        return _part(output, slice(-1, None))
+        return _part(output, output.last_hidden_state, slice(-1, None))
 
     def give(module: nn.Module, args: Any, output: Any) -> Any:
         return use(_lazy(model, entered[0], seen[0], inputs["input_ids"]) if seen else Logits.of(output.logits))
@@ -77,12 +85,12 @@ def at_head(run: Any, model: Any, inputs: Mapping[str, Tensor], use: Callable[[L
 
 
 def _lazy(model: Any, body: nn.Module, output: Any, ids: Tensor) -> Logits:
-    def at(part: slice) -> Tensor:
-        with _giving(body, _part(output, part)):
+    def head(states: Tensor, part: slice) -> Tensor:
+        with _giving(body, _part(output, states, part)):
             logits: Tensor = model.forward(input_ids=ids[:, part], use_cache=False).logits
         return logits
 
-    return Logits(at, (*ids.shape, model.config.get_text_config().vocab_size))
+    return Logits(output.last_hidden_state, head, (*ids.shape, model.config.get_text_config().vocab_size))
 
 
 def _bodies(model: Any) -> Iterator[nn.Module]:
@@ -99,9 +107,12 @@ def _is_sequence(output: Any, ids: Tensor) -> bool:
     return hidden is not None and hidden.shape[:2] == ids.shape
 
 
-def _part(output: Any, part: slice) -> Any:
-    """``output`` as if only these positions had been run."""
-    return type(output)(**dict(output) | {"last_hidden_state": output.last_hidden_state[:, part]})
+def _part(output: Any, states: Tensor, part: slice) -> Any:
+    """``output`` as if only these positions of ``states`` had been run.
+
+    In one piece: for a part of several rows that is not, torch's linear layer copies the head's whole weight.
+    """
+    return type(output)(**dict(output) | {"last_hidden_state": states[:, part].contiguous()})
 
 
 @contextmanager

@@ -7,10 +7,13 @@ processes and parts of a batch. Shapes: B rows, T tokens, D hidden, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from anymla.evaluation.logits import Logits
 
 
 def layer_loss(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], weight: Tensor) -> Tensor:
@@ -58,13 +61,41 @@ def shares(weight: Tensor) -> Tensor:
     return weight / weight.sum(-1, keepdim=True).clamp_min(1) / len(weight)
 
 
-def sum_of_parts(loss: Callable[[slice], Tensor], parts: Iterable[slice]) -> Tensor:
-    """The sum of the losses of ``parts`` of the tokens.
+def sum_of_parts(loss: Callable[[Logits, slice], Tensor], logits: Logits, weights: Iterable[Tensor]) -> Tensor:
+    """The sum of the ``loss`` of all parts of ``logits``, with gradients for their source and for ``weights``.
 
-    What one part holds for its gradient is made again on the way back, so that no two parts are held at once.
+    The gradient of a part is taken as soon as its loss is known. So no two parts are held at once, and none is made
+    again on the way back.
     """
-    sums: list[Tensor] = [checkpoint(loss, part, use_reentrant=False) for part in parts]
-    return torch.stack(sums).sum()
+    learned = [weight for weight in weights if weight.requires_grad]
+    total: Tensor = _SumOfParts.apply(loss, logits, logits.source, *learned)
+    return total
+
+
+class _SumOfParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any, loss: Callable[[Logits, slice], Tensor], logits: Logits, source: Tensor, *weights: Tensor
+    ) -> Tensor:
+        inputs = (source.detach().requires_grad_(True), *weights)  # only the head lies between them and the loss
+        total = source.new_zeros((), dtype=torch.float32)
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        for part in logits.parts():
+            with torch.enable_grad():
+                lost = loss(replace(logits, source=inputs[0]), part)
+            found = torch.autograd.grad(lost, inputs, allow_unused=True)
+            gradients = [_added(*each) for each in zip(gradients, found, strict=True)]
+            total = total + lost.detach()
+        context.gradients = gradients
+        return total
+
+    @staticmethod
+    def backward(context: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if each is None else each * scale[0] for each in context.gradients)
+
+
+def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return more if total is None else total if more is None else total.add_(more)
 
 
 def _row_means(values: Tensor, weight: Tensor) -> Tensor:

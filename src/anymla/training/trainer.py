@@ -94,7 +94,7 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         predicted = shares(torch.cat([predicted[:, 1:], torch.zeros_like(predicted[:, :1])], dim=1))
         counted = shares(weight)
 
-        def loss(part: slice) -> Tensor:
+        def loss(logits: Logits, part: slice) -> Tensor:
             given, total = logits.at(part), torch.zeros((), device=ids.device)
             if share > 0:
                 total = total + share * (token_loss(given, following[:, part]) * predicted[:, part]).sum()
@@ -103,7 +103,7 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
                 total = total + (1 - share) * (kl * counted[:, part]).sum()
             return total
 
-        return sum_of_parts(loss, logits.parts())
+        return sum_of_parts(loss, logits, self.model.parameters())
 
     @torch.no_grad()
     def _redrawn(self, inputs: dict[str, Tensor]) -> Tensor:
