@@ -1,11 +1,12 @@
 """Seconds and peak memory of a conversion against model size and calibration tokens, each in a process of its own.
 
     python benchmarks/convert.py             about ten minutes on two cores
-    python benchmarks/convert.py --real      what each effort costs and gives on SmolLM2-135M-Instruct
+    python benchmarks/convert.py --real      what each effort costs and gives on SmolLM2-135M-Instruct, and TransMLA
 
-With ``--real``, KL and perplexity are those of text that no calibration saw, and seconds those of all cores together.
-``--first N`` takes the model's first N layers alone: its KL is then no quality, but rows compare. ``--text`` and
-``--held-out`` replace the bundled stories, ``--efforts`` names the rows, ``--set name=value`` adds a setting to all.
+With ``--real``, codes, latents of 16-bit numbers and TransMLA have one share of the bytes. KL and perplexity are those
+of text that no calibration saw. ``--first N`` takes the model's first N layers alone: its KL is then no quality, but
+rows compare. ``--text`` and ``--held-out`` replace the bundled stories, ``--only`` and ``--efforts`` choose the rows,
+``--set name=value`` adds a setting to all.
 
 Else models are random and Llama-shaped, float32. Printed beside each: the weights' bytes, one layer's statistics, and
 what a process that only imports torch and transformers takes; the peak should stay below their sum plus the
@@ -32,7 +33,7 @@ import anymla
 from anymla.data.text import bundled_text
 from anymla.demo import bundled_model
 from anymla.io.real_models import real_model
-from anymla.methods.mla.settings import EFFORTS
+from anymla.methods.effort import EFFORTS
 from anymla.pipeline import explain_plan, plan
 from anymla.report.tables import table
 from anymla.report.units import size
@@ -44,6 +45,15 @@ import anymla.sweep.run
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1024, 16, 16, 64
+SHARE = 0.25  # of the bytes
+SYSTEMS = {
+    "codes": [],
+    "latents": ["--codec", "none"],
+    "TransMLA": [  # its best settings on SmolLM2 at this share, docs/fidelity.md
+        *("--codec", "none", "--rope", "freqfold-4", "--rope-dims", "32", "--factorization", "balanced-pca"),
+        *("--no-expected-rotation", "--reconstruction-steps", "0"),
+    ],
+}
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
@@ -100,12 +110,12 @@ def first_layers(model: Path, layers: int, folder: Path) -> Path:
     return folder
 
 
-def effort_row(model: Path, effort: str, options: argparse.Namespace) -> tuple[Any, ...]:
-    """One line of the table of efforts: what the conversion took, and what it lost."""
+def real_row(model: Path, system: str, effort: str, options: argparse.Namespace) -> tuple[Any, ...]:
+    """One line of the table of a real model: what the conversion took, and what it lost."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        command = [sys.executable, "-m", "anymla", "convert", str(model), "-o", str(out), "--json", "--codec", "none"]
-        command += ["--effort", effort, "--calibration", str(options.text)]
+        command = [sys.executable, "-m", "anymla", "convert", str(model), "-o", str(out), "--json", *SYSTEMS[system]]
+        command += ["--kv-cache", str(SHARE), "--effort", effort, "--calibration", str(options.text)]
         for name, _, value in (each.partition("=") for each in options.set):
             command += [f"--{name.replace('_', '-')}", value]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -113,25 +123,27 @@ def effort_row(model: Path, effort: str, options: argparse.Namespace) -> tuple[A
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         scores = anymla.evaluate(out, options.held_out, model, tokens=options.eval_tokens)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    recipe = report["recipe"]
-    steps = recipe["reconstruction_steps"]
+    recipe = report["recipe"].get("transform_coding", report["recipe"])
+    steps = recipe.get("reconstruction_steps", "-")
     spent = (recipe["calibration_tokens"], "by size" if steps is None else steps)
     taken = (f"{cpu:.0f}", f"{cpu / len(report['layers']):.1f}", f"{report['seconds']:.0f}")
-    return (effort, *spent, *taken, size(report["peak_rss_bytes"]), f"{scores.kl:.4f}", f"{scores.perplexity:.2f}")
+    quality = (f"{scores.kl:.4f}", f"{scores.perplexity:.2f}")
+    return (system, effort, *spent, *taken, size(report["peak_rss_bytes"]), *quality)
 
 
-def compare_efforts(options: argparse.Namespace, console: Console) -> None:
-    """Prints the table of efforts on a real model."""
+def compare_on_real_model(options: argparse.Namespace, console: Console) -> None:
+    """Prints the table of a real model: systems and efforts."""
     with tempfile.TemporaryDirectory() as scratch:
         model = real_model(options.real, console.print)
         if options.first:
             model = first_layers(model, options.first, Path(scratch) / model.name)
         lines = []
-        for effort in options.efforts:
-            lines.append(effort_row(model, effort, options))
-            console.print(*lines[-1], style="dim")
-    columns = ("effort", "tokens", "steps", "CPU s", "CPU s/layer", "seconds", "peak", "KL", "perplexity")
-    console.print(table(f"{options.real} at 25 %, {' '.join(options.set)}", columns, lines))
+        for system in options.only:
+            for effort in options.efforts if system != "TransMLA" else ["default"]:
+                lines.append(real_row(model, system, effort, options))
+                console.print(*lines[-1], style="dim")
+    columns = ("system", "effort", "tokens", "steps", "CPU s", "CPU s/layer", "seconds", "peak", "KL", "perplexity")
+    console.print(table(f"{options.real} at {SHARE:.0%}, {' '.join(options.set)}", columns, lines))
 
 
 def main() -> None:
@@ -140,7 +152,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--real", nargs="?", const="SmolLM2-135M-Instruct", metavar="MODEL")
     parser.add_argument("--first", type=int, default=0, metavar="N")
-    parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=["quick", "default"])
+    parser.add_argument("--efforts", nargs="+", choices=EFFORTS["mla"], default=["quick", "default"])
+    parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--text", type=Path, default=bundled_text("train"))
     parser.add_argument("--held-out", type=Path, default=bundled_text("valid"))
     parser.add_argument("--eval-tokens", type=int, default=16384)
@@ -148,7 +161,7 @@ def main() -> None:
     options = parser.parse_args()
     console, lines = Console(width=170, highlight=False), []
     if options.real:
-        return compare_efforts(options, console)
+        return compare_on_real_model(options, console)
     baseline = int(subprocess.run([sys.executable, "-c", BASELINE], check=True, capture_output=True, text=True).stdout)
     cases = [(layers, options.tokens[0]) for layers in options.layers]
     cases += [(options.layers[0], tokens) for tokens in options.tokens[1:]]

@@ -32,6 +32,8 @@ def spec_of(family="llama", **changes):
     [
         ("auto", None, {"kv_cache": 0.125}, "transform_coding", "loses least per byte"),
         ("auto", None, {"exact_window": 8, "decode_cost": 1.5}, "transform_coding", "loses least per byte"),
+        ("auto", None, {"effort": "quick"}, "transform_coding", "loses least per byte"),
+        ("auto", None, {"effort": "quick", "target": "gguf"}, "mla", "only this step has the setting target"),
         ("auto", None, {"target": "gguf"}, "mla", "only this step has the setting target"),
         ("auto", None, {"kv_cache": 0.5, "reconstruction_steps": 0}, "mla", "only this step has the setting"),
         ("auto", MLA(rope="high"), {"seed": 2}, "mla", None),
@@ -52,6 +54,7 @@ def test_a_model_that_has_no_codes_gets_the_step_mla():
     dynamic = spec_of(rope_parameters=rope)
     choice = Choice.of("auto", None, {"kv_cache": 0.5}).for_model(dynamic)
     assert choice.method == MLA(kv_cache=0.5) and "rope is dynamic" in choice.told
+    assert Choice.of("auto", None, {"effort": "quick"}).for_model(dynamic).method == MLA(effort="quick")
     for codec, settings in (("transform_coding", {}), ("auto", {"decode_cost": 1.0})):
         with pytest.raises(UnsupportedModelError, match="cannot have transform_coding: its rope is dynamic"):
             Choice.of(codec, None, settings).for_model(dynamic)

@@ -9,6 +9,8 @@ import anymla
 from anymla.architectures.model_spec import read_model_spec
 from anymla.demo import bundled_model
 from anymla.errors import RecipeError
+from anymla.methods.cache_coding import TransformCoding
+from anymla.methods.effort import EFFORTS
 from anymla.methods.mla import choose
 from anymla.methods.mla.costs import reconstruction_steps
 from anymla.methods.mla.reconstruct import Reconstruction
@@ -120,6 +122,9 @@ def test_effort_sets_tokens_and_steps_where_they_are_not_given():
     assert (default.effort, default.calibration_tokens, default.reconstruction_steps) == ("default", 32768, None)
     best = anymla.plan(bundled_model(), quick, effort="best").recipe  # what an effort set, another may change
     assert (best.calibration_tokens, best.reconstruction_steps) == (65536, 300)
+    codes = {effort: TransformCoding(effort=effort).calibration_tokens for effort in EFFORTS["transform_coding"]}
+    assert codes == {"quick": 4096, "default": 16384, "best": 65536}
+    assert TransformCoding(effort="best", calibration_tokens=1024).calibration_tokens == 1024
     assert anymla.MLA.model_validate(quick.model_dump()) == quick
     with pytest.raises(RecipeError, match=r"effort: .*'quick', 'default' or 'best'"):
         anymla.MLA.of({"effort": "much"})

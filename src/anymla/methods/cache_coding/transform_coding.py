@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey, Unheard
+from anymla.methods.base import Changed, Facts, Paper, Phase, Plan, Survey, Unheard
 from anymla.methods.cache_coding.latent_plan import LatentCoding, plan_latents
 from anymla.methods.cache_coding.papers import TRANSFORM_CODING
 from anymla.methods.cache_coding.plan import Energies, LayerCoding, byte_budget, plan_layers, rows_held
+from anymla.methods.effort import EffortMethod
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.spec import LayerSpec, ModelSpec
 from anymla.settings import MOST
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 WINDOW = 16  # latest tokens that are seen exactly, unless the settings say so
 
 
-class TransformCoding(LayerMethod):
+class TransformCoding(EffortMethod):
     """Settings of a cache of codes. One rate-distortion problem over all layers gives the bases and bits.
 
     After the steps mla and mfa, the latent is coded in its principal axes. The rope key is coded before rope, in its

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from anymla.engine_shapes import CACHE_TYPES
 from anymla.errors import AnymlaError
 from anymla.layouts import GRID_TARGETS, TARGETS, Target, listed
-from anymla.methods.base import Changed, Facts, LayerMethod, Paper, Phase, Plan, Survey
+from anymla.methods.base import Changed, Facts, Paper, Phase, Plan, Survey
+from anymla.methods.effort import EffortMethod
 from anymla.methods.mla.factorization import FACTORIZATIONS, Factorization
 from anymla.methods.mla.papers import DEEPSEEK
 from anymla.methods.mla.ranks import RANKS
@@ -22,8 +23,6 @@ from anymla.settings import MOST
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer, Observer
 
-Effort = Literal["quick", "default", "best"]
-if TYPE_CHECKING:
     CacheType: TypeAlias = str
     Rope: TypeAlias = str
     FactorizationName: TypeAlias = str
@@ -44,19 +43,7 @@ def _credited(choices: Mapping[str, RopeChoice | Factorization]) -> str:
     return "; ".join(f"{', '.join(names)} of {title}" for title, names in by.items())
 
 
-EFFORTS: dict[str, dict[str, int]] = {  # docs/choices.md, 'Effort'
-    "quick": {"calibration_tokens": 8192, "reconstruction_steps": 20},
-    "default": {},
-    "best": {"calibration_tokens": 65536, "reconstruction_steps": 300},
-}
-
-
-def _spent(effort: str) -> str:
-    """What an effort sets, in words."""
-    return "{calibration_tokens:,} tokens and {reconstruction_steps} steps".format(**EFFORTS[effort])
-
-
-class MLA(LayerMethod):
+class MLA(EffortMethod):
     """Settings of one conversion. Only ``kv_cache`` matters to most users. All else is derived from it."""
 
     name: ClassVar[str] = "mla"
@@ -133,18 +120,6 @@ class MLA(LayerMethod):
         description="Gradient steps per layer against the original layer's output, after output-aware; 0: none. "
         "Default: 300. A large model takes fewer, so that a conversion stays short, but at least 99.",
     )
-    effort: Effort = Field(
-        "default",
-        description="How long a conversion may take: sets calibration_tokens and reconstruction_steps where they are "
-        f"not given. quick: {_spent('quick')}; best: {_spent('best')}, which also try other channels and splits.",
-    )
-
-    @model_validator(mode="after")
-    def _by_effort(self) -> Self:
-        for name, value in EFFORTS[self.effort].items():
-            if name not in self.model_fields_set:
-                self.__dict__[name] = value  # not as if it had been given: another effort may still change it
-        return self
 
     def papers(self) -> tuple[Paper, Paper]:
         """Whose the rope choice and the factorisation are."""
