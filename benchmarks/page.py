@@ -18,14 +18,15 @@ layer at a time, against the original layer's output. It sees no labels, and its
   any choice of settings has seen that text. If it has several domains, windows are drawn from all of it.
 - **Bytes** per token are read from the live cache. Those of CARE without partial RoPE are counted instead, because no
   cache here holds them. It rebuilds and rotates all keys at every step, and cannot decode from the latent.
+- **Numbers have 16 bits** in all methods here. In as many bytes, codes lose far less ([bytes.md](bytes.md)).
 - **The exact window** (`--exact-window`) takes half of the bytes in contexts as long as those scored, and the latent
   the other half. In longer contexts the window's part becomes negligible. Older rows count one token more: the
   newest, which the cache does not hold between steps.
 - **Settings.** A method with settings gets those that do best on calibration text that was not fitted on.
 - **Seconds** are those of the whole row: the tries, the conversion and the scoring. Peak memory is that of the row's
   process. Most of it is Python, torch and transformers.
-- **SmolLM2-135M-Instruct** was measured beside other work, so its seconds are high. Alone on two cores, its conversion
-  at 25 % takes 576 s. At 31.25 and 12.5 %, TransMLA has the setting that was its best
+- **Real models** were measured beside other work, so their seconds are high. Alone on two cores, a conversion of
+  SmolLM2-135M-Instruct at 25 % takes 576 s. At 31.25 and 12.5 %, TransMLA has the setting that was its best
   at 25 %. At 12.5 % it was also run with 16 rotated dims, and the better one is shown. `--effort best` has a KL of
   0.304 at 25 %. It takes 65,536 tokens of calibration and about 65 minutes ([choices.md](choices.md#effort)).
 """
