@@ -25,9 +25,9 @@ Made by `python benchmarks/long_context.py`. Nothing here is trained. KL is to t
 - **Layers.** A model with sliding windows is also measured with codes in its sliding layers alone, and in its full
   ones alone. The other layers then have the original's attention and cache.
 
-**Rows of SmolLM2 in 4,096 tokens are older than three changes** of [windows](choices.md#windows-begin-with-the-bos-token),
-[bases](choices.md#a-few-tokens-hold-most-of-the-fisher-matrix) and
-[levels](choices.md#levels-reach-beyond-calibration-text). All others are not.
+**Rows of SmolLM2 in 4,096 tokens are older than three changes** of
+[windows](choices.md#windows-begin-with-the-bos-token), [bases](choices.md#a-few-tokens-hold-most-of-the-fisher-matrix)
+and [levels](choices.md#levels-reach-beyond-calibration-text). All others are not.
 """
 
 
