@@ -79,7 +79,7 @@ def give_back_memory() -> None:
 def keep_freed_memory() -> None:
     """Lets the C library (glibc) keep large blocks that are freed, for the next ones.
 
-    It would map and unmap them each time, and their pages would be new. On a CPU that took a quarter of ``tune``.
+    It would map and unmap them each time, and the system would clear their pages (docs/tuning.md has the time).
     """
     if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):
         set_option(M_MMAP_MAX, 0)
