@@ -3,10 +3,10 @@
     python benchmarks/convert.py             about ten minutes on two cores
     python benchmarks/convert.py --real      what each effort costs and gives on SmolLM2-135M-Instruct, and TransMLA
 
-With ``--real``, codes, latents of 16-bit numbers and TransMLA have one share of the bytes. KL and perplexity are those
-of text that no calibration saw. ``--first N`` takes the model's first N layers alone: its KL is then no quality, but
-rows compare. ``--text`` and ``--held-out`` replace the bundled stories, ``--only`` and ``--efforts`` choose the rows,
-``--set name=value`` adds a setting to all.
+With ``--real``, codes, latents of 16-bit numbers and TransMLA have one share of the bytes. CPU seconds are those of all
+cores together. KL and perplexity are those of text that no calibration saw. ``--first N`` takes the model's first N
+layers alone: its KL is then no quality, but rows compare. ``--text`` and ``--held-out`` replace the bundled stories,
+``--only`` and ``--efforts`` choose the rows, ``--set name=value`` adds a setting to all.
 
 Else models are random and Llama-shaped, float32. Printed beside each: the weights' bytes, one layer's statistics, and
 what a process that only imports torch and transformers takes; the peak should stay below their sum plus the

@@ -27,8 +27,8 @@ layer at a time, against the original layer's output. It sees no labels, and its
   process. Most of it is Python, torch and transformers.
 - **Real models** were measured beside other work, so their seconds are high. Alone on two cores, a conversion of
   SmolLM2-135M-Instruct at 25 % takes 576 s. At 31.25 and 12.5 %, TransMLA has the setting that was its best
-  at 25 %. At 12.5 % it was also run with 16 rotated dims, and the better one is shown. `--effort best` has a KL of
-  0.304 at 25 %. It takes 65,536 tokens of calibration and about 65 minutes ([choices.md](choices.md#effort)).
+  at 25 %. At 12.5 % it was also run with 16 rotated dims, and the better one is shown. Our `--effort best` has a KL
+  of 0.304 at 25 %. It takes 65,536 tokens of calibration and about 65 minutes ([choices.md](choices.md#effort)).
 """
 
 

@@ -15,7 +15,6 @@ from anymla import __version__
 from anymla.cli import compare, convert, doctor, evaluate, export, generate, push, refresh, run, tune
 from anymla.cli.options import app, out
 from anymla.errors import AnymlaError, shown
-from anymla.io.device import keep_freed_memory
 
 __all__ = [
     "app",
@@ -74,7 +73,6 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     _quiet_libraries()
-    keep_freed_memory()
     try:
         code = command_line()(prog_name="anymla", standalone_mode=False)
         if code == 130:  # typer makes Ctrl-C this code

@@ -18,8 +18,6 @@ from anymla.errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
 
 def pick_device(device: str) -> str:
     """The torch device that ``device`` names; ``auto`` is a GPU where there is one.
@@ -74,16 +72,6 @@ def give_back_memory() -> None:
     """Hands freed memory back to the system, where the C library (glibc) would keep it in pieces."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
-
-
-def keep_freed_memory() -> None:
-    """Lets the C library (glibc) keep large blocks that are freed, for the next ones.
-
-    It would map and unmap them each time, and the system would clear their pages (docs/tuning.md has the time).
-    """
-    if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):
-        set_option(M_MMAP_MAX, 0)
-        set_option(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def versions(*others: str) -> dict[str, str]:

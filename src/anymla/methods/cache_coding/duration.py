@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from anymla.methods.base import LayerMethod
 from anymla.methods.duration import START, attention_operations, logit_operations, long_work, mlp_operations
+from anymla.methods.effort import EFFORTS
 from anymla.modeling.spec import ModelSpec
 
 # Forward passes of all calibration tokens, in time: 1 up; 1 up again and 2 back down with gradients, layer by layer;
 # 2 for the original and the coded model side by side.
 PASSES = 6
 PER_LAYER = 1.0  # seconds for the bases and the bits of a layer
-FEW_TOKENS = 4096  # of calibration text, offered to who has no time
+FEW_TOKENS = EFFORTS["transform_coding"]["quick"]["calibration_tokens"]  # of text, offered to who has no time
 
 
 def coded_seconds(model: ModelSpec, method: LayerMethod, speed: float) -> float:

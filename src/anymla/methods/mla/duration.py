@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anymla.methods.duration import START, attention_operations, logit_operations, long_work, mlp_operations
+from anymla.methods.effort import EFFORTS
 from anymla.methods.mla.costs import STEP_TOKENS, TRIED_FROM, WITH_TRIALS, reconstruction_steps
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.spec import ModelSpec
@@ -12,7 +13,7 @@ from anymla.modeling.spec import ModelSpec
 if TYPE_CHECKING:
     from anymla.methods.mla.settings import MLA
 
-FEW_TOKENS = 8192  # of calibration text, offered to who has no time
+FEW_TOKENS = EFFORTS["mla"]["quick"]["calibration_tokens"]  # of calibration text, offered to who has no time
 # passes of all calibration tokens, fitted to measured conversions: through whole layers (the original's, the converted
 # one's), through the attention alone (candidates, refit), and what the statistics take over an attention's scores
 LAYER_PASSES, ATTENTION_PASSES, STATISTICS = 2, 2, 1
