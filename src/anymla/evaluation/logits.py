@@ -39,10 +39,12 @@ class Logits:
         return self.head(self.source, part)
 
     def parts(self, first: int = 0, last: int | None = None) -> Iterator[slice]:
-        """The positions from ``first`` to before ``last``, in parts of at most 64 MiB of float32 logits each."""
+        """The positions from ``first`` to before ``last``, in equal parts of about 64 MiB of float32 logits each."""
         rows, length, vocabulary = self.shape
-        size, stop = max(1, MOST // (rows * vocabulary)), length if last is None else last
-        for start in range(first, stop, size):
+        stop = length if last is None else last
+        count = -(-rows * (stop - first) * vocabulary // MOST)
+        size = -(-(stop - first) // max(1, count))
+        for start in range(first, stop, max(1, size)):
             yield slice(start, min(start + size, stop))
 
 

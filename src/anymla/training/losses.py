@@ -36,13 +36,35 @@ def token_kl(logits: Tensor, reference: Tensor, temperature: float, top_k: int |
     The square keeps gradients of one size whatever the temperature (Hinton et al., arXiv 1503.02531). With ``top_k``,
     the reference's k most likely tokens count one by one and all others as one: a lower bound of the whole.
     """
-    log_q, log_p = (each.float() if temperature == 1 else each.float() / temperature for each in (reference, logits))
-    log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
-    if top_k is not None and top_k < log_q.shape[-1]:
-        log_q, likeliest = log_q.topk(top_k, dim=-1)
-        log_p = log_p.gather(-1, likeliest)
-        log_q, log_p = (torch.cat([part, _rest(part)], dim=-1) for part in (log_q, log_p))
+    if temperature != 1:
+        logits, reference = logits.float() / temperature, reference.float() / temperature
+    if top_k is None or top_k >= reference.shape[-1]:
+        whole: Tensor = _WholeKL.apply(logits, reference)
+        return whole * temperature**2
+    log_q, log_p = (each.log_softmax(-1, dtype=torch.float32) for each in (reference, logits))
+    log_q, likeliest = log_q.topk(top_k, dim=-1)
+    log_p = log_p.gather(-1, likeliest)
+    log_q, log_p = (torch.cat([part, _rest(part)], dim=-1) for part in (log_q, log_p))
     return (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2
+
+
+class _WholeKL(torch.autograd.Function):
+    """KL divergence [...] of logits [...,V] from a reference's, with its gradient for the logits: p - q.
+
+    autograd would pass over the logits twice as often: for each step of the formula once more.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, reference: Tensor) -> Tensor:
+        log_q, log_p = (each.log_softmax(-1, dtype=torch.float32) for each in (reference, logits))
+        q = log_q.exp()
+        kl = log_q.sub_(log_p).mul_(q).sum(-1)
+        context.gradient = log_p.exp_().sub_(q)
+        return kl
+
+    @staticmethod
+    def backward(context: Any, *scale: Tensor) -> tuple[Tensor, None]:
+        return context.gradient * scale[0][..., None], None
 
 
 def _rest(log_p: Tensor) -> Tensor:
