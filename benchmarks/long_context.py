@@ -126,8 +126,9 @@ class LongBench:
             return {"refused": str(error)}
         model = self.original if made is None else self.load(made, layers)
         found = {"buckets": self.buckets(model), **self.probe(model)}
-        share = measure(model).cache_bytes_per_token / measure(self.original).cache_bytes_per_token
-        return found | {"share": share, "seconds": time.monotonic() - started}
+        length = self.windows[0].shape[1]
+        ours, whole = (measure(each, (length,)).cache_bytes_at[str(length)] for each in (model, self.original))
+        return found | {"share": ours / whole, "seconds": time.monotonic() - started}
 
     def buckets(self, model: Any) -> list[dict[str, float]]:
         """Means between EDGES: KL and losses in the long context, and KL of the same tokens in short ones."""

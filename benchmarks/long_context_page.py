@@ -22,6 +22,7 @@ Made by `python benchmarks/long_context.py`. Nothing here is trained. KL is to t
 - **Probe.** `copy` is the share of tokens that are found when rows of random tokens come again. Eight such rows are
   spread over the context. `needle` is the mean probability of a word that was planted half-way. It is one of eight, so
   chance is 0.125.
+- **Cache.** All its bytes at the length that is scored, exact tokens too, over the original's.
 - **Layers.** A model with sliding windows is also measured with codes in its sliding layers alone, and in its full
   ones alone. The other layers then have the original's attention and cache.
 

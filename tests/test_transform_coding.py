@@ -10,9 +10,10 @@ from operator import mul
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import anymla
+from anymla.account import account
 from anymla.architectures.model_spec import read_config, read_model_spec
 from anymla.errors import InfeasibleError
 from anymla.methods.base import method_of
@@ -22,9 +23,12 @@ from anymla.methods.cache_coding.plan import Energies, decode_cost, ordered, pla
 from anymla.methods.cache_coding.rope import frequencies
 from anymla.methods.cache_coding.transform_coding import TransformCoding
 from anymla.modeling.attention_spec import AttentionSpec
+from anymla.modeling.spec import layers_of
 from tests.families import make_model, save_model, token_ids
+from tests.family_models import tiny_config, tiny_model
 
 HEADS, DIMS, PAIRS = 3, 10, 4
+MIXED = ["sliding_attention", "full_attention"]
 FAST = {"calibration_tokens": 1024, "calibration_length": 64}
 
 
@@ -147,8 +151,8 @@ def test_a_coded_model_costs_what_was_planned_and_is_near_the_original(family, s
     source = save_model(make_model(family, torch.float32, head_dim=8, sliding_window=None), tmp_path / "model")
     step = {"kv_cache": 0.5, **settings, **FAST}
     anymla.run(source, tmp_path / "out", steps=[{"transform_coding": step}])
-    account = json.loads((tmp_path / "out" / "account.json").read_text())
-    assert account["cache_bytes_per_token"] == account["measured"]["cache_bytes_per_token"] <= 96
+    found = json.loads((tmp_path / "out" / "account.json").read_text())
+    assert found["cache_bytes_per_token"] == found["measured"]["cache_bytes_per_token"] <= 96
     assert method_of("transform_coding", step).plan(read_model_spec(read_config(source))).choices[0].facts is None
     ids = token_ids()
     with torch.no_grad():
@@ -165,7 +169,7 @@ def test_layers_with_windows_get_more_bits_where_the_context_is_long():
     """At 64 tokens, the windows of 17 hold a quarter of them; the bytes of the whole cache are then the budget."""
     full = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, rope_pairs=8, cached_heads=2)
     attentions = [full, replace(full, sliding_window=17, cache_window=17)]
-    settings = TransformCoding(kv_cache=0.25, decode_cost="any", exact_window=0)
+    settings = TransformCoding(kv_cache=0.25, decode_cost="any", exact_window=0, first_tokens=0)
     energies = [Energies.typical(each, settings) for each in attentions]
     even = plan_layers(attentions, energies, settings)
     far = plan_layers(attentions, energies, settings.model_copy(update={"context": 64}))
@@ -177,3 +181,40 @@ def test_layers_with_windows_get_more_bits_where_the_context_is_long():
     assert 0.24 < share <= 0.25
     with pytest.raises(InfeasibleError, match="leaves 102 bytes at 64 tokens"):
         plan_layers(attentions, energies, settings.model_copy(update={"context": 64, "kv_cache": 0.01}))
+
+
+def test_at_a_context_all_bytes_are_the_share_and_the_window_grows_with_it():
+    sizes = {"head_dim": 32, "sliding_window": 512, "max_position_embeddings": 1 << 17, "layer_types": MIXED}
+    original = read_model_spec(tiny_config("gemma3_text", dtype="bfloat16", **sizes).to_dict())
+    full = [index for index, each in original.attention_layers.items() if each.cache_window is None]
+    assert 0 < len(full) < len(original.layers)
+    for context, widest in ((None, 16), (600, 16), (2048, 32), (4096, 64), (1 << 16, 128)):
+        step = TransformCoding(kv_cache=0.25, context=context, calibration_length=512)
+        planned = step.plan(original).after
+        windows = {index: planned.layers[index].coded.exact_window for index in original.attention_layers}
+        assert windows == {index: widest if index in full else 16 for index in windows}
+        assert step.window(original) == widest
+        if context is not None:
+            coded, whole = (account(each, (context,)).cache_bytes_at[str(context)] for each in (planned, original))
+            assert 0.24 * whole < coded <= 0.25 * whole
+    short = TransformCoding(kv_cache=0.25, context=1 << 16, calibration_length=128)
+    assert short.window(original) == 32  # a quarter of what calibration sees
+    assert TransformCoding(context=1 << 16, exact_window=0).window(original) == 0
+    with pytest.raises(InfeasibleError, match=r"beside \d+ of first and latest tokens") as told:
+        TransformCoding(kv_cache=0.125, context=64).plan(original)
+    least = float(str(told.value).rsplit(" ", 1)[1])
+    TransformCoding(kv_cache=least, context=64).plan(original)
+
+
+def test_exact_windows_of_two_sizes_in_one_cache(tmp_path):
+    sliding = tiny_model("gemma3_text", sliding_window=64, layer_types=MIXED)
+    step = {"kv_cache": 0.5, "context": 4096, "calibration_tokens": 1024, "calibration_length": 128}
+    source = save_model(sliding.to(torch.bfloat16), tmp_path / "model")
+    anymla.run(source, tmp_path / "out", steps=[{"transform_coding": step}])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
+    assert [layer.coded.exact_window for layer in layers_of(model.config.to_dict())] == [16, 32]
+    ids, cache = token_ids(2, 100), DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(ids).logits
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([50, 1, 30, 1, 18], dim=1)]
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-6 * whole.abs().max()

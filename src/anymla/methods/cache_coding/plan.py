@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from anymla.attention_bytes import INDEX_BYTES
 from anymla.errors import InfeasibleError
 from anymla.methods.cache_coding.allocation import allocate, at_price, coding, error, price, typical
 from anymla.methods.cache_coding.forms import AXES, Form, forms, most_operations
@@ -19,6 +20,7 @@ from anymla.modeling.coding_spec import CodedSpec
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.transform_coding import TransformCoding
 
+WINDOW, WIDEST = 16, 128  # latest tokens that are seen exactly, unless the settings say so
 ROUNDS = 4  # of choosing forms at the price of a bit, and the price with these forms
 
 
@@ -50,7 +52,7 @@ class LayerCoding(BaseModel):
         """The form of values."""
         return Form(AXES, self.value_block)
 
-    def spec(self, attention: AttentionSpec, first_tokens: int, exact_window: int) -> CodedSpec:
+    def spec(self, attention: AttentionSpec, settings: TransformCoding) -> CodedSpec:
         """The cache of a layer."""
         heads = attention.num_kv_heads
         return CodedSpec(
@@ -60,8 +62,8 @@ class LayerCoding(BaseModel):
             value_basis="axes",
             key_block=self.key_block % heads,
             value_block=self.value_block % heads,
-            first_tokens=first_tokens,
-            exact_window=layer_window(attention, exact_window),
+            first_tokens=settings.first_tokens,
+            exact_window=layer_window(attention, settings),
             rope_scale=1.0 if self.facts is None else self.facts["rope_scale"],
         )
 
@@ -91,10 +93,17 @@ def _falling(form: Form, kind: str, attention: AttentionSpec) -> list[float]:
     return row
 
 
-def layer_window(attention: AttentionSpec, exact_window: int) -> int:
-    """The exact window of a layer: none where it would be most of what the layer sees anyway."""
-    sliding = attention.sliding_window
-    return exact_window if sliding is None or sliding >= 2 * exact_window else 0
+def layer_window(attention: AttentionSpec, settings: TransformCoding) -> int:
+    """The exact window of a layer: none where it would be most of what the layer sees anyway.
+
+    Without a setting, it is 1/64 of the tokens that the layer holds at ``context``, but at least 16, and at most 128 or
+    a quarter of a calibration window. Beyond that, at equal bytes, codes lose what a longer window gains.
+    """
+    window, sliding = settings.exact_window, attention.sliding_window
+    if window is None:
+        share = min(tokens_held(attention, settings) // 64, settings.calibration_length // 4)
+        window = min(max(WINDOW, share), WIDEST)
+    return window if sliding is None or sliding >= 2 * window else 0
 
 
 def plan_layers(
@@ -105,7 +114,8 @@ def plan_layers(
     Raises:
         InfeasibleError: the budget or the cost cannot be met; names what can.
     """
-    budget, held = byte_budget(attentions, settings), [*rows_held(attentions, settings)]
+    exact = sum(exact_bytes(each, settings, each.cached_numbers, layer_window(each, settings)) for each in attentions)
+    budget, held = byte_budget(attentions, settings, exact), [*rows_held(attentions, settings)]
     _check_cost(attentions, settings)
     layers = [_Layer(*each, settings) for each in zip(attentions, energies, strict=True)]
     chosen = [layer.pairs()[0] for layer in layers]
@@ -121,22 +131,36 @@ def plan_layers(
     return [layer.coding(pair, keys, values) for layer, pair, keys, values in made]
 
 
-def byte_budget(attentions: Sequence[AttentionSpec], settings: TransformCoding) -> int:
-    """Bytes of a token in all layers, or of a cache of ``context`` tokens.
+def byte_budget(attentions: Sequence[AttentionSpec], settings: TransformCoding, exact: int) -> int:
+    """Bytes that codes may take: of a token in all layers, or of a cache of ``context`` tokens, beside ``exact`` ones.
 
     Raises:
         InfeasibleError: too few; names what can be.
     """
     held = [tokens_held(attention, settings) for attention in attentions]
     numbers = sum(tokens * attention.cached_numbers for tokens, attention in zip(held, attentions, strict=True))
-    budget = int(settings.kv_cache * 2 * numbers + 1e-9)
+    budget = int(settings.kv_cache * 2 * numbers + 1e-9) - exact
     if budget < (least := 2 * sum(held)):
         where = "per token" if settings.context is None else f"at {settings.context} tokens"
+        beside = f" beside {exact} of first and latest tokens" if exact else ""
         raise InfeasibleError(
-            f"kv_cache {settings.kv_cache:g} leaves {budget} bytes {where}, and every layer takes 2 a token at least: "
-            f"the smallest possible is kv_cache {-(-least * 10000 // (2 * numbers)) / 10000:g}"
+            f"kv_cache {settings.kv_cache:g} leaves {max(0, budget)} bytes {where}{beside}, and every layer takes 2 a token at "
+            f"least: the smallest possible is kv_cache {-(-(least + exact) * 10000 // (2 * numbers)) / 10000:g}"
         )
     return budget
+
+
+def exact_bytes(attention: AttentionSpec, settings: TransformCoding, width: int, window: int) -> int:
+    """Bytes of the first and the latest tokens that a layer holds exactly at ``context``; 0 without it.
+
+    ``width``: numbers of a first token. ``window``: the layer's exact window.
+    """
+    if (context := settings.context) is None:
+        return 0
+    held = attention.cache_window
+    first = 0 if held is not None and context >= held - 1 + settings.first_tokens else settings.first_tokens
+    latest = min(max(0, window - 1), context)  # the newest token's own are not cached
+    return min(first, context) * (2 * width + INDEX_BYTES) + latest * 2 * attention.cached_numbers
 
 
 def tokens_held(attention: AttentionSpec, settings: TransformCoding) -> int:

@@ -10,7 +10,15 @@ from pydantic import Field
 from anymla.methods.base import Changed, Facts, Paper, Phase, Plan, Survey, Unheard
 from anymla.methods.cache_coding.latent_plan import LatentCoding, plan_latents
 from anymla.methods.cache_coding.papers import TRANSFORM_CODING
-from anymla.methods.cache_coding.plan import Energies, LayerCoding, byte_budget, plan_layers, rows_held
+from anymla.methods.cache_coding.plan import (
+    Energies,
+    LayerCoding,
+    byte_budget,
+    exact_bytes,
+    layer_window,
+    plan_layers,
+    rows_held,
+)
 from anymla.methods.effort import EffortMethod
 from anymla.modeling.attention_spec import AttentionSpec
 from anymla.modeling.spec import LayerSpec, ModelSpec
@@ -18,9 +26,6 @@ from anymla.settings import MOST
 
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
-
-
-WINDOW = 16  # latest tokens that are seen exactly, unless the settings say so
 
 
 class TransformCoding(EffortMethod):
@@ -53,8 +58,9 @@ class TransformCoding(EffortMethod):
         None,
         ge=1,
         le=MOST,
-        description="Tokens in the cache at which kv_cache is the share of its bytes. A layer with a sliding window "
-        "holds fewer of them, so each of these may have more bits. Default: none, and all layers count the same.",
+        description="Tokens in the cache at which kv_cache is the share of all its bytes, exact tokens too. Give the "
+        "length that you serve: the exact window grows with it, and layers with sliding windows may have more bits. "
+        "Default: none. kv_cache is then the share of a token's bytes.",
     )
     first_tokens: int = Field(
         4, ge=0, le=1024, description="Tokens at the start of every text that stay exact, for a constant size."
@@ -63,8 +69,8 @@ class TransformCoding(EffortMethod):
         None,
         ge=0,
         le=MOST,
-        description="Latest tokens that each query sees exactly, 2 or more, at a constant size. 0: none. Default: 16, "
-        "or none after mla, mfa and lorc.",
+        description="Latest tokens that each query sees exactly, 2 or more, at a constant size. 0: none. Default: "
+        "1/64 of context, at least 16 and at most 128. After mla, mfa and lorc it is none.",
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
@@ -86,8 +92,11 @@ class TransformCoding(EffortMethod):
         return coded_refusal(model)
 
     def window(self, model: ModelSpec) -> int:
-        """The latest tokens that are seen exactly."""
-        return (0 if _converted(model) else WINDOW) if self.exact_window is None else self.exact_window
+        """The latest tokens that some layer's queries see exactly."""
+        if self.exact_window is not None:
+            return self.exact_window
+        windows = [layer_window(attention, self) for attention in model.attention_layers.values()]
+        return 0 if _converted(model) else max(windows, default=0)
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """Codes for every layer with softmax attention, typical ones without ``facts``.
@@ -99,15 +108,19 @@ class TransformCoding(EffortMethod):
         planned: dict[int, LayerCoding | LatentCoding] = {}
         if _converted(model) and places:
             specs, found = [model.layers[index] for index in places], [known[index] for index in places]
-            budget, held = byte_budget([*places.values()], self), [*rows_held([*places.values()], self)]
+            attentions = [*places.values()]
+            exact = sum(
+                exact_bytes(each, self, sum(layer.coded_sizes), 0)
+                for each, layer in zip(attentions, specs, strict=True)
+            )
+            budget, held = byte_budget(attentions, self, exact), [*rows_held(attentions, self)]
             planned |= zip(places, plan_latents(specs, found, budget, held), strict=True)
         elif places:
             energies = [self._energies(attention, known[index]) for index, attention in places.items()]
             made = zip(places, plan_layers([*places.values()], energies, self), strict=True)
             planned |= {index: layer.model_copy(update={"facts": known[index]}) for index, layer in made}
-        window = self.window(model)
         layers = tuple(
-            self._coded(layer, planned[index], window) if index in planned else layer
+            self._coded(layer, planned[index]) if index in planned else layer
             for index, layer in enumerate(model.layers)
         )
         return Plan(after=replace(model, layers=layers), choices=tuple(map(planned.get, range(len(layers)))))
@@ -116,7 +129,7 @@ class TransformCoding(EffortMethod):
         """Moments of keys and values, and what their errors cost."""
         from anymla.methods.cache_coding.energies import EnergySurvey
 
-        return EnergySurvey(self, self.window(model))
+        return EnergySurvey(self)
 
     def observer(self, layer: Layer) -> Unheard:
         """Nothing: the survey has seen it all."""
@@ -136,13 +149,13 @@ class TransformCoding(EffortMethod):
         layer.module.set_submodule(layer.attention_path, attention)
         return Changed(spec=attention.layer_spec, result={"layer": layer.index, **told, "error": lost})
 
-    def _coded(self, old: LayerSpec, layer: LayerCoding | LatentCoding, window: int) -> LayerSpec:
+    def _coded(self, old: LayerSpec, layer: LayerCoding | LatentCoding) -> LayerSpec:
         """The layer as it will be."""
         if old.attention is None:
             raise ValueError("a layer without softmax attention has no coded cache")
         if isinstance(layer, LatentCoding):
             return replace(old, coded=layer.spec(self.first_tokens), attention_bytes=None)
-        return replace(old, coded=layer.spec(old.attention, self.first_tokens, window), attention_bytes=None)
+        return replace(old, coded=layer.spec(old.attention, self), attention_bytes=None)
 
     def _energies(self, attention: AttentionSpec, facts: dict[str, Any] | None) -> Energies:
         if facts is None:
