@@ -183,36 +183,30 @@ def test_layers_with_windows_get_more_bits_where_the_context_is_long():
         plan_layers(attentions, energies, settings.model_copy(update={"context": 64, "kv_cache": 0.01}))
 
 
-def test_at_a_context_all_bytes_are_the_share_and_the_window_grows_with_it():
+@pytest.mark.parametrize("window", [0, 16, 300])
+def test_at_a_context_all_bytes_are_the_share(window):
+    """Those of exact tokens too; 300 of them are no window in the layers that see 512."""
     sizes = {"head_dim": 32, "sliding_window": 512, "max_position_embeddings": 1 << 17, "layer_types": MIXED}
     original = read_model_spec(tiny_config("gemma3_text", dtype="bfloat16", **sizes).to_dict())
-    full = [index for index, each in original.attention_layers.items() if each.cache_window is None]
-    assert 0 < len(full) < len(original.layers)
-    for context, widest in ((None, 16), (600, 16), (2048, 32), (4096, 64), (1 << 16, 128)):
-        step = TransformCoding(kv_cache=0.25, context=context, calibration_length=512)
+    for context in (600, 4096, 1 << 16):
+        step = TransformCoding(kv_cache=0.75, context=context, exact_window=window, calibration_length=1024)
         planned = step.plan(original).after
-        windows = {index: planned.layers[index].coded.exact_window for index in original.attention_layers}
-        assert windows == {index: widest if index in full else 16 for index in windows}
-        assert step.window(original) == widest
-        if context is not None:
-            coded, whole = (account(each, (context,)).cache_bytes_at[str(context)] for each in (planned, original))
-            assert 0.24 * whole < coded <= 0.25 * whole
-    short = TransformCoding(kv_cache=0.25, context=1 << 16, calibration_length=128)
-    assert short.window(original) == 32  # a quarter of what calibration sees
-    assert TransformCoding(context=1 << 16, exact_window=0).window(original) == 0
+        assert [layer.coded.exact_window for layer in planned.layers] == [window % 300, window]
+        coded, whole = (account(each, (context,)).cache_bytes_at[str(context)] for each in (planned, original))
+        assert 0.74 * whole < coded <= 0.75 * whole
     with pytest.raises(InfeasibleError, match=r"beside \d+ of first and latest tokens") as told:
         TransformCoding(kv_cache=0.125, context=64).plan(original)
     least = float(str(told.value).rsplit(" ", 1)[1])
     TransformCoding(kv_cache=least, context=64).plan(original)
 
 
-def test_exact_windows_of_two_sizes_in_one_cache(tmp_path):
-    sliding = tiny_model("gemma3_text", sliding_window=64, layer_types=MIXED)
-    step = {"kv_cache": 0.5, "context": 4096, "calibration_tokens": 1024, "calibration_length": 128}
+def test_layers_with_an_exact_window_and_without_one(tmp_path):
+    sliding = tiny_model("gemma3_text", sliding_window=40, layer_types=MIXED)
+    step = {"kv_cache": 0.5, "context": 4096, "exact_window": 32, "calibration_tokens": 1024, "calibration_length": 128}
     source = save_model(sliding.to(torch.bfloat16), tmp_path / "model")
     anymla.run(source, tmp_path / "out", steps=[{"transform_coding": step}])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
-    assert [layer.coded.exact_window for layer in layers_of(model.config.to_dict())] == [16, 32]
+    assert [layer.coded.exact_window for layer in layers_of(model.config.to_dict())] == [0, 32]
     ids, cache = token_ids(2, 100), DynamicCache(config=model.config)
     with torch.no_grad():
         whole = model(ids).logits

@@ -20,7 +20,7 @@ from anymla.modeling.coding_spec import CodedSpec
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.transform_coding import TransformCoding
 
-WINDOW, WIDEST = 16, 128  # latest tokens that are seen exactly, unless the settings say so
+WINDOW = 16  # latest tokens that are seen exactly, unless the settings say so
 ROUNDS = 4  # of choosing forms at the price of a bit, and the price with these forms
 
 
@@ -94,15 +94,9 @@ def _falling(form: Form, kind: str, attention: AttentionSpec) -> list[float]:
 
 
 def layer_window(attention: AttentionSpec, settings: TransformCoding) -> int:
-    """The exact window of a layer: none where it would be most of what the layer sees anyway.
-
-    Without a setting, it is 1/64 of the tokens that the layer holds at ``context``, but at least 16, and at most 128 or
-    a quarter of a calibration window. Beyond that, at equal bytes, codes lose what a longer window gains.
-    """
-    window, sliding = settings.exact_window, attention.sliding_window
-    if window is None:
-        share = min(tokens_held(attention, settings) // 64, settings.calibration_length // 4)
-        window = min(max(WINDOW, share), WIDEST)
+    """The exact window of a layer: none where it would be most of what the layer sees anyway."""
+    window = WINDOW if settings.exact_window is None else settings.exact_window
+    sliding = attention.sliding_window
     return window if sliding is None or sliding >= 2 * window else 0
 
 
@@ -143,9 +137,10 @@ def byte_budget(attentions: Sequence[AttentionSpec], settings: TransformCoding, 
     if budget < (least := 2 * sum(held)):
         where = "per token" if settings.context is None else f"at {settings.context} tokens"
         beside = f" beside {exact} of first and latest tokens" if exact else ""
+        smallest = -(-(least + exact) * 10000 // (2 * numbers)) / 10000
         raise InfeasibleError(
-            f"kv_cache {settings.kv_cache:g} leaves {max(0, budget)} bytes {where}{beside}, and every layer takes 2 a token at "
-            f"least: the smallest possible is kv_cache {-(-(least + exact) * 10000 // (2 * numbers)) / 10000:g}"
+            f"kv_cache {settings.kv_cache:g} leaves {max(0, budget)} bytes {where}{beside}, and every layer takes 2 a "
+            f"token at least: the smallest possible is kv_cache {smallest:g}"
         )
     return budget
 

@@ -11,11 +11,11 @@ from anymla.methods.base import Changed, Facts, Paper, Phase, Plan, Survey, Unhe
 from anymla.methods.cache_coding.latent_plan import LatentCoding, plan_latents
 from anymla.methods.cache_coding.papers import TRANSFORM_CODING
 from anymla.methods.cache_coding.plan import (
+    WINDOW,
     Energies,
     LayerCoding,
     byte_budget,
     exact_bytes,
-    layer_window,
     plan_layers,
     rows_held,
 )
@@ -58,9 +58,9 @@ class TransformCoding(EffortMethod):
         None,
         ge=1,
         le=MOST,
-        description="Tokens in the cache at which kv_cache is the share of all its bytes, exact tokens too. Give the "
-        "length that you serve: the exact window grows with it, and layers with sliding windows may have more bits. "
-        "Default: none. kv_cache is then the share of a token's bytes.",
+        description="Tokens in the cache at which kv_cache is the share of all its bytes, exact tokens too. A layer "
+        "with a sliding window holds fewer of them, so each of these may have more bits. Default: none. kv_cache is "
+        "then the share of a token's bytes, and all layers count the same.",
     )
     first_tokens: int = Field(
         4, ge=0, le=1024, description="Tokens at the start of every text that stay exact, for a constant size."
@@ -69,8 +69,8 @@ class TransformCoding(EffortMethod):
         None,
         ge=0,
         le=MOST,
-        description="Latest tokens that each query sees exactly, 2 or more, at a constant size. 0: none. Default: "
-        "1/64 of context, at least 16 and at most 128. After mla, mfa and lorc it is none.",
+        description="Latest tokens that each query sees exactly, 2 or more, at a constant size. 0: none. Default: 16, "
+        "or none after mla, mfa and lorc.",
     )
     calibration_tokens: int = Field(16384, ge=256, le=MOST, description="Tokens of calibration text to use.")
     calibration_length: int = Field(
@@ -92,11 +92,8 @@ class TransformCoding(EffortMethod):
         return coded_refusal(model)
 
     def window(self, model: ModelSpec) -> int:
-        """The latest tokens that some layer's queries see exactly."""
-        if self.exact_window is not None:
-            return self.exact_window
-        windows = [layer_window(attention, self) for attention in model.attention_layers.values()]
-        return 0 if _converted(model) else max(windows, default=0)
+        """The latest tokens that are seen exactly."""
+        return (0 if _converted(model) else WINDOW) if self.exact_window is None else self.exact_window
 
     def plan(self, model: ModelSpec, facts: Facts | None = None, choices: tuple[Any, ...] | None = None) -> Plan:
         """Codes for every layer with softmax attention, typical ones without ``facts``.
