@@ -117,8 +117,9 @@ def rename_base(adapter, name):
 def test_the_base_is_found_from_the_adapter_or_from_here(tmp_path, monkeypatch, name):
     base, adapter = pair(tmp_path)
     rename_base(adapter, name)
-    if name == "base":
-        monkeypatch.chdir(tmp_path)
+    here = tmp_path if name == "base" else tmp_path / "far" / "away"  # ../base is not there
+    here.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(here)
     assert_merged(locate(adapter), merged(base, adapter))
 
 
