@@ -174,7 +174,7 @@ def main() -> None:
         slow = sorted({attention.rope_pairs * part // 8 for part in (2, 4, 6)} - {0})
         FORMS[attention] = [Slow("channels", *each) for each in itertools.product(blocks, slow, (True, False))]
     with tempfile.TemporaryDirectory() as folder:
-        survey = EnergySurvey(method, COSTS)
+        survey = EnergySurvey(method, WINDOW, COSTS)
         facts = surveyed(method, survey, asked.model, spec, Path(folder) / "survey", memory=1 << 30)
         turns = rotations(model, windows, read(facts[0]["inv_freq"]).double())
         energies = [layer_energies(*each) for each in zip(attentions, facts, turns, strict=True)]

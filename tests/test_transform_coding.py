@@ -169,7 +169,7 @@ def test_layers_with_windows_get_more_bits_where_the_context_is_long():
     """At 64 tokens, the windows of 17 hold a quarter of them; the bytes of the whole cache are then the budget."""
     full = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, rope_pairs=8, cached_heads=2)
     attentions = [full, replace(full, sliding_window=17, cache_window=17)]
-    settings = TransformCoding(kv_cache=0.25, decode_cost="any", exact_window=0, first_tokens=0)
+    settings = TransformCoding(kv_cache=0.25, decode_cost="any", exact_window=0)
     energies = [Energies.typical(each, settings) for each in attentions]
     even = plan_layers(attentions, energies, settings)
     far = plan_layers(attentions, energies, settings.model_copy(update={"context": 64}))
@@ -198,6 +198,14 @@ def test_at_a_context_all_bytes_are_the_share(window):
         TransformCoding(kv_cache=0.125, context=64).plan(original)
     least = float(str(told.value).rsplit(" ", 1)[1])
     TransformCoding(kv_cache=least, context=64).plan(original)
+
+
+def test_at_a_context_codes_of_a_latent_are_the_share_of_all_bytes():
+    original = read_model_spec(tiny_config("llama", dtype="bfloat16", head_dim=32).to_dict())
+    latent = method_of("mla", {"kv_cache": 0.5}).plan(original).after
+    planned = TransformCoding(kv_cache=0.25, context=64).plan(latent).after
+    coded, whole = (account(each, (64,)).cache_bytes_at["64"] for each in (planned, original))
+    assert 0.24 * whole < coded <= 0.25 * whole
 
 
 def test_layers_with_an_exact_window_and_without_one(tmp_path):

@@ -103,7 +103,7 @@ def told_lengths(spec: ModelSpec) -> list[int]:
 def reduced_bytes(spec: ModelSpec, times: int, length: int) -> float:
     """Bytes at ``length`` tokens of a cache with so many times fewer bytes than keys and values have."""
     grouped = [LayerSpec(attention=replace(attention, cached_heads=0)) for attention in spec.attention_layers.values()]
-    return sum(_held(slot, length, spec.dtype) for layer in grouped for slot in layer.slots) / times
+    return sum(slot_bytes(slot, length, spec.dtype) for layer in grouped for slot in layer.slots) / times
 
 
 def in_dtype(spec: ModelSpec, dtype: str | None) -> ModelSpec:
@@ -127,7 +127,8 @@ def number_bits(codec: str, dtype: str) -> int:
     return {"plain": 8 * DTYPE_BYTES[dtype], "byte": 8, "index": 8 * INDEX_BYTES}[codec]
 
 
-def _held(slot: Slot, length: int, dtype: str) -> int:
+def slot_bytes(slot: Slot, length: int, dtype: str) -> int:
+    """Bytes that a slot holds once ``length`` tokens are read, in a model of ``dtype``."""
     return slot.held(length) * slot.width * number_bits(slot.codec, dtype) // 8
 
 
@@ -135,9 +136,9 @@ def _layer_account(layer: LayerSpec, spec: ModelSpec, lengths: tuple[int, ...]) 
     lasting, once = ([slot for slot in layer.slots if slot.once == kind] for kind in (False, True))
     return LayerAccount(
         weight_bytes=_layer_bytes(layer, spec),
-        cache_bytes_per_token=sum(_held(replace(slot, tokens=None), 1, spec.dtype) for slot in lasting),
-        cache_bytes_once=sum(_held(replace(slot, until=None), slot.tokens or 0, spec.dtype) for slot in once),
-        cache_bytes_at={str(at): sum(_held(slot, at, spec.dtype) for slot in layer.slots) for at in lengths},
+        cache_bytes_per_token=sum(slot_bytes(replace(slot, tokens=None), 1, spec.dtype) for slot in lasting),
+        cache_bytes_once=sum(slot_bytes(replace(slot, until=None), slot.tokens or 0, spec.dtype) for slot in once),
+        cache_bytes_at={str(at): sum(slot_bytes(slot, at, spec.dtype) for slot in layer.slots) for at in lengths},
         cached_numbers=sum(slot.width for slot in lasting),
     )
 

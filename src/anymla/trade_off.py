@@ -56,7 +56,7 @@ def plan_curve(
         from anymla.methods.cache_coding.energies import EnergySurvey  # loads torch
         from anymla.sweep.run import surveyed
 
-        survey = EnergySurvey(method, decode_costs(method))
+        survey = EnergySurvey(method, method.window(spec), decode_costs(method))
         place, memory = Path(folder) / "survey", machine_memory() // 4
         coding = method if method.kv_cache < 1 else method.model_copy(update={"kv_cache": BUDGETS[0]})  # 1 asks nothing
         try:

@@ -42,9 +42,9 @@ class Logits:
         """The positions from ``first`` to before ``last``, in equal parts of about 64 MiB of float32 logits each."""
         rows, length, vocabulary = self.shape
         stop = length if last is None else last
-        count = -(-rows * (stop - first) * vocabulary // MOST)
-        size = -(-(stop - first) // max(1, count))
-        for start in range(first, stop, max(1, size)):
+        count = max(1, -(-rows * (stop - first) * vocabulary // MOST))
+        size = max(1, -(-(stop - first) // count))
+        for start in range(first, stop, size):
             yield slice(start, min(start + size, stop))
 
 

@@ -11,7 +11,6 @@ from anymla.errors import CheckpointError
 from anymla.methods.cache_coding.basis import Basis, Moments, axes, channels, in_parts, single_channels
 from anymla.methods.cache_coding.forms import CHANNELS, Form, forms_of_all
 from anymla.methods.cache_coding.latent_plan import LatentCoding
-from anymla.methods.cache_coding.plan import layer_window
 from anymla.methods.cache_coding.survey import KeyValueSums, KeyValueSurvey
 from anymla.modeling.attention_spec import AttentionSpec
 
@@ -27,17 +26,11 @@ class EnergySurvey(KeyValueSurvey):
     ``decode_costs``: of the plans. Default: that of ``settings`` alone.
     """
 
-    def __init__(self, settings: TransformCoding, decode_costs: Sequence[DecodeCost] | None = None) -> None:
-        super().__init__(settings.first_tokens)
-        self.settings = settings
+    def __init__(
+        self, settings: TransformCoding, exact_window: int, decode_costs: Sequence[DecodeCost] | None = None
+    ) -> None:
+        super().__init__(settings.first_tokens, exact_window)
         self.decode_costs = decode_costs or (settings.decode_cost,)
-
-    def exact_window(self, layer: Layer) -> int:
-        """As the settings have it; none where a step before has made what the layers cache."""
-        attention = layer.old.attention
-        if attention is None or isinstance(layer.choice, LatentCoding):
-            return 0
-        return layer_window(attention, self.settings)
 
     def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
         """The facts of the layer, over all processes.

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from anymla.attention_bytes import INDEX_BYTES
+from anymla.account import slot_bytes
 from anymla.errors import InfeasibleError
 from anymla.methods.cache_coding.allocation import allocate, at_price, coding, error, price, typical
 from anymla.methods.cache_coding.forms import AXES, Form, forms, most_operations
 from anymla.modeling.attention_spec import AttentionSpec
-from anymla.modeling.coding_spec import CodedSpec
+from anymla.modeling.coding_spec import CodedSpec, Coding
+from anymla.modeling.spec import LayerSpec
 
 if TYPE_CHECKING:
     from anymla.methods.cache_coding.transform_coding import TransformCoding
 
-WINDOW = 16  # latest tokens that are seen exactly, unless the settings say so
 ROUNDS = 4  # of choosing forms at the price of a bit, and the price with these forms
 
 
@@ -52,7 +52,7 @@ class LayerCoding(BaseModel):
         """The form of values."""
         return Form(AXES, self.value_block)
 
-    def spec(self, attention: AttentionSpec, settings: TransformCoding) -> CodedSpec:
+    def spec(self, attention: AttentionSpec, first_tokens: int, exact_window: int) -> CodedSpec:
         """The cache of a layer."""
         heads = attention.num_kv_heads
         return CodedSpec(
@@ -62,8 +62,8 @@ class LayerCoding(BaseModel):
             value_basis="axes",
             key_block=self.key_block % heads,
             value_block=self.value_block % heads,
-            first_tokens=settings.first_tokens,
-            exact_window=layer_window(attention, settings),
+            first_tokens=first_tokens,
+            exact_window=layer_window(attention, exact_window),
             rope_scale=1.0 if self.facts is None else self.facts["rope_scale"],
         )
 
@@ -93,22 +93,22 @@ def _falling(form: Form, kind: str, attention: AttentionSpec) -> list[float]:
     return row
 
 
-def layer_window(attention: AttentionSpec, settings: TransformCoding) -> int:
+def layer_window(attention: AttentionSpec, exact_window: int) -> int:
     """The exact window of a layer: none where it would be most of what the layer sees anyway."""
-    window = WINDOW if settings.exact_window is None else settings.exact_window
     sliding = attention.sliding_window
-    return window if sliding is None or sliding >= 2 * window else 0
+    return exact_window if sliding is None or sliding >= 2 * exact_window else 0
 
 
 def plan_layers(
-    attentions: Sequence[AttentionSpec], energies: Sequence[Energies], settings: TransformCoding
+    attentions: Sequence[AttentionSpec], energies: Sequence[Energies], settings: TransformCoding, exact: int = 0
 ) -> list[LayerCoding]:
     """Bits for all layers from one budget; any axes for keys where the cost of decoding allows it.
+
+    ``exact``: bytes of the budget that exact tokens take.
 
     Raises:
         InfeasibleError: the budget or the cost cannot be met; names what can.
     """
-    exact = sum(exact_bytes(each, settings, each.cached_numbers, layer_window(each, settings)) for each in attentions)
     budget, held = byte_budget(attentions, settings, exact), [*rows_held(attentions, settings)]
     _check_cost(attentions, settings)
     layers = [_Layer(*each, settings) for each in zip(attentions, energies, strict=True)]
@@ -126,7 +126,7 @@ def plan_layers(
 
 
 def byte_budget(attentions: Sequence[AttentionSpec], settings: TransformCoding, exact: int) -> int:
-    """Bytes that codes may take: of a token in all layers, or of a cache of ``context`` tokens, beside ``exact`` ones.
+    """Bytes for codes: of a token in all layers, or of a cache of ``context`` tokens less those of ``exact`` ones.
 
     Raises:
         InfeasibleError: too few; names what can be.
@@ -145,17 +145,15 @@ def byte_budget(attentions: Sequence[AttentionSpec], settings: TransformCoding, 
     return budget
 
 
-def exact_bytes(attention: AttentionSpec, settings: TransformCoding, width: int, window: int) -> int:
-    """Bytes of the first and the latest tokens that a layer holds exactly at ``context``; 0 without it.
-
-    ``width``: numbers of a first token. ``window``: the layer's exact window.
-    """
-    if (context := settings.context) is None:
+def exact_bytes(layer: LayerSpec, settings: TransformCoding, exact_window: int) -> int:
+    """Bytes of the first and the latest tokens that a layer holds exactly at ``context``; 0 without it."""
+    if settings.context is None or layer.attention is None:
         return 0
-    held = attention.cache_window
-    first = 0 if held is not None and context >= held - 1 + settings.first_tokens else settings.first_tokens
-    latest = min(max(0, window - 1), context)  # the newest token's own are not cached
-    return min(first, context) * (2 * width + INDEX_BYTES) + latest * 2 * attention.cached_numbers
+    keys, values = (Coding(bits=((16, size),), kind="plain") for size in layer.coded_sizes)
+    window = layer_window(layer.attention, exact_window)
+    coded = CodedSpec(keys=keys, values=values, first_tokens=settings.first_tokens, exact_window=window)
+    slots = [slot for slot in replace(layer, coded=coded).slots if slot.once]
+    return sum(slot_bytes(slot, settings.context, "bfloat16") for slot in slots)
 
 
 def tokens_held(attention: AttentionSpec, settings: TransformCoding) -> int:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from anymla.architectures.attention import read_attention
 from anymla.distributed import all_rows, all_sum, all_sum_number, world
 from anymla.methods.base import Survey
+from anymla.methods.cache_coding.plan import layer_window
 from anymla.methods.cache_coding.rope import RopeSeen
 from anymla.methods.mla.source import with_exact_window
 from anymla.methods.mla.weights import ConvertedLayer, build_attention
@@ -53,21 +54,18 @@ class KeyValueSurvey(Survey):
 
     Args:
         first_tokens: how many of every window are left out, because they stay exact.
+        exact_window: latest tokens that each query sees exactly. Their part counts in no gradient.
         sample: most tokens in the samples, of all processes.
     """
 
     backward: ClassVar[bool] = True
 
-    def __init__(self, first_tokens: int, sample: int = SAMPLE) -> None:
-        self.first_tokens, self.sample = first_tokens, sample
-
-    def exact_window(self, layer: Layer) -> int:
-        """Latest tokens that each query of the layer sees exactly. Their part counts in no gradient."""
-        return 0
+    def __init__(self, first_tokens: int, exact_window: int = 0, sample: int = SAMPLE) -> None:
+        self.first_tokens, self.exact_window, self.sample = first_tokens, exact_window, sample
 
     def observer(self, layer: Layer) -> KeyValueSums:
         """Sums over the windows."""
-        return KeyValueSums(layer, self.first_tokens, self.exact_window(layer), self.sample // world())
+        return KeyValueSums(layer, self.first_tokens, self.exact_window, self.sample // world())
 
     def layer(self, layer: Layer, observed: KeyValueSums) -> dict[str, Any]:
         """The facts of the layer, over all processes."""
@@ -93,8 +91,8 @@ class KeyValueSums:
             self.order = torch.arange(sum(self.sizes), device=layer.original.device)
         else:
             source = read_attention(self.original, spec, layer.family, layer.config)
-            if exact_window:
-                source = with_exact_window(source, exact_window)
+            if window := layer_window(spec, exact_window):
+                source = with_exact_window(source, window)
             whole = whole_layer(source.weights)
             attention = build_attention(self.original, source, whole, layer.config, layer.original.dtype)
             self.order = _places(whole, spec.rope_pairs, spec.head_dim)

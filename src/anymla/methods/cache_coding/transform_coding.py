@@ -11,7 +11,6 @@ from anymla.methods.base import Changed, Facts, Paper, Phase, Plan, Survey, Unhe
 from anymla.methods.cache_coding.latent_plan import LatentCoding, plan_latents
 from anymla.methods.cache_coding.papers import TRANSFORM_CODING
 from anymla.methods.cache_coding.plan import (
-    WINDOW,
     Energies,
     LayerCoding,
     byte_budget,
@@ -26,6 +25,9 @@ from anymla.settings import MOST
 
 if TYPE_CHECKING:
     from anymla.sweep.layer import Layer
+
+
+WINDOW = 16  # latest tokens that are seen exactly, unless the settings say so
 
 
 class TransformCoding(EffortMethod):
@@ -102,22 +104,19 @@ class TransformCoding(EffortMethod):
         """
         places = {} if self.kv_cache == 1 else model.attention_layers
         known = facts or [None] * len(model.layers)
+        attentions, window = [*places.values()], self.window(model)
+        exact = sum(exact_bytes(model.layers[index], self, window) for index in places)
         planned: dict[int, LayerCoding | LatentCoding] = {}
         if _converted(model) and places:
             specs, found = [model.layers[index] for index in places], [known[index] for index in places]
-            attentions = [*places.values()]
-            exact = sum(
-                exact_bytes(each, self, sum(layer.coded_sizes), 0)
-                for each, layer in zip(attentions, specs, strict=True)
-            )
             budget, held = byte_budget(attentions, self, exact), [*rows_held(attentions, self)]
             planned |= zip(places, plan_latents(specs, found, budget, held), strict=True)
         elif places:
             energies = [self._energies(attention, known[index]) for index, attention in places.items()]
-            made = zip(places, plan_layers([*places.values()], energies, self), strict=True)
+            made = zip(places, plan_layers(attentions, energies, self, exact), strict=True)
             planned |= {index: layer.model_copy(update={"facts": known[index]}) for index, layer in made}
         layers = tuple(
-            self._coded(layer, planned[index]) if index in planned else layer
+            self._coded(layer, planned[index], window) if index in planned else layer
             for index, layer in enumerate(model.layers)
         )
         return Plan(after=replace(model, layers=layers), choices=tuple(map(planned.get, range(len(layers)))))
@@ -126,7 +125,7 @@ class TransformCoding(EffortMethod):
         """Moments of keys and values, and what their errors cost."""
         from anymla.methods.cache_coding.energies import EnergySurvey
 
-        return EnergySurvey(self)
+        return EnergySurvey(self, self.window(model))
 
     def observer(self, layer: Layer) -> Unheard:
         """Nothing: the survey has seen it all."""
@@ -146,13 +145,13 @@ class TransformCoding(EffortMethod):
         layer.module.set_submodule(layer.attention_path, attention)
         return Changed(spec=attention.layer_spec, result={"layer": layer.index, **told, "error": lost})
 
-    def _coded(self, old: LayerSpec, layer: LayerCoding | LatentCoding) -> LayerSpec:
+    def _coded(self, old: LayerSpec, layer: LayerCoding | LatentCoding, window: int) -> LayerSpec:
         """The layer as it will be."""
         if old.attention is None:
             raise ValueError("a layer without softmax attention has no coded cache")
         if isinstance(layer, LatentCoding):
             return replace(old, coded=layer.spec(self.first_tokens), attention_bytes=None)
-        return replace(old, coded=layer.spec(old.attention, self), attention_bytes=None)
+        return replace(old, coded=layer.spec(old.attention, self.first_tokens, window), attention_bytes=None)
 
     def _energies(self, attention: AttentionSpec, facts: dict[str, Any] | None) -> Energies:
         if facts is None:
